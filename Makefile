@@ -1,0 +1,51 @@
+# make demo | test | check | bench | docs | clean
+# PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="-k ess -x" is passed on to pytest.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+DEV := $(VENV)/.installed
+DOCS := $(VENV)/.installed-docs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs clean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+demo: $(DEV)
+	$(BIN)/python examples/demo.py
+
+test: $(DEV)
+	$(BIN)/python -m pytest $(ARGS)
+
+# mypy reaches integrations/ through the link ess_monitor/integrations, so that each file has one module name.
+check: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy ess_monitor
+	$(BIN)/python -m pytest --quiet tests/test_architecture.py tests/test_packaging.py -k "not build"
+
+bench: $(DEV)
+	$(BIN)/python -m benchmarks
+
+# Without the variable the theme prints its vendor's announcements into every build.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# torch comes first and alone, at its exact version: only then is a CPU build found beside the package index preferred.
+$(DEV): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(DOCS): $(DEV)
+	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	touch $@

@@ -1,0 +1,44 @@
+"""See how much of its memory a sequence model uses while it trains: effective state-size (ESS), arXiv 2504.19561."""
+
+from ess_monitor.capture import CaptureConfig, LayerFilter, capture_operators, register_capture
+from ess_monitor.config import MonitorConfig
+from ess_monitor.diagnosis import DiagnosisConfig
+from ess_monitor.errors import (
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    EssMonitorError,
+    ExporterError,
+    NoLayersError,
+    OperatorError,
+)
+from ess_monitor.inspection import Description, Profile, describe, profile
+from ess_monitor.monitor import Monitor
+from ess_monitor.records import Finding, LayerInfo, Measurement, Reading
+from ess_monitor.runtime import RuntimeConfig
+
+__all__ = [
+    "CaptureConfig",
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "Description",
+    "DiagnosisConfig",
+    "EssMonitorError",
+    "ExporterError",
+    "Finding",
+    "LayerFilter",
+    "LayerInfo",
+    "Measurement",
+    "Monitor",
+    "MonitorConfig",
+    "NoLayersError",
+    "OperatorError",
+    "Profile",
+    "Reading",
+    "RuntimeConfig",
+    "capture_operators",
+    "describe",
+    "profile",
+    "register_capture",
+]

@@ -1,0 +1,21 @@
+"""From a user's module to an operator: which layers, which tensors, described per layer."""
+
+from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
+from ess_monitor.capture.operators import capture_operators
+from ess_monitor.capture.registry import register_capture
+from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
+from ess_monitor.capture.spec import CaptureSpec
+
+__all__ = [
+    "CaptureConfig",
+    "CaptureFailure",
+    "CaptureSpec",
+    "Captured",
+    "Layer",
+    "LayerFilter",
+    "Sampler",
+    "capture_operators",
+    "find_layers",
+    "layer_infos",
+    "register_capture",
+]

@@ -1,0 +1,145 @@
+"""Finding the sequence mixers of a model, and saying of the others why they are skipped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import nn
+
+from ess_monitor.capture.registry import find_spec
+from ess_monitor.capture.spec import CaptureSpec
+from ess_monitor.errors import ConfigError
+from ess_monitor.records import LayerInfo
+
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+_MIXER_NAMES = re.compile(
+    r"attention|attn|mamba|ssm|s4|s5|s6|deltanet|retention|rwkv|recurren|lru|hyena|longconv|timemix|mixer",
+    re.IGNORECASE,
+)
+
+
+class LayerFilter(BaseModel):
+    """Which layers are measured, by shell patterns on their dotted module names. A list is read as `include`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    include: tuple[str, ...] = ("*",)
+    """A layer is measured when its name matches one of these. The default takes every layer that can be read."""
+    exclude: tuple[str, ...] = ()
+    """...and none of these, for example layers whose cost is not worth it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"include": (value,)}
+        if isinstance(value, (list, tuple)):
+            return {"include": tuple(value)}
+        return value
+
+    def matches(self, name: str) -> bool:
+        """True when the layer called `name` is to be measured."""
+        return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be read: where it is in the model and how it is read."""
+
+    name: str
+    module: nn.Module
+    spec: CaptureSpec
+
+    @property
+    def point(self) -> nn.Module:
+        """The sub-module whose call is observed."""
+        return self.module.get_submodule(self.spec.point)
+
+
+def clean_name(name: str) -> str:
+    """Dotted module name without the prefixes that DDP, FSDP, torch.compile and checkpoint wrappers add."""
+    cleaned = _WRAPPERS.sub("", name).lstrip(".")
+    return cleaned or "model"
+
+
+def _looks_like_mixer(module: nn.Module) -> bool:
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+        return True
+    return bool(_MIXER_NAMES.search(type(module).__name__)) and any(True for _ in module.parameters())
+
+
+def _why_skipped(module: nn.Module) -> str:
+    if isinstance(module, nn.RNNBase):
+        return "a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it"
+    return (
+        f"no capture is known for {type(module).__name__}; "
+        f"teach it with @ess_monitor.register_capture({type(module).__name__})"
+    )
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | None]]:
+    """Every outermost module that can be read, and every innermost one that only looks like a mixer, in model order."""
+    inside: list[str] = []
+    modules = list(model.named_modules())
+    lookalikes = {name for name, module in modules if _looks_like_mixer(module)}
+    readable = {name for name, module in modules if find_spec(module) is not None}
+    for name, module in modules:
+        if any(name.startswith(prefix + ".") or prefix == "" for prefix in inside):
+            continue
+        if name in readable:
+            inside.append(name)
+            yield name, module, find_spec(module)
+        elif name in lookalikes:
+            below = name + "." if name else ""
+            nested = (other for other in lookalikes | readable if other != name and other.startswith(below))
+            if not any(nested):
+                yield name, module, None
+
+
+def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[Layer, ...]:
+    """The layers to measure, in model order.
+
+    Raises:
+        ConfigError: an include or exclude pattern matches no layer of the model (a typing error would otherwise mean
+            that nothing, or too much, is watched in silence).
+    """
+    layers = layers or LayerFilter()
+    found = [Layer(clean_name(name), module, spec) for name, module, spec in _walk(model) if spec is not None]
+    names = [layer.name for layer in found]
+    for pattern in (*layers.include, *layers.exclude):
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"layers: pattern {pattern!r} matches none of the measurable layers {names}; "
+                "see ess_monitor.describe(model) for the names"
+            )
+    return tuple(layer for layer in found if layers.matches(layer.name))
+
+
+def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[LayerInfo, ...]:
+    """What `describe` says of every sequence mixer of the model, measured or skipped, in model order."""
+    layers = layers or LayerFilter()
+    infos = []
+    for raw_name, module, spec in _walk(model):
+        name, cls = clean_name(raw_name), type(module).__name__
+        if spec is None:
+            infos.append(LayerInfo(name=name, module=cls, supported=False, reason=_why_skipped(module)))
+            continue
+        excluded = not layers.matches(name)
+        infos.append(
+            LayerInfo(
+                name=name,
+                module=cls,
+                supported=not excluded,
+                reason="excluded by the `layers` setting" if excluded else "",
+                operator=spec.operator,
+                state_capacity=spec.state_capacity(module),
+                channels=spec.channels(module),
+                handles=spec.handles(module),
+            )
+        )
+    return tuple(infos)

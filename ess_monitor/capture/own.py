@@ -1,0 +1,59 @@
+"""How the package's own featurizers are read. Imported only once `ess_monitor.featurizers` is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ess_monitor.capture.registry import add_spec
+from ess_monitor.capture.spec import CaptureSpec
+from ess_monitor.ess import DiagonalRecurrence, Operator, SoftmaxAttention
+from ess_monitor.featurizers import GLA, GLAS6, LA, S6, SA, WLA
+
+
+def _scan(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Operator:
+    """`core(q, k, v, log_decay)`: T_ij = sum_n q_i[n] exp(sum log_decay) k_j[n]; no decay given means A = I."""
+    q, k, _, log_decay = args
+    if log_decay is None:
+        log_decay = torch.zeros((1, 1, 1, 1), dtype=k.dtype, device=k.device)
+    return DiagonalRecurrence(log_decay, k, q)
+
+
+def _softmax(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Operator:
+    """`core(q, k, v, scale)`: T = softmax(scale q k^T), causal."""
+    q, k, _, scale = args
+    return SoftmaxAttention(q, k, scale=scale)
+
+
+def _capacity(mixer: nn.Module) -> int | None:
+    capacity = mixer.state_capacity
+    return None if capacity is None else int(capacity)  # type: ignore[arg-type]
+
+
+def _channels(mixer: nn.Module) -> int:
+    return int(mixer.num_heads)  # type: ignore[arg-type]
+
+
+_HANDLES: dict[type[nn.Module], tuple[str, ...]] = {
+    LA: (),
+    SA: (),
+    WLA: ("decay: decay_logit",),
+    GLA: ("decay: gate",),
+    GLAS6: ("decay: gate", "alpha: log_alpha"),
+    S6: ("decay: delta, A_log", "alpha: A_log"),
+}
+
+for _layer in (LA, WLA, GLA, GLAS6, S6, SA):
+    add_spec(
+        _layer,
+        CaptureSpec(
+            operator="SoftmaxAttention" if _layer is SA else "DiagonalRecurrence",
+            build=_softmax if _layer is SA else _scan,
+            point="core",
+            state_capacity=_capacity,
+            channels=_channels,
+            handles=lambda _, handles=_HANDLES[_layer]: handles,  # type: ignore[misc]
+        ),
+    )

@@ -1,0 +1,94 @@
+"""Which layer classes can be read, and how a new one is added.
+
+The table is filled by `register_capture` and by the adapters of libraries that are *already imported*: an adapter is
+imported only when its library is in `sys.modules`, so the monitor never pulls in a framework by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ess_monitor.capture.spec import Build, CaptureSpec
+from ess_monitor.errors import CaptureError
+
+_SPECS: dict[type[nn.Module], CaptureSpec] = {}
+
+_ADAPTERS = {"ess_monitor.featurizers": "ess_monitor.capture.own"}
+"""Library (a name in `sys.modules`) -> module of ours that registers its layers when imported."""
+
+
+def add_spec(layer: type[nn.Module], spec: CaptureSpec) -> None:
+    """Register `spec` for `layer` and its sub-classes, replacing an earlier one."""
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        raise CaptureError(f"layer: {layer!r} is not a torch.nn.Module class; pass the class, not an instance")
+    _SPECS[layer] = spec
+
+
+def register_capture(
+    layer: type[nn.Module],
+    *,
+    operator: str = "custom",
+    state_capacity: Callable[[nn.Module], int | None] | None = None,
+    channels: Callable[[nn.Module], int] | None = None,
+) -> Callable[[Build], Build]:
+    """Teach the monitor to read a layer of your own.
+
+    The decorated function gets `(module, args, kwargs, output)` of one forward call, with gradients off, and returns
+    the operator the layer applied (any class of `ess_monitor.ess`). Return views of the tensors you have: the monitor
+    narrows the operator to a few samples and heads before it copies anything.
+
+    Args:
+        layer: the module class; sub-classes are read the same way.
+        operator: what `describe` calls it, usually the class name of the operator you return.
+        state_capacity: TSS per channel from the module, for `describe`; the reading itself takes it from the operator.
+        channels: number of independent operators from the module, for `describe`.
+
+    Example:
+        >>> import torch
+        >>> from ess_monitor import capture_operators, register_capture
+        >>> from ess_monitor.ess import DiagonalRecurrence
+        >>> class Ema(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.log_decay = torch.nn.Parameter(torch.tensor(-0.1))
+        ...     def forward(self, x):
+        ...         y, s = [], torch.zeros_like(x[:, 0])
+        ...         for t in range(x.shape[1]):
+        ...             s = self.log_decay.exp() * s + x[:, t]
+        ...             y.append(s)
+        ...         return torch.stack(y, 1)
+        >>> @register_capture(Ema, operator="DiagonalRecurrence", state_capacity=lambda ema: 1)
+        ... def read_ema(ema, args, kwargs, output):
+        ...     ones = torch.ones(len(output), 1, output.shape[1], 1)
+        ...     return DiagonalRecurrence(ema.log_decay.reshape(1, 1, 1, 1), ones, ones)
+        >>> model = torch.nn.Sequential(Ema())
+        >>> capture_operators(model, torch.randn(2, 8, 4))["0"].length
+        8
+    """
+
+    def decorate(build: Build) -> Build:
+        extra: dict[str, Any] = {}
+        if state_capacity is not None:
+            extra["state_capacity"] = state_capacity
+        if channels is not None:
+            extra["channels"] = channels
+        add_spec(layer, CaptureSpec(operator=operator, build=build, **extra))
+        return build
+
+    return decorate
+
+
+def find_spec(module: nn.Module) -> CaptureSpec | None:
+    """The spec for this module's class or its nearest registered base class, or None."""
+    for library, adapter in _ADAPTERS.items():
+        if library in sys.modules:
+            importlib.import_module(adapter)
+    for cls in type(module).__mro__:
+        if cls in _SPECS:
+            return _SPECS[cls]
+    return None

@@ -1,0 +1,159 @@
+"""Taking a few sequences' operators out of one forward pass.
+
+Hooks are attached when a sample is armed and removed when it is collected: a step that is not sampled runs the model
+exactly as it would without the monitor. A hook never computes on, waits for, or changes what the layer does; it copies
+a small slice of the tensors that define the operator, on the stream the layer runs on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ess_monitor.capture.layers import Layer
+from ess_monitor.ess import Operator
+
+
+class CaptureConfig(BaseModel):
+    """How much of one forward pass is taken. The defaults keep a sample at a few megabytes and milliseconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(default=4, ge=1)
+    """Sequences of the batch. The paper averages over 8; 4 with 4 heads gives as many operators at half the memory."""
+    heads: int | None = Field(default=4, ge=1)
+    """Heads (or channels) per layer and sample, rotating through all of them over the samples; None takes all."""
+    max_length: int | None = Field(default=1024, ge=2)
+    """Tokens from the start of the sequence. T is causal, so the crop is the exact operator of a shorter sequence;
+    None takes the whole sequence."""
+    source: Literal["train", "validation"] = "train"
+    """Batches that are sampled: those the model trains on, or those it is validated on."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One layer's narrowed operator of one forward pass. Its tensors are copies that nobody else holds."""
+
+    layer: Layer
+    operator: Operator
+    heads: tuple[int, ...]
+    """Indices of the heads that were taken."""
+    channels: int
+    """How many heads the layer has in all."""
+
+
+@dataclass(frozen=True)
+class CaptureFailure:
+    """A layer that could not be read in this forward pass."""
+
+    layer: Layer
+    error: str
+
+
+def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
+    """`take` evenly spaced heads of `total`, shifted by one with every `turn`, so that all are seen in time.
+
+    >>> rotate_heads(8, 4, 0), rotate_heads(8, 4, 1), rotate_heads(2, 4, 5)
+    ((0, 2, 4, 6), (1, 3, 5, 7), (0, 1))
+    """
+    if take is None or take >= total:
+        return tuple(range(total))
+    return tuple(sorted({(turn + k * total // take) % total for k in range(take)}))
+
+
+class Sampler:
+    """Arms, collects and removes the hooks of one sample.
+
+    `clock` counts the seconds that the hooks add to the training step (`capture_seconds`).
+    """
+
+    def __init__(
+        self,
+        layers: tuple[Layer, ...],
+        config: CaptureConfig,
+        *,
+        on_operator: Callable[[Captured], Any] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.layers = layers
+        self.config = config
+        self.capture_seconds = 0.0
+        self._on_operator = on_operator
+        self._clock = clock
+        self.turn = 0
+        """Samples taken so far: which heads come next follows from it."""
+        self._handles: list[RemovableHandle] = []
+        self._taken: dict[str, Captured | CaptureFailure] = {}
+
+    @property
+    def armed(self) -> bool:
+        """True between `arm` and `collect`."""
+        return bool(self._handles)
+
+    def arm(self) -> None:
+        """Attach the hooks for the next forward pass. Arming twice is harmless."""
+        if self._handles:
+            return
+        self._taken.clear()
+        self.capture_seconds = 0.0
+        for layer in self.layers:
+            self._handles.append(layer.point.register_forward_hook(self._hook(layer), with_kwargs=True))
+
+    def collect(self) -> tuple[Captured | CaptureFailure, ...]:
+        """Remove the hooks and hand over what the forward pass gave, in model order."""
+        self.remove()
+        taken = tuple(self._taken[layer.name] for layer in self.layers if layer.name in self._taken)
+        self._taken.clear()
+        if taken:
+            self.turn += 1
+        return taken
+
+    def remove(self) -> None:
+        """Remove the hooks. Nothing of ours is left in the model."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _hook(self, layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if layer.name in self._taken or not self._wanted(layer.module):
+                return
+            started = self._clock()
+            try:
+                self._taken[layer.name] = self._take(layer, module, args, kwargs, output)
+            except Exception as error:
+                self._taken[layer.name] = CaptureFailure(layer, f"{type(error).__name__}: {error}")
+            self.capture_seconds += self._clock() - started
+
+        return hook
+
+    def _wanted(self, module: nn.Module) -> bool:
+        """A validation pass between two training steps must not be taken for a training batch."""
+        return self.config.source == "validation" or module.training or torch.is_grad_enabled()
+
+    def _take(
+        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Captured:
+        with torch.no_grad(), torch.autocast(_device_type(args, output), enabled=False):
+            whole = layer.spec.build(module, args, kwargs, output)
+            heads = rotate_heads(whole.heads, self.config.heads, self.turn)
+            length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
+            few = whole.select(samples=slice(0, self.config.samples), heads=heads, length=length)
+            operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
+        captured = Captured(layer, operator, heads, whole.heads)
+        if self._on_operator is not None:
+            self._on_operator(captured)
+        return captured
+
+
+def _device_type(args: tuple[Any, ...], output: Any) -> str:
+    for value in (*args, output):
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    return "cpu"

@@ -1,0 +1,117 @@
+"""Weights from a file, without ever running what is in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ess_monitor.errors import CheckpointError
+
+_SHOWN = 5
+_FOREIGN_CLASS = re.compile(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)")
+
+
+def load_weights(path: str | Path, *, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Parameter name -> tensor, on the CPU.
+
+    A file called `*.safetensors` is read as such; any other by `torch.load(weights_only=True)`, which refuses pickles
+    that hold more than tensors and plain containers. A plain state dict is taken as it is; a Lightning checkpoint gives
+    its `state_dict`.
+
+    Args:
+        path: the file.
+        prefix: keep only names that begin with it, and cut it off (`model.` where a LightningModule holds the model).
+
+    Raises:
+        CheckpointError: the file is missing, is not a file of weights, or has no name with `prefix`.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "weights.pt")
+        >>> torch.save({"state_dict": {"model.weight": torch.ones(2)}, "epoch": 3}, path)
+        >>> load_weights(path, prefix="model.")
+        {'weight': tensor([1., 1.])}
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: {path} is not a file; give the path of a safetensors or torch.save file")
+    weights = _tensors(path, _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path))
+    chosen = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    if not chosen:
+        raise CheckpointError(f"prefix: no name in {path} begins with {prefix!r}; its names are {_some(weights)}")
+    return chosen
+
+
+def load_into(model: nn.Module, path: str | Path, *, prefix: str = "") -> None:
+    """Give `model` the weights in the file; every parameter must be there and nothing else.
+
+    Raises:
+        CheckpointError: as `load_weights`, or the weights do not fit the model. The model is not to be used then.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(load_weights(path, prefix=prefix), strict=False)
+    except RuntimeError as error:  # a shape that does not fit; torch lists them below its first line
+        problem = " ".join(str(error).split("\n\t")[1:2]) or str(error)
+        raise CheckpointError(
+            f"checkpoint: {path} does not fit {type(model).__name__}: {problem.strip()} Build the model with the sizes "
+            "it was trained with"
+        ) from error
+    if missing or unexpected:
+        facts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("also has", unexpected)) if names]
+        raise CheckpointError(
+            f"checkpoint: {path} does not fit {type(model).__name__}: it {' and '.join(facts)}; a common part in front "
+            "of all names is cut off with a prefix"
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint: {path} is not a safetensors file ({error}); write it with safetensors.torch.save_file"
+        ) from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is not of this kind fails in many ways, deep in pickle or zipfile
+        foreign = _FOREIGN_CLASS.search(str(error))
+        holds = (
+            f"it holds a {foreign[1]}, which only running its code would restore" if foreign else "it cannot be read"
+        )
+        raise CheckpointError(
+            f"checkpoint: {path} is not a file of weights alone: {holds}; nothing of it was run. Save "
+            "model.state_dict() with safetensors.torch.save_file or torch.save, and give that file"
+        ) from error
+
+
+def _tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(
+            f"checkpoint: {path} holds {'nothing' if content == {} else f'a {type(content).__name__}'}; allowed are a "
+            "state dict and a Lightning checkpoint"
+        )
+    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise CheckpointError(
+            f"checkpoint: {path} holds more than tensors: {_some(others)}; allowed are a state dict and a checkpoint "
+            "whose 'state_dict' is one. Save model.state_dict() alone"
+        )
+    return {str(name): value for name, value in content.items()}
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

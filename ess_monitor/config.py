@@ -1,0 +1,133 @@
+"""The one configuration of a monitor: nested frozen models, from keyword arguments, YAML or the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+from ess_monitor.capture import CaptureConfig, LayerFilter
+from ess_monitor.diagnosis import DiagnosisConfig
+from ess_monitor.errors import ConfigError
+from ess_monitor.exporters import ExporterConfig
+from ess_monitor.runtime import RuntimeConfig
+
+ENVIRONMENT_PREFIX = "ESS_MONITOR_"
+_MAX_YAML_BYTES = 1_000_000
+
+
+class MonitorConfig(BaseModel):
+    """Settings of a `Monitor`. Unknown names are errors.
+
+    Example:
+        >>> config = MonitorConfig(every_n_steps=50, layers=["blocks.*"], capture={"samples": 2})
+        >>> config.every_n_steps, config.layers.include
+        (50, ('blocks.*',))
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every_n_steps: PositiveInt = 100
+    """Optimizer steps between two samples. At 100 a run of 10,000 steps gives a curve of 100 points."""
+    overhead_budget_ratio: float = Field(default=0.01, gt=0, le=1)
+    """Share of the training time that capture and computation may take; the interval is stretched to keep it. 1 %."""
+    tolerance: NonNegativeFloat = 1e-3
+    """tau of the tolerance-ESS: singular values above it count. The paper's value for utilisation (appendix C.3)."""
+    positions: Literal["midpoint", "all"] | PositiveInt = 3
+    """Where in the sequence H_i is measured. 3 are a quarter, a half and three quarters, as in our experiments; more
+    tighten the certified bound at a cost that grows linearly."""
+    layers: LayerFilter = LayerFilter()
+    """Which layers; a list is read as include patterns."""
+    capture: CaptureConfig = CaptureConfig()
+    """How much of a forward pass is taken."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Where the work runs."""
+    diagnosis: DiagnosisConfig = DiagnosisConfig()
+    """From readings to conditions."""
+    exporters: tuple[ExporterConfig, ...] = ()
+    """Sinks built by the monitor: a kind ("prometheus") or its settings ({"kind": "prometheus", "port": 0})."""
+    run_name: str | None = None
+    """Name of the run in the exporters; by default the model's class and the time it started."""
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, *, environment: bool = True, **settings: Any) -> MonitorConfig:
+        """Settings from a YAML file, overridden by `ESS_MONITOR_...` variables, overridden by keyword arguments.
+
+        `ESS_MONITOR_EVERY_N_STEPS=50`, `ESS_MONITOR_CAPTURE__SAMPLES=2` (two underscores enter a section), lists and
+        objects as JSON. Nested settings are merged, not replaced.
+
+        Raises:
+            ConfigError: the file cannot be read or is not a mapping, a name is unknown, or a value is out of range; the
+                message names setting, value and allowed range.
+        """
+        merged = _read_yaml(Path(path)) if path is not None else {}
+        if environment:
+            merged = _merge(merged, _read_environment())
+        merged = _merge(merged, settings)
+        try:
+            return cls(**merged)
+        except ValidationError as error:
+            raise ConfigError(explain(error)) from None
+
+
+def explain(error: ValidationError) -> str:
+    """One line a problem: setting, what is wrong, the value that was given."""
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"]) or "config"
+        given = "" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r:.200})"
+        message = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            message = "unknown setting; see ess_monitor.MonitorConfig for the names"
+        lines.append(f"{name}: {message}{given}")
+    return "; ".join(lines)
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for name, value in high.items():
+        below = merged.get(name)
+        merged[name] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_YAML_BYTES:
+            raise ConfigError(f"path: {path} is larger than {_MAX_YAML_BYTES} bytes; a configuration is a few lines")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"path: cannot read {path}: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"path: {path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"path: {path} holds a {type(content).__name__}; it must be a mapping of settings")
+    return content
+
+
+class _Environment(BaseSettings, MonitorConfig):
+    """The settings as environment variables name them. Never instantiated: values are validated by `MonitorConfig`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__")
+
+
+def _read_environment() -> dict[str, Any]:
+    for name in os.environ:
+        if not name.upper().startswith(ENVIRONMENT_PREFIX):
+            continue
+        setting = name[len(ENVIRONMENT_PREFIX) :].lower().split("__")[0]
+        if setting not in MonitorConfig.model_fields:
+            known = ", ".join(sorted(MonitorConfig.model_fields))
+            raise ConfigError(f"environment: {name} is not a setting; after {ENVIRONMENT_PREFIX} comes one of {known}")
+    try:
+        return EnvSettingsSource(_Environment)()
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}; lists and objects are written as JSON") from error

@@ -1,0 +1,9 @@
+"""Diagnosis: from readings to conditions and findings. Knows the records and the errors, and nothing else."""
+
+from __future__ import annotations
+
+from ess_monitor.diagnosis.rules import Context, Verdict, judge
+from ess_monitor.diagnosis.thresholds import DiagnosisConfig, thresholds
+from ess_monitor.diagnosis.tracker import Tracker
+
+__all__ = ["Context", "DiagnosisConfig", "Tracker", "Verdict", "judge", "thresholds"]

@@ -1,0 +1,218 @@
+"""One reading in its context -> one verdict. Pure functions, no memory of their own.
+
+Collapsed (section 3.2: enough TSS, but ESS fails to increase) is
+
+    utilisation < collapsed_below  and  not rising  and
+        the task metric is unsolved and does not improve          when there is a metric
+        retention < retention_below                               when there is none
+
+Saturated (section 3.2: too little TSS for the task, ESS near TSS) is
+
+    utilisation >= saturated_above where the sequence could fill the state  and
+        the task metric is unsolved and does not improve
+
+and is never said without a task metric. A full state is necessary for saturation and not sufficient: linear attention
+fills a small state by construction, and a WLA of TSS 4 solved MQAR at utilisation 1.0. Whether more memory would help
+is a fact about the task that the operator does not show.
+
+A layer whose TSS grows with the position (softmax attention) is not judged: its TSS is no design choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ess_monitor.diagnosis.thresholds import DiagnosisConfig
+from ess_monitor.records import Condition, Reading
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one reading says of its layer."""
+
+    condition: Condition
+    reason: str
+    """What was seen, against which threshold."""
+    advice: str = ""
+    """What a person can do about it; empty for a healthy layer."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a single reading does not show. The default is that of a first reading of a lone layer."""
+
+    previous: Condition = "unknown"
+    """Condition before this reading: decides which side of a hysteresis applies."""
+    utilizations: tuple[float, ...] = ()
+    """Utilisation (`attainable_utilization`) over the trend window, oldest first, this reading's included."""
+    metrics: tuple[float, ...] = ()
+    """Last known task metric at each measurement of the trend window, oldest first. Empty: none known, or none asked
+    for (`config.metric` is None): the rules for runs without a task metric apply."""
+    first_of_several: bool = False
+    """True for the first layer of a model with more than one."""
+
+
+def judge(reading: Reading, context: Context, config: DiagnosisConfig) -> Verdict | None:
+    """The condition that `reading` speaks for, or None where it speaks for none.
+
+    None is returned for a status other than `ok`, for a layer whose capacity grows with the position, and for a reading
+    without sizes. Otherwise exactly one verdict, `healthy` included.
+
+    Example:
+        >>> reading = Reading(step=2000, layer="mixer.1", status="ok", length=64, positions=(32,), state_capacity=16,
+        ...                   attainable_size=16, effective_size=2.4, utilization_ratio=0.15, retention_ratio=0.54)
+        >>> judge(reading, Context(), DiagnosisConfig()).condition
+        'collapsed'
+        >>> learned = Context(metrics=(0.99,))
+        >>> judge(reading, learned, DiagnosisConfig(metric="accuracy", metric_solved=0.9)).condition
+        'healthy'
+    """
+    utilization = attainable_utilization(reading)
+    if utilization is None:
+        return None
+    if task_solved(context.metrics, config):
+        return Verdict(
+            "healthy",
+            f"utilisation {utilization:.2f}, and the task is solved: {config.metric} reached {config.metric_solved:g}",
+        )
+    return (
+        _saturated(reading, context, config)
+        or _collapsed(reading, utilization, context, config)
+        or Verdict("healthy", _healthy_reason(utilization, context, config))
+    )
+
+
+def attainable_utilization(reading: Reading) -> float | None:
+    """`effective_size / attainable_size`, 0..1; None where the reading cannot be judged."""
+    attainable = reading.attainable_size if reading.attainable_size is not None else reading.state_capacity
+    if reading.status != "ok" or reading.capacity_grows or reading.effective_size is None or not attainable:
+        return None
+    return reading.effective_size / attainable
+
+
+def full_state_utilization(reading: Reading) -> float | None:
+    """ESS / TSS over the positions at which the state could be full, i >= TSS and length - i >= TSS; None without any.
+
+    Elsewhere the geometry of H_i = T[i:, :i] caps the rank, and a rank at its cap says nothing of the state.
+    """
+    capacity = reading.state_capacity
+    if not capacity or reading.effective_size is None:
+        return None
+    if len(reading.per_position) == len(reading.positions) > 0:
+        sizes = [
+            size
+            for position, size in zip(reading.positions, reading.per_position, strict=True)
+            if min(position, reading.length - position) >= capacity
+        ]
+        return sum(sizes) / len(sizes) / capacity if sizes else None
+    capped = reading.attainable_size is not None and reading.attainable_size < capacity * (1 - 1e-6)
+    return None if capped else reading.effective_size / capacity
+
+
+def task_solved(metrics: Sequence[float], config: DiagnosisConfig) -> bool:
+    """Whether one of the last `patience` metric values reached `metric_solved`.
+
+    The best of several, so that a metric which hovers around the line counts as solved.
+    """
+    if config.metric_solved is None:
+        return False
+    recent = metrics[-config.patience :]
+    if config.metric_mode == "max":
+        return any(value >= config.metric_solved for value in recent)
+    return any(value <= config.metric_solved for value in recent)
+
+
+def task_improves(metrics: Sequence[float], config: DiagnosisConfig) -> bool:
+    """Whether the metric closed `metric_progress_ratio` of its distance to `metric_solved` over the trend window."""
+    if config.metric_solved is None or len(metrics) < 2:
+        return False
+    older, newer = _halves(metrics)
+    closed = newer - older if config.metric_mode == "max" else older - newer
+    return closed > config.metric_progress_ratio * abs(config.metric_solved - older)
+
+
+def is_rising(utilizations: Sequence[float], config: DiagnosisConfig) -> bool:
+    """Whether utilisation rose by more than `rising_ratio` over the trend window."""
+    if len(utilizations) < 2:
+        return False
+    older, newer = _halves(utilizations)
+    return newer > older * (1 + config.rising_ratio)
+
+
+def _saturated(reading: Reading, context: Context, config: DiagnosisConfig) -> Verdict | None:
+    if not context.metrics:
+        return None
+    utilization = full_state_utilization(reading)
+    if utilization is None:
+        return None
+    if context.previous == "saturated":
+        seen, bound = utilization >= config.saturated_recovers_below, config.saturated_recovers_below
+    else:
+        full = utilization >= config.saturated_above
+        seen, bound = full and not task_improves(context.metrics, config), config.saturated_above
+    if not seen:
+        return None
+    return Verdict(
+        "saturated",
+        f"utilisation {utilization:.2f} is at or above {bound:g} and {_unsolved(context, config)}",
+        f"the memory is full: raise the state size (now {reading.state_capacity:g} per channel) "
+        "or ask for less to be remembered; no change of the decay adds room",
+    )
+
+
+def _collapsed(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
+    if context.first_of_several and config.spare_first_layer:
+        return None
+    retention = reading.retention_ratio
+    if context.previous == "collapsed":
+        seen = utilization < config.collapsed_recovers_above
+        bound, retention_bound = config.collapsed_recovers_above, config.retention_recovers_above
+    else:
+        rising = is_rising(context.utilizations, config) or task_improves(context.metrics, config)
+        seen = utilization < config.collapsed_below and not rising
+        bound, retention_bound = config.collapsed_below, config.retention_below
+    if not context.metrics:
+        # Without a task the only sign that low use is a fault is that the decay takes away what the features offer.
+        seen = seen and retention is not None and retention < retention_bound
+    if not seen:
+        return None
+    facts = [f"utilisation {utilization:.2f} is below {bound:g} and not recovering"]
+    if retention is None:
+        facts.append("there is no decay")
+    else:
+        facts.append(f"retention is {retention:.2f}")
+    if context.metrics:
+        facts.append(_unsolved(context, config))
+    return Verdict("collapsed", ", ".join(facts), _collapse_advice(retention, retention_bound, context))
+
+
+def _collapse_advice(retention: float | None, bound: float, context: Context) -> str:
+    if retention is not None and retention < bound:
+        advice = "the decay empties the memory: pull A towards I (A->I regulariser) or raise alpha"
+    else:
+        advice = (
+            "features or data, not the decay, leave the memory unused: look at the position information, the scale of "
+            "q and k, the learning rate, and at how many distinct tokens a sequence holds"
+        )
+    return advice if context.metrics else f"{advice}; give a task metric to the diagnosis to be surer"
+
+
+def _healthy_reason(utilization: float, context: Context, config: DiagnosisConfig) -> str:
+    if context.previous == "collapsed":
+        return (
+            f"utilisation {utilization:.2f}: above {config.collapsed_recovers_above:g}, or no longer lost to the decay"
+        )
+    if context.previous == "saturated":
+        return f"utilisation {utilization:.2f}: below {config.saturated_recovers_below:g}, there is room again"
+    return f"utilisation {utilization:.2f}: neither lost nor full"
+
+
+def _unsolved(context: Context, config: DiagnosisConfig) -> str:
+    return f"{config.metric} {context.metrics[-1]:.3g} has not reached {config.metric_solved:g}"
+
+
+def _halves(values: Sequence[float]) -> tuple[float, float]:
+    """Means of the older and the newer half."""
+    middle = len(values) // 2
+    return sum(values[:middle]) / middle, sum(values[middle:]) / (len(values) - middle)

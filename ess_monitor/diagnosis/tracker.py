@@ -1,0 +1,204 @@
+"""From verdicts to conditions: warm-up, patience, and a state that survives a restart."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ess_monitor.diagnosis.rules import Context, Verdict, attainable_utilization, judge
+from ess_monitor.diagnosis.thresholds import DiagnosisConfig
+from ess_monitor.errors import CheckpointError
+from ess_monitor.records import Condition, Finding, Reading
+
+STATE_VERSION = 1
+"""Version of `Tracker.state_dict`; raised when its fields change."""
+
+
+class Tracker:
+    """Follows every layer's condition through a run.
+
+    A condition changes when `patience` consecutive readings speak for the same new one after the warm-up. Readings that
+    are not `ok`, or that cannot be judged, neither count nor break a streak. Memory is bounded: one window of
+    `trend_window` numbers a layer and one for the task metric.
+
+    Every change is a `Finding`, with one exception: a layer that turns out healthy after the warm-up is not news.
+
+    Example:
+        >>> reading = Reading(step=0, layer="mixer", status="ok", length=64, state_capacity=16, attainable_size=16,
+        ...                   effective_size=2.4, utilization_ratio=0.15, retention_ratio=0.5)
+        >>> tracker = Tracker(DiagnosisConfig(warmup_steps=100, patience=2))
+        >>> for step in (0, 100, 200):
+        ...     findings = tracker.observe([reading], metrics={}, step=step)
+        >>> [finding.condition for finding in findings], tracker.conditions
+        (['collapsed'], {'mixer': 'collapsed'})
+    """
+
+    def __init__(self, config: DiagnosisConfig | None = None) -> None:
+        self.config = config if config is not None else DiagnosisConfig()
+        self._layers: dict[str, _Layer] = {}
+        self._metrics: deque[float] = deque(maxlen=self.config.trend_window)
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """Condition of every layer seen so far, in the order in which the layers were first given."""
+        return {name: layer.condition for name, layer in self._layers.items()}
+
+    def observe(self, readings: Iterable[Reading], metrics: Mapping[str, float], step: int) -> tuple[Finding, ...]:
+        """Take in one measurement; return the conditions that changed with it.
+
+        Args:
+            readings: one per layer, in model order (the first layer of the first measurement is the model's first).
+            metrics: metrics of the training loop. A value that is absent or not finite leaves the last known one valid.
+            step: optimizer step of the measurement.
+        """
+        readings = tuple(readings)
+        for reading in readings:
+            self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
+        self._take_metric(metrics)
+        findings = (self._follow(reading, step) for reading in readings)
+        return tuple(finding for finding in findings if finding is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on exactly here, as JSON-serialisable values."""
+        state = _TrackerState(
+            version=STATE_VERSION,
+            metric=self.config.metric,
+            metrics=list(self._metrics),
+            layers=[layer.to_state(name) for name, layer in self._layers.items()],
+        )
+        return state.model_dump(mode="json")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Under a smaller `trend_window` the newest values are kept; values of another metric are dropped.
+
+        Raises:
+            CheckpointError: not a state of this version. The tracker is left as it was.
+        """
+        try:
+            parsed = _TrackerState.model_validate(dict(state))
+        except (ValidationError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"state of the diagnosis cannot be read: {_first_problem(error)}; allowed is what "
+                "Tracker.state_dict() returned; drop the diagnosis state from the checkpoint to start afresh"
+            ) from error
+        if parsed.version != STATE_VERSION:
+            raise CheckpointError(
+                f"state of the diagnosis has version={parsed.version}, allowed is {STATE_VERSION}; resume with the "
+                "ess_monitor version that wrote it, or drop the diagnosis state from the checkpoint to start afresh"
+            )
+        same_metric = parsed.metric == self.config.metric
+        self._metrics = deque(parsed.metrics if same_metric else (), maxlen=self.config.trend_window)
+        self._layers = {layer.name: _Layer.from_state(layer, self.config.trend_window) for layer in parsed.layers}
+
+    def _take_metric(self, metrics: Mapping[str, float]) -> None:
+        value = metrics.get(self.config.metric) if self.config.metric is not None else None
+        if value is not None and math.isfinite(value):
+            self._metrics.append(float(value))
+        elif self._metrics:
+            self._metrics.append(self._metrics[-1])
+
+    def _follow(self, reading: Reading, step: int) -> Finding | None:
+        layer = self._layers[reading.layer]
+        utilization = attainable_utilization(reading)
+        if utilization is not None:
+            layer.utilizations.append(utilization)
+        if step < self.config.warmup_steps:
+            return None
+        context = Context(
+            previous=layer.condition,
+            utilizations=tuple(layer.utilizations),
+            metrics=tuple(self._metrics),
+            first_of_several=len(self._layers) > 1 and reading.layer == next(iter(self._layers)),
+        )
+        verdict = judge(reading, context, self.config)
+        if verdict is None:
+            return None
+        previous = layer.condition
+        if not layer.settles_on(verdict.condition, self.config.patience) or _is_no_news(previous, verdict):
+            return None
+        return Finding(
+            step=step,
+            layer=reading.layer,
+            condition=verdict.condition,
+            previous=previous,
+            reason=f"{verdict.reason}, for {self.config.patience} measurements",
+            advice=verdict.advice,
+            utilization_ratio=reading.utilization_ratio,
+            retention_ratio=reading.retention_ratio,
+            metric=self._metrics[-1] if self._metrics else None,
+        )
+
+
+class _Layer:
+    """Condition, streak and window of one layer."""
+
+    def __init__(self, window: int) -> None:
+        self.condition: Condition = "unknown"
+        self.candidate: Condition = "unknown"
+        self.streak = 0
+        self.utilizations: deque[float] = deque(maxlen=window)
+
+    def settles_on(self, condition: Condition, patience: int) -> bool:
+        """Count one reading for `condition`; True when the layer's condition changes with it."""
+        if condition == self.condition:
+            self.candidate, self.streak = condition, 0
+            return False
+        self.streak = self.streak + 1 if condition == self.candidate else 1
+        self.candidate = condition
+        if self.streak < patience:
+            return False
+        self.condition, self.streak = condition, 0
+        return True
+
+    def to_state(self, name: str) -> _LayerState:
+        return _LayerState(
+            name=name,
+            condition=self.condition,
+            candidate=self.candidate,
+            streak=self.streak,
+            utilizations=list(self.utilizations),
+        )
+
+    @classmethod
+    def from_state(cls, state: _LayerState, window: int) -> _Layer:
+        layer = cls(window)
+        layer.condition, layer.candidate, layer.streak = state.condition, state.candidate, state.streak
+        layer.utilizations.extend(state.utilizations)
+        return layer
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class _LayerState(_State):
+    name: str
+    condition: Condition
+    candidate: Condition
+    streak: int = Field(ge=0)
+    utilizations: list[float]
+
+
+class _TrackerState(_State):
+    version: int
+    metric: str | None
+    metrics: list[float]
+    layers: list[_LayerState]
+    """A list, so that the model order survives writers that sort keys."""
+
+
+def _is_no_news(previous: Condition, verdict: Verdict) -> bool:
+    return previous == "unknown" and verdict.condition == "healthy"
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'state'}: {first['msg']}"
+    return str(error)

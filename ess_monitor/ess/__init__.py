@@ -1,0 +1,48 @@
+"""The metric: operators, their singular values, and the effective state-size (ESS) at every position.
+
+Pure tensor functions on frozen operators; imports torch and the exception tree, nothing else of the package.
+
+    >>> import torch
+    >>> features = torch.randn(1, 2, 64, 8)  # (batch, heads, length, state): linear attention with TSS 8
+    >>> operator = DiagonalRecurrence(torch.zeros(1, 1, 1, 1), features, features)
+    >>> tolerance_ess(operator.singular_values(operator_positions(64, "midpoint")))
+    tensor([[[8.],
+             [8.]]])
+"""
+
+from __future__ import annotations
+
+from ess_monitor.ess.aggregate import Aggregation, aggregate, midpoint_index
+from ess_monitor.ess.attention import SoftmaxAttention
+from ess_monitor.ess.base import Operator
+from ess_monitor.ess.bounds import Bounds, ess_bounds
+from ess_monitor.ess.convolution import Convolution, GatedConvolution
+from ess_monitor.ess.decay import decay_product_norm, mean_decay, retention, retention_ratio
+from ess_monitor.ess.dense import DenseOperator
+from ess_monitor.ess.measure import Measured, measure
+from ess_monitor.ess.metrics import entropy_ess, tolerance_ess
+from ess_monitor.ess.positions import operator_positions
+from ess_monitor.ess.recurrence import DiagonalRecurrence
+
+__all__ = [
+    "Aggregation",
+    "Bounds",
+    "Convolution",
+    "DenseOperator",
+    "DiagonalRecurrence",
+    "GatedConvolution",
+    "Measured",
+    "Operator",
+    "SoftmaxAttention",
+    "aggregate",
+    "decay_product_norm",
+    "entropy_ess",
+    "ess_bounds",
+    "mean_decay",
+    "measure",
+    "midpoint_index",
+    "operator_positions",
+    "retention",
+    "retention_ratio",
+    "tolerance_ess",
+]

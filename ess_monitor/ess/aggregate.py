@@ -1,0 +1,69 @@
+"""From an ESS per sample, head and position to one number per layer, in the three ways that the paper uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ess_monitor.errors import OperatorError
+
+Aggregation = Literal["average", "total", "minimum"]
+"""How samples and channels are combined."""
+
+
+@torch.no_grad()
+def aggregate(
+    ess: Tensor, over: Aggregation = "average", *, channels_per_head: int = 1, position: int | None = None
+) -> Tensor:
+    """One number for a layer from its ESS or TSS per sample, head and position.
+
+    - "average": mean over samples and channels (C.1), for layers whose TSS is a design choice.
+    - "total": sum over channels, then mean over samples (C.1): the paper's choice for softmax attention, whose TSS per
+      channel does not depend on the layer's size.
+    - "minimum": smallest over samples and channels (C.6, there at the midpoint).
+
+    All three are then averaged over positions, unless `position` picks one.
+
+    Args:
+        ess: (batch, heads, positions).
+        over: See above.
+        channels_per_head: Value channels that share a head's operator, and with it its ESS; matters to "total" only.
+        position: Index into the last dimension, for example `midpoint_index(...)`.
+
+    Returns:
+        A scalar tensor. NaN when an entry that it depends on is NaN.
+
+    Raises:
+        OperatorError: `ess` has another shape, or `over` is unknown.
+
+    Example:
+        >>> ess = torch.tensor([[[2.0, 4.0], [1.0, 1.0]]])  # one sample, two heads, two positions
+        >>> aggregate(ess), aggregate(ess, "total", channels_per_head=8), aggregate(ess, "minimum", position=0)
+        (tensor(2.), tensor(32.), tensor(1.))
+    """
+    if ess.dim() != 3:
+        raise OperatorError(f"ess has shape {tuple(ess.shape)}, expected (batch, heads, positions).")
+    if over not in get_args(Aggregation):
+        raise OperatorError(f"over={over!r} must be one of {', '.join(get_args(Aggregation))}.")
+    if position is not None:
+        ess = ess[..., position, None]
+    if over == "minimum":
+        return ess.amin((0, 1)).mean()
+    if over == "total":
+        return ess.sum(1).mean() * channels_per_head
+    return ess.mean()
+
+
+def midpoint_index(positions: Sequence[int], length: int) -> int:
+    """Index of the position nearest to length // 2, where H_i is largest.
+
+    Example:
+        >>> midpoint_index([16, 32, 48], 64)
+        1
+    """
+    if not positions:
+        raise OperatorError("positions is empty; a sequence needs at least two tokens to have a position.")
+    return min(range(len(positions)), key=lambda p: abs(positions[p] - length // 2))

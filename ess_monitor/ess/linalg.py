@@ -1,0 +1,91 @@
+"""The two factorisations that the room uses, guarded.
+
+Everything is computed in float64, also for float32 and half inputs: batched LAPACK on matrices of this size is not
+slower in float64, sums of thousands of log decays stay exact, and the singular values far below the largest, which
+entropy-ESS sums up, do not drown in rounding. Results are handed out in float32 unless the inputs were float64.
+
+Nothing here reads a tensor's value on the host. A matrix that holds NaN or Inf never reaches LAPACK; it gives NaN.
+(torch's own SVD checks its status on the host on CUDA: a caller that must not wait runs this on a thread of its own.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+"""What torch raises when a factorisation does not converge."""
+
+SLAB_ELEMENTS = 1 << 20
+"""Elements of one intermediate block (8 MiB in float64). Work is cut into slabs of about this size."""
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that everything is computed in: float64, or float32 on devices that have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 when any input is float64, otherwise float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
+    """Host integers as an index on `device`, without waiting for the device."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+
+def slabs(total: int, elements_each: int) -> Iterator[slice]:
+    """Cut `range(total)` into slices that hold at most about `SLAB_ELEMENTS` elements."""
+    step = max(1, SLAB_ELEMENTS // max(1, elements_each))
+    for start in range(0, total, step):
+        yield slice(start, min(total, start + step))
+
+
+def triangular_factor_(rows: Tensor) -> Tensor:
+    """R of a QR factorisation, so that R^T R = rows^T rows. (..., m, n) -> (..., min(m, n), n).
+
+    NaN for a matrix that is not finite. Overwrites `rows`: the guard would otherwise cost a copy of the largest block.
+    """
+    broken = _clear_nonfinite_(rows)
+    factor: Tensor = torch.linalg.qr(rows, mode="r").R
+    return factor.masked_fill_(broken, torch.nan)
+
+
+def singular_values_(matrix: Tensor) -> Tensor:
+    """Singular values, descending. (..., m, n) -> (..., min(m, n)). Overwrites `matrix` where it is not finite.
+
+    NaN for a matrix that is not finite, or for which no driver converges.
+    """
+    broken = _clear_nonfinite_(matrix)
+    try:
+        values: Tensor = torch.linalg.svdvals(matrix)
+    except LinAlgError:
+        # One matrix fails the whole batch: take them one by one, so that its neighbours keep their values.
+        each = [_stubborn_singular_values(one) for one in matrix.reshape(-1, *matrix.shape[-2:])]
+        values = torch.stack(each).reshape(*matrix.shape[:-2], -1)
+    return values.masked_fill_(broken.squeeze(-1), torch.nan)
+
+
+def _clear_nonfinite_(matrix: Tensor) -> Tensor:
+    # A sum is NaN or Inf when an entry is. It also overflows for entries near the end of the range: they count as lost.
+    broken = ~torch.isfinite(matrix.sum((-2, -1), keepdim=True))
+    matrix.masked_fill_(broken, 0.0)
+    return broken
+
+
+def _stubborn_singular_values(matrix: Tensor) -> Tensor:
+    for driver in (torch.linalg.svdvals, _values_from_gram):
+        try:
+            return driver(matrix)
+        except LinAlgError:
+            continue
+    return matrix.new_full((min(matrix.shape),), torch.nan)
+
+
+def _values_from_gram(matrix: Tensor) -> Tensor:
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    squares: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
+    return squares.clamp(min=0).sqrt().flip(-1)

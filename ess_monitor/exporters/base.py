@@ -1,0 +1,37 @@
+"""The exporter seam.
+
+An exporter is three methods. The hub (`ess_monitor.exporters.hub`) calls them: `start` on the training thread, where an
+error stops the start; `export` and `close` on the exporter's own thread behind a bounded queue, where an error is
+counted and never reaches the training. An exporter with `inline = True` is called on the training thread instead
+(framework loggers are not thread-safe), with the same protection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Where measurements go."""
+
+    name: str
+    """Stable short name: the `exporter` label of the Prometheus metrics."""
+    inline: bool
+    """True: `export` is called on the training thread."""
+
+    def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
+        """Open the sink.
+
+        `snapshot` may be called at any time and from any thread. Raises `ExporterError` when the sink cannot be opened:
+        a sink that was asked for and cannot start is an error at the start of the run.
+        """
+
+    def export(self, measurement: Measurement) -> None:
+        """Write one measurement."""
+
+    def close(self, status: RunStatus) -> None:
+        """Flush and release everything. Called once, also after a failed run; a second call does nothing."""

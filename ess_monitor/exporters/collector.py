@@ -1,0 +1,239 @@
+"""The metric table: one snapshot in, Prometheus metric families out. Imported only when Prometheus is used.
+
+Every scrape cuts one immutable snapshot, so its numbers belong together; labels come from what was known at the start
+(layers, conditions, outcomes, ...), so every counter exists at 0 before it first counts: `increase()` does not see a
+counter that is born at 1. Sizes without a value are left out, as NaN would silence every alert that compares with it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+
+from ess_monitor.records import (
+    CONDITIONS,
+    OUTCOMES,
+    PHASES,
+    RUN_STATUSES,
+    HistogramData,
+    RunInfo,
+    Snapshot,
+)
+
+PREFIX = "ess_monitor_"
+
+_LAYER_GAUGES = (
+    ("state_capacity", "Theoretically realisable state-size of a layer, in state dimensions per channel."),
+    ("effective_size", "Effective state-size of a layer at the last measurement, in state dimensions per channel."),
+    ("utilization_ratio", "Effective state-size over capacity of a layer, 0 to 1."),
+    ("retention_ratio", "Effective state-size of a layer over that of the same layer without decay."),
+)
+_EMPTY = HistogramData(bounds=(), counts=())
+
+
+class SnapshotCollector:
+    """A custom collector over `snapshot()`.
+
+    Args:
+        run: what is fixed for the run; its layers are the values of the label `layer`.
+        snapshot: cuts the run's counters at one moment; called once per scrape, from the scrape's thread.
+    """
+
+    def __init__(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
+        self._run = run
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        """All families of one snapshot."""
+        run, now = self._run, self._snapshot()
+        yield from _about_the_run(run, now)
+        yield from _about_the_layers(run, now)
+        yield from _about_the_monitor(run, now)
+
+
+def _about_the_run(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
+    yield _info("build", "Versions of what runs.", run.versions)
+    yield _info(
+        "run",
+        "What the run is.",
+        {
+            "run_name": run.run_name,
+            "model": run.model,
+            "strategy": run.strategy,
+            "world_size": str(run.world_size),
+            "precision": run.precision,
+        },
+    )
+    yield _gauge(
+        "run_status", "1 for the status the run is in.", _one_hot(RUN_STATUSES, now.status), labels=("status",)
+    )
+    yield _gauge(
+        "run_start_timestamp_seconds",
+        "When the run started, in seconds since the epoch.",
+        _since_epoch(run.start_timestamp_seconds),
+    )
+    yield _gauge(
+        "last_step_timestamp_seconds",
+        "When the last optimizer step ended, in seconds since the epoch; absent before the first.",
+        _since_epoch(now.last_step_timestamp_seconds),
+    )
+    yield _gauge(
+        "last_measurement_timestamp_seconds",
+        "When the last measurement was taken, in seconds since the epoch; absent before the first.",
+        _since_epoch(now.last_measurement_timestamp_seconds),
+    )
+    yield _gauge("last_step", "Optimizer step the run is at.", {(): now.last_step})
+    yield _counter("steps", "Optimizer steps of this process.", {(): now.steps_total})
+    yield _histogram("training_step_seconds", "Duration of a training step in seconds.", {(): now.step_seconds})
+
+
+def _about_the_layers(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
+    names = [layer.name for layer in run.layers]
+    yield _gauge("layers", "Layers that are measured.", {(): len(names)})
+    for quantity, documentation in _LAYER_GAUGES:
+        family = quantity if quantity.startswith("state_") else f"state_{quantity}"
+        values: dict[tuple[str, ...], float | None] = {
+            (_layer_label(name),): getattr(now.readings[name], quantity) for name in names if name in now.readings
+        }
+        yield _gauge(family, documentation, values, labels=("layer",))
+    yield _gauge(
+        "layer_condition",
+        "1 for the condition a layer is in.",
+        {
+            (_layer_label(name), *condition): value
+            for name in names
+            for condition, value in _one_hot(CONDITIONS, now.conditions.get(name, "unknown")).items()
+        },
+        labels=("layer", "condition"),
+    )
+    yield _counter(
+        "condition_changes",
+        "How often a layer entered a condition.",
+        {(condition,): now.condition_changes_total.get(condition, 0) for condition in CONDITIONS},
+        labels=("condition",),
+    )
+    yield _gauge(
+        "condition_threshold_ratio",
+        "Thresholds of the diagnosis.",
+        {(*_condition_and_bound(key),): value for key, value in run.thresholds.items()},
+        labels=("condition", "bound"),
+    )
+    yield _counter(
+        "nonfinite_states",
+        "Measurements of a layer that met NaN or infinity.",
+        {(_layer_label(name),): now.nonfinite_total.get(name, 0) for name in names},
+        labels=("layer",),
+    )
+
+
+def _about_the_monitor(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
+    yield _counter(
+        "measurements",
+        "Sampled steps by how they ended.",
+        {(outcome,): now.measurements_total.get(outcome, 0) for outcome in OUTCOMES},
+        labels=("outcome",),
+    )
+    yield _histogram(
+        "overhead_seconds",
+        "Time of the monitor itself in seconds, by what it went into.",
+        {(phase,): now.overhead_seconds.get(phase, _EMPTY) for phase in PHASES},
+        labels=("phase",),
+    )
+    yield _gauge("overhead_ratio", "Measured cost of the monitor over training time.", {(): now.overhead_ratio})
+    yield _gauge(
+        "overhead_budget_ratio", "Cost over training time that the monitor may have.", {(): run.overhead_budget_ratio}
+    )
+    yield _gauge(
+        "measurement_interval_steps",
+        "Steps between measurements, after the overhead budget has stretched them.",
+        {(): now.interval_steps},
+    )
+    yield _counter(
+        "export_errors",
+        "Errors of an exporter.",
+        {(name,): count for name, count in now.export_errors_total.items()},
+        labels=("exporter",),
+    )
+    yield _counter(
+        "export_dropped",
+        "Measurements that an exporter did not take.",
+        {(name,): count for name, count in now.export_dropped_total.items()},
+        labels=("exporter",),
+    )
+    yield _gauge(
+        "export_queue_length",
+        "Measurements that wait for an exporter.",
+        {(name,): count for name, count in now.export_queue_length.items()},
+        labels=("exporter",),
+    )
+
+
+def _info(name: str, documentation: str, labels: Mapping[str, str]) -> Metric:
+    family = InfoMetricFamily(PREFIX + name, documentation)
+    family.add_metric([], {_label_name(key): value for key, value in labels.items()})
+    return family
+
+
+def _gauge(
+    name: str,
+    documentation: str,
+    values: Mapping[tuple[str, ...], float | None],
+    labels: tuple[str, ...] = (),
+) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, documentation, labels=labels)
+    for label_values, value in values.items():
+        if value is not None and math.isfinite(value):
+            family.add_metric(label_values, value)
+    return family
+
+
+def _counter(
+    name: str, documentation: str, values: Mapping[tuple[str, ...], float], labels: tuple[str, ...] = ()
+) -> Metric:
+    family = CounterMetricFamily(PREFIX + name, documentation, labels=labels)
+    for label_values, value in values.items():
+        family.add_metric(label_values, value)
+    return family
+
+
+def _histogram(
+    name: str, documentation: str, values: Mapping[tuple[str, ...], HistogramData], labels: tuple[str, ...] = ()
+) -> Metric:
+    family = HistogramMetricFamily(PREFIX + name, documentation, labels=labels)
+    for label_values, data in values.items():
+        buckets = [(repr(float(bound)), float(count)) for bound, count in zip(data.bounds, data.counts, strict=True)]
+        family.add_metric(label_values, [*buckets, ("+Inf", float(data.count))], data.total_seconds)
+    return family
+
+
+def _one_hot(names: Iterable[str], current: str) -> dict[tuple[str, ...], float]:
+    return {(name,): float(name == current) for name in names}
+
+
+def _since_epoch(seconds: float) -> dict[tuple[str, ...], float | None]:
+    # 0 stands for "not yet"; exported as it is, a panel would say "56 years ago" and an alert on age would fire.
+    return {(): seconds if seconds > 0 else None}
+
+
+def _layer_label(name: str) -> str:
+    # An empty label value is no label at all for Prometheus; the empty name is the model itself.
+    return name or "root"
+
+
+def _condition_and_bound(key: str) -> tuple[str, str]:
+    condition, _, bound = key.partition(".")
+    return condition, bound
+
+
+def _label_name(key: str) -> str:
+    name = re.sub(r"[^a-zA-Z0-9_]", "_", key)
+    return f"_{name}" if not name or name[0].isdigit() else name

@@ -1,0 +1,43 @@
+"""Every exporter's settings as one type, and the way from settings to an exporter."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from ess_monitor.exporters.base import Exporter
+from ess_monitor.exporters.event_log import EventLogConfig, EventLogExporter
+from ess_monitor.exporters.prometheus import PrometheusConfig, PrometheusExporter
+from ess_monitor.exporters.tensorboard import TensorBoardConfig, TensorBoardExporter
+from ess_monitor.exporters.terminal import TerminalConfig, TerminalExporter
+
+
+def _from_name(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+ExporterConfig = Annotated[
+    Annotated[PrometheusConfig | TensorBoardConfig | EventLogConfig | TerminalConfig, Field(discriminator="kind")],
+    BeforeValidator(_from_name),
+]
+"""Settings of any exporter, told apart by `kind`. In a pydantic model a bare name stands for its defaults:
+`["prometheus", {"kind": "event_log", "path": "x.jsonl"}]`."""
+
+
+def build_exporter(config: PrometheusConfig | TensorBoardConfig | EventLogConfig | TerminalConfig) -> Exporter:
+    """The exporter of these settings, not started yet.
+
+    Example:
+        >>> build_exporter(EventLogConfig(path="events.jsonl")).name
+        'event_log'
+    """
+    match config:
+        case PrometheusConfig():
+            return PrometheusExporter(config)
+        case TensorBoardConfig():
+            return TensorBoardExporter(config)
+        case EventLogConfig():
+            return EventLogExporter(config)
+        case TerminalConfig():
+            return TerminalExporter(config)

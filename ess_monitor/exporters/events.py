@@ -1,0 +1,119 @@
+"""The lines of the event log as types, and how to write and read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ess_monitor.records import SCHEMA_VERSION, Finding, Measurement, RunInfo, Snapshot
+
+
+class _EventBase(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # Exactly this version: a line of another schema is a foreign line and never half understood.
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
+    timestamp_seconds: float
+    run: str
+
+
+class RunStartedEvent(_EventBase):
+    """A run began or was resumed on this file."""
+
+    event: Literal["run_started"] = "run_started"
+    data: RunInfo
+
+
+class MeasurementEvent(_EventBase):
+    """One sampled step."""
+
+    event: Literal["measurement"] = "measurement"
+    data: Measurement
+
+
+class FindingEvent(_EventBase):
+    """A layer's condition changed."""
+
+    event: Literal["finding"] = "finding"
+    data: Finding
+
+
+class RunFinishedEvent(_EventBase):
+    """The run ended; `data.status` says how, and the counters are the final ones."""
+
+    event: Literal["run_finished"] = "run_finished"
+    data: Snapshot
+
+
+Event = RunStartedEvent | MeasurementEvent | FindingEvent | RunFinishedEvent
+"""Any line of the event log."""
+
+_ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+
+
+def encode_event(event: Event) -> bytes:
+    """One line of JSON with its newline; JSON escapes the newlines inside texts."""
+    return event.model_dump_json().encode() + b"\n"
+
+
+class EventReader(Iterator[Event]):
+    """Iterates over the events of a log, skipping what is not an event of this schema.
+
+    Skipped are a torn line (the process or the disk stopped in the middle of it), lines of another schema version, and
+    anything else that does not validate; blank lines are not counted. The file is read as a stream.
+
+    Args:
+        path: the log.
+
+    Raises:
+        OSError: with the first event, when the file cannot be opened.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.skipped_lines = 0
+        """Lines so far that were no event."""
+        self._events = self._read(Path(path))
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def _read(self, path: Path) -> Iterator[Event]:
+        with path.open("rb") as lines:
+            for line in lines:
+                if not line.strip():
+                    continue
+                try:
+                    yield _ADAPTER.validate_json(line)
+                except ValidationError:
+                    self.skipped_lines += 1
+
+
+def read_event_log(path: str | Path) -> EventReader:
+    """Read an event log back.
+
+    Args:
+        path: the file that `EventLogExporter` wrote. A rotated older part lies beside it as `<name>.1`.
+
+    Returns:
+        An iterator of events; its `skipped_lines` counts the lines that were no event.
+
+    Raises:
+        OSError: with the first event, when the file cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> from ess_monitor.records import RunInfo
+        >>> started = RunStartedEvent(
+        ...     timestamp_seconds=0.0, run="demo", data=RunInfo(run_name="demo", model="Net", layers=())
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "events.jsonl")
+        ...     _ = path.write_bytes(encode_event(started) + b'{"event": "meas')
+        ...     events = read_event_log(path)
+        ...     [(event.event, event.run) for event in events], events.skipped_lines
+        ([('run_started', 'demo')], 1)
+    """
+    return EventReader(path)

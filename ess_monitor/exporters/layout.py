@@ -1,0 +1,55 @@
+"""The custom-scalars page of TensorBoard: an overview of the model, then every layer by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ess_monitor.exporters.scalars import OVERHEAD_TAG, UTILIZATION_TAG, condition_tag, scalar_tag
+from ess_monitor.records import CONDITIONS
+
+Layout = dict[str, dict[str, list[object]]]
+"""category -> chart title -> [kind, tags], as `SummaryWriter.add_custom_scalars` takes it."""
+
+
+def custom_scalars_layout(layers: Iterable[str]) -> Layout:
+    """The layout for these layers, in this order.
+
+    Multiline charts take regular expressions; a margin chart takes the tags of value, lower and upper end.
+
+    >>> sorted(custom_scalars_layout(["mixer"]))
+    ['ESS layer: mixer', 'ESS overview']
+    """
+    layout: Layout = {
+        "ESS overview": {
+            "Utilisation of every layer (effective / capacity)": _lines("ess_utilization_ratio/.*"),
+            "Utilisation of the model": _lines(re.escape(UTILIZATION_TAG)),
+            "Effective state-size of every layer": _lines("ess_effective_size/.*"),
+            "Retention of every layer (below 1 the decay costs memory)": _lines("ess_retention_ratio/.*"),
+            "Layers in each condition": _lines(*(re.escape(condition_tag(name)) for name in CONDITIONS)),
+            "Cost of the monitor (share of training time)": _lines(re.escape(OVERHEAD_TAG)),
+        }
+    }
+    for layer in layers:
+        layout[f"ESS layer: {layer or 'root'}"] = {
+            "Effective state-size, certified bounds over all positions": [
+                "Margin",
+                [
+                    scalar_tag("effective_size", layer),
+                    scalar_tag("effective_size_lower", layer),
+                    scalar_tag("effective_size_upper", layer),
+                ],
+            ],
+            "Effective, entropy and theoretically realisable state-size": _lines(
+                *(re.escape(scalar_tag(name, layer)) for name in ("effective_size", "entropy_size", "state_capacity"))
+            ),
+            "Utilisation, retention and mean decay": _lines(
+                *(re.escape(scalar_tag(name, layer)) for name in ("utilization_ratio", "retention_ratio", "mean_decay"))
+            ),
+        }
+    return layout
+
+
+def _lines(*patterns: str) -> list[object]:
+    # TensorBoard searches, so an expression without anchors would also match longer tags.
+    return ["Multiline", [f"^{pattern}$" for pattern in patterns]]

@@ -1,0 +1,107 @@
+"""A measurement as flat scalars: the one naming scheme that TensorBoard and every framework logger share.
+
+Tags are `<section>/<name>`. Loggers group by the part before the first slash, so a section holds one quantity for all
+layers (layers are compared with each other far more often than two quantities of one layer):
+
+    ess_<quantity>/<layer>      one layer, for every quantity of LAYER_QUANTITIES that was measured
+    ess_layers/<condition>      how many layers are in that condition
+    ess_monitor/...             the whole model, and the monitor's own cost
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+
+from ess_monitor.records import CONDITIONS, Measurement, Reading
+
+LAYER_QUANTITIES: tuple[str, ...] = (
+    "utilization_ratio",
+    "effective_size",
+    "effective_size_lower",
+    "effective_size_upper",
+    "minimum_effective_size",
+    "total_effective_size",
+    "entropy_size",
+    "state_capacity",
+    "retention_ratio",
+    "mean_decay",
+    "decay_product_norm",
+)
+"""Fields of `Reading` that become scalars. Units are those of `ess_monitor.records`."""
+
+UTILIZATION_TAG = "ess_monitor/utilization_ratio"
+"""Sum of effective sizes over sum of capacities: the ratio of the whole model (a mean of ratios would overweigh small
+layers). Layers whose capacity grows with the position are left out: their capacity is no design choice."""
+OVERHEAD_TAG = "ess_monitor/overhead_ratio"
+INTERVAL_TAG = "ess_monitor/interval_steps"
+
+_UNSAFE = re.compile(r"[^\w.\-]")
+
+
+def layer_tag(layer: str) -> str:
+    """A layer's name as loggers accept it: letters, digits, `_`, `-` and `.`.
+
+    A name that has anything else keeps its safe characters and gets a checksum of the original, so that two layers
+    never share a tag and a layer keeps its tag from run to run.
+
+    >>> layer_tag("blocks.0.mixer")
+    'blocks.0.mixer'
+    >>> layer_tag("a b"), layer_tag("a_b")
+    ('a_b-806c5cd3', 'a_b')
+    >>> layer_tag("")
+    'root'
+    """
+    if not layer:
+        return "root"  # the model itself is the layer
+    safe = _UNSAFE.sub("_", layer)
+    return safe if safe == layer else f"{safe}-{zlib.crc32(layer.encode('utf-8', 'surrogatepass')):08x}"
+
+
+def scalar_tag(quantity: str, layer: str) -> str:
+    """The tag of one quantity of one layer.
+
+    >>> scalar_tag("utilization_ratio", "blocks.0.mixer")
+    'ess_utilization_ratio/blocks.0.mixer'
+    """
+    return f"ess_{quantity}/{layer_tag(layer)}"
+
+
+def condition_tag(condition: str) -> str:
+    """The tag of the number of layers in a condition."""
+    return f"ess_layers/{condition}"
+
+
+def scalars(measurement: Measurement) -> dict[str, float]:
+    """Every number of a measurement worth a curve, by tag. Only finite numbers; only readings with status ok.
+
+    Example:
+        >>> from ess_monitor.records import Measurement, Reading
+        >>> reading = Reading(step=7, layer="mixer", status="ok", effective_size=3.0, state_capacity=12.0)
+        >>> values = scalars(Measurement(step=7, timestamp_seconds=0.0, readings=(reading,), conditions={}))
+        >>> values["ess_effective_size/mixer"], values["ess_monitor/utilization_ratio"]
+        (3.0, 0.25)
+    """
+    values: dict[str, float | None] = {}
+    measured = [reading for reading in measurement.readings if reading.status == "ok"]
+    for reading in measured:
+        for quantity in LAYER_QUANTITIES:
+            values[scalar_tag(quantity, reading.layer)] = getattr(reading, quantity)
+    conditions = list(measurement.conditions.values())
+    for condition in CONDITIONS:
+        values[condition_tag(condition)] = float(conditions.count(condition))
+    values[UTILIZATION_TAG] = model_utilization_ratio(measured)
+    values[OVERHEAD_TAG] = measurement.overhead_ratio
+    values[INTERVAL_TAG] = float(measurement.interval_steps)
+    return {tag: float(value) for tag, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def model_utilization_ratio(readings: list[Reading]) -> float | None:
+    """Sum of effective sizes over sum of capacities; None where nothing has both."""
+    effective = capacity = 0.0
+    for reading in readings:
+        if reading.effective_size is not None and reading.state_capacity is not None and not reading.capacity_grows:
+            effective += reading.effective_size
+            capacity += reading.state_capacity
+    return effective / capacity if capacity > 0 else None

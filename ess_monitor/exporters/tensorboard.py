@@ -1,0 +1,161 @@
+"""TensorBoard: curves of every layer, a ready-made page of charts, per-head heat maps, findings as text."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ess_monitor.errors import ExporterError
+from ess_monitor.exporters.layout import custom_scalars_layout
+from ess_monitor.exporters.scalars import layer_tag, scalars
+from ess_monitor.records import Finding, Measurement, RunInfo, RunStatus, Snapshot
+
+if TYPE_CHECKING:
+    from ess_monitor.exporters.heatmap import HeadHistory
+
+_INSTALL = 'pip install "ess-monitor[tensorboard]"'
+
+
+class TensorBoardConfig(BaseModel):
+    """Settings of the TensorBoard exporter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["tensorboard"] = "tensorboard"
+    """Which exporter this is."""
+    log_dir: Path = Path("runs")
+    """Folder that `tensorboard --logdir` is pointed at; each run writes into a sub-folder named after it, as two runs
+    in one folder are drawn as one zigzag. Not used with an injected writer. `runs` is the habit of PyTorch's writer."""
+    scalars: bool = True
+    """False: no curves, for when something else logs them to the same writer (a framework's own loggers)."""
+    layout: bool = True
+    """Adds the custom-scalars page. False keeps a page of your own: a run has room for one."""
+    heatmap_columns: int = Field(default=128, ge=0, le=1024)
+    """Measurements a per-head heat map shows, the newest ones; 0 draws none. 128 squares fit a screen."""
+    heatmap_rows: int = Field(default=64, ge=1, le=1024)
+    """Heads a heat map shows at most: more rows cannot be told apart on a screen."""
+
+
+class TensorBoardExporter:
+    """Writes measurements into a `SummaryWriter`.
+
+    Global step is `measurement.step`. One heat map is drawn per measurement, the layers in turn, because a picture
+    costs a hundred times what a scalar does; closing draws those that have changed since.
+
+    Args:
+        config: what is written.
+        writer: an open `torch.utils.tensorboard.SummaryWriter`, such as a framework logger's own. It is flushed but
+            never closed here, and it is called on the training thread, as framework loggers are not thread-safe.
+            None: a writer of our own, made by `start`.
+    """
+
+    def __init__(self, config: TensorBoardConfig | None = None, writer: Any = None) -> None:
+        self.name = "tensorboard"
+        self.inline = writer is not None
+        self.config = config or TensorBoardConfig()
+        self._injected = writer
+        self._writer: Any = None
+        self._heads: dict[str, HeadHistory] = {}
+        self._next_heatmap = 0
+        self._last: Measurement | None = None
+
+    def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
+        """Open the writer and lay out the page.
+
+        Raises:
+            ExporterError: tensorboard is not installed, or the folder cannot be written.
+        """
+        if self.config.heatmap_columns and importlib.util.find_spec("PIL") is None:
+            raise ExporterError(
+                f"tensorboard.heatmap_columns={self.config.heatmap_columns} needs Pillow, which is not installed. "
+                f"Install it ({_INSTALL} pillow), or set heatmap_columns=0."
+            )
+        self._writer = self._injected if self._injected is not None else self._open_writer(run)
+        if self.config.layout:
+            self._writer.add_custom_scalars(custom_scalars_layout(layer.name for layer in run.layers))
+
+    def export(self, measurement: Measurement) -> None:
+        """Write one measurement."""
+        if self._writer is None:
+            return
+        self._last = measurement
+        step, when = measurement.step, measurement.timestamp_seconds
+        if self.config.scalars:
+            for tag, value in scalars(measurement).items():
+                self._writer.add_scalar(tag, value, global_step=step, walltime=when)
+        for finding in measurement.findings:
+            self._writer.add_text(
+                f"ess_findings/{layer_tag(finding.layer)}", _as_markdown(finding), global_step=step, walltime=when
+            )
+        self._remember_heads(measurement)
+        self._draw_next_heatmap(measurement)
+
+    def close(self, status: RunStatus) -> None:
+        """Draw what is not drawn yet, flush, and close the writer if it is our own."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        try:
+            if self._last is not None:
+                for layer in self._heads:
+                    self._draw_heatmap(writer, layer, self._last)
+            writer.flush()
+        finally:
+            if self._injected is None:
+                writer.close()
+
+    def _open_writer(self, run: RunInfo) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ExporterError(
+                f"the TensorBoard exporter needs the package tensorboard ({error}). Install it with {_INSTALL}, "
+                "or leave `tensorboard` out of `exporters`."
+            ) from error
+        folder = self.config.log_dir / (re.sub(r"[^\w.\-]", "_", run.run_name).strip(".") or "run")
+        try:
+            return SummaryWriter(log_dir=str(folder))
+        except OSError as error:
+            raise ExporterError(
+                f"tensorboard.log_dir={str(self.config.log_dir)!r}: {str(folder)!r} cannot be written "
+                f"({type(error).__name__}: {error}). Give a folder this process may write to."
+            ) from error
+
+    def _remember_heads(self, measurement: Measurement) -> None:
+        if not self.config.heatmap_columns:
+            return
+        from ess_monitor.exporters.heatmap import HeadHistory
+
+        for reading in measurement.readings:
+            if reading.status == "ok" and reading.per_head:
+                if reading.layer not in self._heads:
+                    self._heads[reading.layer] = HeadHistory(self.config.heatmap_columns, self.config.heatmap_rows)
+                self._heads[reading.layer].add(reading)
+
+    def _draw_next_heatmap(self, measurement: Measurement) -> None:
+        if self._heads:
+            layers = list(self._heads)
+            self._draw_heatmap(self._writer, layers[self._next_heatmap % len(layers)], measurement)
+            self._next_heatmap += 1
+
+    def _draw_heatmap(self, writer: Any, layer: str, measurement: Measurement) -> None:
+        history = self._heads[layer]
+        if history.changed:
+            writer.add_image(
+                f"ess_heads/{layer_tag(layer)}",
+                history.image(),
+                global_step=measurement.step,
+                walltime=measurement.timestamp_seconds,
+            )
+
+
+def _as_markdown(finding: Finding) -> str:
+    lines = [f"**{finding.layer or 'root'}**: {finding.previous} → **{finding.condition}**", finding.reason]
+    if finding.advice:
+        lines.append(f"*{finding.advice}*")
+    return "\n\n".join(lines)

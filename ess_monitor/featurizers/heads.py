@@ -1,0 +1,119 @@
+"""What the head-based mixers have in common: features per head, the way back, rotary positions.
+
+Shapes: B batch, H heads, L length, D width, N state per head, V = D / H value dimensions per head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ess_monitor.errors import ConfigError
+
+
+def state_per_head(width: int, num_heads: int, expand_k: float) -> int:
+    """expand_k width / num_heads: the state dimensions of a head, which is also its TSS per channel.
+
+    Raises:
+        ConfigError: a value is not positive, heads do not divide the width, or the state is not a whole number.
+
+    Example:
+        >>> state_per_head(width=32, num_heads=2, expand_k=0.5)
+        8
+    """
+    for name, value in (("width", width), ("num_heads", num_heads), ("expand_k", expand_k)):
+        if not value > 0:
+            raise ConfigError(f"{name}={value} must be greater than 0.")
+    if width % num_heads:
+        raise ConfigError(f"num_heads={num_heads} must divide width={width}; take a divisor of {width}.")
+    state = expand_k * width / num_heads
+    if abs(state - round(state)) > 1e-6 or round(state) < 1:
+        raise ConfigError(
+            f"expand_k={expand_k} gives {state:g} state dimensions per head (expand_k width / num_heads = "
+            f"{expand_k} * {width} / {num_heads}); it must be a whole number of at least 1. "
+            "`build_mixer` takes the state size itself."
+        )
+    return round(state)
+
+
+class HeadFeatures(nn.Module):
+    """q = (W_C u + b) scale, k = W_B u + b, v = W_u u, cut into heads.
+
+    The biases are not in the paper. Without them WLA and GLA do not find the previous-token features that recall needs
+    within a few thousand steps; drawn with `bias_std` they start out of symmetry.
+    """
+
+    def __init__(self, width: int, num_heads: int, state: int, *, query_scale: float, bias_std: float) -> None:
+        super().__init__()
+        if not bias_std >= 0:
+            raise ConfigError(f"qk_bias_std={bias_std} must be at least 0 (0 starts the biases at zero).")
+        self.num_heads = num_heads
+        self.query_scale = query_scale
+        self.q = nn.Linear(width, num_heads * state)
+        self.k = nn.Linear(width, num_heads * state)
+        self.v = nn.Linear(width, width, bias=False)
+        for projection in (self.q, self.k):
+            nn.init.normal_(projection.bias, std=bias_std)
+
+    def forward(self, u_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, H, L, N), (B, H, L, N), (B, H, L, V)."""
+        q, k, v = (split_heads(project(u_BLD), self.num_heads) for project in (self.q, self.k, self.v))
+        return q * self.query_scale, k, v
+
+
+class HeadReadout(nn.Module):
+    """RMSNorm of every head's output, then W_o over all heads.
+
+    The norm is not in the paper. It takes the scale of the memory (a sum over the sequence) out of the output, so that
+    layers with much and with little decay train at one learning rate.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width // num_heads, eps=1e-5)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, y_BHLV: Tensor) -> Tensor:
+        """(B, L, D)."""
+        merged: Tensor = self.out(self.norm(y_BHLV).transpose(1, 2).flatten(2))
+        return merged
+
+
+def split_heads(x_BLD: Tensor, num_heads: int) -> Tensor:
+    """(B, L, H N) to (B, H, L, N)."""
+    return torch.unflatten(x_BLD, -1, (num_heads, -1)).transpose(1, 2)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su et al., 2023): dimension pairs turn by position / base^(2 pair / N).
+
+    Only differences of positions then enter q^T k. A small `base` keeps all pairs fast, which short sequences need to
+    tell neighbouring positions apart.
+
+    Example:
+        >>> turn = Rotary(4, base=100.0)
+        >>> q, k = turn(torch.ones(1, 1, 6, 4)), turn(torch.ones(1, 1, 6, 4))
+        >>> products = q @ k.mT
+        >>> torch.allclose(products[0, 0, 1, 0], products[0, 0, 5, 4])
+        True
+    """
+
+    def __init__(self, state: int, *, base: float) -> None:
+        super().__init__()
+        if state % 2:
+            raise ConfigError(f"the state size per head is {state}; rotary positions turn pairs, so it must be even.")
+        if not base > 1:
+            raise ConfigError(f"rope_base={base} must be greater than 1; 10 suits tens of tokens, 10000 thousands.")
+        self.base = base
+
+    def forward(self, x_BHLN: Tensor) -> Tensor:
+        """Same shape and dtype."""
+        length, state = x_BHLN.shape[2:]
+        # Worked out anew in float32: a buffer would be rounded by `.bfloat16()`, which shifts late positions by turns.
+        speed = torch.exp(torch.arange(0, state, 2, device=x_BHLN.device) * (-math.log(self.base) / state))
+        angle = torch.arange(length, device=x_BHLN.device)[:, None] * speed
+        cos, sin = angle.cos().to(x_BHLN.dtype), angle.sin().to(x_BHLN.dtype)
+        first, second = x_BHLN.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

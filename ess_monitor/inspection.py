@@ -1,0 +1,105 @@
+"""Looking at a model without training it: `describe` (nothing runs) and `profile` (one forward pass)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ess_monitor.capture import CaptureConfig, LayerFilter, layer_infos
+from ess_monitor.capture.operators import capture_pass
+from ess_monitor.config import MonitorConfig
+from ess_monitor.readings import compute, positions_of, reading
+from ess_monitor.records import LayerInfo, Reading
+
+DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
+"""More of everything than while training: 8 samples as in the paper's section 3, every head, 8 positions."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """The sequence mixers of a model, in model order."""
+
+    model: str
+    """Class of the model."""
+    layers: tuple[LayerInfo, ...]
+    """Every layer that mixes along the sequence, measured or skipped; a skipped one says why."""
+
+    @property
+    def supported(self) -> tuple[LayerInfo, ...]:
+        """The layers a monitor would measure."""
+        return tuple(layer for layer in self.layers if layer.supported)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.supported)} of {len(self.layers)} sequence mixers can be measured"]
+        for layer in self.layers:
+            if layer.supported:
+                capacity = (
+                    "TSS grows with the position" if layer.state_capacity is None else f"TSS {layer.state_capacity}"
+                )
+                handles = "; ".join(layer.handles) or "none"
+                lines.append(
+                    f"  {layer.name}: {layer.module}, {layer.operator}, {capacity}, {layer.channels} operators, "
+                    f"handles: {handles}"
+                )
+            else:
+                lines.append(f"  {layer.name}: {layer.module}, skipped: {layer.reason}")
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module, *, layers: LayerFilter | None = None) -> Description:
+    """Say of every sequence-mixing layer whether it can be measured: operator, TSS, handles, or why not.
+
+    Args:
+        model: any module; it is not run.
+        layers: the same filter as `MonitorConfig.layers`; a layer left out by it is listed as skipped.
+
+    Example:
+        >>> from ess_monitor import describe
+        >>> from ess_monitor.featurizers import GLA, SA
+        >>> print(describe(torch.nn.Sequential(GLA(16, 2), SA(16, 2))))
+        Sequential: 2 of 2 sequence mixers can be measured
+          0: GLA, DiagonalRecurrence, TSS 8, 2 operators, handles: decay: gate
+          1: SA, SoftmaxAttention, TSS grows with the position, 2 operators, handles: none
+    """
+    return Description(type(model).__name__, layer_infos(model, layers))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one forward pass shows of every layer."""
+
+    model: str
+    """Class of the model."""
+    readings: tuple[Reading, ...]
+    """One per measured layer, in model order."""
+
+
+def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None, **named_inputs: Any) -> Profile:
+    """Measure every sequence mixer on one batch. Eval mode, no gradients; the model is left as it was.
+
+    Args:
+        model: the model.
+        inputs, named_inputs: what its forward takes.
+        config: `tolerance`, `positions`, `layers` and `capture` are used; the default measures 8 samples, all heads and
+            8 positions of at most 1024 tokens.
+
+    Raises:
+        NoLayersError: nothing in the model can be measured.
+        CaptureError: a layer was not called or could not be read.
+
+    Example:
+        >>> import torch
+        >>> from ess_monitor import profile
+        >>> from ess_monitor.featurizers import LA
+        >>> [r.state_capacity for r in profile(LA(16, 2), torch.randn(2, 64, 16)).readings]
+        [8.0]
+    """
+    config = config or DEFAULTS
+    readings = []
+    for captured in capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture):
+        positions = positions_of(captured, config.positions)
+        results = {name: value.cpu() for name, value in compute(captured, positions, config.tolerance).items()}
+        readings.append(reading(0, captured, positions, config.tolerance, results))
+    return Profile(type(model).__name__, tuple(readings))

@@ -1,0 +1,98 @@
+"""From a captured operator to a `Reading`: the computation that runs beside the training, and what becomes of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+
+import torch
+
+from ess_monitor.capture import Captured
+from ess_monitor.ess import ess_bounds, measure, operator_positions
+from ess_monitor.records import Reading, Status
+
+Results = dict[str, torch.Tensor]
+
+
+def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) -> Results:
+    """Everything that is measured of one operator, as tensors on its device. Nothing here waits for the device."""
+    operator = captured.operator
+    with torch.no_grad():
+        measured = measure(operator, positions, tolerance=tolerance)
+        results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
+        if positions and not operator.capacity_grows:
+            capacity = measured.state_capacity.max()
+            bounds = ess_bounds(positions, measured.tolerance_ess, operator.length, capacity=capacity)
+            results["mean_lower"], results["mean_upper"] = bounds.mean_lower, bounds.mean_upper
+    return results
+
+
+def positions_of(captured: Captured, positions: str | int) -> tuple[int, ...]:
+    """The positions asked for, in this operator's length."""
+    return operator_positions(captured.operator.length, positions)  # type: ignore[arg-type]
+
+
+def lost_reading(step: int, captured_name: str, status: Status, message: str) -> Reading:
+    """A reading without sizes."""
+    return Reading(step=step, layer=captured_name, status=status, message=message)
+
+
+def reading(step: int, captured: Captured, positions: tuple[int, ...], tolerance: float, results: Results) -> Reading:
+    """Average a layer's results, which are on the host by now."""
+    name, length = captured.layer.name, captured.operator.length
+    if not positions:
+        message = f"a sequence of {length} token(s) has no past to remember; ESS needs at least 2"
+        return Reading(step=step, layer=name, status="too_short", message=message, length=length)
+    tolerance_ess, finite = results["tolerance_ess"].double(), results["finite"]
+    common = {
+        "step": step,
+        "layer": name,
+        "operators": finite.numel(),
+        "length": length,
+        "positions": positions,
+        "tolerance": tolerance,
+        "capacity_grows": captured.operator.capacity_grows,
+        "heads": captured.heads,
+    }
+    if not bool(finite.all()) or not bool(tolerance_ess.isfinite().all()):
+        bad = int((~(finite & tolerance_ess.isfinite().all(-1))).sum())
+        message = f"{bad} of {finite.numel()} operators hold NaN or Inf, or their spectrum did not converge"
+        return Reading(status="nonfinite", message=message, **common)  # type: ignore[arg-type]
+    capacity = results["state_capacity"].double()
+    reachable = [min(float(c), i, length - i) for c, i in zip(capacity.tolist(), positions, strict=True)]
+    effective, mean_capacity = float(tolerance_ess.mean()), float(capacity.mean())
+    middle = min(range(len(positions)), key=lambda p: abs(positions[p] - length / 2))
+    undecayed = results.get("undecayed_ess")
+    return Reading(
+        status="ok",
+        state_capacity=mean_capacity,
+        attainable_size=sum(reachable) / len(reachable),
+        effective_size=effective,
+        entropy_size=_mean(results["entropy_ess"]),
+        total_effective_size=effective * captured.channels,
+        total_state_capacity=mean_capacity * captured.channels,
+        minimum_effective_size=float(tolerance_ess[..., middle].min()),
+        effective_size_lower=_mean(results.get("mean_lower")),
+        effective_size_upper=_mean(results.get("mean_upper")),
+        utilization_ratio=effective / mean_capacity if mean_capacity > 0 else 0.0,
+        retention_ratio=None if undecayed is None else _ratio(effective, _mean(undecayed)),
+        mean_decay=_mean(results.get("mean_decay")),
+        decay_product_norm=_mean(results.get("decay_product_norm")),
+        per_head=tuple(tolerance_ess.mean((0, 2)).tolist()),
+        per_position=tuple(tolerance_ess.mean((0, 1)).tolist()),
+        **common,  # type: ignore[arg-type]
+    )
+
+
+def _mean(values: torch.Tensor | None) -> float | None:
+    if values is None:
+        return None
+    mean = float(values.double().mean())
+    return mean if math.isfinite(mean) else None
+
+
+def _ratio(effective: float, undecayed: float | None) -> float | None:
+    """Of the averages, not an average of ratios: a head whose undecayed ESS is 0 must not decide."""
+    if undecayed is None:
+        return None
+    return effective / undecayed if undecayed > 0 else 1.0

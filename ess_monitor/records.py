@@ -1,0 +1,201 @@
+"""What travels between the rooms: frozen, serialisable, versioned.
+
+Records know nobody: this module imports pydantic and nothing of ours. Every room speaks in these types, so that the
+diagnosis never sees an exporter and an exporter never sees a model. `record.model_dump(mode="json")` is what the event
+log writes; `Record.model_validate(...)` reads it back.
+
+Units: sizes (`state_capacity`, `effective_size`, ...) are state dimensions; `_ratio` is 0..1 unless said otherwise;
+`_seconds` are seconds; `_timestamp_seconds` are seconds since the Unix epoch; steps are optimizer steps.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+"""Version of the serialised records; raised when a field changes its meaning or disappears."""
+
+Status = Literal["ok", "nonfinite", "too_short", "timed_out", "dropped", "failed"]
+"""How a reading ended. Only `ok` carries sizes that mean something; every other status keeps the reason."""
+
+Condition = Literal["unknown", "healthy", "saturated", "collapsed"]
+"""What the diagnosis says of a layer."""
+
+RunStatus = Literal["starting", "running", "finished", "failed"]
+"""Where a run is."""
+
+Phase = Literal["capture", "measure", "diagnose", "intervene", "export"]
+"""What the monitor's own time went into."""
+
+Outcome = Literal["ok", "skipped", "failed"]
+"""How a sampled step ended: measured, not measured by choice (queue full, nothing captured), or failed."""
+
+CONDITIONS: tuple[Condition, ...] = ("unknown", "healthy", "saturated", "collapsed")
+RUN_STATUSES: tuple[RunStatus, ...] = ("starting", "running", "finished", "failed")
+PHASES: tuple[Phase, ...] = ("capture", "measure", "diagnose", "intervene", "export")
+OUTCOMES: tuple[Outcome, ...] = ("ok", "skipped", "failed")
+
+
+class Record(BaseModel):
+    """Base of all records: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LayerInfo(Record):
+    """One sequence-mixing layer as `describe` sees it, before anything has run."""
+
+    name: str
+    """Dotted module path in the model."""
+    module: str
+    """Class of the module."""
+    supported: bool
+    """True when the layer can be measured."""
+    reason: str = ""
+    """Why not, and what to do about it, when `supported` is false."""
+    operator: str = ""
+    """Kind of operator, a class name of `ess_monitor.ess`."""
+    state_capacity: int | None = None
+    """TSS: state dimensions per channel. None where it grows with the position (softmax attention)."""
+    channels: int = 0
+    """How many independent operators (heads or channels) the layer applies."""
+    handles: tuple[str, ...] = ()
+    """What an intervention may act on, as `knob: parameter names`; empty where there is nothing to act on."""
+
+
+class Reading(Record):
+    """One layer measured at one step. Sizes are averages over samples, channels and positions unless said otherwise."""
+
+    step: int
+    layer: str
+    status: Status
+    message: str = ""
+    """What happened, when `status` is not ok."""
+    operators: int = 0
+    """How many operators (samples x heads or channels) were averaged."""
+    length: int = 0
+    """Tokens per sequence after the length crop."""
+    positions: tuple[int, ...] = ()
+    """Positions i at which H_i = T[i:, :i] was measured."""
+    tolerance: float = 1e-3
+    """tau of the tolerance-ESS."""
+    state_capacity: float | None = None
+    """TSS per channel, averaged over the positions."""
+    capacity_grows: bool = False
+    """True where TSS is not a design choice but grows with the position (softmax attention)."""
+    attainable_size: float | None = None
+    """Mean over positions of min(TSS, i, length - i): what the geometry of H_i allows at most."""
+    effective_size: float | None = None
+    """Tolerance-ESS per channel."""
+    entropy_size: float | None = None
+    """Entropy-ESS per channel."""
+    total_effective_size: float | None = None
+    """Tolerance-ESS summed over the layer's independent operators (heads or channels), averaged over the rest. The
+    paper's total ESS of softmax attention counts every value channel of a head and so is larger by their number."""
+    total_state_capacity: float | None = None
+    """TSS summed over the layer's independent operators."""
+    minimum_effective_size: float | None = None
+    """Smallest tolerance-ESS over samples and channels at the middle position (appendix C.6)."""
+    effective_size_lower: float | None = None
+    """Certified lower bound of the mean tolerance-ESS over all positions (interlacing)."""
+    effective_size_upper: float | None = None
+    """Certified upper bound of the mean tolerance-ESS over all positions (interlacing)."""
+    utilization_ratio: float | None = None
+    """effective_size / state_capacity, 0..1."""
+    retention_ratio: float | None = None
+    """Tolerance-ESS against that of the same operator with A := I. Below 1 the decay costs memory. None: no decay."""
+    mean_decay: float | None = None
+    """Mean of A's diagonal, 0..1 for a stable recurrence. None where there is no A."""
+    decay_product_norm: float | None = None
+    """Frobenius norm of the product of A over the sequence. None where there is no A."""
+    per_head: tuple[float, ...] = ()
+    """Tolerance-ESS of each measured head or channel."""
+    heads: tuple[int, ...] = ()
+    """Which heads or channels were measured."""
+    per_position: tuple[float, ...] = ()
+    """Tolerance-ESS at each of `positions`."""
+
+
+class Finding(Record):
+    """A layer's condition changed."""
+
+    step: int
+    layer: str
+    condition: Condition
+    previous: Condition
+    reason: str
+    """In plain words: what was seen, against which threshold, for how long."""
+    advice: str = ""
+    """What a person can do about it."""
+    utilization_ratio: float | None = None
+    retention_ratio: float | None = None
+    metric: float | None = None
+    """Task metric at that step, when one is given."""
+
+
+class Measurement(Record):
+    """Everything one sampled step gave: what exporters are handed."""
+
+    step: int
+    timestamp_seconds: float
+    readings: tuple[Reading, ...]
+    conditions: dict[str, Condition]
+    """Condition of every layer after this measurement."""
+    findings: tuple[Finding, ...] = ()
+    metrics: dict[str, float] = {}
+    """Metrics of the training loop at that step (loss, accuracy, ...)."""
+    overhead_ratio: float = 0.0
+    """Measured cost of the monitor so far, as a share of the training time."""
+    interval_steps: int = 0
+    """Steps until the next sample, after the overhead budget has stretched it."""
+
+
+class RunInfo(Record):
+    """What is known of a run when it starts."""
+
+    run_name: str
+    model: str
+    layers: tuple[LayerInfo, ...]
+    """The layers that are measured, in model order."""
+    strategy: str = "single"
+    world_size: int = 1
+    precision: str = "32"
+    versions: dict[str, str] = {}
+    thresholds: dict[str, float] = {}
+    """`condition.bound` -> ratio, for the dashboards (for example `collapsed.upper`)."""
+    start_timestamp_seconds: float = 0.0
+    overhead_budget_ratio: float = 0.0
+
+
+class HistogramData(Record):
+    """A cumulative histogram: `counts[k]` observations were <= `bounds[k]`; the last bound is infinity and implied."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total_seconds: float = 0.0
+    count: int = 0
+
+
+class Snapshot(Record):
+    """The run's counters at one moment: what a scrape shows. Cut from the ledger under its lock, so consistent."""
+
+    status: RunStatus
+    last_step: int
+    steps_total: int
+    last_step_timestamp_seconds: float
+    last_measurement_timestamp_seconds: float
+    step_seconds: HistogramData
+    overhead_seconds: dict[Phase, HistogramData]
+    overhead_ratio: float
+    interval_steps: int
+    measurements_total: dict[Outcome, int]
+    readings: dict[str, Reading]
+    """Latest reading with status ok, per layer; a layer without one is absent."""
+    conditions: dict[str, Condition]
+    condition_changes_total: dict[Condition, int]
+    nonfinite_total: dict[str, int]
+    export_errors_total: dict[str, int]
+    export_dropped_total: dict[str, int]
+    export_queue_length: dict[str, int]

@@ -1,0 +1,110 @@
+"""When a step is sampled: every n steps, or less often when the measured cost would pass the budget."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+from typing import Any
+
+_SMOOTHING = 0.5
+"""Weight of the newest sample's cost in the running cost: costs change when shapes change, not from step to step."""
+
+
+class Cadence:
+    """Decides the next step to sample.
+
+    The interval is max(every_n_steps, cost / (budget * step time)): a sample that costs as much as ten training steps
+    is taken every 1000 steps under a budget of 1 %. Step time is the median of the last intervals between steps, so
+    that a validation epoch in between does not count as training.
+
+    Example:
+        >>> cadence = Cadence(every_n_steps=10, budget_ratio=0.01)
+        >>> for step in range(1, 4):
+        ...     cadence.stepped(0.1)
+        >>> cadence.sampled(step=3)
+        >>> cadence.spent(0.5)
+        >>> cadence.interval_steps
+        500
+        >>> cadence.due(502), cadence.due(503)
+        (False, True)
+    """
+
+    def __init__(self, every_n_steps: int, budget_ratio: float, *, window: int = 64) -> None:
+        self.every_n_steps = every_n_steps
+        self.budget_ratio = budget_ratio
+        self.cost_seconds = 0.0
+        """Everything the monitor has spent so far."""
+        self.train_seconds = 0.0
+        """All time between steps so far."""
+        self.next_step = 0
+        self.interval_steps = every_n_steps
+        self._steps: deque[float] = deque(maxlen=window)
+        self._last_sample = -every_n_steps
+        self._sample_cost = 0.0
+        self._cost_since_sample = 0.0
+
+    @property
+    def overhead_ratio(self) -> float:
+        """Cost so far as a share of the time so far."""
+        return self.cost_seconds / self.train_seconds if self.train_seconds > 0 else 0.0
+
+    def due(self, step: int) -> bool:
+        """True when the forward pass after `step` optimizer steps is to be sampled."""
+        return step >= self.next_step
+
+    def stepped(self, seconds: float) -> None:
+        """One training step took this long."""
+        self._steps.append(seconds)
+        self.train_seconds += seconds
+
+    def sampled(self, step: int) -> None:
+        """A sample was taken after `step` optimizer steps; its costs arrive later through `spent`."""
+        self._fold_cost()
+        self._last_sample = step
+        self._schedule()
+
+    def spent(self, seconds: float) -> None:
+        """The monitor spent this long on the sample that was taken last."""
+        self.cost_seconds += seconds
+        self._cost_since_sample += seconds
+        self._schedule()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on sampling at the same steps."""
+        return {
+            "next_step": self.next_step,
+            "last_sample": self._last_sample,
+            "interval_steps": self.interval_steps,
+            "cost_seconds": self.cost_seconds,
+            "train_seconds": self.train_seconds,
+            "sample_cost": self._sample_cost,
+            "cost_since_sample": self._cost_since_sample,
+            "steps": list(self._steps),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.next_step = int(state["next_step"])
+        self._last_sample = int(state["last_sample"])
+        self.interval_steps = int(state["interval_steps"])
+        self.cost_seconds = float(state["cost_seconds"])
+        self.train_seconds = float(state["train_seconds"])
+        self._sample_cost = float(state["sample_cost"])
+        self._cost_since_sample = float(state["cost_since_sample"])
+        self._steps.extend(state["steps"])
+
+    def _fold_cost(self) -> None:
+        if self._cost_since_sample > 0:
+            old = self._sample_cost or self._cost_since_sample
+            self._sample_cost = _SMOOTHING * self._cost_since_sample + (1 - _SMOOTHING) * old
+            self._cost_since_sample = 0.0
+
+    def _schedule(self) -> None:
+        cost = max(self._sample_cost, self._cost_since_sample)
+        stretched = 0
+        if cost > 0 and self._steps:
+            step_seconds = max(median(self._steps), 1e-9)
+            stretched = math.ceil(cost / (self.budget_ratio * step_seconds) - 1e-9)
+        self.interval_steps = max(self.every_n_steps, stretched)
+        self.next_step = self._last_sample + self.interval_steps

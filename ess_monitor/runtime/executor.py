@@ -1,0 +1,147 @@
+"""One worker, one bounded queue, results in the order of their samples.
+
+The training thread only puts a job on a queue and looks whether the oldest one is done. A job that finds the queue full
+is refused (the newest sample is dropped); one that takes too long is given up, and its late results are thrown away.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ess_monitor.runtime.lanes import Lane, Launched
+
+Tag = TypeVar("Tag")
+
+
+class RuntimeConfig(BaseModel):
+    """Where and for how long the measurements run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queue_length: int = Field(default=2, ge=1)
+    """Samples that may wait or be under way. 2 lets one finish while the next is taken; more only delays the news."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of the worker. 1 leaves the cores to the training."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """A sample that is not done by then is given up with status timed_out."""
+
+
+@dataclass
+class Task:
+    """A computation on tensors of one device."""
+
+    lane: Lane
+    inputs: tuple[torch.Tensor, ...]
+    compute: Callable[[], dict[str, torch.Tensor]]
+    ready: Any = None
+    launched: Launched | None = None
+    error: str = ""
+
+
+@dataclass
+class Job(Generic[Tag]):
+    """One sample: a task per layer, and whatever the caller wants back with it."""
+
+    tag: Tag
+    tasks: list[Task]
+    submitted: float = 0.0
+    state: Literal["waiting", "launched", "abandoned"] = "waiting"
+    finished: bool = False
+    error: str = field(default="")
+
+    def done(self) -> bool:
+        """True when every task has failed or has its results on the host."""
+        return self.finished and all(task.launched is None or task.launched.done() for task in self.tasks)
+
+
+class Executor(Generic[Tag]):
+    """Runs jobs on one daemon worker thread. The thread starts with the first job and ends with `close`."""
+
+    def __init__(self, config: RuntimeConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.dropped = 0
+        self._clock = clock
+        self._open: deque[Job[Tag]] = deque()
+        self._todo: deque[Job[Tag]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def submit(self, tag: Tag, tasks: list[Task]) -> bool:
+        """Queue a job; False when the queue is full or closed, and the job is dropped and counted."""
+        if self._closing or len(self._open) >= self.config.queue_length:
+            self.dropped += 1
+            return False
+        job = Job(tag, tasks, submitted=self._clock())
+        for task in tasks:
+            task.ready = task.lane.ready()
+        self._open.append(job)
+        with self._wake:
+            self._todo.append(job)
+            self._wake.notify_all()
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._work, name="ess-monitor-worker", daemon=True)
+            self._thread.start()
+        return True
+
+    def poll(self) -> list[Job[Tag]]:
+        """Jobs that are done or given up, oldest first. Never waits: one that is done waits for those before it."""
+        finished: list[Job[Tag]] = []
+        while self._open:
+            job = self._open[0]
+            if not job.done():
+                if self._clock() - job.submitted < self.config.timeout_seconds:
+                    break
+                job.state = "abandoned"
+                job.error = f"not measured within runtime.timeout_seconds = {self.config.timeout_seconds:g}"
+            finished.append(self._open.popleft())
+        return finished
+
+    def drain(self, timeout_seconds: float) -> list[Job[Tag]]:
+        """Wait up to `timeout_seconds` for everything under way, then `poll`. For the end of a run and for tests."""
+        deadline = self._clock() + timeout_seconds
+        with self._wake:
+            while self._clock() < deadline and any(not job.done() for job in self._open):
+                self._wake.wait(timeout=0.005)
+        return self.poll()
+
+    def close(self, timeout_seconds: float = 2.0) -> None:
+        """End the worker; a job that hangs in it is left behind in its daemon thread."""
+        with self._wake:
+            self._closing = True
+            self._todo.clear()
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not self._todo and not self._closing:
+                    self._wake.wait()
+                if self._closing:
+                    return
+                job = self._todo.popleft()
+            for task in job.tasks:
+                if job.state == "abandoned":
+                    break
+                try:
+                    task.launched = task.lane.launch(task.ready, task.inputs, task.compute)
+                except Exception as error:
+                    task.error = f"{type(error).__name__}: {error}"
+            with self._wake:
+                if job.state == "waiting":
+                    job.state = "launched"
+                job.finished = True
+                self._wake.notify_all()

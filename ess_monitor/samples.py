@@ -1,0 +1,75 @@
+"""What travels through the executor with the tasks of a sampled step, and how it is read at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ess_monitor.capture import Captured
+from ess_monitor.readings import lost_reading, reading
+from ess_monitor.records import Reading
+from ess_monitor.runtime import Job
+
+Metrics = Mapping[str, "float | torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled step. The job's tasks are those of `taken`, in order, and perhaps one more for the metrics."""
+
+    step: int
+    taken: tuple[Captured, ...]
+    positions: tuple[tuple[int, ...], ...]
+    lost: tuple[Reading, ...]
+    """Layers that could not be captured."""
+    metrics: dict[str, float]
+    """Metrics that were numbers already."""
+
+
+def split_metrics(metrics: Metrics) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Finite numbers as they are; one-element tensors as detached copies that the runtime brings to the host.
+
+    Anything else is no metric of a run and is left out.
+    """
+    numbers: dict[str, float] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in metrics.items():
+        if isinstance(value, torch.Tensor):
+            if value.numel() == 1:
+                tensors[name] = value.detach().clone().reshape(())
+        elif isinstance(value, (int, float)) and _finite(float(value)):
+            numbers[name] = float(value)
+    return numbers, tensors
+
+
+def read(
+    job: Job[Sample], layers: tuple[str, ...], tolerance: float
+) -> tuple[tuple[Reading, ...], dict[str, float], tuple[str, ...]]:
+    """Readings in the order of `layers`, metrics, and the errors of tasks that failed, of a finished job."""
+    sample, readings, metrics = job.tag, list(job.tag.lost), dict(job.tag.metrics)
+    errors = []
+    for captured, positions, task in zip(sample.taken, sample.positions, job.tasks, strict=False):
+        name = captured.layer.name
+        if job.state == "abandoned":
+            readings.append(lost_reading(sample.step, name, "timed_out", job.error))
+            continue
+        error = task.error
+        if task.launched is not None:
+            try:
+                readings.append(reading(sample.step, captured, positions, tolerance, task.launched.results))
+                continue
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {problem}"
+        errors.append(f"layer {name}: {error}")
+        readings.append(lost_reading(sample.step, name, "failed", error))
+    for task in job.tasks[len(sample.taken) :]:
+        if task.launched is not None and task.launched.done():
+            numbers = {name: float(value) for name, value in task.launched.results.items()}
+            metrics.update({name: value for name, value in numbers.items() if _finite(value)})
+    return tuple(sorted(readings, key=lambda r: layers.index(r.layer))), metrics, tuple(errors)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0

@@ -1,0 +1,74 @@
+"""Records as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ess_monitor.records import LayerInfo, Reading
+
+
+def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
+    """What `describe` found, a row a layer."""
+    table = _table(title)
+    for heading in ("layer", "module", "operator", "TSS", "channels", "handles or reason"):
+        table.add_column(heading, overflow="fold", justify="right" if heading in ("TSS", "channels") else "left")
+    for layer in layers:
+        if layer.supported:
+            capacity = "grows" if layer.state_capacity is None else str(layer.state_capacity)
+            channels = str(layer.channels) if layer.channels else "?"
+            handles = "\n".join(layer.handles) or "no handles"
+            table.add_row(layer.name, layer.module, layer.operator, capacity, channels, handles)
+        else:
+            table.add_row(layer.name, layer.module, "skipped", "", "", layer.reason, style="dim")
+    return table
+
+
+def reading_table(title: str, readings: Iterable[Reading]) -> Table:
+    """What `profile` measured, a row a layer. Columns as in the paper: ESS (tolerance), entropy-ESS, TSS, ESS / TSS."""
+    table = _table(title)
+    table.add_column("layer", overflow="fold")
+    for heading in ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A"):
+        table.add_column(heading, justify="right")
+    for reading in readings:
+        if reading.status != "ok":
+            table.add_row(reading.layer, f"{reading.status}: {reading.message}", style="yellow")
+            continue
+        table.add_row(
+            reading.layer,
+            _number(reading.effective_size),
+            _interval(reading.effective_size_lower, reading.effective_size_upper),
+            _number(reading.entropy_size),
+            _number(reading.state_capacity) + (" (grows)" if reading.capacity_grows else ""),
+            _number(reading.utilization_ratio),
+            _number(reading.retention_ratio),
+            _number(reading.mean_decay),
+        )
+    return table
+
+
+def featurizer_table(title: str, sizes: Sequence[int], rows: Iterable[dict[str, Any]]) -> Table:
+    """Tolerance-ESS of each featurizer (`featurizer`, `tolerance_ess`, `scaling`), a column a TSS."""
+    table = _table(title)
+    table.add_column("featurizer", no_wrap=True)
+    for size in sizes:
+        table.add_column(f"TSS {size}", justify="right")
+    table.add_column("ESS over TSS")
+    for row in rows:
+        table.add_row(row["featurizer"], *(f"{ess:.1f}" for ess in row["tolerance_ess"]), row["scaling"])
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _interval(lower: float | None, upper: float | None) -> str:
+    return "-" if lower is None or upper is None else f"{lower:.2f}..{upper:.2f}"

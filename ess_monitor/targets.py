@@ -1,0 +1,135 @@
+"""From what a command line can say to a model and a batch for it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import sys
+from functools import reduce
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ess_monitor.errors import ConfigError
+
+InputKind = Literal["gaussian", "tokens"]
+
+
+def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.Module:
+    """The model that `package.module:name` stands for: a module, or what a class or function returns when called.
+
+    The current directory is searched as `python -m` does.
+
+    Args:
+        target: `package.module:name`; `name` may be dotted.
+        kwargs: keyword arguments of the call, as a JSON object.
+        seed: of torch, set before the import and again before the call, so that what is drawn at import does not count.
+
+    Raises:
+        ConfigError: there is no such thing, it does not take these arguments, or it is not a model. What the target's
+            own code raises is passed on.
+
+    Example:
+        >>> load_model("torch.nn:Linear", '{"in_features": 3, "out_features": 2}')
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+    torch.manual_seed(seed)
+    found = _find(target)
+    if isinstance(found, nn.Module):
+        if kwargs is not None:
+            raise ConfigError(f"kwargs: {target} is a model already and takes none; drop --kwargs, or name a factory")
+        return found
+    if not callable(found):
+        raise ConfigError(f"target: {target} is a {type(found).__name__}; allowed are a model, a class or a function")
+    arguments = _arguments(target, found, kwargs)
+    torch.manual_seed(seed)
+    model = found(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"target: {target} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    return model
+
+
+def make_inputs(
+    model: nn.Module,
+    kind: InputKind,
+    *,
+    batch: int,
+    length: int,
+    width: int | None = None,
+    vocab_size: int | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    """A random batch for `model`, on its device: standard normal (batch, length, width) in its dtype, or token ids.
+
+    Args:
+        model: where it has an embedding, that gives `vocab_size` unless it is given.
+        kind: `gaussian` or `tokens`; tokens are uniform in 0..vocab_size-1, shape (batch, length).
+        batch, length: sequences and tokens per sequence.
+        width: features per token, for `gaussian`.
+        vocab_size: for `tokens`.
+        seed: of a generator of its own.
+
+    Raises:
+        ConfigError: a size that is needed is not known.
+
+    Example:
+        >>> make_inputs(nn.Embedding(10, 4), "tokens", batch=2, length=5).shape
+        torch.Size([2, 5])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if kind == "gaussian":
+        if width is None:
+            raise ConfigError(
+                "width: not given; Gaussian input needs the model's feature width, --width N (or use tokens)"
+            )
+        values = torch.randn(batch, length, width, generator=generator)
+        return values.to(device=parameter.device, dtype=parameter.dtype)
+    if vocab_size is None:
+        vocab_size = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if vocab_size is None:
+        raise ConfigError(
+            "vocab_size: not given, and the model has no nn.Embedding to take it from; give --vocab-size N"
+        )
+    return torch.randint(vocab_size, (batch, length), generator=generator).to(parameter.device)
+
+
+def _find(target: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"target: {target!r} is not of the form package.module:name, for example my_models:build")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the target was found, and what it imports was not
+        raise ConfigError(
+            f"target: no module {error.name!r} in {os.getcwd()} or among the installed packages; check the spelling, "
+            "or run from the directory that holds it"
+        ) from error
+    try:
+        return reduce(getattr, attribute.split("."), module)
+    except AttributeError as error:
+        names = ", ".join(name for name in vars(module) if not name.startswith("_"))
+        raise ConfigError(f"target: {module_name} has no {attribute!r}; it has {names or 'nothing'}") from error
+
+
+def _arguments(target: str, factory: Any, kwargs: str | None) -> dict[str, Any]:
+    try:
+        arguments = json.loads(kwargs) if kwargs is not None else {}
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"kwargs: {kwargs!r} is not JSON ({error}); write it as '{{\"width\": 64}}'") from error
+    if not isinstance(arguments, dict):
+        raise ConfigError(f"kwargs: {kwargs!r} is not a JSON object; write it as '{{\"width\": 64}}'")
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"kwargs: {target} does not take these arguments: {error}; set them with --kwargs") from error
+    except ValueError:
+        pass  # a builtin without a signature: the call itself will tell
+    return arguments

@@ -1,0 +1,32 @@
+"""The paper's synthetic tasks as map-style datasets: recall (MQAR), selective copying, compression.
+
+Every sample is a pure function of (seed, index): the same for every order of access, number of workers and batch size.
+Targets are -100 where nothing is asked.
+
+    >>> data = MQAR(MQARConfig(length=16, kv_pairs=2, vocab_size=12))
+    >>> inputs, targets = data.batch(range(8))
+    >>> inputs.shape, int((targets != -100).sum())
+    (torch.Size([8, 16]), 16)
+"""
+
+from __future__ import annotations
+
+from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
+from ess_monitor.tasks.compression import Compression, CompressionConfig
+from ess_monitor.tasks.metrics import accuracy, loss
+from ess_monitor.tasks.mqar import MQAR, MQARConfig
+from ess_monitor.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
+
+__all__ = [
+    "IGNORED",
+    "MQAR",
+    "Compression",
+    "CompressionConfig",
+    "MQARConfig",
+    "SelectiveCopying",
+    "SelectiveCopyingConfig",
+    "SyntheticTask",
+    "TaskConfig",
+    "accuracy",
+    "loss",
+]

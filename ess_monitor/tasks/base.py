@@ -1,0 +1,69 @@
+"""What the tasks have in common: samples by index, in batches, the same ones every time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORED = -100
+"""Target of a position that is not asked: the `ignore_index` of torch's cross-entropy."""
+
+
+class TaskConfig(BaseModel):
+    """What every task has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    length: int = Field(default=64, ge=1)
+    """Tokens per sample; 64 is the shortest of the paper's sweep."""
+    samples: int = Field(default=128_000, ge=1)
+    """Size of the dataset. Samples are made when they are read, so a large number costs nothing. Table 1 trains on
+    128 000 and tests on 6 400."""
+    seed: int = 0
+    """Names the stream of samples. Different seeds share none, so take another one for validation."""
+
+
+class SyntheticTask(Dataset[tuple[Tensor, Tensor]], ABC):
+    """A map-style dataset of (inputs, targets), both (length,) int64. Sample i depends on the config and i alone."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One sample; a negative index counts from the end.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        inputs_1L, targets_1L = self.batch([index])
+        return inputs_1L[0], targets_1L[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """The samples of a batch, drawn together: what a DataLoader asks for when it can, and collates."""
+        return list(zip(*self.batch(indices), strict=True))
+
+    def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """The same samples stacked: (inputs, targets), both (batch, length) int64.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        index_B = torch.as_tensor(list(indices), dtype=torch.int64)
+        index_B = torch.where(index_B < 0, index_B + self._samples, index_B)
+        wrong = (index_B < 0) | (index_B >= self._samples)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
+            raise IndexError(f"index {list(indices)[first]} is out of range for a dataset of {self._samples} samples.")
+        return self._generate(index_B)
+
+    @abstractmethod
+    def _generate(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(inputs, targets) of these samples, both (B, L)."""

@@ -1,0 +1,54 @@
+"""Loss and accuracy on the positions that are asked."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ess_monitor.errors import OperatorError
+from ess_monitor.tasks.base import IGNORED
+
+
+def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats over the positions whose target is not -100.
+
+    Args:
+        logits: (..., vocab_size).
+        targets: (...) int64.
+
+    Returns:
+        A scalar tensor on the logits' device; NaN when no position is asked.
+
+    Raises:
+        OperatorError: the shapes do not go together.
+
+    Example:
+        >>> import torch
+        >>> loss(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
+        tensor(1.3863)
+    """
+    _check(logits, targets)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Share of the positions whose target is not -100 at which the largest logit is the target's.
+
+    Args, returns and errors as in `loss`.
+
+    Example:
+        >>> import torch
+        >>> accuracy(torch.eye(4)[None], torch.tensor([[0, 1, 0, -100]]))
+        tensor(0.6667)
+    """
+    _check(logits, targets)
+    asked = targets != IGNORED
+    return ((logits.argmax(-1) == targets) & asked).sum() / asked.sum()
+
+
+def _check(logits: Tensor, targets: Tensor) -> None:
+    if logits.dim() < 2 or logits.shape[:-1] != targets.shape:
+        raise OperatorError(
+            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not go together; expected "
+            "(..., vocab_size) and (...) with the same leading sizes."
+        )

@@ -1,0 +1,71 @@
+"""Selective copying (MAD; Poli et al., 2024).
+
+Shapes: B batch, L length, K tokens to copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
+from ess_monitor.tasks.counter import random_bits
+
+
+class SelectiveCopyingConfig(TaskConfig):
+    """Size and difficulty of a copying task.
+
+    Example:
+        >>> SelectiveCopyingConfig(length=17, tokens_to_copy=8)
+        Traceback (most recent call last):
+        ...
+        pydantic_core._pydantic_core.ValidationError: 1 validation error for SelectiveCopyingConfig
+          Value error, tokens_to_copy=8 needs length > 2 * tokens_to_copy + 1 = 17, but length is 17; ...
+    """
+
+    tokens_to_copy: int = Field(default=8, ge=1)
+    """Tokens to remember in order; 8 is the easiest setting of the paper's sweep."""
+    vocab_size: int = Field(default=8192, ge=3)
+    """Tokens: the last one says "copy now", the one before it is blank, the rest are content. 8192 in the paper."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SelectiveCopyingConfig:
+        least = 2 * self.tokens_to_copy + 1
+        if self.length <= least:
+            raise ValueError(
+                f"tokens_to_copy={self.tokens_to_copy} needs length > 2 * tokens_to_copy + 1 = {least}, but length is "
+                f"{self.length}; take fewer tokens or a longer sequence."
+            )
+        return self
+
+
+class SelectiveCopying(SyntheticTask):
+    """Content tokens scattered among blanks, then "copy now", then as many blanks: answer with the content in order.
+
+    Where the content stands is uniform over all choices of K places out of L - K - 1. (MAD's own generator never puts a
+    blank after the last content token.)
+
+    Example:
+        >>> config = SelectiveCopyingConfig(length=12, tokens_to_copy=3, vocab_size=10)
+        >>> inputs, targets = SelectiveCopying(config)[0]
+        >>> torch.equal(inputs[inputs < 8], targets[-3:]), inputs[-4:].tolist()
+        (True, [9, 8, 8, 8])
+    """
+
+    def __init__(self, config: SelectiveCopyingConfig) -> None:
+        super().__init__(config.samples)
+        self.config = config
+
+    def _generate(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
+        config, copied = self.config, self.config.tokens_to_copy
+        places = config.length - copied - 1
+        bits = random_bits(config.seed, index_B, copied + places)
+        content_BK = bits[:, :copied] % (config.vocab_size - 2)
+        place_BK = bits[:, copied:].topk(copied).indices.sort().values
+        inputs_BL = torch.full((len(index_B), config.length), config.vocab_size - 2)
+        inputs_BL[:, places] = config.vocab_size - 1
+        inputs_BL.scatter_(1, place_BK, content_BK)
+        targets_BL = torch.full_like(inputs_BL, IGNORED)
+        targets_BL[:, places + 1 :] = content_BK
+        return inputs_BL, targets_BL

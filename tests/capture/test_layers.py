@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ess_monitor import ConfigError, LayerFilter, NoLayersError, capture_operators, describe
+from ess_monitor.capture import find_layers
+from ess_monitor.featurizers import FEATURIZERS, GLA, LA, SA, WLA, build_mixer
+
+
+class Block(nn.Module):
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.mlp = nn.Linear(16, 16)
+
+
+def model() -> nn.Module:
+    return nn.Sequential(Block(GLA(16, 2)), Block(SA(16, 2)), Block(LA(16, 2)))
+
+
+def test_layers_are_found_in_model_order_by_their_module_path() -> None:
+    assert [layer.name for layer in find_layers(model())] == ["0.mixer", "1.mixer", "2.mixer"]
+
+
+def test_a_model_that_is_itself_a_layer_is_found() -> None:
+    assert [layer.name for layer in find_layers(GLA(16, 2))] == ["model"]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: nn.ModuleDict({"_orig_mod": m})])
+def test_wrapper_prefixes_are_not_part_of_a_name(wrap) -> None:
+    assert [layer.name for layer in find_layers(wrap(model()))] == ["0.mixer", "1.mixer", "2.mixer"]
+
+
+def test_patterns_include_and_exclude() -> None:
+    chosen = find_layers(model(), LayerFilter(include=("*.mixer",), exclude=("1.*",)))
+    assert [layer.name for layer in chosen] == ["0.mixer", "2.mixer"]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_that_lists_the_names() -> None:
+    with pytest.raises(ConfigError, match=r"'blocks\.\*' matches none.*0\.mixer"):
+        find_layers(model(), LayerFilter.model_validate(["blocks.*"]))
+
+
+@pytest.mark.parametrize("name", sorted(FEATURIZERS))
+def test_describe_tells_operator_capacity_channels_and_handles(name: str) -> None:
+    (info,) = describe(build_mixer(name, 16, 2, 8)).layers
+    assert info.supported
+    assert info.module == FEATURIZERS[name].__name__
+    assert info.operator == ("SoftmaxAttention" if name == "sa" else "DiagonalRecurrence")
+    assert info.state_capacity == (None if name == "sa" else 8)
+    assert info.channels == (16 if name == "s6" else 2)
+    assert bool(info.handles) == (name not in ("la", "sa"))
+
+
+@pytest.mark.parametrize("name", sorted(FEATURIZERS))
+def test_every_parameter_that_a_handle_names_exists(name: str) -> None:
+    mixer = build_mixer(name, 16, 2, 8)
+    (info,) = describe(mixer).layers
+    members = {*dict(mixer.named_parameters()), *dict(mixer.named_modules()), *dict(mixer.named_buffers())}
+    for handle in info.handles:
+        for parameter in handle.split(": ")[1].split(", "):
+            assert parameter in members, f"{name}: handle {handle!r} names {parameter!r}, which does not exist"
+
+
+def test_what_cannot_be_measured_is_listed_with_the_reason() -> None:
+    mixed = nn.Sequential(GLA(16, 2), nn.LSTM(16, 16), nn.MultiheadAttention(16, 2))
+    lstm, attention = describe(mixed).layers[1:]
+    assert (lstm.supported, attention.supported) == (False, False)
+    assert "nonlinear recurrence" in lstm.reason
+    assert "register_capture(MultiheadAttention)" in attention.reason
+
+
+def test_layers_left_out_by_the_filter_are_listed_as_such() -> None:
+    infos = describe(model(), layers=LayerFilter(include=("0.*",))).layers
+    assert [(i.name, i.supported) for i in infos] == [("0.mixer", True), ("1.mixer", False), ("2.mixer", False)]
+    assert "excluded" in infos[1].reason
+
+
+def test_a_model_without_any_layer_is_an_error_and_not_silence() -> None:
+    with pytest.raises(NoLayersError, match=r"Sequential has no sequence mixer.*LSTM.*register_capture"):
+        capture_operators(nn.Sequential(nn.LSTM(4, 4)), torch.randn(1, 3, 4))
+
+
+def test_subclasses_are_read_like_their_base_class() -> None:
+    class MyWLA(WLA):
+        pass
+
+    assert describe(MyWLA(16, 2)).layers[0].supported

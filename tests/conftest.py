@@ -1,0 +1,56 @@
+"""What holds for every test: few threads, fixed seeds, and tools that are missing are named."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+
+import hypothesis
+import pytest
+import torch
+
+MAX_THREADS = 1
+"""Many small tensors: more threads only fight each other, and figures would depend on the machine."""
+
+IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+class _TorchRandom:
+    """torch's generator as hypothesis expects one, so that an example that fails is found again."""
+
+    def seed(self, value: int) -> None:
+        torch.manual_seed(value)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+_TORCH_RANDOM = _TorchRandom()
+hypothesis.register_random(_TORCH_RANDOM)
+hypothesis.settings.register_profile("local", deadline=None, max_examples=30)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if IN_CI else "local")
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an accelerator: torch.cuda.is_available() is False")
+    if item.get_closest_marker("servers") and shutil.which("promtool") is None:
+        reason = "promtool is not on PATH; install the package `prometheus` (Debian, Ubuntu) or a Prometheus release"
+        if IN_CI:
+            pytest.fail(f"CI promises the server tools, but {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from ess_monitor.diagnosis import DiagnosisConfig, thresholds
+from ess_monitor.records import CONDITIONS
+
+
+def test_the_dashboard_thresholds_are_named_condition_dot_bound() -> None:
+    bounds = thresholds(DiagnosisConfig(collapsed_below=0.1, collapsed_recovers_above=0.2))
+    assert bounds == {
+        "collapsed.upper": 0.1,
+        "collapsed.recovery": 0.2,
+        "saturated.lower": 0.97,
+        "saturated.recovery": 0.9,
+    }
+    assert {name.split(".")[0] for name in bounds} <= set(CONDITIONS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"collapsed_below": 0.4}, ["collapsed_below=0.4", "collapsed_recovers_above=0.35"]),
+        ({"collapsed_recovers_above": 0.3}, ["collapsed_below=0.3", "collapsed_recovers_above=0.3"]),
+        ({"saturated_recovers_below": 0.99}, ["saturated_recovers_below=0.99", "saturated_above=0.97"]),
+        ({"retention_below": 0.9}, ["retention_below=0.9", "retention_recovers_above=0.85"]),
+        ({"collapsed_recovers_above": 0.98}, ["collapsed_recovers_above=0.98", "saturated_above=0.97"]),
+        ({"metric": "loss"}, ["metric='loss'", "metric_solved=None"]),
+        ({"metric_solved": 0.9}, ["metric_solved=0.9", "name the metric"]),
+        ({"metric": "", "metric_solved": 0.9}, ["metric=''"]),
+        ({"patience": 0}, ["patience", "greater than or equal to 1"]),
+        ({"warmup_steps": -1}, ["warmup_steps"]),
+        ({"metric": "loss", "metric_solved": float("nan")}, ["metric_solved", "finite"]),
+        ({"metric_mode": "best"}, ["metric_mode", "'max' or 'min'"]),
+        ({"patiense": 3}, ["patiense", "Extra inputs"]),
+    ],
+)
+def test_an_impossible_setting_is_refused_and_the_message_names_it(
+    settings: dict[str, object], named: list[str]
+) -> None:
+    with pytest.raises(ValidationError) as error:
+        DiagnosisConfig.model_validate(settings)
+    for text in named:
+        assert text in str(error.value)
+
+
+def test_the_config_cannot_be_changed_after_it_was_made() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        DiagnosisConfig().patience = 3  # type: ignore[misc]

@@ -1,0 +1,149 @@
+"""SoftmaxAttention against the written-out operator."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from ess_monitor.errors import OperatorError
+from ess_monitor.ess import SoftmaxAttention, entropy_ess, linalg, tolerance_ess
+
+from . import reference
+
+
+def _random(
+    *, samples: int = 2, heads: int = 4, key_heads: int = 4, length: int = 14, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    q = torch.randn(samples, heads, length, 6, dtype=dtype)
+    return q, torch.randn(samples, key_heads, length, 6, dtype=dtype)
+
+
+def _window(length: int, width: int) -> Tensor:
+    lag = torch.arange(length)[:, None] - torch.arange(length)
+    return lag < width
+
+
+@given(
+    st.sampled_from([2, 3, 9, 16]),
+    st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 1)]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([1e-30, 1.0, 30.0, 1e3]),
+    st.booleans(),
+)
+def test_every_position_agrees_with_the_written_out_operator(
+    length: int, heads: tuple[int, int], dtype: torch.dtype, scale: float, shared_keys: bool
+) -> None:
+    q, k = _random(heads=heads[0], key_heads=heads[1], length=length, dtype=dtype)
+    k = k[:1] if shared_keys else k
+    # The exponential turns the rounding of large logits into error, also in the reference.
+    error = max(reference.ERROR[dtype], scale * 1e-12)
+    reference.assert_agrees(SoftmaxAttention(q * scale, k), reference.attention(q * scale, k), error=error)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_grouped_keys_are_read_by_consecutive_heads(key_heads: int) -> None:
+    q, k = _random(key_heads=key_heads)
+    T = reference.attention(q, k)
+    torch.testing.assert_close(SoftmaxAttention(q, k).materialize(), T, rtol=0, atol=1e-14)
+    reference.assert_agrees(SoftmaxAttention(q, k), T)
+
+
+@pytest.mark.parametrize("shape", [(14, 14), (1, 1, 14, 14), (2, 1, 14, 14), (1, 4, 14, 14), (2, 4, 14, 14)])
+@pytest.mark.parametrize("kind", ["bool", "float32", "bfloat16"])
+def test_masks_of_every_kind_and_shape_agree(shape: tuple[int, ...], kind: str) -> None:
+    q, k = _random()
+    mask = torch.rand(shape) < 0.7
+    if kind != "bool":
+        dtype = getattr(torch, kind)
+        mask = torch.where(mask, torch.randn(shape).to(dtype), torch.finfo(dtype).min)
+    T = reference.attention(q, k, mask=mask)
+    reference.assert_agrees(SoftmaxAttention(q, k, mask=mask), T)
+    torch.testing.assert_close(SoftmaxAttention(q, k, mask=mask).materialize(), T, rtol=0, atol=1e-14)
+
+
+def test_a_sliding_window_bounds_the_size_by_its_width() -> None:
+    q, k = _random(length=24)
+    operator = SoftmaxAttention(q, k, mask=_window(24, 4))
+    T = reference.attention(q, k, mask=_window(24, 4))
+    reference.assert_agrees(operator, T)
+    assert (tolerance_ess(operator.singular_values([12])) <= 3).all()
+
+
+def test_padding_on_the_left_leaves_zero_rows_and_no_nan() -> None:
+    q, k = _random()
+    padded = torch.arange(14)[None, :] >= torch.tensor([[5], [0]])  # (samples, length): True for a token
+    mask = padded[:, None, None, :]
+    operator = SoftmaxAttention(q, k, mask=mask)
+    assert operator.finite().all()
+    assert (operator.materialize()[0, :, :5] == 0).all()
+    reference.assert_agrees(operator, reference.attention(q, k, mask=mask))
+    hidden = operator.singular_values([5])[0]  # everything before position 5 is padding
+    assert (tolerance_ess(hidden) == 0).all()
+    assert (entropy_ess(hidden) == 0).all()
+
+
+def test_a_mask_of_minus_infinity_is_legal() -> None:
+    q, k = _random()
+    mask = torch.zeros(2, 1, 1, 14)
+    mask[0, :, :, :3] = -torch.inf
+    operator = SoftmaxAttention(q, k, mask=mask)
+    assert operator.finite().all()
+    reference.assert_agrees(operator, reference.attention(q, k, mask=mask))
+
+
+def test_the_default_scale_is_one_over_the_root_of_the_dimension() -> None:
+    q, k = _random()
+    by_default = SoftmaxAttention(q, k).singular_values([7])
+    torch.testing.assert_close(SoftmaxAttention(q, k, scale=6**-0.5).singular_values([7]), by_default)
+    reference.assert_agrees(SoftmaxAttention(q, k, scale=2.0), reference.attention(q, k, scale=2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_lose_nothing_beyond_their_own_rounding(dtype: torch.dtype) -> None:
+    q, k = _random(dtype=dtype)
+    operator = SoftmaxAttention(q, k)
+    assert operator.singular_values([7]).dtype == torch.float32
+    reference.assert_agrees(operator, reference.attention(q, k))
+
+
+def test_work_cut_into_small_slabs_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "SLAB_ELEMENTS", 100)
+    q, k = _random(key_heads=2)
+    mask = torch.rand(2, 1, 14, 14) < 0.8
+    reference.assert_agrees(SoftmaxAttention(q, k, mask=mask), reference.attention(q, k, mask=mask))
+
+
+def test_uniform_attention_remembers_one_number() -> None:
+    q, k = torch.zeros(1, 1, 40, 4), torch.zeros(1, 1, 40, 4)
+    values = SoftmaxAttention(q, k).singular_values([10, 20])
+    assert (tolerance_ess(values) == 1).all()
+    torch.testing.assert_close(entropy_ess(values), torch.ones(1, 1, 2), rtol=1e-5, atol=0)
+
+
+def test_the_capacity_is_the_position_and_there_is_no_decay() -> None:
+    operator = SoftmaxAttention(*_random())
+    assert operator.state_capacity([1, 7, 13]).tolist() == [1.0, 7.0, 13.0]
+    assert operator.capacity_grows
+    assert operator.without_decay() is None
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "options", "message"),
+    [
+        ((1, 4, 8, 3), (1, 3, 8, 3), {}, "divide the number of heads"),
+        ((1, 4, 8, 3), (1, 4, 7, 3), {}, "length and dim must be equal"),
+        ((2, 4, 8, 3), (3, 4, 8, 3), {}, "expected 1 or 3"),
+        ((1, 4, 8, 3), (1, 4, 8, 3), {"scale": float("nan")}, "scale=nan must be a finite number"),
+        ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(8, 7)}, "does not broadcast"),
+        ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(1, 1, 1, 8, 8)}, "does not broadcast"),
+        ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(8, 8, dtype=torch.int)}, "pass bool"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(
+    q: tuple[int, ...], k: tuple[int, ...], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(OperatorError, match=message):
+        SoftmaxAttention(torch.zeros(q), torch.zeros(k), **options)  # type: ignore[arg-type]

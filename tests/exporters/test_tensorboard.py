@@ -1,0 +1,210 @@
+"""TensorBoard, read back with its own reader."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch.utils.tensorboard import SummaryWriter
+
+from ess_monitor.errors import ExporterError
+from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalars
+from ess_monitor.exporters.heatmap import HeadHistory, colourize
+from ess_monitor.records import Measurement
+
+from .helpers import ODD_LAYERS, finding, measurement, reading, run_info, snapshot
+
+
+def _read(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    return events.Reload()
+
+
+def _write(exporter: TensorBoardExporter, *measurements: Measurement, layers: tuple[str, ...] | None = None) -> None:
+    exporter.start(run_info() if layers is None else run_info(layers), lambda: snapshot())
+    for each in measurements:
+        exporter.export(each)
+    exporter.close("finished")
+
+
+def _layout(events: EventAccumulator) -> layout_pb2.Layout:
+    (event,) = events.Tensors("custom_scalars__config__")
+    return layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+
+
+def test_every_scalar_is_there_with_its_step_and_time(tmp_path: Path) -> None:
+    measurements = [measurement(step, ODD_LAYERS) for step in (100, 200)]
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *measurements)
+    events = _read(tmp_path / "demo")
+    expected = scalars(measurements[0])
+    assert set(events.Tags()["scalars"]) == set(expected)
+    for tag, value in expected.items():
+        points = events.Scalars(tag)
+        assert [point.step for point in points] == [100, 200]
+        assert [point.wall_time for point in points] == [1_000_100.0, 1_000_200.0]
+        assert points[0].value == pytest.approx(value)
+
+
+def test_the_layout_is_written_once_and_its_charts_find_what_is_written(tmp_path: Path) -> None:
+    layers = ("blocks.0.mixer", "blocks.1.mixer", "a b")
+    _write(
+        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
+        measurement(1, layers),
+        measurement(2, layers),
+        layers=layers,
+    )
+    events = _read(tmp_path / "demo")
+    tags = events.Tags()["scalars"]
+    layout = _layout(events)
+    assert [category.title for category in layout.category] == [
+        "ESS overview",
+        *(f"ESS layer: {name}" for name in layers),
+    ]
+    for category in layout.category:
+        for chart in category.chart:
+            if chart.HasField("margin"):
+                (series,) = chart.margin.series
+                assert {series.value, series.lower, series.upper} <= set(tags)
+            for pattern in chart.multiline.tag:
+                assert any(re.search(pattern, tag) for tag in tags), f"{chart.title}: nothing matches {pattern}"
+    utilization = layout.category[0].chart[0]
+    assert [tag for tag in tags if re.search(utilization.multiline.tag[0], tag)] == [
+        tag for tag in tags if tag.startswith("ess_utilization_ratio/")
+    ]
+
+
+def test_a_chart_of_one_layer_does_not_show_another(tmp_path: Path) -> None:
+    layers = ("blocks.1", "blocks.1.mixer", "blocks.11")
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement(1, layers), layers=layers)
+    events = _read(tmp_path / "demo")
+    category = _layout(events).category[1]
+    matched = {
+        tag
+        for chart in category.chart
+        for pattern in chart.multiline.tag
+        for tag in events.Tags()["scalars"]
+        if re.search(pattern, tag)
+    }
+    assert matched
+    assert {tag.partition("/")[2] for tag in matched} == {"blocks.1"}
+
+
+def test_scalars_and_layout_can_be_left_to_others(tmp_path: Path) -> None:
+    config = TensorBoardConfig(log_dir=tmp_path, scalars=False, layout=False, heatmap_columns=0)
+    _write(TensorBoardExporter(config), measurement(findings=(finding(),)))
+    tags = _read(tmp_path / "demo").Tags()
+    assert (tags["scalars"], tags["images"]) == ([], [])
+    assert tags["tensors"] == ["ess_findings/blocks.0.mixer/text_summary"]
+
+
+def test_findings_are_text(tmp_path: Path) -> None:
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement(300, findings=(finding(step=300),)))
+    (event,) = _read(tmp_path / "demo").Tensors("ess_findings/blocks.0.mixer/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 300
+    assert "healthy → **collapsed**" in text
+    assert "used 2 of 16." in text
+    assert "Raise alpha." in text
+
+
+def test_heat_maps_take_turns_and_the_last_ones_are_complete(tmp_path: Path) -> None:
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *(measurement(step) for step in range(1, 6)))
+    events = _read(tmp_path / "demo")
+    steps = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert steps == {"ess_heads/blocks.0.mixer": [1, 3, 5], "ess_heads/blocks.1.mixer": [2, 4, 5]}
+    for tag in steps:
+        picture = Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string))
+        assert picture.size == (5 * 8, 4 * 8), "five measurements of four heads, eight pixels a square"
+
+
+def test_an_injected_writer_is_flushed_and_stays_open(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    exporter = TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path / "unused"), writer=writer)
+    assert exporter.inline, "a framework's writer is called on the framework's thread"
+    _write(exporter, measurement())
+    assert _read(tmp_path).Scalars("ess_effective_size/blocks.0.mixer")[0].value == 4.0
+    writer.add_scalar("after", 1.0, 7)
+    writer.close()
+    assert [point.step for point in _read(tmp_path).Scalars("after")] == [7]
+    assert not (tmp_path / "unused").exists()
+
+
+def test_an_own_writer_has_its_own_thread() -> None:
+    assert not TensorBoardExporter().inline
+
+
+@pytest.mark.parametrize("name", ["../../outside", "a/b", "..", "", "what? a: name"])
+def test_a_run_name_never_leaves_the_log_folder(tmp_path: Path, name: str) -> None:
+    exporter = TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path / "logs"))
+    exporter.start(run_info(run_name=name), lambda: snapshot())
+    exporter.close("finished")
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert [path for path in tmp_path.rglob("events*") if path.parent != folder] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [("torch.utils.tensorboard", r'pip install "ess-monitor\[tensorboard\]"'), ("PIL", "heatmap_columns=0")],
+)
+def test_a_missing_package_is_named_with_the_way_to_get_it(
+    module: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if module == "PIL":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ExporterError, match=message):
+        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)).start(run_info(), lambda: snapshot())
+
+
+def test_a_writer_that_fails_to_draw_is_still_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path))
+    exporter.start(run_info(), lambda: snapshot())
+    exporter.export(measurement(1))
+    exporter.export(measurement(2))
+    writer, closed = exporter._writer, []
+
+    def no_image(*arguments: Any, **keywords: Any) -> None:
+        raise OSError("disk full")
+
+    real_close = writer.close
+    monkeypatch.setattr(writer, "add_image", no_image)
+    monkeypatch.setattr(writer, "close", lambda: (closed.append(True), real_close()))
+    with pytest.raises(OSError, match="disk full"):
+        exporter.close("finished")
+    assert closed == [True]
+
+
+def test_colours_get_brighter_with_the_value_and_nan_is_grey() -> None:
+    colours_CHT = colourize(torch.linspace(0, 1, 101).unsqueeze(0))
+    luminance = (torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1) * colours_CHT[:, 0]).sum(0)
+    assert (luminance.diff() > 0).all()
+    assert colours_CHT.min() >= 0
+    assert colours_CHT.max() <= 1
+    assert colourize(torch.tensor([[float("nan")]])).flatten().tolist() == [0.5, 0.5, 0.5]
+    assert torch.equal(colourize(torch.tensor([[-3.0, 9.0]])), colourize(torch.tensor([[0.0, 1.0]])))
+
+
+def test_head_history_is_bounded_and_leaves_gaps_for_heads_that_were_not_measured() -> None:
+    history = HeadHistory(columns=3, rows=2)
+    for heads, sizes in (((0, 1), (9.0, 9.0)), ((0, 1), (4.0, 8.0)), ((1, 2), (16.0, 5.0)), ((0,), (0.0,))):
+        history.add(reading(heads=heads, per_head=sizes, state_capacity=16.0))
+    values = history.values().nan_to_num(-1.0)
+    assert values.tolist() == [[0.25, -1.0, 0.0], [0.5, 1.0, -1.0]]
+
+
+def test_head_history_scales_growing_capacity_by_what_was_seen() -> None:
+    history = HeadHistory(columns=3, rows=2)
+    history.add(reading(heads=(), per_head=(5.0, 10.0), state_capacity=1000.0, capacity_grows=True))
+    assert history.values().tolist() == [[0.5], [1.0]]
+    assert history.changed
+    history.image()
+    assert not history.changed

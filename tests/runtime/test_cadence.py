@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ess_monitor.runtime import Cadence
+
+
+def run(cadence: Cadence, steps: int, step_seconds: float, sample_cost: float) -> list[int]:
+    sampled = []
+    for step in range(steps):
+        if cadence.due(step):
+            sampled.append(step)
+            cadence.sampled(step)
+            cadence.spent(sample_cost)
+        cadence.stepped(step_seconds)
+    return sampled
+
+
+def test_a_cheap_sample_is_taken_every_n_steps_from_the_first() -> None:
+    assert run(Cadence(10, 0.01), 35, step_seconds=1.0, sample_cost=0.001) == [0, 10, 20, 30]
+
+
+def test_a_sample_that_costs_too_much_is_taken_less_often() -> None:
+    sampled = run(Cadence(10, 0.01), 1000, step_seconds=0.1, sample_cost=0.2)
+    assert sampled == [
+        0,
+        10,
+        210,
+        410,
+        610,
+        810,
+    ]  # 0.2 s of cost at 1 % of 0.1 s: every 200 steps; step 0 has no step time
+
+
+@given(
+    every=st.integers(1, 200),
+    budget=st.floats(1e-3, 0.5),
+    step_seconds=st.floats(1e-3, 10),
+    cost=st.floats(1e-4, 10),
+)
+def test_the_cost_stays_within_the_budget(every: int, budget: float, step_seconds: float, cost: float) -> None:
+    cadence = Cadence(every, budget)
+    steps = 3000
+    sampled = run(cadence, steps, step_seconds, cost)
+    late = [s for s in sampled if s > 0]
+    allowed = 2 + steps * step_seconds * budget / cost  # the first two samples are taken before the cost is known
+    assert len(late) <= max(allowed, 2)
+    assert all(b - a >= every for a, b in itertools.pairwise(sampled))
+
+
+def test_a_pause_between_steps_does_not_count_as_step_time() -> None:
+    cadence = Cadence(1, 0.01)
+    for seconds in [0.1] * 20 + [600.0] + [0.1] * 20:
+        cadence.stepped(seconds)
+    cadence.sampled(41)
+    cadence.spent(0.1)
+    assert cadence.interval_steps == pytest.approx(100, abs=1)
+
+
+def test_the_measured_share_is_cost_over_time() -> None:
+    cadence = Cadence(1, 0.5)
+    cadence.stepped(8.0)
+    cadence.spent(2.0)
+    assert cadence.overhead_ratio == 0.25
+    assert Cadence(1, 0.5).overhead_ratio == 0.0
+
+
+def test_a_resumed_cadence_samples_the_same_steps() -> None:
+    whole = Cadence(10, 0.01)
+    first = run(whole, 500, 0.1, 0.02)
+    half = Cadence(10, 0.01)
+    run(half, 250, 0.1, 0.02)
+    resumed = Cadence(10, 0.01)
+    resumed.load_state_dict(half.state_dict())
+    second = []
+    for step in range(250, 500):
+        if resumed.due(step):
+            second.append(step)
+            resumed.sampled(step)
+            resumed.spent(0.02)
+        resumed.stepped(0.1)
+    assert second == [s for s in first if s >= 250]
