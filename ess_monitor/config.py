@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
@@ -16,6 +16,7 @@ from ess_monitor.capture import CaptureConfig, LayerFilter
 from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import ExporterConfig
+from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.runtime import RuntimeConfig
 
 ENVIRONMENT_PREFIX = "ESS_MONITOR_"
@@ -50,10 +51,21 @@ class MonitorConfig(BaseModel):
     """Where the work runs."""
     diagnosis: DiagnosisConfig = DiagnosisConfig()
     """From readings to conditions."""
+    autopilot: AutopilotConfig = AutopilotConfig()
+    """What may be done about a collapsed layer: "off", "advise" (the default: says so), "auto", or its settings."""
     exporters: tuple[ExporterConfig, ...] = ()
     """Sinks built by the monitor: a kind ("prometheus") or its settings ({"kind": "prometheus", "port": 0})."""
     run_name: str | None = None
     """Name of the run in the exporters; by default the model's class and the time it started."""
+
+    @model_validator(mode="after")
+    def _samples_are_judged_before_the_next(self) -> MonitorConfig:
+        if self.autopilot.mode == "auto" and self.autopilot.lag_steps >= self.every_n_steps:
+            raise ValueError(
+                f"autopilot.lag_steps={self.autopilot.lag_steps} must be below every_n_steps={self.every_n_steps}: "
+                "a sample is judged before the next is taken; lower lag_steps"
+            )
+        return self
 
     @classmethod
     def load(cls, path: str | Path | None = None, *, environment: bool = True, **settings: Any) -> MonitorConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ess_monitor.capture import CaptureConfig, LayerFilter, layer_infos
+from ess_monitor.capture import CaptureConfig, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.operators import capture_pass
 from ess_monitor.config import MonitorConfig
 from ess_monitor.readings import compute, positions_of, reading
@@ -55,7 +55,11 @@ def describe(model: nn.Module, *, layers: LayerFilter | None = None) -> Descript
         model: any module; it is not run.
         layers: the same filter as `MonitorConfig.layers`; a layer left out by it is listed as skipped.
 
+    Raises:
+        ConfigError: a pattern of `layers` matches no layer.
+
     Example:
+        >>> import torch
         >>> from ess_monitor import describe
         >>> from ess_monitor.featurizers import GLA, SA
         >>> print(describe(torch.nn.Sequential(GLA(16, 2), SA(16, 2))))
@@ -63,6 +67,7 @@ def describe(model: nn.Module, *, layers: LayerFilter | None = None) -> Descript
           0: GLA, DiagonalRecurrence, TSS 8, 2 operators, handles: decay: gate
           1: SA, SoftmaxAttention, TSS grows with the position, 2 operators, handles: none
     """
+    find_layers(model, layers)  # a pattern that matches nothing is a typing error, here as in a run
     return Description(type(model).__name__, layer_infos(model, layers))
 
 

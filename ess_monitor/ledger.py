@@ -10,11 +10,17 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from ess_monitor.records import (
+    ACTION_OUTCOMES,
+    ACTIONS,
     CONDITIONS,
     OUTCOMES,
     PHASES,
+    Action,
+    ActionKind,
+    ActionOutcome,
     Condition,
     Finding,
     HistogramData,
@@ -76,6 +82,13 @@ class Ledger:
         self._conditions: dict[str, Condition] = dict.fromkeys(names, "unknown")
         self._changes: dict[Condition, int] = dict.fromkeys(CONDITIONS, 0)
         self._nonfinite: dict[str, int] = dict.fromkeys(names, 0)
+        self._interventions: dict[ActionKind, dict[ActionOutcome, int]] = {
+            kind: dict.fromkeys(ACTION_OUTCOMES, 0) for kind in ACTIONS
+        }
+        self._treatments: dict[ActionKind, int] = dict.fromkeys(ACTIONS, 0)
+        self._budget = 0
+        self._last_intervention_at = 0.0
+        self._autopilot_enabled = False
 
     def set_status(self, status: RunStatus) -> None:
         """The run entered `status`."""
@@ -125,6 +138,19 @@ class Ledger:
                 self._changes[finding.condition] += 1
             self._conditions.update(conditions or {})
 
+    def autopilot(self, actions: Iterable[Action], active: Iterable[ActionKind], budget: int, enabled: bool) -> None:
+        """What the autopilot did at this measurement, and where it stands."""
+        now = self._wall_clock()
+        with self._lock:
+            for action in actions:
+                self._interventions[action.action][action.outcome] += 1
+                if action.outcome == "applied":
+                    self._last_intervention_at = now
+            self._treatments = dict.fromkeys(ACTIONS, 0)
+            for kind in active:
+                self._treatments[kind] += 1
+            self._budget, self._autopilot_enabled = budget, enabled
+
     def snapshot(
         self,
         export_errors: Mapping[str, int] | None = None,
@@ -148,12 +174,17 @@ class Ledger:
                 conditions=dict(self._conditions),
                 condition_changes_total=dict(self._changes),
                 nonfinite_total=dict(self._nonfinite),
+                interventions_total={kind: dict(counts) for kind, counts in self._interventions.items()},
+                interventions_active=dict(self._treatments),
+                intervention_budget_remaining=self._budget,
+                last_intervention_timestamp_seconds=self._last_intervention_at,
+                autopilot_enabled=self._autopilot_enabled,
                 export_errors_total=dict(export_errors or {}),
                 export_dropped_total=dict(export_dropped or {}),
                 export_queue_length=dict(export_queue or {}),
             )
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Counters that go on after a resume; times and histograms are those of a process and start anew."""
         with self._lock:
             return {
@@ -161,12 +192,15 @@ class Ledger:
                 "measurements": dict(self._measurements),
                 "changes": dict(self._changes),
                 "nonfinite": dict(self._nonfinite),
+                "interventions": {kind: dict(counts) for kind, counts in self._interventions.items()},
             }
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         with self._lock:
-            self._steps_total = int(state["steps_total"])  # type: ignore[call-overload]
-            for mine, key in ((self._measurements, "measurements"), (self._changes, "changes")):
-                mine.update(state[key])  # type: ignore[call-overload]
-            self._nonfinite.update({k: v for k, v in state["nonfinite"].items() if k in self._nonfinite})  # type: ignore[attr-defined]
+            self._steps_total = int(state["steps_total"])
+            self._measurements.update(state["measurements"])
+            self._changes.update(state["changes"])
+            self._nonfinite.update({k: v for k, v in state["nonfinite"].items() if k in self._nonfinite})
+            for kind, counts in state["interventions"].items():
+                self._interventions[kind].update(counts)

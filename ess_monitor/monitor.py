@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -16,11 +17,15 @@ from ess_monitor.capture.operators import require_layers
 from ess_monitor.config import MonitorConfig
 from ess_monitor.diagnosis import Tracker, thresholds
 from ess_monitor.errors import CheckpointError, ConfigError
+from ess_monitor.evidence import Evidence, agree
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter
+from ess_monitor.interventions import Autopilot
+from ess_monitor.interventions.alpha import Optimizers
+from ess_monitor.judging import Judge
 from ess_monitor.ledger import Ledger
 from ess_monitor.readings import compute, lost_reading, positions_of
-from ess_monitor.records import Condition, Finding, Measurement, Reading, RunInfo, RunStatus, Snapshot
-from ess_monitor.runtime import Cadence, Executor, Guard, Job, Lane, Task, lane_for
+from ess_monitor.records import Action, Condition, Finding, Reading, RunInfo, RunStatus, Snapshot
+from ess_monitor.runtime import Agreement, Cadence, Executor, Guard, Job, Lane, Task, lane_for
 from ess_monitor.samples import Metrics, Sample, read, split_metrics
 from ess_monitor.versions import installed_versions
 
@@ -33,11 +38,16 @@ class Monitor:
     Call `step()` after every optimizer step; every `config.every_n_steps` of them the next forward pass in training is
     sampled. The training is not changed, not waited for, and not stopped by anything that goes wrong in here.
 
+    In mode "auto" of `config.autopilot` it also acts on what it finds; otherwise it changes nothing.
+
     Args:
         model: the module whose sequence mixers are watched. Wrappers (DDP, FSDP, torch.compile) are fine.
         config: settings; the defaults suit a long run.
         exporters: sinks, besides those that `config.exporters` asks for.
         strategy, world_size, precision: facts of the run that the exporters show.
+        grad_scale: what the loss is multiplied with before backward (the loss scaler's scale, 1 / accumulation steps),
+            so that the regulariser is scaled alike. The default is 1.
+        agreement: the exchange between the ranks of a distributed run, on every rank; without it ranks decide alone.
 
     Raises:
         NoLayersError: at `start`, when nothing in the model can be measured.
@@ -70,32 +80,54 @@ class Monitor:
         strategy: str = "single",
         world_size: int = 1,
         precision: str = "32",
+        grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
+        agreement: Agreement | None = None,
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
         lanes: Callable[[torch.device], Lane] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model: {type(model).__name__} is not a torch.nn.Module; pass the model that is trained")
+            raise ConfigError(f"model: {type(model).__name__} is not a torch.nn.Module; pass the trained model")
         self.model = model
         self.config = config or MonitorConfig()
         self._facts: dict[str, Any] = {"strategy": strategy, "world_size": world_size, "precision": precision}
         self._exporters = tuple(exporters)
         self._clock, self._wall_clock = clock, wall_clock
-        self._lane_of = lanes or (lambda device: lane_for(device, threads=self.config.runtime.threads))
-        self._lanes: dict[torch.device, Lane] = {}
+        self._lane_of = cache(lanes or (lambda device: lane_for(device, threads=self.config.runtime.threads)))
         self._cadence = Cadence(self.config.every_n_steps, self.config.overhead_budget_ratio)
         self._tracker = Tracker(self.config.diagnosis)
-        self._guards = {part: Guard(part) for part in ("capture", "worker", "measurement", "diagnosis", "export")}
+        parts = ("capture", "worker", "measurement", "diagnosis", "intervention", "export")
+        self._guards = {part: Guard(part) for part in parts}
         self._layers = require_layers(model, self.config.layers)
         self._sampler = Sampler(self._layers, self.config.capture, clock=clock)
         self._executor: Executor[Sample] = Executor(self.config.runtime)
         self._ledger = Ledger((layer.name for layer in self._layers), wall_clock=wall_clock)
-        self._hub = ExporterHub(())
+        self._autopilot = Autopilot(
+            self.config.autopilot,
+            self._layers,
+            retention_below=self.config.diagnosis.retention_below,
+            grad_scale=grad_scale,
+        )
+        self._agreement = agreement
+        self._lockstep = self.config.autopilot.mode == "auto" or agreement is not None
+        """Samples are judged a fixed number of steps after they were taken, instead of as soon as they are measured."""
+        self._judge_at: int | None = None
+        self._evidence: Evidence | None = None
+        """In lockstep: the sample that waits for its step, when it was read early for a checkpoint."""
+        self._optimizer: Optimizers = None
         self._step = 0
         self._armed_at = 0
         self._last_call: float | None = None
-        self._readings: dict[str, Reading] = {}
-        self._findings: tuple[Finding, ...] = ()
+        self._judge = Judge(
+            self.layers,
+            self._tracker,
+            self._autopilot,
+            self._ledger,
+            self._cadence,
+            self._guards,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
         self._running = False
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -114,8 +146,9 @@ class Monitor:
         if self._running:
             return
         built = tuple(build_exporter(config) for config in self.config.exporters)
-        self._hub = ExporterHub((*built, *self._exporters))
-        self._hub.start(self._run_info(), self.snapshot)
+        self._judge.hub = ExporterHub((*built, *self._exporters))
+        self._judge.report_autopilot()
+        self._judge.hub.start(self._run_info(), self.snapshot)
         self._running = True
         if self.config.capture.source == "train" and self._cadence.due(self._step):
             self.arm()
@@ -127,19 +160,25 @@ class Monitor:
         self._running = False
         self._sampler.remove()
         with self._guards["worker"]:
-            self._finish(self._executor.drain(timeout_seconds))
+            if self._lockstep:
+                self._read_ahead()
+            else:
+                self._finish(self._executor.drain(timeout_seconds))
             self._executor.close()
+        self._autopilot.close()
         self._ledger.set_status(status)
-        self._hub.close(status)
+        self._judge.hub.close(status)
 
     # -- the training loop's side -------------------------------------------------------------------------------------
 
-    def step(self, metrics: Metrics | None = None, *, step: int | None = None) -> None:
+    def step(self, metrics: Metrics | None = None, *, optimizer: Optimizers = None, step: int | None = None) -> None:
         """Tell the monitor that an optimizer step is done.
 
         Args:
             metrics: what the training loop knows (loss, accuracy): numbers or tensors of one element. They are
                 looked at on sampled steps only, and tensors are copied without waiting for the device.
+            optimizer: the optimizer (or all of them), whose moments are reset with a parameter that the autopilot
+                rescales. Needed in mode auto for layers with an alpha that is trained.
             step: optimizer steps so far, where the caller's own count differs from the number of calls.
         """
         if not self._running:
@@ -148,12 +187,17 @@ class Monitor:
         seconds = None if self._last_call is None else now - self._last_call
         self._last_call = now
         self._step = self._step + 1 if step is None else step
+        self._optimizer = optimizer
         self._ledger.step(self._step, seconds)
         if seconds is not None:
             self._cadence.stepped(seconds)
         if self._sampler.armed:
             self.disarm(metrics)
-        if len(self._executor):
+        if self._lockstep:
+            if self._judge_at is not None and self._step >= self._judge_at:
+                with self._guards["worker"]:
+                    self._judge_in_lockstep()
+        elif len(self._executor):
             with self._guards["worker"]:
                 self._finish(self._executor.poll())
         if self._cadence.due(self._step) and self.config.capture.source == "train":
@@ -184,11 +228,14 @@ class Monitor:
             started = self._clock()
             taken = self._sampler.collect()
             hook_seconds = self._sampler.capture_seconds
-            if not taken:
+            if not taken and self._agreement is None:
                 return
             self._cadence.sampled(self._armed_at)
+            if self._lockstep:
+                self._cadence.hold()
+                self._judge_at = self._armed_at + self.config.autopilot.lag_steps
             self._submit(taken, metrics)
-            self._spent("capture", hook_seconds + self._clock() - started)
+            self._judge.spent("capture", hook_seconds + self._clock() - started)
 
     @contextmanager
     def sample(self, metrics: Metrics | None = None) -> Iterator[None]:
@@ -201,7 +248,11 @@ class Monitor:
 
     def flush(self, timeout_seconds: float = 60.0) -> tuple[Reading, ...]:
         """Wait for the samples under way and return the latest reading of every layer."""
-        self._finish(self._executor.drain(timeout_seconds))
+        if self._lockstep:
+            if self._judge_at is not None:
+                self._judge_in_lockstep()
+        else:
+            self._finish(self._executor.drain(timeout_seconds))
         return self.readings
 
     # -- what is known ------------------------------------------------------------------------------------------------
@@ -214,18 +265,22 @@ class Monitor:
     @property
     def readings(self) -> tuple[Reading, ...]:
         """Latest reading of every layer that has one, whatever its status."""
-        return tuple(self._readings[layer.name] for layer in self._layers if layer.name in self._readings)
+        return tuple(self._judge.readings[name] for name in self.layers if name in self._judge.readings)
 
     @property
     def conditions(self) -> dict[str, Condition]:
         """Condition of every layer."""
-        known = self._tracker.conditions
-        return {name: known.get(name, "unknown") for name in self.layers}
+        return self._judge.conditions
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """The last 1000 changes of condition, oldest first."""
-        return self._findings
+        return self._judge.findings
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """The last 1000 things the autopilot did or said, oldest first."""
+        return self._judge.actions
 
     @property
     def overhead_ratio(self) -> float:
@@ -235,17 +290,21 @@ class Monitor:
     @property
     def exporters(self) -> tuple[Exporter, ...]:
         """The sinks in use, from the configuration and from the argument."""
-        return self._hub.exporters
+        return self._judge.hub.exporters
 
     def snapshot(self) -> Snapshot:
         """All counters at this moment. Safe to call from any thread."""
-        return self._ledger.snapshot(self._hub.errors, self._hub.dropped, self._hub.queue_lengths)
+        return self._ledger.snapshot(self._judge.hub.errors, self._judge.hub.dropped, self._judge.hub.queue_lengths)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped: step, cadence, diagnosis, counters."""
+        self._read_ahead()
         return {
             "version": _STATE_VERSION,
             "step": self._step,
+            "judge_at": self._judge_at,
+            "evidence": None if self._evidence is None else self._evidence.state_dict(),
+            "autopilot": self._autopilot.state_dict(),
             "cadence": self._cadence.state_dict(),
             "diagnosis": self._tracker.state_dict(),
             "ledger": self._ledger.state_dict(),
@@ -270,6 +329,9 @@ class Monitor:
             self._tracker.load_state_dict(state["diagnosis"])
             self._ledger.load_state_dict(state["ledger"])
             self._sampler.turn = int(state["turn"])
+            self._judge_at = state["judge_at"]
+            self._evidence = None if state["evidence"] is None else Evidence.from_state(state["evidence"])
+            self._autopilot.load_state_dict(state["autopilot"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"state: not a monitor's state ({type(error).__name__}: {error})") from error
 
@@ -303,57 +365,44 @@ class Monitor:
             why = "the measurement queue was full; raise every_n_steps or runtime.queue_length"
             self._ledger.measured("skipped", [lost_reading(self._armed_at, c.layer.name, "dropped", why) for c in good])
 
-    def _lane(self, device: torch.device) -> Lane:
-        if device not in self._lanes:
-            self._lanes[device] = self._lane_of(device)
-        return self._lanes[device]
-
     def _measure_task(self, captured: Captured, positions: tuple[int, ...]) -> Task:
         operator = captured.operator
-        lane = self._lane(operator.device)
+        lane = self._lane_of(operator.device)
         return Task(lane, operator.tensors, lambda: compute(captured, positions, self.config.tolerance))
 
     def _metrics_task(self, tensors: dict[str, torch.Tensor]) -> Task:
         device = next(iter(tensors.values())).device
-        return Task(self._lane(device), tuple(tensors.values()), lambda: tensors)
-
-    def _spent(self, phase: Any, seconds: float) -> None:
-        self._ledger.spent(phase, seconds)
-        self._cadence.spent(seconds)
-        self._ledger.overhead(self._cadence.overhead_ratio, self._cadence.interval_steps)
+        return Task(self._lane_of(device), tuple(tensors.values()), lambda: tensors)
 
     def _finish(self, jobs: list[Job[Sample]]) -> None:
         for job in jobs:
-            with self._guards["measurement"]:
-                self._finish_one(job)
+            self._judge.judge(self._read(job), self._step, self._optimizer)
 
-    def _finish_one(self, job: Job[Sample]) -> None:
-        self._spent("measure", sum(t.launched.cost_seconds() for t in job.tasks if t.launched and t.launched.done()))
-        started = self._clock()
-        readings, metrics, errors = read(job, self.layers, self.config.tolerance)
-        for error in errors:
-            self._guards["measurement"].failed(error)
-        findings: tuple[Finding, ...] = ()
-        if self._guards["diagnosis"].open:
-            with self._guards["diagnosis"]:
-                findings = self._tracker.observe(readings, metrics, job.tag.step)
-        self._readings.update({r.layer: r for r in readings})
-        self._findings = (*self._findings, *findings)[-1000:]
-        outcome = "ok" if any(r.status in ("ok", "nonfinite", "too_short") for r in readings) else "failed"
-        self._ledger.measured(outcome, readings, findings, self.conditions)  # type: ignore[arg-type]
-        diagnosed = self._clock()
-        self._spent("diagnose", diagnosed - started)
-        with self._guards["export"]:
-            self._hub.export(
-                Measurement(
-                    step=job.tag.step,
-                    timestamp_seconds=self._wall_clock(),
-                    readings=readings,
-                    conditions=self.conditions,
-                    findings=findings,
-                    metrics=metrics,
-                    overhead_ratio=self._cadence.overhead_ratio,
-                    interval_steps=self._cadence.interval_steps,
-                )
-            )
-        self._spent("export", self._clock() - diagnosed)
+    def _read(self, job: Job[Sample]) -> Evidence:
+        cost = sum(task.launched.cost_seconds() for task in job.tasks if task.launched and task.launched.done())
+        self._judge.spent("measure", cost)
+        return read(job, self.layers, self.config.tolerance)
+
+    def _read_oldest(self) -> Evidence:
+        """In lockstep: wait for the sample under way. One that is lost becomes evidence without readings."""
+        with self._guards["worker"]:
+            job = self._executor.take(self.config.runtime.timeout_seconds)
+            if job is not None:
+                return self._read(job)
+        return Evidence(self._armed_at, ())
+
+    def _read_ahead(self) -> None:
+        """In lockstep: what is under way goes with the checkpoint."""
+        if self._judge_at is not None and self._evidence is None:
+            self._evidence = self._read_oldest()
+
+    def _judge_in_lockstep(self) -> None:
+        evidence = self._evidence or self._read_oldest()
+        self._judge_at, self._evidence = None, None
+        interval = self._cadence.interval_steps
+        if self._agreement is not None:
+            names = (self.config.autopilot.loss, self.config.diagnosis.metric)
+            metrics = [name for name in dict.fromkeys(names) if name is not None]
+            evidence, interval = agree(evidence, self.layers, metrics, interval, self._agreement)
+        self._cadence.resume(interval)
+        self._judge.judge(evidence, self._step, self._optimizer)

@@ -32,6 +32,24 @@ Phase = Literal["capture", "measure", "diagnose", "intervene", "export"]
 Outcome = Literal["ok", "skipped", "failed"]
 """How a sampled step ended: measured, not measured by choice (queue full, nothing captured), or failed."""
 
+ActionKind = Literal["pull_to_identity", "rescale_alpha", "advise"]
+"""What an intervention does: attach the A->I regulariser, divide log A by a factor, or only say something."""
+
+ActionOutcome = Literal["applied", "dry_run", "rejected", "failed", "rolled_back", "recovered", "released"]
+"""How it ended. applied: done. dry_run: would have been done (mode advise, or advice that nobody but a person can
+follow). rejected: not done, for the reason given. failed: the ladder came to its end without a recovery. rolled_back:
+taken back because the loss broke. recovered: the layer is healthy again. released: the regulariser was taken off."""
+
+ACTIONS: tuple[ActionKind, ...] = ("pull_to_identity", "rescale_alpha", "advise")
+ACTION_OUTCOMES: tuple[ActionOutcome, ...] = (
+    "applied",
+    "dry_run",
+    "rejected",
+    "failed",
+    "rolled_back",
+    "recovered",
+    "released",
+)
 CONDITIONS: tuple[Condition, ...] = ("unknown", "healthy", "saturated", "collapsed")
 RUN_STATUSES: tuple[RunStatus, ...] = ("starting", "running", "finished", "failed")
 PHASES: tuple[Phase, ...] = ("capture", "measure", "diagnose", "intervene", "export")
@@ -135,6 +153,27 @@ class Finding(Record):
     """Task metric at that step, when one is given."""
 
 
+class Action(Record):
+    """Something the autopilot did, would have done, or refused to do."""
+
+    step: int
+    layer: str
+    action: ActionKind
+    outcome: ActionOutcome
+    finding: str
+    """What it answers, in plain words."""
+    message: str
+    """What was done and why, in plain words."""
+    strength: float | None = None
+    """lambda of `pull_to_identity`, the factor of `rescale_alpha`."""
+    utilization_before: float | None = None
+    """Utilisation when the treatment of this layer began."""
+    utilization_after: float | None = None
+    """Utilisation now; None where the action has only just been taken."""
+    retention_before: float | None = None
+    retention_after: float | None = None
+
+
 class Measurement(Record):
     """Everything one sampled step gave: what exporters are handed."""
 
@@ -144,6 +183,7 @@ class Measurement(Record):
     conditions: dict[str, Condition]
     """Condition of every layer after this measurement."""
     findings: tuple[Finding, ...] = ()
+    actions: tuple[Action, ...] = ()
     metrics: dict[str, float] = {}
     """Metrics of the training loop at that step (loss, accuracy, ...)."""
     overhead_ratio: float = 0.0
@@ -196,6 +236,14 @@ class Snapshot(Record):
     conditions: dict[str, Condition]
     condition_changes_total: dict[Condition, int]
     nonfinite_total: dict[str, int]
+    interventions_total: dict[ActionKind, dict[ActionOutcome, int]]
+    interventions_active: dict[ActionKind, int]
+    """Treatments under way."""
+    intervention_budget_remaining: int
+    last_intervention_timestamp_seconds: float
+    """When something was last applied; 0 before."""
+    autopilot_enabled: bool
+    """True in mode auto."""
     export_errors_total: dict[str, int]
     export_dropped_total: dict[str, int]
     export_queue_length: dict[str, int]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ess_monitor.capture import Captured
+from ess_monitor.evidence import Evidence
 from ess_monitor.readings import lost_reading, reading
 from ess_monitor.records import Reading
 from ess_monitor.runtime import Job
@@ -29,7 +31,7 @@ class Sample:
 
 
 def split_metrics(metrics: Metrics) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Finite numbers as they are; one-element tensors as detached copies that the runtime brings to the host.
+    """Numbers as they are; one-element tensors as detached copies that the runtime brings to the host.
 
     Anything else is no metric of a run and is left out.
     """
@@ -39,15 +41,13 @@ def split_metrics(metrics: Metrics) -> tuple[dict[str, float], dict[str, torch.T
         if isinstance(value, torch.Tensor):
             if value.numel() == 1:
                 tensors[name] = value.detach().clone().reshape(())
-        elif isinstance(value, (int, float)) and _finite(float(value)):
+        elif isinstance(value, (int, float)):
             numbers[name] = float(value)
     return numbers, tensors
 
 
-def read(
-    job: Job[Sample], layers: tuple[str, ...], tolerance: float
-) -> tuple[tuple[Reading, ...], dict[str, float], tuple[str, ...]]:
-    """Readings in the order of `layers`, metrics, and the errors of tasks that failed, of a finished job."""
+def read(job: Job[Sample], layers: tuple[str, ...], tolerance: float) -> Evidence:
+    """What a finished job says: readings in the order of `layers`, metrics, and the errors of tasks that failed."""
     sample, readings, metrics = job.tag, list(job.tag.lost), dict(job.tag.metrics)
     errors = []
     for captured, positions, task in zip(sample.taken, sample.positions, job.tasks, strict=False):
@@ -66,10 +66,8 @@ def read(
         readings.append(lost_reading(sample.step, name, "failed", error))
     for task in job.tasks[len(sample.taken) :]:
         if task.launched is not None and task.launched.done():
-            numbers = {name: float(value) for name, value in task.launched.results.items()}
-            metrics.update({name: value for name, value in numbers.items() if _finite(value)})
-    return tuple(sorted(readings, key=lambda r: layers.index(r.layer))), metrics, tuple(errors)
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0
+            metrics.update({name: float(value) for name, value in task.launched.results.items()})
+    readings.sort(key=lambda r: layers.index(r.layer))
+    broken = frozenset(name for name, value in metrics.items() if not math.isfinite(value))
+    finite = {name: value for name, value in metrics.items() if name not in broken}
+    return Evidence(sample.step, tuple(readings), finite, broken, tuple(errors))

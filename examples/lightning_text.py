@@ -95,7 +95,10 @@ def main() -> None:
     events.parent.mkdir(parents=True, exist_ok=True)
     events.unlink(missing_ok=True)
     callback = ESSMonitorCallback(
-        every_n_steps=50, overhead_budget_ratio=0.05, exporters=[{"kind": "event_log", "path": str(events)}]
+        every_n_steps=50,
+        overhead_budget_ratio=0.05,
+        diagnosis={"warmup_steps": 200},  # a short run; without a task metric only a forgetting, shrinking layer is ill
+        exporters=[{"kind": "event_log", "path": str(events)}],
     )
     trainer = pl.Trainer(
         max_steps=arguments.steps,
@@ -114,7 +117,7 @@ def main() -> None:
     layers = [r.layer for r in measurements[-1].readings]
     table = Table(title="ESS / TSS of each layer over the run")
     for column in ("step", "loss", *layers):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     rows = []
     for m in measurements:
         sizes = {r.layer: [r.effective_size, r.state_capacity] for r in m.readings}

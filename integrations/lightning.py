@@ -15,6 +15,7 @@ from ess_monitor.errors import CheckpointError, ConfigError
 from ess_monitor.exporters import Exporter, TensorBoardExporter, TerminalConfig, TerminalExporter
 from ess_monitor.exporters.loggers import LoggerExporter
 from ess_monitor.monitor import Monitor
+from ess_monitor.runtime import Agreement
 
 _FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
 
@@ -73,7 +74,7 @@ class ESSMonitorCallback(_Base):
         if given:
             settings["exporters"] = given
         if isinstance(config, MonitorConfig):
-            config = config.model_dump(exclude_unset=True)
+            config = config.model_dump()
         elif config is not None and not isinstance(config, dict):
             raise ConfigError(f"config: {type(config).__name__} given; pass a MonitorConfig, a dictionary or nothing")
         self.config = MonitorConfig.load(environment=True, **{**(config or {}), **settings})
@@ -87,16 +88,23 @@ class ESSMonitorCallback(_Base):
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Build and start the monitor. After the sanity check and after a checkpoint's state was loaded."""
-        if not trainer.is_global_zero:
+        """Build and start the monitor. After the sanity check and after a checkpoint's state was loaded.
+
+        On rank 0 alone, unless the autopilot may act: then every rank measures, and all decide on the same numbers.
+        """
+        together = trainer.world_size > 1 and self.config.autopilot.mode == "auto"
+        if not (trainer.is_global_zero or together):
             return
+        speaks = trainer.is_global_zero
         monitor = Monitor(
             pl_module,
-            self.config,
-            exporters=(*self._logger_exporters(trainer), *self._live_exporters),
+            self.config if speaks else self.config.model_copy(update={"exporters": ()}),
+            exporters=(*self._logger_exporters(trainer), *self._live_exporters) if speaks else (),
             strategy=type(trainer.strategy).__name__,
             world_size=trainer.world_size,
             precision=str(trainer.precision),
+            grad_scale=lambda: _grad_scale(trainer),
+            agreement=Agreement() if together else None,
         )
         if self._state is not None:
             monitor.load_state_dict(self._state)
@@ -131,7 +139,8 @@ class ESSMonitorCallback(_Base):
         metrics = _metrics(trainer, outputs) if self.monitor.armed else None
         # The axis of Lightning's own loggers: steps of the loop, which differ from `global_step` when a step has
         # several optimizers. It is counted up only after this hook.
-        self.monitor.step(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped + 1)
+        steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        self.monitor.step(metrics, optimizer=trainer.optimizers, step=steps)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -194,6 +203,13 @@ class ESSMonitorCallback(_Base):
             bar = trainer.progress_bar_callback
             sinks.append(TerminalExporter(TerminalConfig(), write=print if bar is None else bar.print))
         return sinks
+
+
+def _grad_scale(trainer: Any) -> float | torch.Tensor:
+    """What Lightning multiplies the loss with before backward: the loss scaler's scale over the accumulation steps."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+    return scale / trainer.accumulate_grad_batches
 
 
 def _metrics(trainer: Any, outputs: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from ess_monitor.exporters.collector import SnapshotCollector
 from ess_monitor.exporters.scalars import LAYER_QUANTITIES
 from ess_monitor.ledger import Ledger
-from ess_monitor.records import CONDITIONS, Reading, RunInfo, Status
+from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, CONDITIONS, Reading, RunInfo, Status
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -82,3 +82,8 @@ def test_glossary_explains_every_number_of_a_reading() -> None:
 def test_glossary_explains_every_status_and_condition() -> None:
     assert sorted(_glossary("Statuses of a reading")) == sorted(get_args(Status))
     assert sorted(_glossary("Conditions of a layer")) == sorted(CONDITIONS)
+
+
+def test_glossary_explains_every_action_and_outcome() -> None:
+    assert sorted(_glossary("Actions of the autopilot")) == sorted(ACTIONS)
+    assert sorted(_glossary("Outcomes of an action")) == sorted(ACTION_OUTCOMES)

@@ -1,5 +1,6 @@
 """From a user's module to an operator: which layers, which tensors, described per layer."""
 
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.operators import capture_operators
 from ess_monitor.capture.registry import register_capture
@@ -7,10 +8,12 @@ from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure,
 from ess_monitor.capture.spec import CaptureSpec
 
 __all__ = [
+    "AlphaHandle",
     "CaptureConfig",
     "CaptureFailure",
     "CaptureSpec",
     "Captured",
+    "DecayHandle",
     "Layer",
     "LayerFilter",
     "Sampler",

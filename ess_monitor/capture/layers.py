@@ -139,7 +139,7 @@ def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
                 operator=spec.operator,
                 state_capacity=spec.state_capacity(module),
                 channels=spec.channels(module),
-                handles=spec.handles(module),
+                handles=spec.handles,
             )
         )
     return tuple(infos)

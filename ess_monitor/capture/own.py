@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, positional
 from ess_monitor.capture.registry import add_spec
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.ess import DiagonalRecurrence, Operator, SoftmaxAttention
@@ -36,16 +37,21 @@ def _channels(mixer: nn.Module) -> int:
     return int(mixer.num_heads)  # type: ignore[arg-type]
 
 
-_HANDLES: dict[type[nn.Module], tuple[str, ...]] = {
-    LA: (),
-    SA: (),
-    WLA: ("decay: decay_logit",),
-    GLA: ("decay: gate",),
-    GLAS6: ("decay: gate", "alpha: log_alpha"),
-    S6: ("decay: delta, A_log", "alpha: A_log"),
+def _decay(*parameters: str) -> DecayHandle:
+    """The fourth argument of `core(q, k, v, log_decay)`."""
+    return positional(3, "core", parameters)
+
+
+_KNOBS: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] = {
+    LA: (None, None),
+    SA: (None, None),
+    WLA: (_decay("decay_logit"), None),
+    GLA: (_decay("gate"), None),
+    GLAS6: (_decay("gate"), AlphaHandle("log_alpha", -1.0)),
+    S6: (_decay("delta", "A_log"), AlphaHandle("A_log", 1.0)),
 }
 
-for _layer in (LA, WLA, GLA, GLAS6, S6, SA):
+for _layer, (_decay_handle, _alpha_handle) in _KNOBS.items():
     add_spec(
         _layer,
         CaptureSpec(
@@ -54,6 +60,7 @@ for _layer in (LA, WLA, GLA, GLAS6, S6, SA):
             point="core",
             state_capacity=_capacity,
             channels=_channels,
-            handles=lambda _, handles=_HANDLES[_layer]: handles,  # type: ignore[misc]
+            decay=_decay_handle,
+            alpha=_alpha_handle,
         ),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle
 from ess_monitor.ess import Operator
 
 Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Operator]
@@ -21,10 +22,6 @@ def _no_capacity(module: nn.Module) -> int | None:
 
 def _no_channels(module: nn.Module) -> int:
     return 0
-
-
-def _no_handles(module: nn.Module) -> tuple[str, ...]:
-    return ()
 
 
 @dataclass(frozen=True)
@@ -44,5 +41,14 @@ class CaptureSpec:
     """TSS per channel, None where it grows with the position."""
     channels: Callable[[nn.Module], int] = field(default=_no_channels)
     """Independent operators (heads or channels) of the layer; 0 when not known before a forward pass."""
-    handles: Callable[[nn.Module], tuple[str, ...]] = field(default=_no_handles)
-    """What interventions may act on, as `knob: parameter names`."""
+    decay: DecayHandle | None = None
+    """Where the decay can be pulled; None where the layer has none, or a fixed one."""
+    alpha: AlphaHandle | None = None
+    """Where the decay can be rescaled as a whole."""
+
+    @property
+    def handles(self) -> tuple[str, ...]:
+        """What interventions may act on, as `knob: names below the layer`."""
+        decay = () if self.decay is None else (f"decay: {', '.join(self.decay.parameters)}",)
+        alpha = () if self.alpha is None else (f"alpha: {self.alpha.tensor}",)
+        return decay + alpha

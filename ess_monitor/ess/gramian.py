@@ -84,8 +84,8 @@ class _Side:
     def stacked(self, before: Tensor | None, rows: Tensor, log_decay: Tensor) -> Tensor:
         """Rows of windows as seen from each window's end, below the factor of everything before the window.
 
-        `rows` (B|1, H|1, W, K, N) and `log_decay` (B|1, H|1, W, K, N|1) -> (B, H, W, N + K, N); (B, H, W, K, N) without
-        `before` (B, H, W, N, N).
+        `rows` (B|1, H|1, W, K, N), `log_decay` (B|1, H|1, W, K, N|1) and `before` (B, H, W, N, N) give
+        (B, H, W, N + K, N); without `before` (B, H, W, K, N).
         """
         seen = log_decay.cumsum(3)
         head = 0 if before is None else self.state

@@ -7,19 +7,14 @@ counter that is born at 1. Sizes without a value are left out, as NaN would sile
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-)
+from prometheus_client.core import Metric
 
+from ess_monitor.exporters.families import counter, gauge, histogram, info
 from ess_monitor.records import (
+    ACTION_OUTCOMES,
+    ACTIONS,
     CONDITIONS,
     OUTCOMES,
     PHASES,
@@ -28,8 +23,6 @@ from ess_monitor.records import (
     RunInfo,
     Snapshot,
 )
-
-PREFIX = "ess_monitor_"
 
 _LAYER_GAUGES = (
     ("state_capacity", "Theoretically realisable state-size of a layer, in state dimensions per channel."),
@@ -57,12 +50,13 @@ class SnapshotCollector:
         run, now = self._run, self._snapshot()
         yield from _about_the_run(run, now)
         yield from _about_the_layers(run, now)
+        yield from _about_the_interventions(now)
         yield from _about_the_monitor(run, now)
 
 
 def _about_the_run(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
-    yield _info("build", "Versions of what runs.", run.versions)
-    yield _info(
+    yield info("build", "Versions of what runs.", run.versions)
+    yield info(
         "run",
         "What the run is.",
         {
@@ -73,39 +67,37 @@ def _about_the_run(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
             "precision": run.precision,
         },
     )
-    yield _gauge(
-        "run_status", "1 for the status the run is in.", _one_hot(RUN_STATUSES, now.status), labels=("status",)
-    )
-    yield _gauge(
+    yield gauge("run_status", "1 for the status the run is in.", _one_hot(RUN_STATUSES, now.status), labels=("status",))
+    yield gauge(
         "run_start_timestamp_seconds",
         "When the run started, in seconds since the epoch.",
         _since_epoch(run.start_timestamp_seconds),
     )
-    yield _gauge(
+    yield gauge(
         "last_step_timestamp_seconds",
         "When the last optimizer step ended, in seconds since the epoch; absent before the first.",
         _since_epoch(now.last_step_timestamp_seconds),
     )
-    yield _gauge(
+    yield gauge(
         "last_measurement_timestamp_seconds",
         "When the last measurement was taken, in seconds since the epoch; absent before the first.",
         _since_epoch(now.last_measurement_timestamp_seconds),
     )
-    yield _gauge("last_step", "Optimizer step the run is at.", {(): now.last_step})
-    yield _counter("steps", "Optimizer steps of this process.", {(): now.steps_total})
-    yield _histogram("training_step_seconds", "Duration of a training step in seconds.", {(): now.step_seconds})
+    yield gauge("last_step", "Optimizer step the run is at.", {(): now.last_step})
+    yield counter("steps", "Optimizer steps of this process.", {(): now.steps_total})
+    yield histogram("training_step_seconds", "Duration of a training step in seconds.", {(): now.step_seconds})
 
 
 def _about_the_layers(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     names = [layer.name for layer in run.layers]
-    yield _gauge("layers", "Layers that are measured.", {(): len(names)})
+    yield gauge("layers", "Layers that are measured.", {(): len(names)})
     for quantity, documentation in _LAYER_GAUGES:
         family = quantity if quantity.startswith("state_") else f"state_{quantity}"
         values: dict[tuple[str, ...], float | None] = {
             (_layer_label(name),): getattr(now.readings[name], quantity) for name in names if name in now.readings
         }
-        yield _gauge(family, documentation, values, labels=("layer",))
-    yield _gauge(
+        yield gauge(family, documentation, values, labels=("layer",))
+    yield gauge(
         "layer_condition",
         "1 for the condition a layer is in.",
         {
@@ -115,19 +107,19 @@ def _about_the_layers(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
         },
         labels=("layer", "condition"),
     )
-    yield _counter(
+    yield counter(
         "condition_changes",
         "How often a layer entered a condition.",
         {(condition,): now.condition_changes_total.get(condition, 0) for condition in CONDITIONS},
         labels=("condition",),
     )
-    yield _gauge(
+    yield gauge(
         "condition_threshold_ratio",
         "Thresholds of the diagnosis.",
         {(*_condition_and_bound(key),): value for key, value in run.thresholds.items()},
         labels=("condition", "bound"),
     )
-    yield _counter(
+    yield counter(
         "nonfinite_states",
         "Measurements of a layer that met NaN or infinity.",
         {(_layer_label(name),): now.nonfinite_total.get(name, 0) for name in names},
@@ -135,84 +127,76 @@ def _about_the_layers(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     )
 
 
+def _about_the_interventions(now: Snapshot) -> Iterator[Metric]:
+    yield counter(
+        "interventions",
+        "What the autopilot did, would have done or refused to do.",
+        {
+            (action, outcome): now.interventions_total.get(action, {}).get(outcome, 0)
+            for action in ACTIONS
+            for outcome in ACTION_OUTCOMES
+        },
+        labels=("action", "outcome"),
+    )
+    yield gauge(
+        "interventions_active",
+        "Treatments of layers that are under way.",
+        {(action,): now.interventions_active.get(action, 0) for action in ACTIONS},
+        labels=("action",),
+    )
+    yield gauge(
+        "intervention_budget_remaining",
+        "Actions the autopilot may still take in this run.",
+        {(): now.intervention_budget_remaining},
+    )
+    yield gauge(
+        "last_intervention_timestamp_seconds",
+        "When something was last applied, in seconds since the epoch; absent before.",
+        _since_epoch(now.last_intervention_timestamp_seconds),
+    )
+    yield gauge("autopilot_enabled", "1 when the autopilot may act (mode auto).", {(): float(now.autopilot_enabled)})
+
+
 def _about_the_monitor(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
-    yield _counter(
+    yield counter(
         "measurements",
         "Sampled steps by how they ended.",
         {(outcome,): now.measurements_total.get(outcome, 0) for outcome in OUTCOMES},
         labels=("outcome",),
     )
-    yield _histogram(
+    yield histogram(
         "overhead_seconds",
         "Time of the monitor itself in seconds, by what it went into.",
         {(phase,): now.overhead_seconds.get(phase, _EMPTY) for phase in PHASES},
         labels=("phase",),
     )
-    yield _gauge("overhead_ratio", "Measured cost of the monitor over training time.", {(): now.overhead_ratio})
-    yield _gauge(
+    yield gauge("overhead_ratio", "Measured cost of the monitor over training time.", {(): now.overhead_ratio})
+    yield gauge(
         "overhead_budget_ratio", "Cost over training time that the monitor may have.", {(): run.overhead_budget_ratio}
     )
-    yield _gauge(
+    yield gauge(
         "measurement_interval_steps",
         "Steps between measurements, after the overhead budget has stretched them.",
         {(): now.interval_steps},
     )
-    yield _counter(
+    yield counter(
         "export_errors",
         "Errors of an exporter.",
         {(name,): count for name, count in now.export_errors_total.items()},
         labels=("exporter",),
     )
-    yield _counter(
+    yield counter(
         "export_dropped",
         "Measurements that an exporter did not take.",
         {(name,): count for name, count in now.export_dropped_total.items()},
         labels=("exporter",),
     )
-    yield _gauge(
+    yield gauge(
         "export_queue_length",
         "Measurements that wait for an exporter.",
         {(name,): count for name, count in now.export_queue_length.items()},
         labels=("exporter",),
     )
-
-
-def _info(name: str, documentation: str, labels: Mapping[str, str]) -> Metric:
-    family = InfoMetricFamily(PREFIX + name, documentation)
-    family.add_metric([], {_label_name(key): value for key, value in labels.items()})
-    return family
-
-
-def _gauge(
-    name: str,
-    documentation: str,
-    values: Mapping[tuple[str, ...], float | None],
-    labels: tuple[str, ...] = (),
-) -> Metric:
-    family = GaugeMetricFamily(PREFIX + name, documentation, labels=labels)
-    for label_values, value in values.items():
-        if value is not None and math.isfinite(value):
-            family.add_metric(label_values, value)
-    return family
-
-
-def _counter(
-    name: str, documentation: str, values: Mapping[tuple[str, ...], float], labels: tuple[str, ...] = ()
-) -> Metric:
-    family = CounterMetricFamily(PREFIX + name, documentation, labels=labels)
-    for label_values, value in values.items():
-        family.add_metric(label_values, value)
-    return family
-
-
-def _histogram(
-    name: str, documentation: str, values: Mapping[tuple[str, ...], HistogramData], labels: tuple[str, ...] = ()
-) -> Metric:
-    family = HistogramMetricFamily(PREFIX + name, documentation, labels=labels)
-    for label_values, data in values.items():
-        buckets = [(repr(float(bound)), float(count)) for bound, count in zip(data.bounds, data.counts, strict=True)]
-        family.add_metric(label_values, [*buckets, ("+Inf", float(data.count))], data.total_seconds)
-    return family
 
 
 def _one_hot(names: Iterable[str], current: str) -> dict[tuple[str, ...], float]:
@@ -232,8 +216,3 @@ def _layer_label(name: str) -> str:
 def _condition_and_bound(key: str) -> tuple[str, str]:
     condition, _, bound = key.partition(".")
     return condition, bound
-
-
-def _label_name(key: str) -> str:
-    name = re.sub(r"[^a-zA-Z0-9_]", "_", key)
-    return f"_{name}" if not name or name[0].isdigit() else name

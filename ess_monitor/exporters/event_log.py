@@ -1,8 +1,9 @@
 """JSON lines: everything that was measured, in a file that outlives the run and that any tool can read.
 
 One object a line: `schema_version`, `event`, `timestamp_seconds`, `run` (the run's name) and `data` (the record). The
-events are `run_started` (RunInfo), `measurement` (Measurement), `finding` (Finding; also inside its measurement, but
-one line each makes `grep '"event":"finding"'` the report of a run) and `run_finished` (the last Snapshot).
+events are `run_started` (RunInfo), `measurement` (Measurement), `finding` (Finding), `action` (Action) and
+`run_finished` (the last Snapshot). Findings and actions are also inside their measurement, but one line each makes
+`grep -E '"event":"(finding|action)"'` the report of a run.
 `ess_monitor.exporters.read_event_log` reads it back.
 """
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters.events import (
+    ActionEvent,
     Event,
     FindingEvent,
     MeasurementEvent,
@@ -83,13 +85,15 @@ class EventLogExporter:
         self._file, self._run, self._snapshot = file, run, snapshot
 
     def export(self, measurement: Measurement) -> None:
-        """Write the measurement, then each of its findings. Raises OSError when the disk does not take it."""
+        """Write the measurement, its findings and its actions. Raises OSError when the disk does not take them."""
         if self._run is None:
             return
         when, name = measurement.timestamp_seconds, self._run.run_name
         self._write(MeasurementEvent(timestamp_seconds=when, run=name, data=measurement))
         for finding in measurement.findings:
             self._write(FindingEvent(timestamp_seconds=when, run=name, data=finding))
+        for action in measurement.actions:
+            self._write(ActionEvent(timestamp_seconds=when, run=name, data=action))
 
     def close(self, status: RunStatus) -> None:
         """Write `run_finished` with the final counters and close the file."""

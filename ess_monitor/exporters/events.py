@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ess_monitor.records import SCHEMA_VERSION, Finding, Measurement, RunInfo, Snapshot
+from ess_monitor.records import SCHEMA_VERSION, Action, Finding, Measurement, RunInfo, Snapshot
 
 
 class _EventBase(BaseModel):
@@ -41,6 +41,13 @@ class FindingEvent(_EventBase):
     data: Finding
 
 
+class ActionEvent(_EventBase):
+    """The autopilot did something, would have done it, or refused to."""
+
+    event: Literal["action"] = "action"
+    data: Action
+
+
 class RunFinishedEvent(_EventBase):
     """The run ended; `data.status` says how, and the counters are the final ones."""
 
@@ -48,7 +55,7 @@ class RunFinishedEvent(_EventBase):
     data: Snapshot
 
 
-Event = RunStartedEvent | MeasurementEvent | FindingEvent | RunFinishedEvent
+Event = RunStartedEvent | MeasurementEvent | FindingEvent | ActionEvent | RunFinishedEvent
 """Any line of the event log."""
 
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from ess_monitor.exporters.scalars import OVERHEAD_TAG, UTILIZATION_TAG, condition_tag, scalar_tag
+from ess_monitor.exporters.spikes import spike_tag
 from ess_monitor.records import CONDITIONS
 
 Layout = dict[str, dict[str, list[object]]]
@@ -15,6 +16,9 @@ Layout = dict[str, dict[str, list[object]]]
 def custom_scalars_layout(layers: Iterable[str]) -> Layout:
     """The layout for these layers, in this order.
 
+    Charts of utilisation also show when a layer was acted upon, as spikes up to 1. The strengths stay on the scalars
+    page: a lambda of 0.5 and an alpha factor of 100 share no axis, with each other or with a ratio.
+
     Multiline charts take regular expressions; a margin chart takes the tags of value, lower and upper end.
 
     >>> sorted(custom_scalars_layout(["mixer"]))
@@ -22,7 +26,9 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
     """
     layout: Layout = {
         "ESS overview": {
-            "Utilisation of every layer (effective / capacity)": _lines("ess_utilization_ratio/.*"),
+            "Utilisation of every layer (effective / capacity)": _lines(
+                "ess_utilization_ratio/.*", "ess_intervention_steps/.*"
+            ),
             "Utilisation of the model": _lines(re.escape(UTILIZATION_TAG)),
             "Effective state-size of every layer": _lines("ess_effective_size/.*"),
             "Retention of every layer (below 1 the decay costs memory)": _lines("ess_retention_ratio/.*"),
@@ -44,7 +50,11 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
                 *(re.escape(scalar_tag(name, layer)) for name in ("effective_size", "entropy_size", "state_capacity"))
             ),
             "Utilisation, retention and mean decay": _lines(
-                *(re.escape(scalar_tag(name, layer)) for name in ("utilization_ratio", "retention_ratio", "mean_decay"))
+                *(
+                    re.escape(scalar_tag(name, layer))
+                    for name in ("utilization_ratio", "retention_ratio", "mean_decay")
+                ),
+                re.escape(spike_tag(layer)),
             ),
         }
     return layout

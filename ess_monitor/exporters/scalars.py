@@ -5,6 +5,7 @@ layers (layers are compared with each other far more often than two quantities o
 
     ess_<quantity>/<layer>      one layer, for every quantity of LAYER_QUANTITIES that was measured
     ess_layers/<condition>      how many layers are in that condition
+    ess_interventions/<layer>   strength of what was applied to it, only in the measurement that applied it
     ess_monitor/...             the whole model, and the monitor's own cost
 """
 
@@ -73,6 +74,11 @@ def condition_tag(condition: str) -> str:
     return f"ess_layers/{condition}"
 
 
+def intervention_tag(layer: str) -> str:
+    """The tag of the strength that was applied to a layer."""
+    return f"ess_interventions/{layer_tag(layer)}"
+
+
 def scalars(measurement: Measurement) -> dict[str, float]:
     """Every number of a measurement worth a curve, by tag. Only finite numbers; only readings with status ok.
 
@@ -91,6 +97,9 @@ def scalars(measurement: Measurement) -> dict[str, float]:
     conditions = list(measurement.conditions.values())
     for condition in CONDITIONS:
         values[condition_tag(condition)] = float(conditions.count(condition))
+    for action in measurement.actions:
+        if action.outcome == "applied":
+            values[intervention_tag(action.layer)] = action.strength
     values[UTILIZATION_TAG] = model_utilization_ratio(measured)
     values[OVERHEAD_TAG] = measurement.overhead_ratio
     values[INTERVAL_TAG] = float(measurement.interval_steps)

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ess_monitor.records import Condition, LayerInfo, Measurement, Reading
+from ess_monitor.records import Action, ActionOutcome, Condition, LayerInfo, Measurement, Reading
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
 _STYLES: dict[Condition, str] = {"unknown": "dim", "healthy": "green", "saturated": "yellow", "collapsed": "bold red"}
+_ACTION_STYLES: dict[ActionOutcome, str] = {
+    "applied": "bold cyan",
+    "dry_run": "cyan",
+    "rejected": "yellow",
+    "failed": "bold red",
+    "rolled_back": "bold red",
+    "recovered": "bold green",
+    "released": "green",
+}
 _BAR_CELLS = 10
 _NOTHING = "-"
 
@@ -67,6 +76,32 @@ def render_findings(measurement: Measurement) -> Text:
         for finding in measurement.findings
     ]
     return _plain("\n".join(lines), "bold")
+
+
+def render_actions(measurement: Measurement) -> Text:
+    """What the autopilot did with this measurement: one line an action, coloured by its outcome.
+
+    Example:
+        >>> from ess_monitor.records import Action, Measurement
+        >>> done = Action(step=7, layer="mixer", action="pull_to_identity", outcome="applied", finding="collapsed",
+        ...               message="regulariser attached", strength=0.5, utilization_before=0.12)
+        >>> render_actions(
+        ...     Measurement(step=7, timestamp_seconds=0.0, readings=(), conditions={}, actions=(done,))
+        ... ).plain
+        'step 7, mixer: applied pull_to_identity 0.5, utilisation 12%: regulariser attached'
+    """
+    from rich.text import Text
+
+    return Text("\n").join(_action_line(action) for action in measurement.actions)
+
+
+def _action_line(action: Action) -> Text:
+    what = action.action if action.strength is None else f"{action.action} {action.strength:g}"
+    before, after = action.utilization_before, action.utilization_after
+    sizes = " -> ".join(f"{ratio:.0%}" for ratio in (before, after) if ratio is not None)
+    utilization = f", utilisation {sizes}" if sizes else ""
+    line = f"step {action.step}, {action.layer or 'root'}: {action.outcome} {what}{utilization}: {action.message}"
+    return _plain(" ".join(line.split()), _ACTION_STYLES[action.outcome])
 
 
 def utilization_bar(ratio: float) -> str:

@@ -1,9 +1,10 @@
-"""TensorBoard: curves of every layer, a ready-made page of charts, per-head heat maps, findings as text."""
+"""TensorBoard: curves of every layer, a ready-made page of charts, per-head heat maps, findings and actions as text."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,12 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters.layout import custom_scalars_layout
+from ess_monitor.exporters.markdown import action_table, finding_markdown
 from ess_monitor.exporters.scalars import layer_tag, scalars
-from ess_monitor.records import Finding, Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.exporters.spikes import Spikes, spike_tag
+from ess_monitor.records import Action, Measurement, RunInfo, RunStatus, Snapshot
 
 if TYPE_CHECKING:
     from ess_monitor.exporters.heatmap import HeadHistory
 
+ACTIONS_TAG = "ess_actions/table"
+"""Text tag of the table of actions."""
+
+_TABLE_ROWS = 100
+"""Actions the table holds, the newest ones: many times what a run's budget allows."""
 _INSTALL = 'pip install "ess-monitor[tensorboard]"'
 
 
@@ -45,7 +53,8 @@ class TensorBoardExporter:
     """Writes measurements into a `SummaryWriter`.
 
     Global step is `measurement.step`. One heat map is drawn per measurement, the layers in turn, because a picture
-    costs a hundred times what a scalar does; closing draws those that have changed since.
+    costs a hundred times what a scalar does; closing draws those that have changed since. The table of actions is
+    written anew with each action and holds the earlier ones too, so that its newest version tells the whole story.
 
     Args:
         config: what is written.
@@ -62,6 +71,8 @@ class TensorBoardExporter:
         self._writer: Any = None
         self._heads: dict[str, HeadHistory] = {}
         self._next_heatmap = 0
+        self._actions: deque[Action] = deque(maxlen=_TABLE_ROWS)
+        self._spikes: dict[str, Spikes] = {}
         self._last: Measurement | None = None
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
@@ -90,8 +101,9 @@ class TensorBoardExporter:
                 self._writer.add_scalar(tag, value, global_step=step, walltime=when)
         for finding in measurement.findings:
             self._writer.add_text(
-                f"ess_findings/{layer_tag(finding.layer)}", _as_markdown(finding), global_step=step, walltime=when
+                f"ess_findings/{layer_tag(finding.layer)}", finding_markdown(finding), global_step=step, walltime=when
             )
+        self._write_actions(measurement)
         self._remember_heads(measurement)
         self._draw_next_heatmap(measurement)
 
@@ -126,6 +138,17 @@ class TensorBoardExporter:
                 f"({type(error).__name__}: {error}). Give a folder this process may write to."
             ) from error
 
+    def _write_actions(self, measurement: Measurement) -> None:
+        if not measurement.actions:
+            return
+        self._actions.extend(measurement.actions)
+        when = measurement.timestamp_seconds
+        self._writer.add_text(ACTIONS_TAG, action_table(self._actions), global_step=measurement.step, walltime=when)
+        for action in measurement.actions:
+            if action.outcome == "applied":
+                for step, height in self._spikes.setdefault(action.layer, Spikes()).at(action.step):
+                    self._writer.add_scalar(spike_tag(action.layer), height, global_step=step, walltime=when)
+
     def _remember_heads(self, measurement: Measurement) -> None:
         if not self.config.heatmap_columns:
             return
@@ -152,10 +175,3 @@ class TensorBoardExporter:
                 global_step=measurement.step,
                 walltime=measurement.timestamp_seconds,
             )
-
-
-def _as_markdown(finding: Finding) -> str:
-    lines = [f"**{finding.layer or 'root'}**: {finding.previous} → **{finding.condition}**", finding.reason]
-    if finding.advice:
-        lines.append(f"*{finding.advice}*")
-    return "\n\n".join(lines)

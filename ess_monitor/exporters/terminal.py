@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ess_monitor.exporters.table import render_findings, render_table
+from ess_monitor.exporters.table import render_actions, render_findings, render_table
 from ess_monitor.records import LayerInfo, Measurement, RunInfo, RunStatus, Snapshot
 
 
@@ -24,7 +24,7 @@ class TerminalConfig(BaseModel):
     kind: Literal["terminal"] = "terminal"
     """Which exporter this is."""
     every_seconds: float = Field(default=10.0, ge=0.0)
-    """Least time between two tables, findings excepted. Ten seconds can be read, and do not bury the log."""
+    """Least time between two tables; findings and actions do not wait. Ten seconds can be read, and bury no log."""
     width: int | None = Field(default=None, ge=40)
     """Columns; None takes the terminal's, and 100 where there is none."""
     color: bool | None = None
@@ -32,7 +32,7 @@ class TerminalConfig(BaseModel):
 
 
 class TerminalExporter:
-    """Prints a table at the first measurement, with every finding, else at most every `every_seconds`, and at the end.
+    """Prints a table at the first measurement, with every finding and action, and at the end; else now and then.
 
     A table is written in one piece and never overwritten: cursor movements and progress bars get in each other's way.
 
@@ -71,7 +71,8 @@ class TerminalExporter:
     def export(self, measurement: Measurement) -> None:
         """Print the table if it is time for one."""
         last = self._last_written_seconds
-        if measurement.findings or last is None or self._clock() - last >= self.config.every_seconds:
+        news = measurement.findings or measurement.actions
+        if news or last is None or self._clock() - last >= self.config.every_seconds:
             self._print(measurement)
         else:
             self._pending = measurement
@@ -104,6 +105,8 @@ class TerminalExporter:
         console.print(render_table(measurement, self._layers))
         if measurement.findings:
             console.print(render_findings(measurement))
+        if measurement.actions:
+            console.print(render_actions(measurement), soft_wrap=True)  # one line each, for grep
         return text.getvalue().rstrip("\n")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.featurizers.decoder import LastTokenDecoder
+from ess_monitor.featurizers.norm import RMSNorm
 from ess_monitor.featurizers.registry import build_mixer, check_options, options_of
 
 
@@ -84,9 +85,11 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
+        # Small against what the blocks add. With torch's unit variance some WLA nets leave the collapse by themselves.
+        nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config, name) for name in config.featurizers)
         self.decoder = LastTokenDecoder(config.width) if config.decoder == "last_token" else nn.Identity()
-        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.norm = RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
@@ -114,9 +117,9 @@ class Block(nn.Module):
         super().__init__()
         known = options_of(featurizer)
         options = {name: value for name, value in config.mixer_options.items() if name in known}
-        self.mixer_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.mixer_norm = RMSNorm(config.width)
         self.mixer = build_mixer(featurizer, config.width, config.num_heads, config.state_size, **options)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.mlp_norm = RMSNorm(config.width)
         hidden = config.mlp_factor * config.width
         self.mlp = SwiGLU(config.width, hidden) if config.mlp == "swiglu" else MLP(config.width, hidden)
 

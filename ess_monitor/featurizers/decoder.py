@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ess_monitor.featurizers.norm import RMSNorm
+
 
 class LastTokenDecoder(nn.Module):
     """Features of every position from those of the last one: last token + where to look, through two layers.
@@ -27,7 +29,7 @@ class LastTokenDecoder(nn.Module):
         super().__init__()
         self.width = width
         self.layers = nn.Sequential(
-            nn.RMSNorm(width, eps=1e-5), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+            RMSNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
         )
 
     def forward(self, x_BLD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor.errors import ConfigError
+from ess_monitor.featurizers.norm import RMSNorm
 
 
 def state_per_head(width: int, num_heads: int, expand_k: float) -> int:
@@ -72,7 +73,7 @@ class HeadReadout(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width // num_heads, eps=1e-5)
+        self.norm = RMSNorm(width // num_heads)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, y_BHLV: Tensor) -> Tensor:

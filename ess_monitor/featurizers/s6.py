@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ess_monitor.errors import ConfigError
 from ess_monitor.featurizers.cores import DiagonalScan
+from ess_monitor.featurizers.norm import RMSNorm
 
 
 class S6(nn.Module):
@@ -54,7 +55,7 @@ class S6(nn.Module):
         nn.init.zeros_(self.delta.bias)
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log())
         self.core = DiagonalScan()
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = RMSNorm(width)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, u_BLE: Tensor) -> Tensor:

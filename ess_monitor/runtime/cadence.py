@@ -43,6 +43,7 @@ class Cadence:
         self._last_sample = -every_n_steps
         self._sample_cost = 0.0
         self._cost_since_sample = 0.0
+        self._held = False
 
     @property
     def overhead_ratio(self) -> float:
@@ -51,7 +52,7 @@ class Cadence:
 
     def due(self, step: int) -> bool:
         """True when the forward pass after `step` optimizer steps is to be sampled."""
-        return step >= self.next_step
+        return not self._held and step >= self.next_step
 
     def stepped(self, seconds: float) -> None:
         """One training step took this long."""
@@ -63,6 +64,16 @@ class Cadence:
         self._fold_cost()
         self._last_sample = step
         self._schedule()
+
+    def hold(self) -> None:
+        """Nothing is due until `resume`: the sample that was taken is to be judged first."""
+        self._held = True
+
+    def resume(self, interval_steps: int) -> None:
+        """The next sample comes this many steps after the last one."""
+        self._held = False
+        self.interval_steps = interval_steps
+        self.next_step = self._last_sample + interval_steps
 
     def spent(self, seconds: float) -> None:
         """The monitor spent this long on the sample that was taken last."""
@@ -81,6 +92,7 @@ class Cadence:
             "sample_cost": self._sample_cost,
             "cost_since_sample": self._cost_since_sample,
             "steps": list(self._steps),
+            "held": self._held,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,6 +105,7 @@ class Cadence:
         self._sample_cost = float(state["sample_cost"])
         self._cost_since_sample = float(state["cost_since_sample"])
         self._steps.extend(state["steps"])
+        self._held = bool(state["held"])
 
     def _fold_cost(self) -> None:
         if self._cost_since_sample > 0:

@@ -103,8 +103,7 @@ class Executor(Generic[Tag]):
             if not job.done():
                 if self._clock() - job.submitted < self.config.timeout_seconds:
                     break
-                job.state = "abandoned"
-                job.error = f"not measured within runtime.timeout_seconds = {self.config.timeout_seconds:g}"
+                self._give_up(job, f"not measured within runtime.timeout_seconds = {self.config.timeout_seconds:g}")
             finished.append(self._open.popleft())
         return finished
 
@@ -115,6 +114,21 @@ class Executor(Generic[Tag]):
             while self._clock() < deadline and any(not job.done() for job in self._open):
                 self._wake.wait(timeout=0.005)
         return self.poll()
+
+    def take(self, timeout_seconds: float) -> Job[Tag] | None:
+        """The oldest job, waited for up to `timeout_seconds` and then given up; None when there is none."""
+        if not self._open:
+            return None
+        job, deadline = self._open[0], self._clock() + timeout_seconds
+        with self._wake:
+            while not job.done() and self._clock() < deadline:
+                self._wake.wait(timeout=0.005)
+        if not job.done():
+            self._give_up(job, f"not measured within {timeout_seconds:g} seconds of its judgement")
+        return self._open.popleft()
+
+    def _give_up(self, job: Job[Tag], why: str) -> None:
+        job.state, job.error = "abandoned", why
 
     def close(self, timeout_seconds: float = 2.0) -> None:
         """End the worker; a job that hangs in it is left behind in its daemon thread."""

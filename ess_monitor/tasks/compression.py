@@ -38,6 +38,7 @@ class Compression(SyntheticTask):
     `decoder="last_token"`: where each position answers for itself, it sees its own answer.
 
     Example:
+        >>> import torch
         >>> inputs, targets = Compression(CompressionConfig(length=6, vocab_size=8))[0]
         >>> torch.equal(inputs[:-1], targets[:-1]), inputs[-1].item(), targets[-1].item()
         (True, 7, -100)

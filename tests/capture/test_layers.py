@@ -88,3 +88,8 @@ def test_subclasses_are_read_like_their_base_class() -> None:
         pass
 
     assert describe(MyWLA(16, 2)).layers[0].supported
+
+
+def test_describe_refuses_a_pattern_that_matches_nothing() -> None:
+    with pytest.raises(ConfigError, match="matches none"):
+        describe(model(), layers=LayerFilter(include=("typo.*",)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ess_monitor.records import (
     PHASES,
+    Action,
     Finding,
     HistogramData,
     LayerInfo,
@@ -66,6 +67,20 @@ def finding(layer: str = "blocks.0.mixer", step: int = 100) -> Finding:
     )
 
 
+def action(layer: str = "blocks.0.mixer", step: int = 100, **fields: Any) -> Action:
+    """A regulariser that has just been attached; `fields` replace its own."""
+    values: dict[str, Any] = {
+        "action": "pull_to_identity",
+        "outcome": "applied",
+        "finding": "used 2 of 16.",
+        "message": "regulariser attached",
+        "strength": 0.5,
+        "utilization_before": 0.125,
+        "retention_before": 0.5,
+    }
+    return Action(step=step, layer=layer, **{**values, **fields})
+
+
 def measurement(step: int = 100, layers: tuple[str, ...] = PLAIN_LAYERS, **fields: Any) -> Measurement:
     values: dict[str, Any] = {
         "timestamp_seconds": 1_000_000.0 + step,
@@ -108,6 +123,11 @@ def snapshot(status: RunStatus = "running", **fields: Any) -> Snapshot:
         "conditions": {},
         "condition_changes_total": {},
         "nonfinite_total": {},
+        "interventions_total": {},
+        "interventions_active": {},
+        "intervention_budget_remaining": 6,
+        "last_intervention_timestamp_seconds": 0.0,
+        "autopilot_enabled": False,
         "export_errors_total": {},
         "export_dropped_total": {},
         "export_queue_length": {},

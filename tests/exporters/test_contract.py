@@ -21,9 +21,9 @@ from ess_monitor.exporters import (
     TerminalExporter,
 )
 from ess_monitor.exporters.loggers import LoggerExporter
-from ess_monitor.records import LayerInfo, Measurement, Reading
+from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, LayerInfo, Measurement, Reading
 
-from .helpers import ODD_LAYERS, STATUSES, finding, measurement, reading, run_info, snapshot, threads_of_ours
+from .helpers import ODD_LAYERS, STATUSES, action, finding, measurement, reading, run_info, snapshot, threads_of_ours
 
 Make = Callable[[Path], Exporter]
 
@@ -68,7 +68,7 @@ def test_start_export_close_in_order_leaves_no_thread(make: Callable[[], Exporte
     exporter = make()
     _start(exporter)
     for step in (100, 200, 300):
-        exporter.export(measurement(step, findings=(finding(step=step),)))
+        exporter.export(measurement(step, findings=(finding(step=step),), actions=(action(step=step),)))
     exporter.close("finished")
     assert threads_of_ours() == before
 
@@ -104,6 +104,17 @@ def test_every_status_of_a_reading_is_exported(make: Callable[[], Exporter]) -> 
     exporter.close("finished")
 
 
+def test_every_action_with_every_outcome_is_exported(make: Callable[[], Exporter]) -> None:
+    hub = ExporterHub([make()])
+    hub.start(run_info(), lambda: snapshot())
+    actions = tuple(action(action=kind, outcome=outcome) for kind in ACTIONS for outcome in ACTION_OUTCOMES)
+    bare = action(strength=None, utilization_before=None, retention_before=None, message="", finding="")
+    hub.export(measurement(1, actions=(*actions, bare)))
+    hub.export(Measurement(step=2, timestamp_seconds=0.0, readings=(), conditions={}, actions=(action(step=2),)))
+    hub.close("finished", timeout_seconds=30)
+    assert set(hub.errors.values()) == {0}
+
+
 def test_a_measurement_without_any_reading_is_exported(make: Callable[[], Exporter]) -> None:
     exporter = make()
     exporter.start(run_info(()), lambda: snapshot())
@@ -115,7 +126,9 @@ def test_odd_layer_names_are_exported(make: Callable[[], Exporter]) -> None:
     exporter = make()
     _start(exporter, ODD_LAYERS)
     for step in range(len(ODD_LAYERS)):
-        exporter.export(measurement(step, ODD_LAYERS, findings=tuple(finding(layer) for layer in ODD_LAYERS)))
+        findings = tuple(finding(layer) for layer in ODD_LAYERS)
+        actions = tuple(action(layer, step) for layer in ODD_LAYERS)
+        exporter.export(measurement(step, ODD_LAYERS, findings=findings, actions=actions))
     exporter.close("finished")
 
 

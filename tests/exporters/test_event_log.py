@@ -14,7 +14,7 @@ from ess_monitor.exporters import EventLogConfig, EventLogExporter, ExporterHub,
 from ess_monitor.exporters.line_file import LineFile
 from ess_monitor.records import SCHEMA_VERSION
 
-from .helpers import ODD_LAYERS, finding, measurement, run_info, snapshot
+from .helpers import ODD_LAYERS, action, finding, measurement, run_info, snapshot
 
 
 @pytest.fixture
@@ -51,9 +51,31 @@ def test_a_run_is_read_back_as_it_was_exported(path: Path) -> None:
     assert {event.run for event in events} == {"demo"}
 
 
+def test_every_action_is_a_line_of_its_own_after_its_measurement(path: Path) -> None:
+    actions = tuple(action(layer, 200, message="line\nbreak | \x1b", utilization_after=0.5) for layer in ODD_LAYERS)
+    measured = measurement(200, findings=(finding(step=200),), actions=actions)
+    with _running(path) as exporter:
+        exporter.export(measured)
+    _, *events, _ = read_event_log(path)
+    assert [event.event for event in events] == ["measurement", "finding", *["action"] * len(actions)]
+    assert [event.data for event in events] == [measured, finding(step=200), *actions]
+    assert {event.timestamp_seconds for event in events} == {1_000_200.0}
+    lines = [line for line in path.read_text().splitlines() if '"event":"action"' in line]
+    assert len(lines) == len(actions), "the documented grep finds them"
+
+
+def test_the_final_counters_of_interventions_are_read_back(path: Path) -> None:
+    counters = {"interventions_total": {"pull_to_identity": {"applied": 2}}, "interventions_active": {"advise": 0}}
+    exporter = _exporter(path)
+    exporter.start(run_info(), lambda: snapshot(**counters, autopilot_enabled=True))
+    exporter.close("finished")
+    *_, last = read_event_log(path)
+    assert last.data == snapshot("finished", **counters, autopilot_enabled=True)
+
+
 def test_every_line_is_json_with_the_documented_keys(path: Path) -> None:
     with _running(path) as exporter:
-        exporter.export(measurement(findings=(finding(),)))
+        exporter.export(measurement(findings=(finding(),), actions=(action(),)))
     for line in path.read_text().splitlines():
         keys = json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
         assert set(keys) == {"schema_version", "event", "timestamp_seconds", "run", "data"}

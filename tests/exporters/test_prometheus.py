@@ -19,13 +19,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import ExporterHub, PrometheusConfig, PrometheusExporter
-from ess_monitor.records import HistogramData, RunInfo, Snapshot
+from ess_monitor.ledger import Ledger
+from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, HistogramData, RunInfo, Snapshot
 
-from .helpers import ODD_LAYERS, PLAIN_LAYERS, RecordingExporter, free_port, reading, run_info, snapshot
+from .helpers import ODD_LAYERS, PLAIN_LAYERS, RecordingExporter, action, free_port, reading, run_info, snapshot
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-OF_LATER_VERSIONS = {"interventions", "intervention_budget_remaining", "last_intervention", "autopilot_enabled"}
 
 
 @contextmanager
@@ -80,6 +79,11 @@ def _busy() -> Snapshot:
         conditions={PLAIN_LAYERS[0]: "collapsed"},
         condition_changes_total={"collapsed": 1},
         nonfinite_total={PLAIN_LAYERS[1]: 4},
+        interventions_total={"pull_to_identity": {"applied": 3, "rolled_back": 1}, "advise": {"dry_run": 2}},
+        interventions_active={"pull_to_identity": 2},
+        intervention_budget_remaining=4,
+        last_intervention_timestamp_seconds=1_000_150.5,
+        autopilot_enabled=True,
         export_errors_total={"event_log": 3},
         export_dropped_total={"event_log": 2},
         export_queue_length={"event_log": 1},
@@ -104,6 +108,9 @@ def test_the_numbers_of_the_snapshot_are_scraped() -> None:
         "overhead_ratio": 0.004,
         "overhead_budget_ratio": 0.01,
         "measurement_interval_steps": 120,
+        "intervention_budget_remaining": 4,
+        "last_intervention_timestamp_seconds": 1_000_150.5,
+        "autopilot_enabled": 1,
         "training_step_seconds_sum": 0.75,
         "training_step_seconds_count": 6,
     }
@@ -123,6 +130,10 @@ def test_the_numbers_of_the_snapshot_are_scraped() -> None:
     assert _value(samples, "condition_threshold_ratio", condition="collapsed", bound="upper") == 0.2
     assert _value(samples, "nonfinite_states_total", layer=second) == 4
     assert _value(samples, "measurements_total", outcome="failed") == 1
+    assert _value(samples, "interventions_total", action="pull_to_identity", outcome="applied") == 3
+    assert _value(samples, "interventions_total", action="pull_to_identity", outcome="rolled_back") == 1
+    assert _value(samples, "interventions_total", action="advise", outcome="dry_run") == 2
+    assert _value(samples, "interventions_active", action="pull_to_identity") == 2
     assert _value(samples, "export_errors_total", exporter="event_log") == 3
     assert _value(samples, "export_dropped_total", exporter="event_log") == 2
     assert _value(samples, "export_queue_length", exporter="event_log") == 1
@@ -146,6 +157,10 @@ def test_every_label_child_is_there_at_zero_from_the_start() -> None:
         condition_changes_total={"healthy": 1, "saturated": 1, "collapsed": 1, "unknown": 1},
         conditions=dict.fromkeys(PLAIN_LAYERS, "healthy"),
         nonfinite_total=dict.fromkeys(PLAIN_LAYERS, 1),
+        interventions_total={kind: dict.fromkeys(ACTION_OUTCOMES, 1) for kind in ACTIONS},
+        interventions_active=dict.fromkeys(ACTIONS, 1),
+        intervention_budget_remaining=0,
+        autopilot_enabled=True,
         export_errors_total={"event_log": 1, "terminal": 1},
         export_dropped_total={"event_log": 1, "terminal": 1},
         export_queue_length={"event_log": 1, "terminal": 1},
@@ -157,6 +172,34 @@ def test_every_phase_is_there_although_the_snapshot_knows_none() -> None:
     samples = _scrape(run_info(), snapshot(overhead_seconds={}))
     for phase in ("capture", "measure", "diagnose", "intervene", "export"):
         assert _value(samples, "overhead_seconds_count", phase=phase) == 0
+
+
+def test_a_run_without_interventions_shows_all_of_them_at_zero_but_no_time_of_the_last() -> None:
+    samples = _scrape(run_info(), snapshot(autopilot_enabled=False))
+    for action_kind in ACTIONS:
+        assert _value(samples, "interventions_active", action=action_kind) == 0
+        for outcome in ACTION_OUTCOMES:
+            assert _value(samples, "interventions_total", action=action_kind, outcome=outcome) == 0
+    assert _value(samples, "autopilot_enabled") == 0
+    assert _value(samples, "last_intervention_timestamp_seconds") is None
+
+
+def test_what_the_ledger_counts_is_scraped() -> None:
+    ledger = Ledger(PLAIN_LAYERS, wall_clock=lambda: 1_000_300.25)
+    ledger.autopilot(
+        (action(), action(outcome="dry_run", action="rescale_alpha")), ("pull_to_identity",), budget=5, enabled=True
+    )
+    samples = _scrape(run_info(), ledger.snapshot())
+    counts = {
+        (dict(labels)["action"], dict(labels)["outcome"]): value
+        for (name, labels), value in samples.items()
+        if name == "ess_monitor_interventions_total" and value
+    }
+    assert counts == {("pull_to_identity", "applied"): 1, ("rescale_alpha", "dry_run"): 1}
+    assert [_value(samples, "interventions_active", action=kind) for kind in ACTIONS] == [1, 0, 0]
+    assert _value(samples, "intervention_budget_remaining") == 5
+    assert _value(samples, "last_intervention_timestamp_seconds") == 1_000_300.25
+    assert _value(samples, "autopilot_enabled") == 1
 
 
 def test_what_is_not_known_is_left_out_and_nothing_is_nan() -> None:
@@ -192,14 +235,13 @@ def test_a_layer_costs_nine_series_and_the_rest_stays_below_two_hundred() -> Non
         layers = tuple(f"blocks.{k}" for k in range(count))
         return len(_scrape(run_info(layers), snapshot(readings={name: reading(name) for name in layers})))
 
-    assert series(11) - series(10) == 9
+    assert series(11) - series(10) == 9, "interventions are counted by kind, never by layer"
     assert series(0) < 200
 
 
-def test_no_created_series_and_nothing_of_later_versions() -> None:
+def test_no_created_series() -> None:
     names = {name for name, _ in _scrape(run_info(), _busy())}
     assert not [name for name in names if name.endswith("_created")]
-    assert not [name for name in names for later in OF_LATER_VERSIONS if later in name]
 
 
 def test_two_runs_in_one_process_do_not_clash_and_the_global_registry_stays_clean() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from ess_monitor.exporters import scalars
 from ess_monitor.exporters.scalars import LAYER_QUANTITIES, layer_tag
-from ess_monitor.records import Measurement, Reading
+from ess_monitor.records import ACTION_OUTCOMES, Measurement, Reading
 
-from .helpers import ODD_LAYERS, measurement, reading
+from .helpers import ODD_LAYERS, action, measurement, reading
 
 
 def test_a_full_measurement_gives_every_quantity_of_every_layer() -> None:
@@ -58,6 +58,18 @@ def test_conditions_are_counted() -> None:
     conditions = {"a": "collapsed", "b": "collapsed", "c": "healthy"}
     values = scalars(Measurement(step=1, timestamp_seconds=0.0, readings=(), conditions=conditions))
     assert (values["ess_layers/collapsed"], values["ess_layers/healthy"]) == (2.0, 1.0)
+
+
+def test_the_strength_of_what_was_applied_is_a_scalar_and_nothing_else_of_the_autopilot_is() -> None:
+    actions = tuple(action(f"layer.{outcome}", outcome=outcome) for outcome in ACTION_OUTCOMES)
+    unknown = action("silent", strength=None)
+    plain = scalars(measurement())
+    assert scalars(measurement(actions=(*actions, unknown))) == {**plain, "ess_interventions/layer.applied": 0.5}
+
+
+def test_the_next_rung_of_a_ladder_in_one_measurement_wins() -> None:
+    values = scalars(measurement(actions=(action(strength=0.5), action(strength=2.0))))
+    assert values["ess_interventions/blocks.0.mixer"] == 2.0
 
 
 @pytest.mark.parametrize("layer", ODD_LAYERS)

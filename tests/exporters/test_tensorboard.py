@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import sys
+import warnings
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalars
 from ess_monitor.exporters.heatmap import HeadHistory, colourize
+from ess_monitor.exporters.spikes import Spikes
 from ess_monitor.records import Measurement
 
-from .helpers import ODD_LAYERS, finding, measurement, reading, run_info, snapshot
+from .helpers import ODD_LAYERS, action, finding, measurement, reading, run_info, snapshot
 
 
 def _read(folder: Path) -> EventAccumulator:
@@ -57,8 +60,8 @@ def test_the_layout_is_written_once_and_its_charts_find_what_is_written(tmp_path
     layers = ("blocks.0.mixer", "blocks.1.mixer", "a b")
     _write(
         TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
-        measurement(1, layers),
-        measurement(2, layers),
+        measurement(10, layers, actions=tuple(action(layer, 10) for layer in layers)),
+        measurement(20, layers),
         layers=layers,
     )
     events = _read(tmp_path / "demo")
@@ -75,7 +78,13 @@ def test_the_layout_is_written_once_and_its_charts_find_what_is_written(tmp_path
                 assert {series.value, series.lower, series.upper} <= set(tags)
             for pattern in chart.multiline.tag:
                 assert any(re.search(pattern, tag) for tag in tags), f"{chart.title}: nothing matches {pattern}"
+    assert "ess_interventions/a_b-806c5cd3" in tags
     utilization = layout.category[0].chart[0]
+    assert {tag for tag in tags if re.search(utilization.multiline.tag[1], tag)} == {
+        "ess_intervention_steps/blocks.0.mixer",
+        "ess_intervention_steps/blocks.1.mixer",
+        "ess_intervention_steps/a_b-806c5cd3",
+    }
     assert [tag for tag in tags if re.search(utilization.multiline.tag[0], tag)] == [
         tag for tag in tags if tag.startswith("ess_utilization_ratio/")
     ]
@@ -83,7 +92,8 @@ def test_the_layout_is_written_once_and_its_charts_find_what_is_written(tmp_path
 
 def test_a_chart_of_one_layer_does_not_show_another(tmp_path: Path) -> None:
     layers = ("blocks.1", "blocks.1.mixer", "blocks.11")
-    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement(1, layers), layers=layers)
+    acted = measurement(1, layers, actions=tuple(action(layer, 1) for layer in layers))
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), acted, layers=layers)
     events = _read(tmp_path / "demo")
     category = _layout(events).category[1]
     matched = {
@@ -113,6 +123,114 @@ def test_findings_are_text(tmp_path: Path) -> None:
     assert "healthy → **collapsed**" in text
     assert "used 2 of 16." in text
     assert "Raise alpha." in text
+
+
+def _page(markdown: bytes) -> ElementTree.Element:
+    """What TensorBoard's text page makes of a text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the HTML library that TensorBoard brings along
+        from tensorboard.plugin_util import markdown_to_safe_html
+    return ElementTree.fromstring(f"<page>{markdown_to_safe_html(markdown)}</page>")
+
+
+def _actions_as_shown(folder: Path) -> list[tuple[int, list[list[str]]]]:
+    """(step, rows of cells) of every version of the table, as TensorBoard's own Markdown renderer shows it."""
+    versions = []
+    for event in _read(folder).Tensors("ess_actions/table/text_summary"):
+        table = _page(event.tensor_proto.string_val[0]).find("table")
+        assert table is not None
+        versions.append((event.step, [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]))
+    return versions
+
+
+def test_the_newest_table_of_actions_has_all_of_them(tmp_path: Path) -> None:
+    recovered = action(step=900, outcome="recovered", utilization_after=0.5, message="recovered in 600 steps")
+    advice = action("blocks.1.mixer", 900, action="advise", outcome="dry_run", strength=None, utilization_before=None)
+    _write(
+        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
+        measurement(290, actions=(action(step=300),)),
+        measurement(590),
+        measurement(890, actions=(recovered, advice)),
+    )
+    header = ["step", "layer", "action", "strength", "before", "after", "outcome", "message"]
+    pull = ["blocks.0.mixer", "pull_to_identity", "0.5", "12.5%"]
+    applied = ["300", *pull, "-", "applied", "regulariser attached"]
+    assert _actions_as_shown(tmp_path / "demo") == [
+        (290, [header, applied]),
+        (
+            890,
+            [
+                header,
+                applied,
+                ["900", *pull, "50.0%", "recovered", "recovered in 600 steps"],
+                ["900", "blocks.1.mixer", "advise", "-", "-", "-", "dry_run", "regulariser attached"],
+            ],
+        ),
+    ]
+
+
+MARKUP = (
+    "a | b",
+    "**bold** _x_ __init__ q_proj",
+    "`code` [link](http://x) ![i](x)",
+    "<b>&amp; A->I</b>",
+    "\\| \\n $x$ ~~y~~",
+)
+
+
+def test_names_and_messages_are_shown_as_they_are_and_never_become_markup(tmp_path: Path) -> None:
+    names = (*ODD_LAYERS, *MARKUP)
+    _write(
+        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
+        measurement(1, actions=tuple(action(name, 1, message=f"on {name}!") for name in names)),
+    )
+    ((_, (_, *rows)),) = _actions_as_shown(tmp_path / "demo")
+    one_line = [name.replace("\n", " ").replace("\x1b", "\N{REPLACEMENT CHARACTER}") for name in names]
+    assert [row[1] for row in rows] == [name or "root" for name in one_line]
+    assert [row[-1] for row in rows] == [f"on {name}!" for name in one_line]
+
+
+def test_a_finding_on_an_oddly_named_layer_is_no_markup_either(tmp_path: Path) -> None:
+    (name,) = (name for name in ODD_LAYERS if "script" in name)
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement(findings=(finding(name),)))
+    (tag,) = (tag for tag in _read(tmp_path / "demo").Tags()["tensors"] if tag.startswith("ess_findings/"))
+    (event,) = _read(tmp_path / "demo").Tensors(tag)
+    page = _page(event.tensor_proto.string_val[0])
+    assert page.findtext("p/strong") == name
+    assert {element.tag for element in page.iter()} == {"page", "p", "strong", "em"}
+
+
+def test_the_table_of_actions_is_bounded(tmp_path: Path) -> None:
+    _write(
+        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
+        measurement(1, actions=tuple(action(step=step, outcome="rejected") for step in range(150))),
+    )
+    ((_, (_, *rows)),) = _actions_as_shown(tmp_path / "demo")
+    assert [row[0] for row in rows] == [str(step) for step in range(50, 150)]
+
+
+def test_what_was_applied_is_a_spike_at_its_own_step_and_its_strength_a_scalar(tmp_path: Path) -> None:
+    _write(
+        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
+        measurement(100, actions=(action(step=110), action("blocks.1.mixer", 110, outcome="rejected"))),
+        measurement(200, actions=(action(step=210, outcome="recovered"),)),
+        measurement(300, actions=(action(step=310, strength=2.0),)),
+    )
+    events = _read(tmp_path / "demo")
+    spikes = [(point.step, point.value) for point in events.Scalars("ess_intervention_steps/blocks.0.mixer")]
+    assert spikes == [(109, 0), (110, 1), (111, 0), (309, 0), (310, 1), (311, 0)]
+    strengths = [(point.step, point.value) for point in events.Scalars("ess_interventions/blocks.0.mixer")]
+    assert strengths == [(100, 0.5), (300, 2.0)]
+    assert {tag for tag in events.Tags()["scalars"] if "intervention" in tag and "blocks.1" in tag} == set()
+
+
+def test_spikes_of_neighbouring_steps_and_of_the_first_step_never_go_back() -> None:
+    spikes = Spikes()
+    assert spikes.at(0) == [(0, 1.0), (1, 0.0)]
+    points = [point for step in (1, 2, 5, 6, 7, 30) for point in spikes.at(step)]
+    steps = [step for step, _ in points]
+    assert steps == sorted(steps)
+    assert [step for step, height in points if height == 1.0] == [1, 2, 5, 6, 7, 30]
 
 
 def test_heat_maps_take_turns_and_the_last_ones_are_complete(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from ess_monitor.exporters import TerminalConfig, TerminalExporter, render_table
-from ess_monitor.records import LayerInfo, Measurement
+from ess_monitor.records import ACTION_OUTCOMES, LayerInfo, Measurement
 
-from .helpers import finding, measurement, reading, run_info, snapshot
+from .helpers import ODD_LAYERS, PLAIN_LAYERS, action, finding, measurement, reading, run_info, snapshot
 
 
 def _text(measured: Measurement, layers: tuple[LayerInfo, ...] = ()) -> str:
@@ -31,11 +31,13 @@ class _Screen:
         )
         self.exporter.start(run_info(), lambda: snapshot())
 
-    def export(self, step: int, after_seconds: float = 0.0, **fields: object) -> int:
+    def export(
+        self, step: int, layers: tuple[str, ...] = PLAIN_LAYERS, after_seconds: float = 0.0, **fields: object
+    ) -> int:
         """Export, and tell how many tables that printed."""
         self.now_seconds += after_seconds
         before = len(self.texts)
-        self.exporter.export(measurement(step, **fields))
+        self.exporter.export(measurement(step, layers, **fields))
         return len(self.texts) - before
 
 
@@ -73,13 +75,43 @@ def test_a_finding_is_spelled_out_below_the_table() -> None:
     assert last == "step 300, blocks.0.mixer: healthy -> collapsed. used 2 of 16. Raise alpha."
 
 
-def test_a_table_is_printed_first_then_every_ten_seconds_and_with_every_finding() -> None:
+@pytest.mark.parametrize("outcome", ACTION_OUTCOMES)
+def test_an_action_is_one_line_below_the_table_however_narrow_the_terminal(outcome: str) -> None:
+    screen = _Screen(width=60)
+    after = {"outcome": outcome, "utilization_after": 0.5, "message": "a reason that is long enough\nfor two lines"}
+    screen.export(300, actions=(action(step=300, **after),))
+    *_, last = screen.texts[0].splitlines()
+    assert last == (
+        f"step 300, blocks.0.mixer: {outcome} pull_to_identity 0.5, utilisation 12% -> 50%: "
+        "a reason that is long enough for two lines"
+    )
+
+
+def test_an_action_without_numbers_has_none_in_its_line() -> None:
+    screen = _Screen()
+    bare = {"action": "advise", "outcome": "dry_run", "strength": None, "utilization_before": None}
+    screen.export(300, actions=(action(step=300, **bare), action("", 300)))
+    *_, first, second = screen.texts[0].splitlines()
+    assert first == "step 300, blocks.0.mixer: dry_run advise: regulariser attached"
+    assert second.startswith("step 300, root: applied pull_to_identity 0.5, utilisation 12%: ")
+
+
+def test_actions_on_oddly_named_layers_stay_one_line_each_and_cannot_steer_the_terminal() -> None:
+    screen = _Screen()
+    screen.export(1, ODD_LAYERS, actions=tuple(action(layer, 7) for layer in ODD_LAYERS))
+    lines = screen.texts[0].splitlines()[-len(ODD_LAYERS) :]
+    assert all(line.startswith("step 7, ") and line.endswith("regulariser attached") for line in lines)
+    assert "\x1b" not in screen.texts[0]
+
+
+def test_a_table_is_printed_first_then_every_ten_seconds_and_with_all_news() -> None:
     screen = _Screen(every_seconds=10)
     assert screen.export(1) == 1, "the first"
     assert screen.export(2, after_seconds=9.9) == 0, "too early"
     assert screen.export(3, after_seconds=0.0, findings=(finding(),)) == 1, "a finding does not wait"
-    assert screen.export(4, after_seconds=9.9) == 0
-    assert screen.export(5, after_seconds=0.2) == 1
+    assert screen.export(4, after_seconds=1.0, actions=(action(),)) == 1, "nor does an action"
+    assert screen.export(5, after_seconds=9.9) == 0
+    assert screen.export(6, after_seconds=0.2) == 1
 
 
 def test_closing_prints_the_newest_table_unless_it_was_printed() -> None:

@@ -201,6 +201,8 @@ def test_copies_and_pickles_carry_settings_and_state(tmp_path: Path) -> None:
 
 def test_settings_win_over_the_config_and_unknown_ones_are_refused() -> None:
     assert callback(config=MonitorConfig(tolerance=0.5), positions=7).config.tolerance == 0.5
+    given = MonitorConfig.model_validate({"exporters": ["prometheus", {"kind": "event_log", "path": "x"}]})
+    assert callback(config=given).config.exporters == given.exporters
     with pytest.raises(ConfigError, match="evry_n_steps: unknown setting"):
         callback(evry_n_steps=3)
 

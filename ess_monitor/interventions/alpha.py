@@ -1,0 +1,118 @@
+"""Rescaling the decay as a whole: A = exp(-(arange / alpha) softplus(.)) with a larger alpha (section 4.1, Finding 5).
+
+Multiplying alpha by f divides log A by f, whatever the input decides: A moves towards the identity by one factor for
+all states. On a trained layer the optimizer's memory of the changed parameter belongs to another scale and is cleared;
+a copy of both is kept, so that the change can be taken back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ess_monitor.capture import AlphaHandle, find_layers
+from ess_monitor.errors import CaptureError, ConfigError
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+"""The optimizer of a run, or all of them."""
+
+
+@dataclass(frozen=True)
+class AlphaCopy:
+    """What `rescale_alpha` changed, as it was before."""
+
+    tensor: torch.Tensor
+    moments: dict[str, Any]
+    """The optimizer's state of that parameter; empty for a buffer, or before the first step."""
+
+
+def rescale_alpha(
+    layer: nn.Module,
+    factor: float,
+    *,
+    optimizer: Optimizers = None,
+    handle: AlphaHandle | None = None,
+) -> AlphaCopy:
+    """Multiply a layer's alpha by `factor`, in place: log A is divided by it, exactly in exact arithmetic.
+
+    Before training this is the initialisation of section 4.1; in mid-training also pass the optimizer, whose moments of
+    exactly this parameter are reset (Adam's averages and step count, SGD's momentum).
+
+    Args:
+        layer: a layer with an alpha handle: GLA-S6, S6.
+        factor: above 1 pulls A towards I, below 1 away from it.
+        optimizer: the optimizer that trains the parameter, or all of the run.
+        handle: where alpha is; found by itself for a layer that `describe` knows.
+
+    Returns:
+        A copy for `restore_alpha`.
+
+    Raises:
+        ConfigError: the factor is not a finite number above 0.
+        CaptureError: the layer has nothing that scales its decay.
+
+    Example:
+        >>> from ess_monitor.featurizers import GLAS6
+        >>> layer = GLAS6(16, 2, alpha=1.0)
+        >>> _ = rescale_alpha(layer, 100.0)
+        >>> round(layer.log_alpha.exp().item(), 3)
+        100.0
+    """
+    if not (math.isfinite(factor) and factor > 0):
+        raise ConfigError(f"factor: {factor} given; it must be a finite number above 0, for example 100")
+    handle = handle or _handle_of(layer)
+    tensor = handle.of(layer)
+    state = _state_of(tensor, optimizer)
+    copy = AlphaCopy(tensor.detach().clone(), {name: _copied(value) for name, value in state.items()})
+    with torch.no_grad():
+        tensor.sub_(handle.sign * math.log(factor))
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+    return copy
+
+
+def restore_alpha(
+    layer: nn.Module,
+    copy: AlphaCopy,
+    *,
+    optimizer: Optimizers = None,
+    handle: AlphaHandle | None = None,
+) -> None:
+    """Take `rescale_alpha` back: the tensor, and the optimizer's state of it."""
+    tensor = (handle or _handle_of(layer)).of(layer)
+    state = _state_of(tensor, optimizer)
+    with torch.no_grad():
+        tensor.copy_(copy.tensor)
+        for name, value in copy.moments.items():
+            if isinstance(value, torch.Tensor) and isinstance(state.get(name), torch.Tensor):
+                state[name].copy_(value)
+
+
+def _state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str, Any]:
+    """The state of `tensor` in the optimizer that trains it; empty for a buffer or before the first step."""
+    optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else optimizer or ()
+    for candidate in optimizers:
+        if tensor in candidate.state:
+            state: dict[str, Any] = candidate.state[tensor]
+            return state
+    return {}
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _handle_of(layer: nn.Module) -> AlphaHandle:
+    found = find_layers(layer)
+    if len(found) == 1 and found[0].module is layer and found[0].spec.alpha is not None:
+        return found[0].spec.alpha
+    raise CaptureError(
+        f"layer: {type(layer).__name__} has no tensor that scales its decay as a whole; "
+        "ess_monitor.describe(model) lists the layers with an alpha handle"
+    )

@@ -1,0 +1,331 @@
+"""Who decides: from conditions to actions, one layer at a time, up a ladder, within a budget.
+
+The remedy follows the cause. A collapsed layer whose retention is low forgets: one with an alpha is rescaled, one with
+a gate is pulled towards the identity. A collapsed layer that would be no fuller without its decay is not helped by
+either, and a full layer only by a larger state: both get advice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ess_monitor.capture import Layer
+from ess_monitor.errors import CheckpointError
+from ess_monitor.interventions.alpha import Optimizers
+from ess_monitor.interventions.config import AutopilotConfig
+from ess_monitor.interventions.treatment import Treatment, remedy_of
+from ess_monitor.records import Action, ActionOutcome, Condition, Finding, Reading
+
+_STATE_VERSION = 1
+
+
+class Autopilot:
+    """Decides and acts at step boundaries. Every change to the model goes through the handles that capture found.
+
+    Args:
+        config: mode, ladders, limits.
+        layers: the measured layers, in model order.
+        retention_below: retention under which the decay is to blame (that of the diagnosis).
+        grad_scale: what the loss is multiplied with before backward (loss scale, 1 / accumulation steps).
+    """
+
+    def __init__(
+        self,
+        config: AutopilotConfig,
+        layers: Sequence[Layer],
+        *,
+        retention_below: float = 0.7,
+        grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
+    ) -> None:
+        self.config = config
+        self._layers = {layer.name: layer for layer in layers}
+        self._retention_below = retention_below
+        self._grad_scale = grad_scale
+        self._treatments: dict[str, Treatment] = {}
+        self._spent = 0
+        self._given_up: set[str] = set()
+        self._told: set[str] = set()
+        """Layers whose present collapse has been answered with words."""
+
+    @property
+    def budget_remaining(self) -> int:
+        """Actions that may still be taken in this run."""
+        return max(0, self.config.budget - self._spent)
+
+    @property
+    def active(self) -> tuple[Treatment, ...]:
+        """Treatments under way."""
+        return tuple(self._treatments.values())
+
+    def act(
+        self,
+        step: int,
+        readings: Sequence[Reading],
+        conditions: Mapping[str, Condition],
+        findings: Sequence[Finding] = (),
+        metrics: Mapping[str, float] | None = None,
+        *,
+        loss_broken: bool = False,
+        optimizer: Optimizers = None,
+    ) -> tuple[Action, ...]:
+        """Answer one measurement.
+
+        Args:
+            step: optimizer steps so far.
+            readings: this measurement's.
+            conditions: of every layer, after the diagnosis.
+            findings: changes of condition of this measurement.
+            metrics: of the training loop; the loss is looked up by `config.loss`.
+            loss_broken: True when the loss was seen not to be finite.
+            optimizer: whose moments are reset with a rescaled parameter.
+        """
+        if self.config.mode == "off":
+            return ()
+        latest = {r.layer: r for r in readings if r.status == "ok"}
+        loss = (metrics or {}).get(self.config.loss)
+        for name, condition in conditions.items():
+            if condition != "collapsed":
+                self._told.discard(name)
+        actions = [
+            self._advise_on_saturation(step, f, latest.get(f.layer)) for f in findings if f.condition == "saturated"
+        ]
+        broken = self._roll_back(step, loss, loss_broken, latest, optimizer)
+        if not broken:
+            for name in list(self._treatments):
+                actions += self._follow(step, name, conditions.get(name, "unknown"), latest.get(name), loss, optimizer)
+            actions += self._begin(step, conditions, latest, findings, loss, optimizer)
+        return (*broken, *actions)
+
+    def close(self) -> None:
+        """Leave the forward pass of every layer."""
+        for treatment in self._treatments.values():
+            treatment.lift()
+
+    # -- steps of a treatment -----------------------------------------------------------------------------------------
+
+    def _roll_back(
+        self,
+        step: int,
+        loss: float | None,
+        broken: bool,
+        latest: Mapping[str, Reading],
+        optimizer: Optimizers,
+    ) -> list[Action]:
+        actions = []
+        for name, treatment in list(self._treatments.items()):
+            limit = None
+            if self.config.loss_band_ratio is not None and treatment.loss_at_start is not None:
+                limit = self.config.loss_band_ratio * treatment.loss_at_start
+            out_of_band = limit is not None and loss is not None and loss > limit
+            if not (broken or out_of_band):
+                continue
+            treatment.undo(optimizer)
+            del self._treatments[name]
+            self._given_up.add(name)
+            why = "the loss is not finite" if broken else f"the loss of {loss:.4g} passed {limit:.4g}"
+            actions.append(
+                self._action(
+                    step, treatment, "rolled_back", f"{why}: taken back, and not tried again", latest.get(name)
+                )
+            )
+        return actions
+
+    def _follow(
+        self,
+        step: int,
+        name: str,
+        condition: Condition,
+        reading: Reading | None,
+        loss: float | None,
+        optimizer: Optimizers,
+    ) -> list[Action]:
+        treatment = self._treatments[name]
+        if condition == "collapsed":
+            treatment.recovered_step = None
+            if step - treatment.step < self.config.cooldown_steps:
+                return []
+            return [self._escalate(step, treatment, reading, loss, optimizer)]
+        if condition == "unknown":
+            return []
+        actions = []
+        if treatment.recovered_step is None:
+            treatment.recovered_step = step
+            took = f"recovered {step - treatment.first_step} steps after the treatment began"
+            actions.append(self._action(step, treatment, "recovered", took, reading))
+        wait = self.config.release_steps
+        if treatment.action == "rescale_alpha":
+            del self._treatments[name]  # a changed alpha stays: there is nothing to take off
+        elif wait is not None and step - treatment.recovered_step >= wait:
+            treatment.lift()
+            del self._treatments[name]
+            said = f"healthy for {step - treatment.recovered_step} steps: regulariser taken off"
+            actions.append(self._action(step, treatment, "released", said, reading))
+        return actions
+
+    def _escalate(
+        self,
+        step: int,
+        treatment: Treatment,
+        reading: Reading | None,
+        loss: float | None,
+        optimizer: Optimizers,
+    ) -> Action:
+        name = treatment.layer.name
+        rungs = self._rungs(treatment.action)
+        if treatment.rung + 1 >= len(rungs) or self.budget_remaining == 0:
+            why = "the ladder has no further rung" if self.budget_remaining else "the run's budget of actions is spent"
+            treatment.lift()
+            del self._treatments[name]
+            self._given_up.add(name)
+            return self._action(
+                step, treatment, "failed", f"still collapsed, and {why}: given up, a person must look", reading
+            )
+        self._spent += 1
+        treatment.climb(step, rungs[treatment.rung + 1], loss, optimizer)
+        waited = f"still collapsed after {self.config.cooldown_steps} steps: next rung, {treatment.strength:g}"
+        return self._action(step, treatment, "applied", waited, reading)
+
+    def _begin(
+        self,
+        step: int,
+        conditions: Mapping[str, Condition],
+        latest: Mapping[str, Reading],
+        findings: Sequence[Finding],
+        loss: float | None,
+        optimizer: Optimizers,
+    ) -> list[Action]:
+        actions = []
+        reasons = {finding.layer: finding.reason for finding in findings}
+        ill = [name for name in self._layers if conditions.get(name) == "collapsed"]
+        for name in reversed(ill):  # the deepest first
+            reading = latest.get(name)
+            if name in self._treatments or name in self._given_up or name in self._told or reading is None:
+                continue
+            if self.config.mode == "auto" and len(self._treatments) >= self.config.max_layers:
+                break
+            actions.append(self._answer(step, name, reading, reasons.get(name, "collapsed"), loss, optimizer))
+        return actions
+
+    def _answer(
+        self,
+        step: int,
+        name: str,
+        reading: Reading,
+        finding: str,
+        loss: float | None,
+        optimizer: Optimizers,
+    ) -> Action:
+        layer, retention = self._layers[name], reading.retention_ratio
+        remedy = remedy_of(layer)
+
+        def say(outcome: ActionOutcome, message: str) -> Action:
+            self._told.add(name)
+            kind = remedy if remedy is not None and outcome == "dry_run" and to_blame else "advise"
+            return Action(
+                step=step,
+                layer=name,
+                action=kind,
+                outcome=outcome,
+                finding=finding,
+                message=message,
+                strength=self._rungs(kind)[0] if kind != "advise" else None,
+                utilization_before=reading.utilization_ratio,
+                retention_before=retention,
+            )
+
+        to_blame = retention is not None and retention < self._retention_below
+        if not to_blame:
+            kept = "it has no decay" if retention is None else f"retention is {retention:.2f}"
+            return say(
+                "dry_run",
+                f"the decay is not to blame ({kept}), so no intervention would help: look at features, data "
+                "(few distinct tokens cap the rank) and position information",
+            )
+        if remedy is None:
+            return say("rejected", f"{layer.spec.operator} of this layer has no handle on its decay")
+        rung = self._rungs(remedy)[0]
+        if self.config.mode == "advise":
+            return say("dry_run", f"mode auto would apply {remedy} at {rung:g} here")
+        if self.budget_remaining == 0:
+            return say("rejected", "the run's budget of actions is spent; raise autopilot.budget")
+        self._spent += 1
+        treatment = Treatment(layer, remedy, finding, reading, self._grad_scale)
+        treatment.start(step, rung, loss, optimizer)
+        self._treatments[name] = treatment
+        said = f"retention {retention:.2f} is below {self._retention_below:g}: {treatment.described}"
+        return self._action(step, treatment, "applied", said, None)
+
+    def _advise_on_saturation(self, step: int, finding: Finding, reading: Reading | None) -> Action:
+        capacity = None if reading is None else reading.state_capacity
+        target = "more" if capacity is None else f"{2 ** math.ceil(math.log2(2 * capacity)):g} dimensions"
+        return Action(
+            step=step,
+            layer=finding.layer,
+            action="advise",
+            outcome="dry_run",
+            finding=finding.reason,
+            message=f"only a larger state helps a full one: train with {target}, and again twice that while it is full "
+            "(how much is missing cannot be seen beyond the full state)",
+            utilization_before=finding.utilization_ratio,
+            retention_before=finding.retention_ratio,
+        )
+
+    def _rungs(self, action: str) -> tuple[float, ...]:
+        return self.config.alpha_factors if action == "rescale_alpha" else self.config.strengths
+
+    @staticmethod
+    def _action(
+        step: int, treatment: Treatment, outcome: ActionOutcome, message: str, reading: Reading | None
+    ) -> Action:
+        return Action(
+            step=step,
+            layer=treatment.layer.name,
+            action=treatment.action,
+            outcome=outcome,
+            finding=treatment.finding,
+            message=message,
+            strength=treatment.strength,
+            utilization_before=treatment.utilization_before,
+            utilization_after=None if reading is None else reading.utilization_ratio,
+            retention_before=treatment.retention_before,
+            retention_after=None if reading is None else reading.retention_ratio,
+        )
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings and tensors: ladder positions, cool-downs, budget, copies for roll-back."""
+        return {
+            "version": _STATE_VERSION,
+            "spent": self._spent,
+            "given_up": sorted(self._given_up),
+            "told": sorted(self._told),
+            "treatments": [treatment.state_dict() for treatment in self._treatments.values()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; active regularisers are attached again.
+
+        Raises:
+            CheckpointError: another version, or a treated layer that the model no longer has.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise CheckpointError(
+                f"autopilot: state version {state.get('version')!r}, only {_STATE_VERSION} can be read"
+            )
+        missing = [t["layer"] for t in state["treatments"] if t["layer"] not in self._layers]
+        if missing:
+            raise CheckpointError(
+                f"autopilot: the state treats {missing}, which are no measured layers of this model; "
+                "resume with the same layers, or without the monitor's state"
+            )
+        self.close()
+        self._spent = int(state["spent"])
+        self._given_up, self._told = set(state["given_up"]), set(state["told"])
+        self._treatments = {
+            t["layer"]: Treatment.from_state(self._layers[t["layer"]], t, self._grad_scale) for t in state["treatments"]
+        }

@@ -1,0 +1,98 @@
+"""The A->I penalty of a model's layers as a term for a loss of your own, without knowing where their decay is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ess_monitor.capture import DecayHandle, Layer, LayerFilter, find_layers
+from ess_monitor.errors import CaptureError
+from ess_monitor.interventions.regulariser import identity_penalty
+
+
+class Penalties:
+    """What `collect_penalties` saw: R = mean ||A_t - I||_F of every layer that was called."""
+
+    def __init__(self) -> None:
+        self.per_layer: dict[str, torch.Tensor] = {}
+        """Layer name -> R, a scalar with graph, in the order of the calls. A layer called twice adds up."""
+        self.without_graph: list[str] = []
+        """Layers that ran without gradients although gradients were on when the block was entered."""
+
+    def total(self) -> torch.Tensor:
+        """Sum of R over the layers: multiply with lambda and add to the loss.
+
+        Raises:
+            CaptureError: no layer was called yet, or one of them has no graph, so that the term would do nothing.
+        """
+        if not self.per_layer:
+            raise CaptureError("penalties: no layer was called inside the block; run the forward pass in it first")
+        if self.without_graph:
+            raise CaptureError(
+                f"penalties: {sorted(set(self.without_graph))} ran without gradients, so the penalty would move nothing. "
+                "Under reentrant activation checkpointing take use_reentrant=False, or attach an IdentityPull; "
+                "to only look at the numbers enter the block under torch.no_grad()"
+            )
+        return torch.stack(list(self.per_layer.values())).sum()
+
+
+@contextmanager
+def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str] | None = None) -> Iterator[Penalties]:
+    """Collect the A->I penalty of every layer that the forward pass inside the block calls.
+
+    Adding `strength * penalties.total()` to the loss gives the gradients of an `IdentityPull` of that strength on each
+    of the layers. Put one forward pass into a block and the backward pass behind it: activation checkpointing calls the
+    layers again during backward.
+
+    Args:
+        model: the model, or a single layer.
+        layers: patterns on the dotted layer names. None: every layer that has a decay. Regularising the second of two
+            layers works best (section 4.2, appendix D.3).
+
+    Raises:
+        CaptureError: a named layer has no decay that could be pulled (LA and SA have none), or no layer at all has one.
+        ConfigError: a pattern matches no layer.
+
+    Example:
+        >>> from ess_monitor.featurizers import GLA, LA
+        >>> model = nn.Sequential(LA(16, 2), GLA(16, 2))
+        >>> with collect_penalties(model) as penalties:
+        ...     task_loss = model(torch.randn(4, 8, 16)).square().mean()
+        >>> (task_loss + 0.5 * penalties.total()).backward()
+        >>> list(penalties.per_layer)
+        ['1']
+    """
+    penalties, graph_expected = Penalties(), torch.is_grad_enabled()
+
+    def watch(name: str, handle: DecayHandle, point: nn.Module) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if graph_expected and not torch.is_grad_enabled():
+                penalties.without_graph.append(name)
+            penalty = identity_penalty(handle.read(args, kwargs))
+            penalties.per_layer[name] = penalties.per_layer.get(name, penalty.new_zeros(())) + penalty
+
+        return point.register_forward_pre_hook(add, with_kwargs=True)
+
+    with ExitStack() as hooks:
+        for layer, handle in _with_decay(model, layers):
+            hooks.callback(watch(layer.name, handle, layer.module.get_submodule(handle.point)).remove)
+        yield penalties
+
+
+def _with_decay(
+    model: nn.Module, layers: LayerFilter | str | Sequence[str] | None
+) -> list[tuple[Layer, DecayHandle]]:
+    found = find_layers(model, None if layers is None else LayerFilter.model_validate(layers))
+    having = [(layer, layer.spec.decay) for layer in found if layer.spec.decay is not None]
+    lacking = [layer for layer in found if layer.spec.decay is None]
+    if not having or (layers is not None and lacking):
+        named = ", ".join(f"{layer.name} ({type(layer.module).__name__})" for layer in lacking)
+        raise CaptureError(
+            f"layers: nothing to regularise in {named or type(model).__name__}: no decay that could be pulled towards "
+            "the identity; ess_monitor.describe(model) lists the layers with a decay handle"
+        )
+    return having

@@ -1,0 +1,127 @@
+"""Control against autopilot at equal steps: does the rescue hold over seeds?
+
+    python examples/rescue.py --seeds 8 [--first-seed K] [--featurizer wla|gla|gla_s6] [--json FILE]
+
+Both arms of a seed see the same data and start from the same weights; they are the same run, bit by bit, until the
+autopilot acts. The control is watched by the same monitor, which only says what it would have done. Every run is a
+plain training loop in a process of its own with one thread; accuracy is measured on 1024 fresh samples at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ess_monitor import Monitor, MonitorConfig
+from ess_monitor.featurizers import Backbone, BackboneConfig
+from ess_monitor.tasks import MQAR, MQARConfig, accuracy, loss
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "wla": {"length": 32, "kv_pairs": 4, "steps": 3000, "options": {"beta": 1.0}},
+    "gla": {"length": 64, "kv_pairs": 8, "steps": 3000, "options": {"beta": 1.0}},
+    "gla_s6": {"length": 64, "kv_pairs": 8, "steps": 3000, "options": {"alpha": 1.0}},
+}
+"""The collapse settings: two mixers and two SwiGLU MLPs of width 32, two heads, state 16, vocabulary 32, batch 32."""
+
+MONITOR = {
+    "every_n_steps": 50,
+    "overhead_budget_ratio": 1.0,
+    "diagnosis": {"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 500},
+}
+TREATED = "blocks.1.mixer"
+
+
+def run(featurizer: str, seed: int, arm: str, steps: int | None = None) -> dict[str, Any]:
+    """Train one arm of one seed."""
+    torch.set_num_threads(1)
+    setting = SETTINGS[featurizer]
+    steps = steps or setting["steps"]
+    task = {"length": setting["length"], "kv_pairs": setting["kv_pairs"], "vocab_size": 32}
+    torch.manual_seed(seed)
+    model = Backbone(BackboneConfig(vocab_size=32, featurizer=featurizer, mixer_options=setting["options"]))
+    data = MQAR(MQARConfig(samples=steps * 32, seed=seed, **task))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
+    config = MonitorConfig.load(**MONITOR, autopilot="auto" if arm == "autopilot" else "advise", environment=False)
+    with Monitor(model, config) as monitor:
+        for step in range(steps):
+            tokens, targets = data.batch(range(32 * step, 32 * (step + 1)))
+            logits = model(tokens)
+            value = loss(logits, targets)
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            metrics = {"loss": value, "accuracy": accuracy(logits, targets)} if monitor.armed else None
+            monitor.step(metrics, optimizer=optimizer)
+        monitor.flush()
+    fresh = MQAR(MQARConfig(samples=1024, seed=seed + 10_000, **task))
+    model.eval()
+    with torch.no_grad():
+        tokens, targets = fresh.batch(range(1024))
+        final = float(accuracy(model(tokens), targets))
+    reading = next(r for r in monitor.readings if r.layer == TREATED)
+    ill = [f.step for f in monitor.findings if f.layer == TREATED and f.condition == "collapsed"]
+    well = [f.step for f in monitor.findings if f.layer == TREATED and f.previous == "collapsed"]
+    return {
+        "seed": seed,
+        "featurizer": featurizer,
+        "arm": arm,
+        "accuracy": final,
+        "utilization": reading.utilization_ratio,
+        "retention": reading.retention_ratio,
+        "diagnosed_step": ill[0] if ill else None,
+        "recovered_step": well[0] if well else None,
+        "actions": [f"{a.step} {a.layer} {a.action} {a.strength or ''} {a.outcome}" for a in monitor.actions],
+    }
+
+
+def main() -> None:
+    """Run the arms, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--featurizer", choices=sorted(SETTINGS), default="wla")
+    parser.add_argument("--steps", type=int, help="instead of the setting's 3000")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    arguments = parser.parse_args()
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [
+            pool.submit(run, arguments.featurizer, seed, arm, arguments.steps)
+            for seed in seeds
+            for arm in ("control", "autopilot")
+        ]
+        rows = [future.result() for future in futures]
+    table = Table(title=f"{arguments.featurizer}: control against autopilot at equal steps", title_justify="left")
+    columns = ("seed", "arm", "accuracy", "utilization", "retention", "diagnosed_step", "recovered_step")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = (row[column] for column in columns)
+        table.add_row(*("-" if c is None else f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells))
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row["arm"] == "autopilot":
+            console.print(f"seed {row['seed']}: " + ("; ".join(row["actions"]) or "no action"), highlight=False)
+    for arm in ("control", "autopilot"):
+        values = [row["accuracy"] for row in rows if row["arm"] == arm]
+        console.print(f"{arm}: median accuracy {statistics.median(values):.3f}, lowest {min(values):.3f}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
