@@ -87,7 +87,7 @@ class Ledger:
         }
         self._treatments: dict[ActionKind, int] = dict.fromkeys(ACTIONS, 0)
         self._budget = 0
-        self._last_intervention_at = 0.0
+        self._last_intervention_at: dict[ActionKind, float] = dict.fromkeys(ACTIONS, 0.0)
         self._autopilot_enabled = False
 
     def set_status(self, status: RunStatus) -> None:
@@ -145,7 +145,7 @@ class Ledger:
             for action in actions:
                 self._interventions[action.action][action.outcome] += 1
                 if action.outcome == "applied":
-                    self._last_intervention_at = now
+                    self._last_intervention_at[action.action] = now
             self._treatments = dict.fromkeys(ACTIONS, 0)
             for kind in active:
                 self._treatments[kind] += 1
@@ -177,7 +177,7 @@ class Ledger:
                 interventions_total={kind: dict(counts) for kind, counts in self._interventions.items()},
                 interventions_active=dict(self._treatments),
                 intervention_budget_remaining=self._budget,
-                last_intervention_timestamp_seconds=self._last_intervention_at,
+                last_intervention_timestamp_seconds=dict(self._last_intervention_at),
                 autopilot_enabled=self._autopilot_enabled,
                 export_errors_total=dict(export_errors or {}),
                 export_dropped_total=dict(export_dropped or {}),
@@ -192,6 +192,7 @@ class Ledger:
                 "measurements": dict(self._measurements),
                 "changes": dict(self._changes),
                 "nonfinite": dict(self._nonfinite),
+                "last_intervention_at": dict(self._last_intervention_at),
                 "interventions": {kind: dict(counts) for kind, counts in self._interventions.items()},
             }
 
@@ -202,5 +203,6 @@ class Ledger:
             self._measurements.update(state["measurements"])
             self._changes.update(state["changes"])
             self._nonfinite.update({k: v for k, v in state["nonfinite"].items() if k in self._nonfinite})
+            self._last_intervention_at.update(state["last_intervention_at"])
             for kind, counts in state["interventions"].items():
                 self._interventions[kind].update(counts)

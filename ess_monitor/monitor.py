@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ess_monitor.capture import Captured, CaptureFailure, Sampler, layer_infos
+from ess_monitor.capture import Sampler, TokenProbe, layer_infos
 from ess_monitor.capture.operators import require_layers
 from ess_monitor.config import MonitorConfig
 from ess_monitor.diagnosis import Tracker, thresholds
-from ess_monitor.errors import CheckpointError, ConfigError
+from ess_monitor.errors import CaptureError, CheckpointError, ConfigError
 from ess_monitor.evidence import Evidence, agree
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.judging import Judge
 from ess_monitor.ledger import Ledger
-from ess_monitor.readings import compute, lost_reading, positions_of
+from ess_monitor.measuring import Measuring
 from ess_monitor.records import Action, Condition, Finding, Reading, RunInfo, RunStatus, Snapshot
-from ess_monitor.runtime import Agreement, Cadence, Executor, Guard, Job, Lane, Task, lane_for
-from ess_monitor.samples import Metrics, Sample, read, split_metrics
+from ess_monitor.runtime import Agreement, Cadence, Guard, Lane, lane_for
+from ess_monitor.samples import Metrics
 from ess_monitor.versions import installed_versions
 
 _STATE_VERSION = 1
@@ -93,14 +93,14 @@ class Monitor:
         self._facts: dict[str, Any] = {"strategy": strategy, "world_size": world_size, "precision": precision}
         self._exporters = tuple(exporters)
         self._clock, self._wall_clock = clock, wall_clock
-        self._lane_of = cache(lanes or (lambda device: lane_for(device, threads=self.config.runtime.threads)))
         self._cadence = Cadence(self.config.every_n_steps, self.config.overhead_budget_ratio)
         self._tracker = Tracker(self.config.diagnosis)
         parts = ("capture", "worker", "measurement", "diagnosis", "intervention", "export")
         self._guards = {part: Guard(part) for part in parts}
         self._layers = require_layers(model, self.config.layers)
         self._sampler = Sampler(self._layers, self.config.capture, clock=clock)
-        self._executor: Executor[Sample] = Executor(self.config.runtime)
+        probing = self.config.capture.source == "random_tokens"
+        self._probe = TokenProbe(model, self.config.capture.samples) if probing else None
         self._ledger = Ledger((layer.name for layer in self._layers), wall_clock=wall_clock)
         self._autopilot = Autopilot(
             self.config.autopilot,
@@ -128,6 +128,8 @@ class Monitor:
             clock=clock,
             wall_clock=wall_clock,
         )
+        lane_of = cache(lanes or (lambda device: lane_for(device, threads=self.config.runtime.threads)))
+        self._measuring = Measuring(self.config, self.layers, lane_of, self._ledger, self._guards, self._judge.spent)
         self._running = False
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -152,6 +154,8 @@ class Monitor:
         self._running = True
         if self.config.capture.source == "train" and self._cadence.due(self._step):
             self.arm()
+        if self._probe is not None:
+            self._probe.watch()
 
     def close(self, status: RunStatus = "finished", *, timeout_seconds: float = 5.0) -> None:
         """Take the hooks away, bring in what is under way, close the exporters. A second call does nothing."""
@@ -159,12 +163,14 @@ class Monitor:
             return
         self._running = False
         self._sampler.remove()
+        if self._probe is not None:
+            self._probe.unwatch()
         with self._guards["worker"]:
             if self._lockstep:
                 self._read_ahead()
             else:
-                self._finish(self._executor.drain(timeout_seconds))
-            self._executor.close()
+                self._finish(self._measuring.drain(timeout_seconds))
+            self._measuring.close()
         self._autopilot.close()
         self._ledger.set_status(status)
         self._judge.hub.close(status)
@@ -197,11 +203,14 @@ class Monitor:
             if self._judge_at is not None and self._step >= self._judge_at:
                 with self._guards["worker"]:
                     self._judge_in_lockstep()
-        elif len(self._executor):
+        elif len(self._measuring):
             with self._guards["worker"]:
-                self._finish(self._executor.poll())
-        if self._cadence.due(self._step) and self.config.capture.source == "train":
-            self.arm()
+                self._finish(self._measuring.poll())
+        if self._cadence.due(self._step):
+            if self.config.capture.source == "train":
+                self.arm()
+            elif self._probe is not None:
+                self._send_probe(self._probe, metrics)
 
     @property
     def sample_due(self) -> bool:
@@ -234,8 +243,19 @@ class Monitor:
             if self._lockstep:
                 self._cadence.hold()
                 self._judge_at = self._armed_at + self.config.autopilot.lag_steps
-            self._submit(taken, metrics)
+            self._measuring.submit(self._armed_at, taken, metrics)
             self._judge.spent("capture", hook_seconds + self._clock() - started)
+
+    def _send_probe(self, probe: TokenProbe, metrics: Metrics | None) -> None:
+        if not self._guards["capture"].open:
+            return
+        with self._guards["capture"]:
+            started = self._clock()
+            with self.sample(metrics):
+                known = probe.run(self._sampler.turn)
+            self._judge.spent("capture", self._clock() - started)
+            if not known:
+                raise CaptureError("no module was called with integer tokens (batch, length) as its only tensor")
 
     @contextmanager
     def sample(self, metrics: Metrics | None = None) -> Iterator[None]:
@@ -252,7 +272,7 @@ class Monitor:
             if self._judge_at is not None:
                 self._judge_in_lockstep()
         else:
-            self._finish(self._executor.drain(timeout_seconds))
+            self._finish(self._measuring.drain(timeout_seconds))
         return self.readings
 
     # -- what is known ------------------------------------------------------------------------------------------------
@@ -349,46 +369,16 @@ class Monitor:
             **self._facts,
         )
 
-    def _submit(self, taken: tuple[Captured | CaptureFailure, ...], metrics: Metrics | None) -> None:
-        lost = []
-        for failure in (item for item in taken if isinstance(item, CaptureFailure)):
-            self._guards["capture"].failed(f"layer {failure.layer.name}: {failure.error}")
-            lost.append(lost_reading(self._armed_at, failure.layer.name, "failed", failure.error))
-        good = tuple(item for item in taken if isinstance(item, Captured))
-        positions = tuple(positions_of(item, self.config.positions) for item in good)
-        tasks = [self._measure_task(*pair) for pair in zip(good, positions, strict=True)]
-        numbers, tensors = split_metrics(metrics or {})
-        if tensors:
-            tasks.append(self._metrics_task(tensors))
-        sample = Sample(self._armed_at, good, positions, tuple(lost), numbers)
-        if not self._guards["measurement"].open or not self._executor.submit(sample, tasks):
-            why = "the measurement queue was full; raise every_n_steps or runtime.queue_length"
-            self._ledger.measured("skipped", [lost_reading(self._armed_at, c.layer.name, "dropped", why) for c in good])
-
-    def _measure_task(self, captured: Captured, positions: tuple[int, ...]) -> Task:
-        operator = captured.operator
-        lane = self._lane_of(operator.device)
-        return Task(lane, operator.tensors, lambda: compute(captured, positions, self.config.tolerance))
-
-    def _metrics_task(self, tensors: dict[str, torch.Tensor]) -> Task:
-        device = next(iter(tensors.values())).device
-        return Task(self._lane_of(device), tuple(tensors.values()), lambda: tensors)
-
-    def _finish(self, jobs: list[Job[Sample]]) -> None:
-        for job in jobs:
-            self._judge.judge(self._read(job), self._step, self._optimizer)
-
-    def _read(self, job: Job[Sample]) -> Evidence:
-        cost = sum(task.launched.cost_seconds() for task in job.tasks if task.launched and task.launched.done())
-        self._judge.spent("measure", cost)
-        return read(job, self.layers, self.config.tolerance)
+    def _finish(self, finished: list[Evidence]) -> None:
+        for evidence in finished:
+            self._judge.judge(evidence, self._step, self._optimizer)
 
     def _read_oldest(self) -> Evidence:
         """In lockstep: wait for the sample under way. One that is lost becomes evidence without readings."""
         with self._guards["worker"]:
-            job = self._executor.take(self.config.runtime.timeout_seconds)
-            if job is not None:
-                return self._read(job)
+            evidence = self._measuring.take()
+            if evidence is not None:
+                return evidence
         return Evidence(self._armed_at, ())
 
     def _read_ahead(self) -> None:

@@ -240,8 +240,8 @@ class Snapshot(Record):
     interventions_active: dict[ActionKind, int]
     """Treatments under way."""
     intervention_budget_remaining: int
-    last_intervention_timestamp_seconds: float
-    """When something was last applied; 0 before."""
+    last_intervention_timestamp_seconds: dict[ActionKind, float]
+    """When each kind was last applied; 0 before."""
     autopilot_enabled: bool
     """True in mode auto."""
     export_errors_total: dict[str, int]

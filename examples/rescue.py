@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ess_monitor import Monitor, MonitorConfig
+from ess_monitor.exporters import Exporter
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.tasks import MQAR, MQARConfig, accuracy, loss
 
@@ -40,20 +42,35 @@ MONITOR = {
 TREATED = "blocks.1.mixer"
 
 
-def run(featurizer: str, seed: int, arm: str, steps: int | None = None) -> dict[str, Any]:
-    """Train one arm of one seed."""
-    torch.set_num_threads(1)
-    setting = SETTINGS[featurizer]
-    steps = steps or setting["steps"]
+def train(
+    setting: dict[str, Any],
+    seed: int,
+    config: MonitorConfig,
+    *,
+    exporters: Iterable[Exporter] = (),
+    before_step: Callable[[int, Backbone], None] | None = None,
+) -> tuple[Monitor, float]:
+    """A plain training loop under a monitor; the monitor, closed, and the accuracy on 1024 fresh samples.
+
+    `before_step` is called with the step and the model before each forward pass.
+    """
     task = {"length": setting["length"], "kv_pairs": setting["kv_pairs"], "vocab_size": 32}
     torch.manual_seed(seed)
-    model = Backbone(BackboneConfig(vocab_size=32, featurizer=featurizer, mixer_options=setting["options"]))
-    data = MQAR(MQARConfig(samples=steps * 32, seed=seed, **task))
+    model = Backbone(
+        BackboneConfig(
+            vocab_size=32,
+            featurizer=setting["featurizer"],
+            state_size=setting.get("state_size", 16),
+            mixer_options=setting["options"],
+        )
+    )
+    data = MQAR(MQARConfig(samples=setting["steps"] * 32, seed=seed, **task))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
-    config = MonitorConfig.load(**MONITOR, autopilot="auto" if arm == "autopilot" else "advise", environment=False)
-    with Monitor(model, config) as monitor:
-        for step in range(steps):
+    with Monitor(model, config, exporters=exporters) as monitor:
+        for step in range(setting["steps"]):
+            if before_step is not None:
+                before_step(step, model)
             tokens, targets = data.batch(range(32 * step, 32 * (step + 1)))
             logits = model(tokens)
             value = loss(logits, targets)
@@ -65,11 +82,19 @@ def run(featurizer: str, seed: int, arm: str, steps: int | None = None) -> dict[
             metrics = {"loss": value, "accuracy": accuracy(logits, targets)} if monitor.armed else None
             monitor.step(metrics, optimizer=optimizer)
         monitor.flush()
-    fresh = MQAR(MQARConfig(samples=1024, seed=seed + 10_000, **task))
     model.eval()
     with torch.no_grad():
-        tokens, targets = fresh.batch(range(1024))
-        final = float(accuracy(model(tokens), targets))
+        tokens, targets = MQAR(MQARConfig(samples=1024, seed=seed + 10_000, **task)).batch(range(1024))
+        return monitor, float(accuracy(model(tokens), targets))
+
+
+def run(featurizer: str, seed: int, arm: str, steps: int | None = None) -> dict[str, Any]:
+    """Train one arm of one seed."""
+    torch.set_num_threads(1)
+    setting = {**SETTINGS[featurizer], "featurizer": featurizer}
+    setting["steps"] = steps or setting["steps"]
+    config = MonitorConfig.load(**MONITOR, autopilot="auto" if arm == "autopilot" else "advise", environment=False)
+    monitor, final = train(setting, seed, config)
     reading = next(r for r in monitor.readings if r.layer == TREATED)
     ill = [f.step for f in monitor.findings if f.layer == TREATED and f.condition == "collapsed"]
     well = [f.step for f in monitor.findings if f.layer == TREATED and f.previous == "collapsed"]

@@ -208,8 +208,11 @@ class ESSMonitorCallback(_Base):
 def _grad_scale(trainer: Any) -> float | torch.Tensor:
     """What Lightning multiplies the loss with before backward: the loss scaler's scale over the accumulation steps."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=trainer.strategy.root_device))
-    return scale / trainer.accumulate_grad_batches
+    steps: int = trainer.accumulate_grad_batches
+    if scaler is None:
+        return 1.0 / steps
+    scale: torch.Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+    return scale / steps
 
 
 def _metrics(trainer: Any, outputs: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.operators import capture_operators
+from ess_monitor.capture.probe import TokenProbe
 from ess_monitor.capture.registry import register_capture
 from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
 from ess_monitor.capture.spec import CaptureSpec
@@ -17,6 +18,7 @@ __all__ = [
     "Layer",
     "LayerFilter",
     "Sampler",
+    "TokenProbe",
     "capture_operators",
     "find_layers",
     "layer_infos",

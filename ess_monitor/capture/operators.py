@@ -32,7 +32,7 @@ def require_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients; every module gets its own mode back, so that no dropout draws random numbers."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -57,7 +57,7 @@ def capture_pass(
     sampler = Sampler(found, config.model_copy(update={"source": "validation"}))
     sampler.arm()
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model(*inputs, **named_inputs)
     finally:
         taken = sampler.collect()

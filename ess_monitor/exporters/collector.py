@@ -151,8 +151,9 @@ def _about_the_interventions(now: Snapshot) -> Iterator[Metric]:
     )
     yield gauge(
         "last_intervention_timestamp_seconds",
-        "When something was last applied, in seconds since the epoch; absent before.",
-        _since_epoch(now.last_intervention_timestamp_seconds),
+        "When an action of this kind was last applied, in seconds since the epoch; absent before.",
+        {(action,): at for action, at in now.last_intervention_timestamp_seconds.items() if at > 0},
+        labels=("action",),
     )
     yield gauge("autopilot_enabled", "1 when the autopilot may act (mode auto).", {(): float(now.autopilot_enabled)})
 

@@ -71,9 +71,7 @@ def rescale_alpha(
     copy = AlphaCopy(tensor.detach().clone(), {name: _copied(value) for name, value in state.items()})
     with torch.no_grad():
         tensor.sub_(handle.sign * math.log(factor))
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
+    _forget(state, tensor)
     return copy
 
 
@@ -84,14 +82,34 @@ def restore_alpha(
     optimizer: Optimizers = None,
     handle: AlphaHandle | None = None,
 ) -> None:
-    """Take `rescale_alpha` back: the tensor, and the optimizer's state of it."""
+    """Take `rescale_alpha` back: the tensor, and the optimizer's state of it, bit for bit.
+
+    State that did not exist yet when the copy was taken starts anew. A copy can be restored more than once.
+
+    Raises:
+        CaptureError: the layer has nothing that scales its decay.
+    """
     tensor = (handle or _handle_of(layer)).of(layer)
     state = _state_of(tensor, optimizer)
     with torch.no_grad():
         tensor.copy_(copy.tensor)
+        if not copy.moments:
+            _forget(state, tensor)
         for name, value in copy.moments.items():
             if isinstance(value, torch.Tensor) and isinstance(state.get(name), torch.Tensor):
-                state[name].copy_(value)
+                state[name].copy_(value)  # in place: the optimizer keeps its tensors, and their device
+            elif name in state:
+                state[name] = value
+
+
+def _forget(state: dict[str, Any], tensor: torch.Tensor) -> None:
+    """Zero the moments and the step count. Only these: optimizers also keep tables here that parameters share."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            if name == "step" or (value.shape == tensor.shape and value.is_floating_point()):
+                value.zero_()
+        elif name == "step":
+            state[name] = 0
 
 
 def _state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str, Any]:

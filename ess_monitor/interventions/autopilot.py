@@ -17,7 +17,7 @@ from ess_monitor.capture import Layer
 from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.config import AutopilotConfig
-from ess_monitor.interventions.treatment import Treatment, remedy_of
+from ess_monitor.interventions.treatment import Treatment, can_be_treated, remedy_of
 from ess_monitor.records import Action, ActionOutcome, Condition, Finding, Reading
 
 _STATE_VERSION = 1
@@ -48,8 +48,8 @@ class Autopilot:
         self._treatments: dict[str, Treatment] = {}
         self._spent = 0
         self._given_up: set[str] = set()
-        self._told: set[str] = set()
-        """Layers whose present collapse has been answered with words."""
+        self._told: dict[str, bool] = {}
+        """Layers whose present collapse has been answered with words; True where the decay was to blame."""
 
     @property
     def budget_remaining(self) -> int:
@@ -87,14 +87,15 @@ class Autopilot:
             return ()
         latest = {r.layer: r for r in readings if r.status == "ok"}
         loss = (metrics or {}).get(self.config.loss)
+        loss_broken = loss_broken or (loss is not None and not math.isfinite(loss))
         for name, condition in conditions.items():
             if condition != "collapsed":
-                self._told.discard(name)
+                self._told.pop(name, None)
         actions = [
             self._advise_on_saturation(step, f, latest.get(f.layer)) for f in findings if f.condition == "saturated"
         ]
         broken = self._roll_back(step, loss, loss_broken, latest, optimizer)
-        if not broken:
+        if not (broken or loss_broken):
             for name in list(self._treatments):
                 actions += self._follow(step, name, conditions.get(name, "unknown"), latest.get(name), loss, optimizer)
             actions += self._begin(step, conditions, latest, findings, loss, optimizer)
@@ -117,9 +118,7 @@ class Autopilot:
     ) -> list[Action]:
         actions = []
         for name, treatment in list(self._treatments.items()):
-            limit = None
-            if self.config.loss_band_ratio is not None and treatment.loss_at_start is not None:
-                limit = self.config.loss_band_ratio * treatment.loss_at_start
+            limit = self._loss_limit(treatment)
             out_of_band = limit is not None and loss is not None and loss > limit
             if not (broken or out_of_band):
                 continue
@@ -133,6 +132,11 @@ class Autopilot:
                 )
             )
         return actions
+
+    def _loss_limit(self, treatment: Treatment) -> float | None:
+        """Where the band ends: ratio * start, and as far above a start below zero (a log-likelihood)."""
+        ratio, start = self.config.loss_band_ratio, treatment.loss_at_start
+        return None if ratio is None or start is None else start + (ratio - 1) * abs(start)
 
     def _follow(
         self,
@@ -203,8 +207,11 @@ class Autopilot:
         ill = [name for name in self._layers if conditions.get(name) == "collapsed"]
         for name in reversed(ill):  # the deepest first
             reading = latest.get(name)
-            if name in self._treatments or name in self._given_up or name in self._told or reading is None:
+            if name in self._treatments or name in self._given_up or reading is None:
                 continue
+            answered = self._told.get(name)
+            if answered is not None and (answered or not self._to_blame(reading)):
+                continue  # until the decay comes to blame, words are enough
             if self.config.mode == "auto" and len(self._treatments) >= self.config.max_layers:
                 break
             actions.append(self._answer(step, name, reading, reasons.get(name, "collapsed"), loss, optimizer))
@@ -220,10 +227,10 @@ class Autopilot:
         optimizer: Optimizers,
     ) -> Action:
         layer, retention = self._layers[name], reading.retention_ratio
-        remedy = remedy_of(layer)
+        remedy, to_blame = remedy_of(layer), self._to_blame(reading)
 
         def say(outcome: ActionOutcome, message: str) -> Action:
-            self._told.add(name)
+            self._told[name] = to_blame
             kind = remedy if remedy is not None and outcome == "dry_run" and to_blame else "advise"
             return Action(
                 step=step,
@@ -237,7 +244,6 @@ class Autopilot:
                 retention_before=retention,
             )
 
-        to_blame = retention is not None and retention < self._retention_below
         if not to_blame:
             kept = "it has no decay" if retention is None else f"retention is {retention:.2f}"
             return say(
@@ -258,6 +264,10 @@ class Autopilot:
         self._treatments[name] = treatment
         said = f"retention {retention:.2f} is below {self._retention_below:g}: {treatment.described}"
         return self._action(step, treatment, "applied", said, None)
+
+    def _to_blame(self, reading: Reading) -> bool:
+        """Whether the decay takes away what the features would keep."""
+        return reading.retention_ratio is not None and reading.retention_ratio < self._retention_below
 
     def _advise_on_saturation(self, step: int, finding: Finding, reading: Reading | None) -> Action:
         capacity = None if reading is None else reading.state_capacity
@@ -303,29 +313,33 @@ class Autopilot:
             "version": _STATE_VERSION,
             "spent": self._spent,
             "given_up": sorted(self._given_up),
-            "told": sorted(self._told),
+            "told": dict(self._told),
             "treatments": [treatment.state_dict() for treatment in self._treatments.values()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; active regularisers are attached again.
 
+        In a mode other than auto treatments end here: nothing is attached, and a rescaled alpha stays what it is.
+
         Raises:
-            CheckpointError: another version, or a treated layer that the model no longer has.
+            CheckpointError: another version, or a treated layer that the model does not have in this form. The
+                autopilot is left as it was.
         """
         if state.get("version") != _STATE_VERSION:
             raise CheckpointError(
                 f"autopilot: state version {state.get('version')!r}, only {_STATE_VERSION} can be read"
             )
-        missing = [t["layer"] for t in state["treatments"] if t["layer"] not in self._layers]
-        if missing:
+        treatments = state["treatments"] if self.config.mode == "auto" else []
+        lost = [t["layer"] for t in treatments if not can_be_treated(self._layers.get(t["layer"]), t["action"])]
+        if lost:
             raise CheckpointError(
-                f"autopilot: the state treats {missing}, which are no measured layers of this model; "
-                "resume with the same layers, or without the monitor's state"
+                f"autopilot: the state treats {lost} in a way that the measured layers of this model do not allow "
+                "(no such layer, or none with that handle); resume with the same layers, or without the monitor's state"
             )
         self.close()
         self._spent = int(state["spent"])
-        self._given_up, self._told = set(state["given_up"]), set(state["told"])
+        self._given_up, self._told = set(state["given_up"]), dict(state["told"])
         self._treatments = {
-            t["layer"]: Treatment.from_state(self._layers[t["layer"]], t, self._grad_scale) for t in state["treatments"]
+            t["layer"]: Treatment.from_state(self._layers[t["layer"]], t, self._grad_scale) for t in treatments
         }

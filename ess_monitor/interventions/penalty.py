@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ess_monitor.capture import DecayHandle, Layer, LayerFilter, find_layers
 from ess_monitor.errors import CaptureError
@@ -18,10 +19,18 @@ class Penalties:
     """What `collect_penalties` saw: R = mean ||A_t - I||_F of every layer that was called."""
 
     def __init__(self) -> None:
-        self.per_layer: dict[str, torch.Tensor] = {}
+        # Kept as they pass and made into R only here: what is computed inside a checkpointed layer would have to be
+        # computed again in its recomputation, when the hooks may be gone.
+        self._log_decays: dict[str, list[torch.Tensor]] = {}
+        self._without_graph: set[str] = set()
+
+    @property
+    def per_layer(self) -> dict[str, torch.Tensor]:
         """Layer name -> R, a scalar with graph, in the order of the calls. A layer called twice adds up."""
-        self.without_graph: list[str] = []
-        """Layers that ran without gradients although gradients were on when the block was entered."""
+        return {
+            name: torch.stack([identity_penalty(log_decay) for log_decay in calls]).sum()
+            for name, calls in self._log_decays.items()
+        }
 
     def total(self) -> torch.Tensor:
         """Sum of R over the layers: multiply with lambda and add to the loss.
@@ -29,15 +38,20 @@ class Penalties:
         Raises:
             CaptureError: no layer was called yet, or one of them has no graph, so that the term would do nothing.
         """
-        if not self.per_layer:
+        if not self._log_decays:
             raise CaptureError("penalties: no layer was called inside the block; run the forward pass in it first")
-        if self.without_graph:
+        if self._without_graph:
             raise CaptureError(
-                f"penalties: {sorted(set(self.without_graph))} ran without gradients, so the penalty would move nothing. "
+                f"penalties: {sorted(self._without_graph)} ran without gradients, so the penalty would move nothing. "
                 "Under reentrant activation checkpointing take use_reentrant=False, or attach an IdentityPull; "
                 "to only look at the numbers enter the block under torch.no_grad()"
             )
         return torch.stack(list(self.per_layer.values())).sum()
+
+    def _add(self, name: str, log_decay: torch.Tensor, *, graph_expected: bool) -> None:
+        self._log_decays.setdefault(name, []).append(log_decay)
+        if graph_expected and not torch.is_grad_enabled():
+            self._without_graph.add(name)
 
 
 @contextmanager
@@ -68,14 +82,11 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
     """
     penalties, graph_expected = Penalties(), torch.is_grad_enabled()
 
-    def watch(name: str, handle: DecayHandle, point: nn.Module) -> Any:
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if graph_expected and not torch.is_grad_enabled():
-                penalties.without_graph.append(name)
-            penalty = identity_penalty(handle.read(args, kwargs))
-            penalties.per_layer[name] = penalties.per_layer.get(name, penalty.new_zeros(())) + penalty
+    def watch(name: str, handle: DecayHandle, point: nn.Module) -> RemovableHandle:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            penalties._add(name, handle.read(args, kwargs), graph_expected=graph_expected)
 
-        return point.register_forward_pre_hook(add, with_kwargs=True)
+        return point.register_forward_pre_hook(keep, with_kwargs=True)
 
     with ExitStack() as hooks:
         for layer, handle in _with_decay(model, layers):
@@ -83,9 +94,7 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
         yield penalties
 
 
-def _with_decay(
-    model: nn.Module, layers: LayerFilter | str | Sequence[str] | None
-) -> list[tuple[Layer, DecayHandle]]:
+def _with_decay(model: nn.Module, layers: LayerFilter | str | Sequence[str] | None) -> list[tuple[Layer, DecayHandle]]:
     found = find_layers(model, None if layers is None else LayerFilter.model_validate(layers))
     having = [(layer, layer.spec.decay) for layer in found if layer.spec.decay is not None]
     lacking = [layer for layer in found if layer.spec.decay is None]

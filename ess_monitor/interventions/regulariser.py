@@ -13,6 +13,7 @@ gate weights and biases, A_log, step-size projections.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -95,8 +96,25 @@ def add_penalty_gradient(
     return result
 
 
+class _Injection:
+    """The hook of an `IdentityPull`. A pickled or deep-copied model gets one that does nothing: the copy is not the
+    model in training, and what the pull refers to (the loss scale) cannot be pickled."""
+
+    def __init__(self, inject: Callable[..., Any] | None) -> None:
+        self._inject = inject
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._inject(module, args, kwargs) if self._inject is not None else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Injection, (None,)
+
+
 class IdentityPull:
     """The regulariser on one layer, attached to its forward pass. Attach and detach at any step boundary.
+
+    Outputs stay what they are, bit for bit. Nothing is injected in evaluation mode or without gradients. Every backward
+    pass through a forward pass injects once, so run one backward pass per forward pass, as a training step does.
 
     Args:
         layer: the module.
@@ -104,6 +122,19 @@ class IdentityPull:
         strength: lambda.
         grad_scale: what the loss is multiplied with before backward. 1 unless a loss scaler or gradient accumulation
             (1 / N) is at work.
+
+    Raises:
+        ConfigError: the strength is not a finite number above 0.
+
+    Example:
+        >>> from ess_monitor.capture import find_layers
+        >>> from ess_monitor.featurizers import WLA
+        >>> [layer] = find_layers(WLA(16, 2, beta=1.0))
+        >>> pull = IdentityPull(layer.module, layer.spec.decay, strength=0.5)
+        >>> pull.attach()
+        >>> layer.module(torch.randn(4, 8, 16)).mean().backward()
+        >>> (layer.module.decay_logit.grad < 0).all().item()  # a step against the gradient raises every A
+        True
     """
 
     def __init__(
@@ -114,8 +145,8 @@ class IdentityPull:
         *,
         grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
     ) -> None:
-        if not strength > 0:
-            raise ConfigError(f"strength: {strength} given; lambda must be above 0, for example 0.5")
+        if not (math.isfinite(strength) and strength > 0):
+            raise ConfigError(f"strength: {strength} given; lambda must be finite and above 0, for example 0.5")
         self.strength = strength
         self._point = layer.get_submodule(handle.point)
         self._handle = handle
@@ -130,7 +161,7 @@ class IdentityPull:
     def attach(self) -> None:
         """Stand in the forward pass. A second call does nothing."""
         if self._hook is None:
-            self._hook = self._point.register_forward_pre_hook(self._inject, with_kwargs=True)
+            self._hook = self._point.register_forward_pre_hook(_Injection(self._inject), with_kwargs=True)
 
     def detach(self) -> None:
         """Leave the forward pass. A second call does nothing."""
@@ -139,6 +170,8 @@ class IdentityPull:
             self._hook = None
 
     def _inject(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not module.training:
+            return None
         log_decay = self._handle.read(args, kwargs)
         return self._handle.write(args, kwargs, add_penalty_gradient(log_decay, self._scaled))
 

@@ -24,6 +24,13 @@ def remedy_of(layer: Layer) -> Remedy | None:
     return "pull_to_identity" if layer.spec.decay is not None else None
 
 
+def can_be_treated(layer: Layer | None, action: Remedy) -> bool:
+    """Whether the layer is there and has the handle that the action needs."""
+    if layer is None:
+        return False
+    return (layer.spec.alpha if action == "rescale_alpha" else layer.spec.decay) is not None
+
+
 class Treatment:
     """A remedy on a layer, from its first rung to recovery, failure or roll-back."""
 

@@ -126,7 +126,7 @@ def snapshot(status: RunStatus = "running", **fields: Any) -> Snapshot:
         "interventions_total": {},
         "interventions_active": {},
         "intervention_budget_remaining": 6,
-        "last_intervention_timestamp_seconds": 0.0,
+        "last_intervention_timestamp_seconds": {},
         "autopilot_enabled": False,
         "export_errors_total": {},
         "export_dropped_total": {},

@@ -82,7 +82,7 @@ def _busy() -> Snapshot:
         interventions_total={"pull_to_identity": {"applied": 3, "rolled_back": 1}, "advise": {"dry_run": 2}},
         interventions_active={"pull_to_identity": 2},
         intervention_budget_remaining=4,
-        last_intervention_timestamp_seconds=1_000_150.5,
+        last_intervention_timestamp_seconds={"pull_to_identity": 1_000_150.5, "rescale_alpha": 0.0},
         autopilot_enabled=True,
         export_errors_total={"event_log": 3},
         export_dropped_total={"event_log": 2},
@@ -109,7 +109,6 @@ def test_the_numbers_of_the_snapshot_are_scraped() -> None:
         "overhead_budget_ratio": 0.01,
         "measurement_interval_steps": 120,
         "intervention_budget_remaining": 4,
-        "last_intervention_timestamp_seconds": 1_000_150.5,
         "autopilot_enabled": 1,
         "training_step_seconds_sum": 0.75,
         "training_step_seconds_count": 6,
@@ -181,7 +180,7 @@ def test_a_run_without_interventions_shows_all_of_them_at_zero_but_no_time_of_th
         for outcome in ACTION_OUTCOMES:
             assert _value(samples, "interventions_total", action=action_kind, outcome=outcome) == 0
     assert _value(samples, "autopilot_enabled") == 0
-    assert _value(samples, "last_intervention_timestamp_seconds") is None
+    assert not any(name == "ess_monitor_last_intervention_timestamp_seconds" for name, _ in samples)
 
 
 def test_what_the_ledger_counts_is_scraped() -> None:
@@ -198,7 +197,7 @@ def test_what_the_ledger_counts_is_scraped() -> None:
     assert counts == {("pull_to_identity", "applied"): 1, ("rescale_alpha", "dry_run"): 1}
     assert [_value(samples, "interventions_active", action=kind) for kind in ACTIONS] == [1, 0, 0]
     assert _value(samples, "intervention_budget_remaining") == 5
-    assert _value(samples, "last_intervention_timestamp_seconds") == 1_000_300.25
+    assert _value(samples, "last_intervention_timestamp_seconds", action="pull_to_identity") == 1_000_300.25
     assert _value(samples, "autopilot_enabled") == 1
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ess_monitor.capture import layer_infos
 from ess_monitor.errors import ConfigError
-from ess_monitor.interventions import IdentityPull, add_penalty_gradient, identity_penalty
+from ess_monitor.interventions import add_penalty_gradient, identity_penalty
 
 from .helpers import (
     DECAYING,
@@ -38,9 +38,7 @@ def naive_penalty(log_decay: Tensor) -> float:
     norms = []
     for b in range(samples):
         for t in range(length):
-            squares = [
-                (1 - math.exp(log_decay[b, h, t, n].item())) ** 2 for h in range(heads) for n in range(state)
-            ]
+            squares = [(1 - math.exp(log_decay[b, h, t, n].item())) ** 2 for h in range(heads) for n in range(state)]
             norms.append(math.sqrt(sum(squares)))
     return sum(norms) / len(norms)
 
@@ -211,7 +209,7 @@ def test_a_model_under_a_pull_can_be_pickled_and_the_copy_is_free_of_it() -> Non
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, math.nan, INF])
 def test_a_strength_that_is_no_positive_number_is_an_error(strength: float) -> None:
-    with pytest.raises(ConfigError, match="strength: .* above 0"):
+    with pytest.raises(ConfigError, match=r"strength: .* above 0"):
         pull_on(backbone("gla"), strength)
 
 
@@ -235,15 +233,6 @@ def test_the_handle_reads_and_replaces_the_decay_that_the_layer_uses(featurizer:
     assert handle.read((1, 2, 3, log_decay), {}) is log_decay
     assert args[:3] == (1, 2, 3)
     assert torch.equal(handle.read(args, kwargs), log_decay + 1)
-    for parameter in handle.parameters:
-        owner = layer.module.get_parameter(parameter) if "." not in parameter and parameter in dict(
-            layer.module.named_parameters(recurse=False)
-        ) else layer.module.get_submodule(parameter)
-        inside = [owner] if isinstance(owner, Tensor) else list(owner.parameters())
-        assert all(torch.autograd.grad(log_decay.sum(), inside, retain_graph=True))
-
-
-def test_identity_pull_is_made_from_a_layer_and_its_handle() -> None:
-    layer = last_layer(backbone("wla"))
-    assert layer.spec.decay is not None
-    assert IdentityPull(layer.module, layer.spec.decay, 0.5).strength == 0.5
+    named = {name: p for name, p in layer.module.named_parameters() if name.startswith(handle.parameters)}
+    assert {name.split(".")[0] for name in named} == set(handle.parameters)
+    torch.autograd.grad(log_decay.sum(), list(named.values()))  # an error for one that does not enter the decay

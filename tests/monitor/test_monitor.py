@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import ess_monitor.monitor as monitor_module
+import ess_monitor.measuring as measuring
 from ess_monitor import CheckpointError, ConfigError, ExporterError, Measurement, Monitor, MonitorConfig, NoLayersError
 from ess_monitor.featurizers import Backbone, BackboneConfig
 
@@ -166,14 +166,14 @@ class TestTrainingIsSacred:
 
     FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {  # noqa: RUF012
         "capture": lambda m: m.setattr("ess_monitor.capture.sampler.rotate_heads", _explode),
-        "compute": lambda m: m.setattr(monitor_module, "compute", _explode),
+        "compute": lambda m: m.setattr(measuring, "compute", _explode),
         "assembling": lambda m: m.setattr("ess_monitor.samples.reading", _explode),
         "diagnosis": lambda m: m.setattr("ess_monitor.diagnosis.Tracker.observe", _explode),
         "export": lambda m: m.setattr(Collecting, "export", _explode),
         "submit": lambda m: m.setattr("ess_monitor.runtime.Executor.submit", _explode),
         "poll": lambda m: m.setattr("ess_monitor.runtime.Executor.poll", _explode),
         "hub": lambda m: m.setattr("ess_monitor.exporters.ExporterHub.export", _explode),
-        "metrics": lambda m: m.setattr(monitor_module, "split_metrics", _explode),
+        "metrics": lambda m: m.setattr(measuring, "split_metrics", _explode),
         "cadence": lambda m: m.setattr("ess_monitor.runtime.Cadence.sampled", _explode),
     }
 
@@ -196,7 +196,7 @@ class TestTrainingIsSacred:
     def test_a_part_that_keeps_failing_turns_itself_off(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(monitor_module, "compute", _explode)
+        monkeypatch.setattr(measuring, "compute", _explode)
         with caplog.at_level(logging.WARNING):
             monitored(40)
         assert sum("is off for the rest of this run" in r.getMessage() for r in caplog.records) == 1
@@ -219,8 +219,8 @@ class TestTrainingIsSacred:
 class TestLife:
     def test_a_queue_that_is_full_drops_the_sample_and_counts_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gate = threading.Event()
-        original = monitor_module.compute
-        monkeypatch.setattr(monitor_module, "compute", lambda *a: (gate.wait(20), original(*a))[1])
+        original = measuring.compute
+        monkeypatch.setattr(measuring, "compute", lambda *a: (gate.wait(20), original(*a))[1])
         model, sink = backbone(), Collecting()
         config = MonitorConfig.load(every_n_steps=1, overhead_budget_ratio=1.0, runtime={"queue_length": 1})
         with Monitor(model, config, exporters=[sink]) as monitor:
@@ -232,7 +232,7 @@ class TestLife:
 
     def test_a_worker_that_hangs_gives_timed_out_readings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gate = threading.Event()
-        monkeypatch.setattr(monitor_module, "compute", lambda *a: gate.wait(30) and {})
+        monkeypatch.setattr(measuring, "compute", lambda *a: gate.wait(30) and {})
         config = MonitorConfig.load(every_n_steps=1, overhead_budget_ratio=1.0, runtime={"timeout_seconds": 0.05})
         model, sink = backbone(), Collecting()
         monitor = Monitor(model, config, exporters=[sink])
