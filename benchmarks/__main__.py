@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import all_positions, attention, length_scaling, step_overhead
+from benchmarks import all_positions, attention, gradient_equality, length_scaling, step_overhead
 from benchmarks.report import main
 
 if __name__ == "__main__":
-    sys.exit(main([all_positions.run, length_scaling.run, attention.run, step_overhead.run], __doc__))
+    everything = [
+        all_positions.run,
+        length_scaling.run,
+        attention.run,
+        step_overhead.run,
+        gradient_equality.run,
+        gradient_equality.definition,
+    ]
+    sys.exit(main(everything, __doc__))

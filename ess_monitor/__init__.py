@@ -13,11 +13,14 @@ from ess_monitor.errors import (
     OperatorError,
 )
 from ess_monitor.inspection import Description, Profile, describe, profile
+from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.monitor import Monitor
-from ess_monitor.records import Finding, LayerInfo, Measurement, Reading
+from ess_monitor.records import Action, Finding, LayerInfo, Measurement, Reading
 from ess_monitor.runtime import RuntimeConfig
 
 __all__ = [
+    "Action",
+    "AutopilotConfig",
     "CaptureConfig",
     "CaptureError",
     "CheckpointError",

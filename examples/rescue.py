@@ -28,7 +28,7 @@ from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.tasks import MQAR, MQARConfig, accuracy, loss
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "wla": {"length": 32, "kv_pairs": 4, "steps": 3000, "options": {"beta": 1.0}},
+    "wla": {"length": 32, "kv_pairs": 4, "steps": 2000, "options": {"beta": 1.0}},
     "gla": {"length": 64, "kv_pairs": 8, "steps": 3000, "options": {"beta": 1.0}},
     "gla_s6": {"length": 64, "kv_pairs": 8, "steps": 3000, "options": {"alpha": 1.0}},
 }
@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MONITOR = {
     "every_n_steps": 50,
     "overhead_budget_ratio": 1.0,
-    "diagnosis": {"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 500},
+    "diagnosis": {"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 300},
 }
 TREATED = "blocks.1.mixer"
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--featurizer", choices=sorted(SETTINGS), default="wla")
-    parser.add_argument("--steps", type=int, help="instead of the setting's 3000")
+    parser.add_argument("--steps", type=int, help="instead of those of the setting")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     arguments = parser.parse_args()

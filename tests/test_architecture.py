@@ -19,6 +19,8 @@ INTEGRATIONS = ROOT / "integrations"
 TREES = ("ess_monitor", "integrations", "examples", "tests", "benchmarks")
 
 PUBLIC_NAMES = {
+    "Action",
+    "AutopilotConfig",
     "CaptureConfig",
     "CaptureError",
     "CheckpointError",
@@ -52,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "tasks": {"errors"},
     "capture": {"errors", "ess", "records"},
     "runtime": {"capture", "errors", "ess", "records"},
+    "interventions": {"capture", "errors", "ess", "records"},
     "diagnosis": {"errors", "records"},
     "exporters": {"errors", "records"},
 }

@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        # Vectors of norm 1. In the collapse setting (WLA, beta 1) larger ones (torch has entries of variance 1) let most
+        # Vectors of norm 1. In the collapse setting (WLA, beta 1) larger ones (torch: entries of variance 1) let most
         # nets leave the collapse by themselves, smaller ones (0.02) keep some from recovering under the regulariser.
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         self.blocks = nn.ModuleList(Block(config, name) for name in config.featurizers)

@@ -160,13 +160,14 @@ class Autopilot:
             treatment.recovered_step = step
             took = f"recovered {step - treatment.first_step} steps after the treatment began"
             actions.append(self._action(step, treatment, "recovered", took, reading))
-        wait = self.config.release_steps
+        wait, healthy = self.config.release_steps, step - treatment.recovered_step
         if treatment.action == "rescale_alpha":
-            del self._treatments[name]  # a changed alpha stays: there is nothing to take off
-        elif wait is not None and step - treatment.recovered_step >= wait:
+            if healthy >= (wait or 0):  # a changed alpha stays; only the watch over the loss ends
+                del self._treatments[name]
+        elif wait is not None and healthy >= wait:
             treatment.lift()
             del self._treatments[name]
-            said = f"healthy for {step - treatment.recovered_step} steps: regulariser taken off"
+            said = f"healthy for {healthy} steps: regulariser taken off"
             actions.append(self._action(step, treatment, "released", said, reading))
         return actions
 

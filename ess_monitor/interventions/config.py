@@ -33,7 +33,9 @@ class AutopilotConfig(BaseModel):
     """Optimizer steps an action is given before the next rung. Rescued WLA runs were well 1000 to 1500 steps after the
     regulariser was attached."""
     release_steps: int | None = Field(default=500, ge=0)
-    """Steps a recovered layer must stay healthy before its regulariser is taken off; None keeps it on."""
+    """Steps a recovered layer must stay healthy before its regulariser is taken off; None keeps it on. Until then the
+    treatment counts as one of `max_layers`, climbs on after a relapse, and is rolled back when the loss breaks; so is
+    a rescaled alpha, which stays for good afterwards (with None from the recovery on)."""
     budget: int = Field(default=6, ge=0)
     """Actions per run (releases and roll-backs are free). Two layers up a ladder of two rungs, and two to spare."""
     loss_band_ratio: float | None = Field(default=3.0, gt=1)

@@ -134,8 +134,10 @@ def test_one_layer_at_a_time_and_the_next_when_the_first_is_done() -> None:
     run = Run("gla_s6")
     assert [action.layer for action in run.measure()] == [LAST]
     assert run.measure() == ()
-    actions = run.measure({FIRST: "collapsed", LAST: "healthy"})
-    assert said(actions) == [(LAST, "rescale_alpha", "recovered", 100.0), (FIRST, "rescale_alpha", "applied", 100.0)]
+    done: dict[str, Condition] = {FIRST: "collapsed", LAST: "healthy"}
+    assert said(run.measure(done)) == [(LAST, "rescale_alpha", "recovered", 100.0)]
+    assert run.measure(done, times=2) == ()
+    assert said(run.measure(done)) == [(FIRST, "rescale_alpha", "applied", 100.0)]
 
 
 def test_as_many_layers_at_a_time_as_configured() -> None:
@@ -278,6 +280,23 @@ def test_a_broken_loss_brings_alpha_and_its_moments_back_bitwise(featurizer: str
     assert weights(run.model) == before
     assert str(run.optimizer.state_dict()) == moments
     assert run.measure(ILL, times=20) == ()
+
+
+def test_a_recovered_alpha_is_watched_over_until_its_time_is_over() -> None:
+    for times, outcomes in ((3, ["rolled_back"]), (4, [])):
+        run = Run("gla_s6")
+        before = weights(run.model)
+        run.measure(ILL)
+        run.measure(WELL, times=times)  # 300 steps after the recovery, at the fourth, it is over
+        assert [action.outcome for action in run.measure(WELL, broken=True)] == outcomes
+        assert (weights(run.model) == before) == bool(outcomes)
+
+
+def test_a_relapse_of_a_recovered_alpha_climbs_instead_of_starting_anew() -> None:
+    run = Run("gla_s6")
+    run.measure(ILL)
+    run.measure(WELL, times=2)
+    assert said(run.measure(ILL)) == [(LAST, "rescale_alpha", "applied", 10.0)]
 
 
 @pytest.mark.parametrize("signs", BREAKS.values(), ids=BREAKS)
