@@ -65,7 +65,7 @@ def setting(featurizer: str, length: int, kv: int, steps: int, state: int, **opt
 RUNS: list[tuple[dict[str, Any], int]] = [
     *((setting("wla", 32, 4, 2000, 16, beta=1.0), seed) for seed in range(20, 30)),
     *((setting("gla", 64, 8, 2000, 16, beta=1.0), seed) for seed in range(20, 24)),
-    *((setting("gla_s6", 64, 8, 2000, 16, alpha=1.0), seed) for seed in range(20, 24)),
+    *((setting("gla_s6", 64, 8, 2000, 16, alpha=1.0), seed) for seed in range(20, 22)),
     *((setting("la", 32, 4, 2000, 16, rope_base=10.0), seed) for seed in range(20, 24)),
     *((setting("gla", 32, 4, 2000, 16, beta=1.0), seed) for seed in range(20, 24)),
     *((setting("gla", 32, 4, 2000, 16, beta=16.0), seed) for seed in range(20, 24)),

@@ -29,8 +29,8 @@ from ess_monitor.tasks import MQAR, MQARConfig, accuracy, loss
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "wla": {"length": 32, "kv_pairs": 4, "steps": 2000, "options": {"beta": 1.0}},
-    "gla": {"length": 64, "kv_pairs": 8, "steps": 3000, "options": {"beta": 1.0}},
-    "gla_s6": {"length": 64, "kv_pairs": 8, "steps": 3000, "options": {"alpha": 1.0}},
+    "gla": {"length": 64, "kv_pairs": 8, "steps": 2600, "options": {"beta": 1.0}},
+    "gla_s6": {"length": 64, "kv_pairs": 8, "steps": 2600, "options": {"alpha": 1.0}},
 }
 """The collapse settings: two mixers and two SwiGLU MLPs of width 32, two heads, state 16, vocabulary 32, batch 32."""
 
