@@ -64,15 +64,15 @@ def setting(featurizer: str, length: int, kv: int, steps: int, state: int, **opt
 
 RUNS: list[tuple[dict[str, Any], int]] = [
     *((setting("wla", 32, 4, 2000, 16, beta=1.0), seed) for seed in range(20, 28)),
-    *((setting("gla", 64, 8, 2000, 16, beta=1.0), seed) for seed in range(20, 22)),
-    *((setting("gla_s6", 64, 8, 2000, 16, alpha=1.0), seed) for seed in range(20, 22)),
+    *((setting("gla", 64, 8, 2000, 16, beta=1.0, gate_bias_std=0.0), seed) for seed in range(20, 22)),
+    *((setting("gla_s6", 64, 8, 2000, 16, alpha=1.0, gate_bias_std=0.0), seed) for seed in range(20, 22)),
     *((setting("la", 32, 4, 1500, 16, rope_base=10.0), seed) for seed in range(20, 24)),
-    *((setting("gla", 32, 4, 1500, 16, beta=1.0), seed) for seed in range(20, 26)),
-    *((setting("gla", 32, 4, 1500, 16, beta=16.0), seed) for seed in range(20, 24)),
+    *((setting("gla", 32, 4, 1500, 16, beta=1.0, gate_bias_std=0.0), seed) for seed in range(20, 26)),
+    *((setting("gla", 32, 4, 1500, 16, beta=16.0, gate_bias_std=0.0), seed) for seed in range(20, 24)),
     *((setting("wla", 32, 8, 2000, 16, beta=16.0), seed) for seed in range(20, 24)),
     *((setting("wla", 32, 8, 2000, 8, beta=16.0), seed) for seed in range(20, 22)),
     *((setting("wla", 32, 8, 1500, 2, beta=16.0), seed) for seed in range(20, 24)),
-    *((setting("gla", 32, 8, 1500, 2, beta=16.0), seed) for seed in range(20, 24)),
+    *((setting("gla", 32, 8, 1500, 2, beta=16.0, gate_bias_std=0.0), seed) for seed in range(20, 24)),
 ]
 
 

@@ -19,18 +19,22 @@ from ess_monitor.featurizers.heads import HeadFeatures, HeadReadout, split_heads
 class LowRankGate(nn.Module):
     """W_A2 W_A1 u + b per head: the gate before its nonlinearity. W_A1 is shared by the heads.
 
-    The bias is not in the paper. It lets a head set its decay without using up a direction of the low rank; it starts
-    at 0, so that the gate starts out around the nonlinearity's value at 0.
+    The bias is not in the paper. It lets a head set its decay without using up a direction of the low rank; drawn with
+    `bias_std`, state dimensions start with different decays.
     """
 
-    def __init__(self, width: int, num_heads: int, state: int, *, rank: int) -> None:
+    def __init__(self, width: int, num_heads: int, state: int, *, rank: int, bias_std: float) -> None:
         super().__init__()
         if rank < 1:
             raise ConfigError(f"gate_rank={rank} must be at least 1; the paper uses 16.")
+        if not bias_std >= 0:
+            raise ConfigError(f"gate_bias_std={bias_std} must be at least 0 (0 starts the bias at zero).")
         self.num_heads = num_heads
         self.down = nn.Linear(width, rank, bias=False)
         self.up = nn.Linear(rank, num_heads * state)
         nn.init.zeros_(self.up.bias)
+        if bias_std > 0:
+            nn.init.normal_(self.up.bias, std=bias_std)
 
     def forward(self, u_BLD: Tensor) -> Tensor:
         """(B, H, L, N)."""
@@ -47,6 +51,7 @@ class GLA(nn.Module):
         beta: normalisation of the logit; 16 in the paper. With 1 the ESS at initialisation hardly grows with the state.
         gate_rank: rows of W_A1; 16 in the paper.
         qk_bias_std: standard deviation at which the biases of q and k start.
+        gate_bias_std: the same of the gate's bias.
 
     Attributes:
         gate: module that gives the logits, (batch, num_heads, length, state).
@@ -71,6 +76,7 @@ class GLA(nn.Module):
         beta: float = 16.0,
         gate_rank: int = 16,
         qk_bias_std: float = 0.5,
+        gate_bias_std: float = 0.5,
     ) -> None:
         super().__init__()
         if not beta > 0:
@@ -80,7 +86,7 @@ class GLA(nn.Module):
         self.state_capacity = state
         self.beta = beta
         self.features = HeadFeatures(width, num_heads, state, query_scale=state**-0.5, bias_std=qk_bias_std)
-        self.gate = LowRankGate(width, num_heads, state, rank=gate_rank)
+        self.gate = LowRankGate(width, num_heads, state, rank=gate_rank, bias_std=gate_bias_std)
         self.core = DiagonalScan()
         self.readout = HeadReadout(width, num_heads)
 
@@ -105,6 +111,7 @@ class GLAS6(nn.Module):
         alpha: normalisation of the arange; 1000 in table 2 of the paper.
         gate_rank: rows of W_A1; 16 in the paper.
         qk_bias_std: standard deviation at which the biases of q and k start.
+        gate_bias_std: the same of the gate's bias.
 
     Attributes:
         gate: module that gives the pre-activations, (batch, num_heads, length, state).
@@ -130,6 +137,7 @@ class GLAS6(nn.Module):
         alpha: float = 1000.0,
         gate_rank: int = 16,
         qk_bias_std: float = 0.5,
+        gate_bias_std: float = 0.5,
     ) -> None:
         super().__init__()
         if not alpha > 0:
@@ -138,7 +146,7 @@ class GLAS6(nn.Module):
         self.num_heads = num_heads
         self.state_capacity = state
         self.features = HeadFeatures(width, num_heads, state, query_scale=state**-0.5, bias_std=qk_bias_std)
-        self.gate = LowRankGate(width, num_heads, state, rank=gate_rank)
+        self.gate = LowRankGate(width, num_heads, state, rank=gate_rank, bias_std=gate_bias_std)
         self.log_alpha: Tensor
         self.register_buffer("log_alpha", torch.tensor(math.log(alpha)))
         self.register_buffer("arange", torch.arange(1.0, state + 1), persistent=False)

@@ -198,6 +198,7 @@ def test_autocast_changes_outputs_by_no_more_than_its_rounding() -> None:
         (lambda: GLA(12, 2, gate_rank=0), "gate_rank=0 must be at least 1"),
         (lambda: GLAS6(12, 2, alpha=0), "alpha=0 must be greater than 0"),
         (lambda: GLA(12, 2, qk_bias_std=-1), "qk_bias_std=-1 must be at least 0"),
+        (lambda: GLA(12, 2, gate_bias_std=-1), "gate_bias_std=-1 must be at least 0"),
         (lambda: S6(12, state_size=0), "state_size=0 must be at least 1"),
         (lambda: build_mixer("mamba", 12, 2, 4), "featurizer 'mamba' is unknown; take one of la, wla"),
         (lambda: build_mixer("la", 12, 2, 4, beta=1), "option 'beta' belongs to none of la"),
