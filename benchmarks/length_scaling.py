@@ -25,7 +25,11 @@ for _ in range(5):
     started = time.perf_counter()
     operator.singular_values(positions)
     seconds.append(time.perf_counter() - started)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+try:  # ru_maxrss of a fresh process still holds the peak of the one that started it
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    peak = int(status["VmHWM"].split()[0]) * 1024
+except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"seconds": sorted(seconds)[2], "peak": peak}))
 """
 
