@@ -40,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from rescue import train
 
 RECORDED = Path(__file__).with_name("detector_runs.json.gz")
+COLLECTED = Path("runs/detector")
+"""Where --collect keeps finished runs, so that an interrupted collection goes on where it stopped."""
 SOLVED = 0.9
 INTERVENE_AT = 500
 EARLY = 0.4
@@ -101,7 +103,11 @@ def _short(value: Any) -> Any:
 
 
 def collect(size: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train a run, and its remedies until one of them helps."""
+    """Train a run, and its remedies until one of them helps; or take it from an interrupted collection."""
+    kept = COLLECTED / f"{name_of(size).replace(' ', '-')}-seed-{seed}.json"
+    if kept.exists():
+        content: dict[str, Any] = json.loads(kept.read_text())
+        return content
     torch.set_num_threads(1)
     config = MonitorConfig(every_n_steps=50, overhead_budget_ratio=1.0, autopilot="off")
     recorder = Recorder()
@@ -115,7 +121,10 @@ def collect(size: dict[str, Any], seed: int) -> dict[str, Any]:
         _, accuracies["larger"] = train({**size, "state_size": 4 * size["state_size"]}, seed, config)
         label = "saturated" if accuracies["larger"] >= SOLVED else "other"
     print(f"{name_of(size)} seed {seed}: {label} {accuracies}", flush=True)
-    return {"setting": size, "seed": seed, "label": label, "accuracies": accuracies, "rows": recorder.rows}
+    content = {"setting": size, "seed": seed, "label": label, "accuracies": accuracies, "rows": recorder.rows}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(content))
+    return content
 
 
 def _treat(step: int, model: Any) -> None:

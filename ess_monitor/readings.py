@@ -23,7 +23,11 @@ def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) ->
         if positions and not operator.capacity_grows:
             capacity = measured.state_capacity.max()
             bounds = ess_bounds(positions, measured.tolerance_ess, operator.length, capacity=capacity)
-            results["mean_lower"], results["mean_upper"] = bounds.mean_lower, bounds.mean_upper
+            # Between the first and the last measured position: near the ends of the sequence H_i is small whatever the
+            # layer does, and a mean over those would not be comparable with that of the measured positions.
+            between = slice(positions[0] - 1, positions[-1])
+            results["mean_lower"] = bounds.lower[..., between].mean(-1)
+            results["mean_upper"] = bounds.upper[..., between].mean(-1)
     return results
 
 

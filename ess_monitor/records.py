@@ -117,9 +117,10 @@ class Reading(Record):
     minimum_effective_size: float | None = None
     """Smallest tolerance-ESS over samples and channels at the middle position (appendix C.6)."""
     effective_size_lower: float | None = None
-    """Certified lower bound of the mean tolerance-ESS over all positions (interlacing)."""
+    """Certified lower bound of the mean tolerance-ESS over all positions from the first to the last measured one
+    (interlacing)."""
     effective_size_upper: float | None = None
-    """Certified upper bound of the mean tolerance-ESS over all positions (interlacing)."""
+    """Certified upper bound of the same mean."""
     utilization_ratio: float | None = None
     """effective_size / state_capacity, 0..1."""
     retention_ratio: float | None = None
