@@ -109,7 +109,7 @@ def collect(size: dict[str, Any], seed: int) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(kept.read_text())
         return content
     torch.set_num_threads(1)
-    config = MonitorConfig(every_n_steps=50, overhead_budget_ratio=1.0, autopilot="off")
+    config = MonitorConfig(every_n_steps=50, overhead_budget_ratio=None, autopilot="off")
     recorder = Recorder()
     _, accuracy = train(size, seed, config, exporters=[recorder])
     accuracies = {"control": accuracy}

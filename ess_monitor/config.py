@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
@@ -35,8 +35,10 @@ class MonitorConfig(BaseModel):
 
     every_n_steps: PositiveInt = 100
     """Optimizer steps between two samples. At 100 a run of 10,000 steps gives a curve of 100 points."""
-    overhead_budget_ratio: float = Field(default=0.01, gt=0, le=1)
-    """Share of the training time that capture and computation may take; the interval is stretched to keep it. 1 %."""
+    overhead_budget_ratio: Annotated[float, Field(gt=0, le=1)] | None = 0.01
+    """Share of the training time that capture and computation may take; the interval is stretched to keep it. 1 %.
+    None: never stretched, so that the sampled steps do not depend on the machine (a resumed run in mode auto is then
+    bitwise the uninterrupted one wherever it runs)."""
     tolerance: NonNegativeFloat = 1e-3
     """tau of the tolerance-ESS: singular values above it count. The paper's value for utilisation (appendix C.3)."""
     positions: Literal["midpoint", "all"] | PositiveInt = 3

@@ -365,7 +365,7 @@ class Monitor:
             versions=installed_versions(),
             thresholds=thresholds(self.config.diagnosis),
             start_timestamp_seconds=self._wall_clock(),
-            overhead_budget_ratio=self.config.overhead_budget_ratio,
+            overhead_budget_ratio=self.config.overhead_budget_ratio or 1.0,
             **self._facts,
         )
 

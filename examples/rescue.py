@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 MONITOR = {
     "every_n_steps": 50,
-    "overhead_budget_ratio": 1.0,
+    "overhead_budget_ratio": None,
     "diagnosis": {"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 300},
 }
 TREATED = "blocks.1.mixer"

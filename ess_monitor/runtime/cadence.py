@@ -15,8 +15,8 @@ class Cadence:
     """Decides the next step to sample.
 
     The interval is max(every_n_steps, cost / (budget * step time)): a sample that costs as much as ten training steps
-    is taken every 1000 steps under a budget of 1 %. Step time is the median of the last intervals between steps, so
-    that a validation epoch in between does not count as training.
+    is taken every 1000 steps under a budget of 1 %; without a budget (None) the interval is `every_n_steps`. Step time
+    is the median of the last intervals between steps, so that a validation epoch in between does not count as training.
 
     Example:
         >>> cadence = Cadence(every_n_steps=10, budget_ratio=0.01)
@@ -30,7 +30,7 @@ class Cadence:
         (False, True)
     """
 
-    def __init__(self, every_n_steps: int, budget_ratio: float, *, window: int = 64) -> None:
+    def __init__(self, every_n_steps: int, budget_ratio: float | None, *, window: int = 64) -> None:
         self.every_n_steps = every_n_steps
         self.budget_ratio = budget_ratio
         self.cost_seconds = 0.0
@@ -116,7 +116,7 @@ class Cadence:
     def _schedule(self) -> None:
         cost = max(self._sample_cost, self._cost_since_sample)
         stretched = 0
-        if cost > 0 and self._steps:
+        if cost > 0 and self._steps and self.budget_ratio is not None:
             step_seconds = max(median(self._steps), 1e-9)
             stretched = math.ceil(cost / (self.budget_ratio * step_seconds) - 1e-9)
         self.interval_steps = max(self.every_n_steps, stretched)

@@ -9,7 +9,7 @@ from ess_monitor.capture import TokenProbe
 from ess_monitor.featurizers import GLA, Backbone, BackboneConfig
 
 CONFIG = MonitorConfig.load(
-    every_n_steps=2, overhead_budget_ratio=1.0, capture={"source": "random_tokens"}, environment=False
+    every_n_steps=2, overhead_budget_ratio=None, capture={"source": "random_tokens"}, environment=False
 )
 
 

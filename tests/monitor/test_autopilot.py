@@ -31,7 +31,7 @@ EAGER = {
 def config(mode: str, **autopilot: object) -> MonitorConfig:
     return MonitorConfig.load(
         every_n_steps=4,
-        overhead_budget_ratio=1.0,
+        overhead_budget_ratio=None,
         capture={"heads": None},
         diagnosis=EAGER,
         autopilot={"mode": mode, "lag_steps": 2, "cooldown_steps": 8, **autopilot},

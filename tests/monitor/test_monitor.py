@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 import ess_monitor.measuring as measuring
-from ess_monitor import CheckpointError, ConfigError, ExporterError, Measurement, Monitor, MonitorConfig, NoLayersError
+from ess_monitor import (
+    CheckpointError,
+    ConfigError,
+    ExporterError,
+    Measurement,
+    Monitor,
+    MonitorConfig,
+    NoLayersError,
+    RuntimeConfig,
+)
 from ess_monitor.featurizers import Backbone, BackboneConfig
 
 
@@ -57,7 +66,8 @@ def train(model: nn.Module, steps: int, monitor: Monitor | None = None, **step_o
     return losses
 
 
-CONFIG = MonitorConfig(every_n_steps=3, overhead_budget_ratio=1.0)
+# A queue that holds every sample: on a busy machine none may be dropped, where a test counts them.
+CONFIG = MonitorConfig(every_n_steps=3, overhead_budget_ratio=None, runtime=RuntimeConfig(queue_length=64))
 
 
 def monitored(steps: int = 12, config: MonitorConfig = CONFIG, featurizer: str = "gla", **options: object):
@@ -143,7 +153,7 @@ class TestReadings:
             assert {r.status for r in monitor.flush()} == {"too_short"}
 
     def test_validation_batches_are_sampled_when_they_are_the_source(self) -> None:
-        config = MonitorConfig.load(every_n_steps=3, overhead_budget_ratio=1.0, capture={"source": "validation"})
+        config = MonitorConfig.load(every_n_steps=3, overhead_budget_ratio=None, capture={"source": "validation"})
         model, sink = backbone(), Collecting()
         with Monitor(model, config, exporters=[sink]) as monitor:
             train(model, 4, monitor)
@@ -224,7 +234,7 @@ class TestLife:
         original = measuring.compute
         monkeypatch.setattr(measuring, "compute", lambda *a: (gate.wait(20), original(*a))[1])
         model, sink = backbone(), Collecting()
-        config = MonitorConfig.load(every_n_steps=1, overhead_budget_ratio=1.0, runtime={"queue_length": 1})
+        config = MonitorConfig.load(every_n_steps=1, overhead_budget_ratio=None, runtime={"queue_length": 1})
         with Monitor(model, config, exporters=[sink]) as monitor:
             train(model, 4, monitor)
             assert monitor.snapshot().measurements_total["skipped"] == 3
@@ -235,7 +245,7 @@ class TestLife:
     def test_a_worker_that_hangs_gives_timed_out_readings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gate = threading.Event()
         monkeypatch.setattr(measuring, "compute", lambda *a: gate.wait(30) and {})
-        config = MonitorConfig.load(every_n_steps=1, overhead_budget_ratio=1.0, runtime={"timeout_seconds": 0.05})
+        config = MonitorConfig.load(every_n_steps=1, overhead_budget_ratio=None, runtime={"timeout_seconds": 0.05})
         model, sink = backbone(), Collecting()
         monitor = Monitor(model, config, exporters=[sink])
         monitor.start()
@@ -304,7 +314,10 @@ class TestLife:
 class TestResume:
     def test_steps_samples_and_conditions_go_on(self) -> None:
         config = MonitorConfig.load(
-            every_n_steps=3, overhead_budget_ratio=1.0, diagnosis={"warmup_steps": 0, "patience": 2}
+            every_n_steps=3,
+            overhead_budget_ratio=None,
+            runtime={"queue_length": 64},
+            diagnosis={"warmup_steps": 0, "patience": 2},
         )
         model, whole = backbone(), Collecting()
         with Monitor(model, config, exporters=[whole]) as monitor:

@@ -84,3 +84,7 @@ def test_a_resumed_cadence_samples_the_same_steps() -> None:
             resumed.spent(0.02)
         resumed.stepped(0.1)
     assert second == [s for s in first if s >= 250]
+
+
+def test_without_a_budget_the_interval_is_never_stretched() -> None:
+    assert run(Cadence(10, None), 35, step_seconds=0.001, sample_cost=100.0) == [0, 10, 20, 30]
