@@ -62,12 +62,13 @@ def agree(
 
     A layer counts as measured where at least one rank measured it; a metric is non-finite where it is on any rank.
     """
-    mine = {reading.layer: reading for reading in evidence.readings if reading.status == "ok"}
+    mine = {reading.layer: reading for reading in evidence.readings}
     vector = [float(interval_steps)]
     for name in metrics:
         vector += [evidence.metrics.get(name, math.nan), float(name in evidence.nonfinite)]
     for name in layers:
-        vector += [_number(getattr(mine.get(name), quantity, None)) for quantity in _AGREED]
+        measured = mine[name] if name in mine and mine[name].status == "ok" else None
+        vector += [_number(getattr(measured, quantity, None)) for quantity in _AGREED]
     columns = list(zip(*agreement.exchange(vector), strict=True))
     interval = int(max(columns[0]))
     numbers, broken = dict(evidence.metrics), set(evidence.nonfinite)
@@ -83,7 +84,7 @@ def agree(
     for k, name in enumerate(layers):
         block = columns[start + k * len(_AGREED) : start + (k + 1) * len(_AGREED)]
         means = {quantity: agreed_mean(column) for quantity, column in zip(_AGREED, block, strict=True)}
-        local = next((r for r in evidence.readings if r.layer == name), None)
+        local = mine.get(name)
         if math.isnan(means["effective_size"]):
             if local is not None:
                 readings.append(local)

@@ -250,10 +250,11 @@ class Monitor:
         if not self._guards["capture"].open:
             return
         with self._guards["capture"]:
-            started = self._clock()
             with self.sample(metrics):
+                started = self._clock()
                 known = probe.run(self._sampler.turn)
-            self._judge.spent("capture", self._clock() - started)
+                # The whole pass is the monitor's own, not only its hooks.
+                self._sampler.capture_seconds = self._clock() - started
             if not known:
                 raise CaptureError("no module was called with integer tokens (batch, length) as its only tensor")
 

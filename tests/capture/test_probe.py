@@ -97,3 +97,12 @@ def test_a_probe_that_has_seen_no_call_says_so() -> None:
 def test_a_model_without_an_embedding_is_refused_at_the_start() -> None:
     with pytest.raises(CaptureError, match=r"has no torch\.nn\.Embedding"):
         Monitor(nn.Sequential(GLA(16, 2)), CONFIG)
+
+
+def test_the_cost_of_a_probe_is_counted_once() -> None:
+    model = backbone()
+    with Monitor(model, CONFIG) as monitor:
+        train(model, monitor)
+        monitor.flush()
+        snapshot = monitor.snapshot()
+    assert snapshot.overhead_seconds["capture"].count == snapshot.measurements_total["ok"] > 0
