@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-LINKED = {"ess_monitor.integrations": "integrations"}
+LINKED = {"ess_monitor.alerts": "alerts", "ess_monitor.integrations": "integrations"}
 """Packages whose files lie at the top level of the repository, where `ess_monitor/<name>` is only a link."""
 
 
@@ -94,6 +94,15 @@ def test_wheel_build_holds_the_packages_and_nothing_else(dist: Path) -> None:
     names = {name for name in _names_in_wheel(dist) if ".dist-info/" not in name}
     assert names == set(_package_files())
     assert {"ess_monitor/py.typed", "ess_monitor/integrations/__init__.py"} <= names
+    alerts = {name.removeprefix("ess_monitor/alerts/") for name in names if name.startswith("ess_monitor/alerts/")}
+    assert {
+        "__init__.py",
+        "alertmanager/alertmanager.yml",
+        "prometheus/ess_monitor.rules.yml",
+        "prometheus/file_sd.example.json",
+        "prometheus/tests/layers.yml",
+        "runbooks/EssMonitorStateCollapsed.md",
+    } <= alerts
 
 
 def test_wheel_build_carries_the_licence_and_the_command(dist: Path) -> None:
@@ -120,6 +129,5 @@ def test_sdist_build_holds_what_is_needed_to_test_and_to_document(dist: Path) ->
         wanted |= {path.relative_to(ROOT).as_posix() for path in files}
     wanted |= {path.relative_to(ROOT).as_posix() for path in _package_files().values()}
     assert wanted - names == set()
-    assert not any(name.startswith("ess_monitor/integrations/") for name in names), (
-        "files of a link, twice in the sdist"
-    )
+    links = tuple(f"{package.replace('.', '/')}/" for package in LINKED)
+    assert not any(name.startswith(links) for name in names), "files of a link, twice in the sdist"

@@ -1,0 +1,19 @@
+"""Alerts on training runs: Prometheus rules with their unit tests, runbooks, Alertmanager routing, dashboards.
+
+The files in this folder can be used as they are; `export` writes them out for another job name and other thresholds.
+No rule has a threshold of its own for a condition: whether a layer is collapsed or saturated is what the process says,
+so that alerts, curves and the autopilot never disagree.
+
+    prometheus/     rules, promtool tests of every rule, examples for scraping
+    alertmanager/   routing by severity, inhibition
+    runbooks/       one page per alert
+    rules/, cases/  the values that rules and tests are written from
+"""
+
+from __future__ import annotations
+
+from ess_monitor.alerts.config import AlertsConfig
+from ess_monitor.alerts.export import export, render
+from ess_monitor.alerts.rules import rule_groups
+
+__all__ = ["AlertsConfig", "export", "render", "rule_groups"]

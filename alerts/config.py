@@ -1,0 +1,61 @@
+"""What may be set about the alerts. Whether a layer is collapsed is not among it: that the process decides."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+
+
+class AlertsConfig(BaseModel):
+    """Job name, thresholds and waiting times of the alerting rules.
+
+    Example:
+        >>> AlertsConfig(stalled_seconds=3600).stalled_seconds
+        3600
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    job: str = Field(default="ess_monitor", pattern=r"^[A-Za-z0-9_./:-]+$")
+    """Label `job` of the scrape configuration; every expression selects it."""
+    runbook_base_url: str = Field(default="runbooks", pattern=r"^[^\s\"'{}]+$")
+    """Where the runbooks can be read; `/<alert>.md` is appended. The default is the folder that is exported along."""
+    condition_for_seconds: PositiveInt = 600
+    """How long a layer must be saturated or collapsed. The diagnosis has waited for several measurements already; ten
+    minutes are what the autopilot needs to begin, and nobody is called for what it mends at once."""
+    condition_keep_firing_seconds: PositiveInt = 300
+    """How long these two go on firing after the layer has left the condition, so that one relapse is one message."""
+    most_layers_ratio: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the layers above which collapse is a matter of the run and not of a layer: more than half."""
+    most_layers_for_seconds: PositiveInt = 300
+    """How long. Half as long as a single layer, as the run as a whole is at stake."""
+    divergence_ratio: float = Field(default=0.2, gt=0, lt=1)
+    """Gap in utilisation between two ranks. Batches of one distribution differ by some hundredths, so 0.2 is not the
+    data."""
+    divergence_for_seconds: PositiveInt = 900
+    """How long. Ranks need not be scraped between the same two measurements; a quarter of an hour covers that."""
+    flapping_actions: PositiveInt = 6
+    """Applied actions in an hour above which the autopilot goes in circles: the whole default `autopilot.budget`."""
+    ineffective_for_seconds: PositiveInt = 3600
+    """How long a layer may stay collapsed after an action; rescued runs recover within 1000 to 1500 steps."""
+    stalled_seconds: PositiveInt = 900
+    """Seconds without a step in a run that is under way: above a usual validation epoch or checkpoint."""
+    measurement_stale_seconds: PositiveInt = 1800
+    """Seconds by which the last measurement may lie behind the last step. At 100 steps between samples it allows for
+    steps of 18 s."""
+    overhead_ratio: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the step time that the monitor may take: five times the default `overhead_budget_ratio`, for which the
+    cadence has stretched the interval long before."""
+    overhead_for_seconds: PositiveInt = 900
+    """How long. One expensive sample, a first one with its warm-up for example, is no news."""
+    export_errors_for_seconds: int = Field(default=600, ge=60)
+    """How long errors of an exporter must go on, and the longest gap between two of them. At least a minute, as a
+    window must hold a few scrapes."""
+    target_down_for_seconds: PositiveInt = 300
+    """How long a target may be unreachable: longer than a restart, and than service discovery needs to forget a run."""
+    samples_per_scrape: PositiveInt = 5000
+    """Samples of one target above which something is wrong: 48 layers make some 600."""
+
+    @field_validator("runbook_base_url")
+    @classmethod
+    def _without_slash(cls, value: str) -> str:
+        return value.rstrip("/")

@@ -1,0 +1,115 @@
+"""Writes everything out: rules, their tests, runbooks, dashboards, examples, for a job name and thresholds.
+
+The rules and their tests are values in `rules` and `cases`, because thresholds change both. All other files are kept as
+they are read, and differ between exports by the job name alone. What is committed is what the defaults give.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ess_monitor.alerts.cases import render_tests
+from ess_monitor.alerts.config import AlertsConfig
+from ess_monitor.alerts.rules import render_rules
+from ess_monitor.errors import ConfigError
+
+_ROOT = Path(__file__).resolve().parent
+_KINDS = (".json", ".md", ".yaml", ".yml")
+"""Endings of the files that are handed on; what else lies here is the program that makes them."""
+_JOB = re.compile(r"""(\bjob=~?\\?"|\bjob_name:\ "?|\breplacement:\ "?)ess_monitor\b""")
+"""The job's name in a selector (escaped in JSON or not), a scrape configuration or a relabelling."""
+
+
+def render(config: AlertsConfig) -> dict[str, str]:
+    """Relative path -> content of every file.
+
+    Example:
+        >>> files = render(AlertsConfig(job="llm", stalled_seconds=3600))
+        >>> 'ess_monitor_last_step_timestamp_seconds{job="llm"} > 3600' in files["prometheus/ess_monitor.rules.yml"]
+        True
+    """
+    files = {name: _JOB.sub(rf"\g<1>{config.job}", text) for name, text in _kept().items()}
+    return {**files, **render_prometheus(config)}
+
+
+def render_prometheus(config: AlertsConfig) -> dict[str, str]:
+    """Relative path -> content of the files that follow from the settings: the rules and their tests."""
+    tests = {f"prometheus/tests/{name}": text for name, text in render_tests(config).items()}
+    return {"prometheus/ess_monitor.rules.yml": render_rules(config), **tests}
+
+
+def export(
+    directory: str | Path, config: AlertsConfig | None = None, *, overwrite: bool = False, **settings: Any
+) -> tuple[Path, ...]:
+    """Write rules, rule tests, runbooks, dashboards and examples below `directory`.
+
+    Args:
+        directory: made if need be.
+        config: job name and thresholds.
+        overwrite: False keeps files that differ from what would be written, and raises.
+        settings: fields of `AlertsConfig`, instead of or on top of `config`.
+
+    Returns:
+        The files, in the order of their names.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range, a file is there already and differs, or the directory cannot
+            be written to. Nothing has been written in the first two cases.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     names = [path.name for path in export(folder, job="llm", overhead_ratio=0.02)]
+        >>> "ess_monitor.rules.yml" in names, "EssMonitorStateCollapsed.md" in names
+        (True, True)
+    """
+    files = render(_settings(config, settings))
+    target = Path(directory)
+    try:
+        if not overwrite:
+            _refuse_to_overwrite(target, files)
+        for name, text in files.items():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"directory: cannot write {error.filename or target} ({error.strerror}); give a folder that takes files"
+        ) from error
+    return tuple(target / name for name in sorted(files))
+
+
+def _settings(config: AlertsConfig | None, settings: Mapping[str, Any]) -> AlertsConfig:
+    given = {} if config is None else config.model_dump()
+    try:
+        return AlertsConfig(**{**given, **settings})
+    except ValidationError as error:
+        problems = (
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']} (got {problem['input']!r:.100})"
+            for problem in error.errors()
+        )
+        names = ", ".join(AlertsConfig.model_fields)
+        raise ConfigError(f"{'; '.join(problems)}. The settings are {names}") from None
+
+
+def _refuse_to_overwrite(target: Path, files: Mapping[str, str]) -> None:
+    changed = [
+        name
+        for name, text in files.items()
+        if (target / name).exists() and (target / name).read_bytes() != text.encode("utf-8")
+    ]
+    if changed:
+        raise ConfigError(
+            f"directory={str(target)!r} holds files that differ from what would be written ({', '.join(changed[:3])}"
+            f"{', ...' if len(changed) > 3 else ''}); give another folder, or overwrite=True to replace them"
+        )
+
+
+def _kept() -> dict[str, str]:
+    """The files that are not rendered, as they are committed."""
+    paths = (path for path in _ROOT.rglob("*") if path.is_file() and path.suffix in _KINDS)
+    return {path.relative_to(_ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
