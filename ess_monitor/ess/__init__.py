@@ -18,6 +18,7 @@ from ess_monitor.ess.base import Operator
 from ess_monitor.ess.bounds import Bounds, ess_bounds
 from ess_monitor.ess.convolution import Convolution, GatedConvolution
 from ess_monitor.ess.decay import decay_product_norm, mean_decay, retention, retention_ratio
+from ess_monitor.ess.delta import DeltaRecurrence
 from ess_monitor.ess.dense import DenseOperator
 from ess_monitor.ess.measure import Measured, measure
 from ess_monitor.ess.metrics import entropy_ess, tolerance_ess
@@ -28,6 +29,7 @@ __all__ = [
     "Aggregation",
     "Bounds",
     "Convolution",
+    "DeltaRecurrence",
     "DenseOperator",
     "DiagonalRecurrence",
     "GatedConvolution",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxAttention(Operator):
-    """T = softmax(scale q k^T + mask) over the tokens up to and including the row's own.
+    """T = softmax(cap(scale q k^T) + mask) over the tokens up to and including the row's own.
 
     Attention keeps every key and value, so TSS at position i is i (B.2.5 of the paper). T[i:, :i] is formed for one
     position at a time; T as a whole never is. A row in which every key is masked is a row of zeros.
@@ -42,9 +42,13 @@ class SoftmaxAttention(Operator):
         scale: Factor on q k^T; dim**-0.5 by default.
         mask: Broadcastable to (batch, heads, length, length). bool: True keeps. Floating: added to the logits, where
             -inf and the smallest number of its dtype both mean masked. Causality is always applied on top.
+        softcap: Bounds the logits before the mask is added: cap(z) = softcap tanh(z / softcap). None: cap(z) = z.
+        sinks: Broadcastable to (batch, heads, length): the logit of one more key for every row, with a value of zero.
+            It takes its share of the softmax and gives nothing, so that a row may sum to less than 1. None: no such
+            key; -inf for some heads means the same for those.
 
     Raises:
-        OperatorError: The shapes do not fit together, or `scale` is not finite.
+        OperatorError: The shapes do not fit together, `scale` is not finite, or `softcap` is not positive.
 
     Example:
         >>> even = SoftmaxAttention(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))  # every row is an average
@@ -56,11 +60,13 @@ class SoftmaxAttention(Operator):
     k: Tensor
     scale: float | None = None
     mask: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_floating("q", self.q, "(batch, heads, length, dim)", 4)
         check_floating("k", self.k, "(batch, key heads, length, dim)", 4)
-        check_same_device(q=self.q, k=self.k, mask=self.mask)
+        check_same_device(q=self.q, k=self.k, mask=self.mask, sinks=self.sinks)
         if self.q.shape[2:] != self.k.shape[2:] or self.heads % self.k.shape[1]:
             raise OperatorError(
                 f"q has shape {tuple(self.q.shape)} and k {tuple(self.k.shape)}; length and dim must be equal, and the "
@@ -69,8 +75,15 @@ class SoftmaxAttention(Operator):
         common_size("samples", q=self.q.shape[0], k=self.k.shape[0])
         if self.scale is not None and not math.isfinite(self.scale):
             raise OperatorError(f"scale={self.scale!r} must be a finite number, or None for dim**-0.5.")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise OperatorError(f"softcap={self.softcap!r} must be a positive number, or None for no cap.")
         if self.mask is not None:
             self._check_mask(self.mask)
+        if self.sinks is not None:
+            check_floating("sinks", self.sinks, "(batch|1, heads|1, length|1)", 3)
+            full = (self.batch, self.heads, self.length)
+            if any(size not in (1, whole) for size, whole in zip(self.sinks.shape, full, strict=True)):
+                raise OperatorError(f"sinks has shape {tuple(self.sinks.shape)}, which does not broadcast to {full}.")
 
     def _check_mask(self, mask: Tensor) -> None:
         full = (self.batch, self.heads, self.length, self.length)
@@ -106,6 +119,8 @@ class SoftmaxAttention(Operator):
         if self.mask is not None and self.mask.is_floating_point():
             mask = self._mask_4d(self.mask)
             finite = finite & ~(mask.isnan() | mask.isposinf()).flatten(2).any(-1)
+        if self.sinks is not None:
+            finite = finite & ~(self.sinks.isnan() | self.sinks.isposinf()).any(-1)
         return finite.expand(self.batch, self.heads)
 
     def without_decay(self) -> None:
@@ -115,7 +130,7 @@ class SoftmaxAttention(Operator):
     def materialize(self) -> Tensor:
         rows = _Rows(self, slice(0, self.batch * self.heads))
         logits = rows.causal_logits(0, self.length)
-        weights = (logits - _log_normalizer(logits)).exp()
+        weights = (logits - rows.log_total(logits, 0)).exp()
         return per_head(weights, self.batch, self.heads).to(result_dtype(self.q.dtype, self.k.dtype))
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
@@ -142,7 +157,10 @@ class SoftmaxAttention(Operator):
         if mask is not None:
             mask = take(take(self._mask_4d(mask), 0, samples), 1, heads)
             mask = first(first(mask, 2, length), 3, length)
-        return type(self)(q, k, scale=self.scale, mask=mask)
+        sinks = self.sinks
+        if sinks is not None:
+            sinks = first(take(take(sinks, 0, samples), 1, heads), 2, length)
+        return type(self)(q, k, scale=self.scale, mask=mask, softcap=self.softcap, sinks=sinks)
 
     def _per_head(self, k: Tensor) -> Tensor:
         """One entry per query head: (., key heads, ...) -> (., heads, ...)."""
@@ -166,11 +184,17 @@ class _Rows:
         if attention.mask is not None:
             # A view over (batch, heads); only the block of rows that is asked for is ever copied.
             self.mask = attention._mask_4d(attention.mask).expand(batch, heads, -1, -1)
+        self.softcap = attention.softcap
+        self.sinks = None
+        if attention.sinks is not None:
+            self.sinks = pairs(attention.sinks, batch, heads)[slab].to(dtype)[..., None]
         self.members = [divmod(pair, heads) for pair in range(slab.start, slab.stop)]
 
     def logits(self, start: int, stop: int, columns: int) -> Tensor:
         """Rows start..stop against the first `columns` keys, masked, without causality: (G, stop - start, columns)."""
         logits = self.q[:, start:stop] @ self.k[:, :columns].mT
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.mask is None:
             return logits
         rows = slice(start, stop) if self.mask.shape[2] > 1 else slice(None)
@@ -191,13 +215,17 @@ class _Rows:
         """log of the softmax denominator of the rows from `start` on: (G, length - start, 1)."""
         members, length = self.q.shape[:2]
         blocks = slabs(length - start, members * length)
-        parts = [_log_normalizer(self.causal_logits(start + rows.start, start + rows.stop)) for rows in blocks]
+        ranges = [(start + rows.start, start + rows.stop) for rows in blocks]
+        parts = [self.log_total(self.causal_logits(row, stop), row) for row, stop in ranges]
         return torch.cat(parts, dim=1)
 
-
-def _log_normalizer(logits: Tensor) -> Tensor:
-    total = logits.logsumexp(-1, keepdim=True)
-    return total.masked_fill(total == -torch.inf, 0.0)  # a row with nothing to attend to: exp(-inf - 0) = 0
+    def log_total(self, logits: Tensor, start: int) -> Tensor:
+        """log of the softmax denominator of the rows from `start` on that `logits` are of: (G, rows, 1)."""
+        total = logits.logsumexp(-1, keepdim=True)
+        if self.sinks is not None:
+            sinks = self.sinks[:, start : start + logits.shape[1]] if self.sinks.shape[1] > 1 else self.sinks
+            total = torch.logaddexp(total, sinks)
+        return total.masked_fill(total == -torch.inf, 0.0)  # a row with nothing to attend to: exp(-inf - 0) = 0
 
 
 def _key_heads(heads: Sequence[int], group: int) -> Sequence[int]:

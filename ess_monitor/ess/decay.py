@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ess_monitor.ess.base import Operator
+from ess_monitor.ess.delta import DeltaRecurrence
+from ess_monitor.ess.delta_gramian import mean_diagonal, transition_product
 from ess_monitor.ess.linalg import result_dtype, working_dtype
 from ess_monitor.ess.metrics import tolerance_ess
 from ess_monitor.ess.recurrence import DiagonalRecurrence
@@ -25,6 +27,9 @@ def decay_product_norm(operator: Operator) -> Tensor | None:
         >>> decay_product_norm(DiagonalRecurrence(torch.zeros(1, 1, 1, 1), ones, ones))
         tensor([[2.]])
     """
+    if isinstance(operator, DeltaRecurrence):
+        product = transition_product(operator.transitions, operator.batch, operator.heads)
+        return _per_operator(operator, torch.linalg.matrix_norm(product))
     if not isinstance(operator, DiagonalRecurrence):
         return None
     log_decay = operator.log_decay
@@ -37,7 +42,10 @@ def decay_product_norm(operator: Operator) -> Tensor | None:
 
 @torch.no_grad()
 def mean_decay(operator: Operator) -> Tensor | None:
-    """Mean of A's diagonal over tokens and state dimensions, 0..1 for a stable recurrence.
+    """Mean of A's diagonal over tokens and state dimensions, 0..1 where A is diagonal and stable.
+
+    It is trace(A) / n, the mean eigenvalue, also where A is not diagonal: a delta rule with keys of norm 1 and no decay
+    erases one direction a token and has 1 - mean(beta) / n.
 
     Returns:
         (batch, heads), NaN where the operator is not finite. None for an operator without transition matrices.
@@ -47,6 +55,8 @@ def mean_decay(operator: Operator) -> Tensor | None:
         >>> mean_decay(DiagonalRecurrence(torch.full((1, 1, 1, 1), 0.5).log(), ones, ones))
         tensor([[0.5000]])
     """
+    if isinstance(operator, DeltaRecurrence):
+        return _per_operator(operator, mean_diagonal(operator.transitions))
     if not isinstance(operator, DiagonalRecurrence):
         return None
     log_decay = operator.log_decay
@@ -89,7 +99,7 @@ def retention_ratio(ess: Tensor, undecayed_ess: Tensor) -> Tensor:
     return (ess / undecayed_ess.clamp(min=1.0)).masked_fill(nothing, 1.0)
 
 
-def _per_operator(operator: DiagonalRecurrence, values: Tensor) -> Tensor:
+def _per_operator(operator: Operator, values: Tensor) -> Tensor:
     dtype = result_dtype(*(tensor.dtype for tensor in operator.tensors))
     full = values.expand(operator.batch, operator.heads).to(dtype)
     return full.masked_fill(~operator.finite(), torch.nan)

@@ -1,17 +1,18 @@
-"""Singular values of a diagonal recurrence without forming its operator.
+"""Singular values of a recurrence without forming its operator.
 
 H_i = O_i C_i passes through the state (appendix B.2.2 of the paper), so its rank is at most the state size N:
 
-    C_i columns j <  i:   exp(ld_{j+1} + ... + ld_{i-1}) b_j          what input j left in the state before step i
-    O_i rows    r >= i:   exp(ld_i + ... + ld_r) c_r                  what output r reads from that state
+    C_i columns j <  i:   A_{i-1} ... A_{j+1} b_j          what input j left in the state before step i
+    O_i rows    r >= i:   c_r A_r ... A_i                  what output r reads from that state
 
 With C_i^T = Q R_C and O_i = Q' R_O the singular values of H_i are those of R_O R_C^T, an N x N matrix. A triangular
-factor is carried through the sequence: R' = qr([R diag(decay over a chunk); rows of the chunk]), the square-root form
-of the Gramian recursion: it never squares the condition number. Cost O(L N^2 + P N^3) for P positions.
+factor is carried through the sequence: R' = qr([R A^T over a chunk; rows of the chunk]), the square-root form of the
+Gramian recursion: it never squares the condition number. Cost O(L N^2 + P N^3) for P positions.
 
-The observation side is the control side with time reversed, except that a row also carries its own decay
-(`own_decay`). All decays are summed directly, never as differences of running sums: those lose digits, and give NaN
-for a decay of exactly 0.
+The observation side is the control side with time reversed and A transposed, except that a row also carries its own
+transition (`own_transition`). What a transition is, a `Side` knows: diagonal here, diagonal plus rank one in
+`ess_monitor.ess.delta_gramian`. All log decays are summed directly, never as differences of running sums: those lose
+digits, and give NaN for a decay of exactly 0.
 
 Shapes: B batch, H heads, L length, N state, P positions, K rows per chunk, W windows. Dimensions of size 1 of the
 inputs stay broadcast for as long as possible.
@@ -19,33 +20,88 @@ inputs stay broadcast for as long as possible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ess_monitor.ess.linalg import index_tensor, singular_values_, slabs, triangular_factor_, working_dtype
 
+Pick = Callable[[Tensor], Tensor]
+"""Cuts windows out of a sequence: (B|1, H|1, L, N) -> (B|1, H|1, W, K, N)."""
+
+Carry = Callable[[Tensor, int], Tensor]
+"""A factor (B, H, N, N) from the start to the end of one of the windows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side(ABC):
+    """One of the two factors: rows that enter a state one after another, and the transitions between them.
+
+    All that is indexed by time is stored newest first, so that what a diagonal has done to a row is a plain running
+    sum; the order of rows does not matter to R. Ends and chunks count from the oldest.
+    """
+
+    rows: Tensor
+    """(B|1, H|1, L, N)."""
+    own_transition: bool
+    batch: int
+    heads: int
+    chunk: int
+
+    @property
+    def length(self) -> int:
+        return self.rows.shape[2]
+
+    @property
+    def state(self) -> int:
+        return self.rows.shape[3]
+
+    @property
+    @abstractmethod
+    def window_elements(self) -> int:
+        """Elements that one window of `chunk` rows takes while it is worked on."""
+
+    @abstractmethod
+    def chunks(self, pick: Pick) -> tuple[Tensor, Carry]:
+        """Rows of windows as seen from each window's end, (B, H, W, K, N), and how factors pass these windows."""
+
+    @abstractmethod
+    def followed(self, before: Tensor, pick: Pick, inside: Tensor) -> Tensor:
+        """`before` (B, H, W, N, N) behind windows, above their rows: (B, H, W, N + K, N).
+
+        Where `inside` (W, K, 1) is False there is no token: no row, and a transition that changes nothing.
+        """
+
 
 def recurrence_singular_values(
     log_decay: Tensor, b: Tensor, c: Tensor, positions: Sequence[int], batch: int, heads: int
 ) -> Tensor:
-    """Singular values of every H_i: (B, H, P, min(N, largest min(i, L - i))), in the working dtype.
+    """Singular values of every H_i of a diagonal recurrence: (B, H, P, min(N, largest min(i, L - i))).
 
-    `log_decay` is (B|1, H|1, L|1, N|1); `b` and `c` are (B|1, H|1, L, N). A head with NaN or Inf in it gives NaN.
+    `log_decay` is (B|1, H|1, L|1, N|1); `b` and `c` are (B|1, H|1, L, N). In the working dtype. A head with NaN or Inf
+    in it gives NaN.
     """
     length, state = b.shape[2:]
-    log_decay = log_decay.expand(-1, -1, length, -1)
     chunk = chunk_length(length, state, len(positions))
-    control = _Side(b.flip(2), log_decay.flip(2), False, batch, heads, chunk)
-    observation = _Side(c, log_decay, True, batch, heads, chunk)
+    whole = (-1, -1, length, -1)
+    control = _DiagonalSide(b.flip(2), False, batch, heads, chunk, log_decay.flip(2).expand(whole))
+    observation = _DiagonalSide(c, True, batch, heads, chunk, log_decay.expand(whole))
+    return two_sided_singular_values(control, observation, positions)
+
+
+def two_sided_singular_values(control: Side, observation: Side, positions: Sequence[int]) -> Tensor:
+    """Singular values of the product of both factors at every position: (B, H, P, rank)."""
+    batch, heads, length, state = control.batch, control.heads, control.length, control.state
     reverse_positions = [length - i for i in positions]
     control_starts = _chunk_factors(control, positions)
     observation_starts = _chunk_factors(observation, reverse_positions)
     rank = min(state, max(min(i, length - i) for i in positions))
-    out = b.new_empty((batch, heads, len(positions), rank), dtype=working_dtype(b.device))
-    for slab in slabs(len(positions), batch * heads * (chunk + state) * state):
+    out = control.rows.new_empty((batch, heads, len(positions), rank), dtype=working_dtype(control.rows.device))
+    for slab in slabs(len(positions), control.window_elements + batch * heads * state * state):
         r_c = _factors_at(control, control_starts, positions[slab])
         r_o = _factors_at(observation, observation_starts, reverse_positions[slab])
         out[:, :, slab] = singular_values_(r_o @ r_c.mT)[..., :rank]
@@ -59,40 +115,34 @@ def chunk_length(length: int, state: int, positions: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
-    """One of the two factors: rows that enter a state one after another, and the decay between them.
+class _DiagonalSide(Side):
+    """Transitions diag(exp(log_decay_t)); `log_decay` is (B|1, H|1, L, N|1), newest first."""
 
-    `rows` (B|1, H|1, L, N) and `log_decay` (B|1, H|1, L, N|1) are stored newest first, so that the decay which a row
-    has seen is a plain running sum; the order of rows does not matter to R. Ends and chunks count from the oldest.
-    """
-
-    rows: Tensor
     log_decay: Tensor
-    own_decay: bool
-    batch: int
-    heads: int
-    chunk: int
 
     @property
-    def length(self) -> int:
-        return self.rows.shape[2]
+    def window_elements(self) -> int:
+        return self.batch * self.heads * self.chunk * self.state
 
-    @property
-    def state(self) -> int:
-        return self.rows.shape[3]
+    def chunks(self, pick: Pick) -> tuple[Tensor, Carry]:
+        dtype = working_dtype(self.rows.device)
+        log_decay = pick(self.log_decay).to(dtype)
+        local = self._stacked(None, pick(self.rows).to(dtype), log_decay)
+        decay = log_decay.sum(3, keepdim=True).exp()
+        return local, lambda factor, window: factor * decay[:, :, window]
 
-    def stacked(self, before: Tensor | None, rows: Tensor, log_decay: Tensor) -> Tensor:
-        """Rows of windows as seen from each window's end, below the factor of everything before the window.
+    def followed(self, before: Tensor, pick: Pick, inside: Tensor) -> Tensor:
+        rows = pick(self.rows).to(before.dtype).masked_fill_(~inside, 0.0)
+        log_decay = pick(self.log_decay).to(before.dtype).masked_fill_(~inside, 0.0)
+        return self._stacked(before, rows, log_decay)
 
-        `rows` (B|1, H|1, W, K, N), `log_decay` (B|1, H|1, W, K, N|1) and `before` (B, H, W, N, N) give
-        (B, H, W, N + K, N); without `before` (B, H, W, K, N).
-        """
+    def _stacked(self, before: Tensor | None, rows: Tensor, log_decay: Tensor) -> Tensor:
         seen = log_decay.cumsum(3)
         head = 0 if before is None else self.state
         out = rows.new_empty((self.batch, self.heads, rows.shape[2], head + rows.shape[3], self.state))
         if before is not None:
             torch.mul(before, seen[..., -1:, :].exp(), out=out[..., :head, :])
-        if not self.own_decay:
+        if not self.own_transition:
             seen = torch.cat([torch.zeros_like(seen[..., :1, :]), seen[..., :-1, :]], dim=3)
         torch.mul(rows.expand(self.batch, self.heads, -1, -1, -1), seen.exp_(), out=out[..., head:, :])
         return out
@@ -106,50 +156,53 @@ class _ChunkFactors:
     slots: dict[int, int]
 
 
-def _chunk_factors(side: _Side, ends: Sequence[int]) -> _ChunkFactors:
+def _chunk_factors(side: Side, ends: Sequence[int]) -> _ChunkFactors:
     """R over all rows before the chunk that each of `ends` lies in."""
     chunk, state = side.chunk, side.state
     dtype = working_dtype(side.rows.device)
     slots = {k: slot for slot, k in enumerate(sorted({end // chunk for end in ends}))}
     factors = side.rows.new_zeros((side.batch, side.heads, len(slots), state, state), dtype=dtype)
     factor = torch.zeros_like(factors[:, :, 0])
-    for slab in slabs(max(slots), side.batch * side.heads * chunk * state):
+    for slab in slabs(max(slots), side.window_elements):
         window = slice(side.length - slab.stop * chunk, side.length - slab.start * chunk)
-        rows = _windows(side.rows[:, :, window], chunk).to(dtype)
-        log_decay = _windows(side.log_decay[:, :, window], chunk).to(dtype)
-        local = side.stacked(None, rows, log_decay)
+        local, carry = side.chunks(partial(_windows, window=window, chunk=chunk))
         if chunk > state:  # all chunks at once: only the small combination below is sequential
             local = triangular_factor_(local)
-        decay = log_decay.sum(3, keepdim=True).exp()
         for k in range(slab.start, slab.stop):
             if k in slots:
                 factors[:, :, slots[k]] = factor
             newest_first = slab.stop - 1 - k
-            carried = factor * decay[:, :, newest_first]
+            carried = carry(factor, newest_first)
             factor = triangular_factor_(torch.cat([carried, local[:, :, newest_first]], dim=-2))
     factors[:, :, slots[max(slots)]] = factor
     return _ChunkFactors(factors, slots)
 
 
-def _factors_at(side: _Side, starts: _ChunkFactors, ends: Sequence[int]) -> Tensor:
+def _factors_at(side: Side, starts: _ChunkFactors, ends: Sequence[int]) -> Tensor:
     """R over the rows before each of `ends`, from the factor at the start of its chunk: (B, H, P, N, N)."""
-    device, chunk = side.rows.device, side.chunk
-    dtype = working_dtype(device)
-    before = starts.factors.index_select(2, index_tensor([starts.slots[end // chunk] for end in ends], device))
-    longest = max(end % chunk for end in ends)
-    if longest == 0:
+    chunk = side.chunk
+    index = index_tensor([starts.slots[end // chunk] for end in ends], side.rows.device)
+    before = starts.factors.index_select(2, index)
+    sizes = [end % chunk for end in ends]
+    if max(sizes) == 0:
         return before
-    newest = index_tensor([side.length - end for end in ends], device)[:, None]
-    offset = torch.arange(longest, device=device)
-    inside = (offset < index_tensor([end % chunk for end in ends], device)[:, None])[..., None]
-    token = (newest + offset).clamp(max=side.length - 1)
-    # Rows before the chunk count as absent, and so does their decay: zero rows, and a log decay of 0.
-    rows = side.rows[:, :, token].to(dtype).masked_fill_(~inside, 0.0)
-    log_decay = side.log_decay[:, :, token].to(dtype).masked_fill_(~inside, 0.0)
-    return triangular_factor_(side.stacked(before, rows, log_decay))
+    pick, inside = windows_before(side.length, ends, sizes, side.rows.device)
+    return triangular_factor_(side.followed(before, pick, inside))
 
 
-def _windows(tensor: Tensor, chunk: int) -> Tensor:
-    """(., ., W K, N) -> (., ., W, K, N), as a view."""
+def windows_before(length: int, ends: Sequence[int], sizes: Sequence[int], device: torch.device) -> tuple[Pick, Tensor]:
+    """The `sizes[w]` tokens before each of `ends`, newest first, in windows of the largest size.
+
+    Also which places of a window hold a token: (W, K, 1) bool. The others hold any token.
+    """
+    newest = index_tensor([length - end for end in ends], device)[:, None]
+    offset = torch.arange(max(sizes), device=device)
+    inside = offset < index_tensor(sizes, device)[:, None]
+    token = (newest + offset).clamp(max=length - 1)
+    return lambda tensor: tensor[:, :, token], inside[..., None]
+
+
+def _windows(tensor: Tensor, window: slice, chunk: int) -> Tensor:
+    """The tokens of `window` in chunks: (., ., L, N) -> (., ., W, K, N), as a view."""
     samples, heads, _, state = tensor.shape
-    return tensor.reshape(samples, heads, -1, chunk, state)
+    return tensor[:, :, window].reshape(samples, heads, -1, chunk, state)

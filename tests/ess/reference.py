@@ -28,6 +28,33 @@ def recurrence(log_decay: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return T
 
 
+def delta_rule(log_decay: Tensor, beta: Tensor, k: Tensor) -> Tensor:
+    """Every transition of the gated delta rule as a matrix: (samples, heads, length, n, n)."""
+    k, beta = k.double(), beta.double()[..., None, None]
+    erase = torch.eye(k.shape[-1], dtype=torch.float64) - beta * k[..., :, None] * k[..., None, :]
+    return erase @ torch.diag_embed(log_decay.double().exp().expand(*log_decay.shape[:3], k.shape[-1]))
+
+
+def diagonal_plus_rank_one(log_decay: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The same for diag(exp(log_decay)) + left right^T."""
+    diagonal = torch.diag_embed(log_decay.double().exp().expand(*log_decay.shape[:3], left.shape[-1]))
+    return diagonal + left.double()[..., :, None] * right.double()[..., None, :]
+
+
+def matrix_recurrence(A: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """T of s_t = A_t s_{t-1} + b_t u_t, y_t = c_t . s_t."""
+    length = b.shape[2]
+    samples, heads = torch.broadcast_shapes(A.shape[:2], b.shape[:2], c.shape[:2])
+    A, b, c = (tensor.double().expand(samples, heads, length, *tensor.shape[3:]) for tensor in (A, b, c))
+    T = torch.zeros(samples, heads, length, length, dtype=torch.float64)
+    state = torch.zeros(samples, heads, b.shape[-1], length, dtype=torch.float64)
+    for i in range(length):
+        state = A[:, :, i] @ state
+        state[..., i] = b[:, :, i]
+        T[:, :, i] = (c[:, :, i, None] @ state).squeeze(2)
+    return T
+
+
 def attention(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
     samples, heads, length, dim = q.shape
     samples = max(samples, k.shape[0])

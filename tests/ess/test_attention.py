@@ -123,6 +123,55 @@ def test_uniform_attention_remembers_one_number() -> None:
     torch.testing.assert_close(entropy_ess(values), torch.ones(1, 1, 2), rtol=1e-5, atol=0)
 
 
+def _written_out(
+    q: Tensor, k: Tensor, keep: Tensor, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """The whole softmax of one row after the other, with the sink as one more logit that is dropped afterwards."""
+    samples, heads, length, dim = q.shape
+    T = torch.zeros(samples, heads, length, length, dtype=torch.float64)
+    for s in range(samples):
+        for h in range(heads):
+            for i in range(length):
+                logits = (k.double()[s, h * k.shape[1] // heads] @ q.double()[s, h, i]) / dim**0.5
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                seen = [j for j in range(i + 1) if keep[s, h, i, j]]
+                exponentials = logits[seen].exp()
+                sink = 0.0 if sinks is None else sinks.double().expand(samples, heads, length)[s, h, i].exp()
+                T[s, h, i, seen] = exponentials / (exponentials.sum() + sink)
+    return T
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5, 30.0])
+@pytest.mark.parametrize("sinks", [None, (1, 4, 1), (2, 4, 14), (1, 1, 1)])
+@pytest.mark.parametrize("slab", [None, 100])
+def test_soft_caps_and_sinks_agree_with_the_written_out_softmax(
+    softcap: float | None, sinks: tuple[int, ...] | None, slab: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slab is not None:
+        monkeypatch.setattr(linalg, "SLAB_ELEMENTS", slab)
+    q, k = _random(key_heads=2)
+    keep = torch.rand(2, 4, 14, 14) < 0.8
+    keep[0, :, :3] = False
+    logits = None if sinks is None else torch.randn(sinks, dtype=torch.float64)
+    operator = SoftmaxAttention(4 * q, k, mask=keep, softcap=softcap, sinks=logits)
+    T = _written_out(4 * q, k, keep, softcap, logits)
+    torch.testing.assert_close(operator.materialize(), T, rtol=0, atol=1e-14)
+    assert (operator.materialize()[0, :, :3] == 0).all()
+    reference.assert_agrees(operator, T)
+    part = operator.select(samples=slice(0, 1), heads=[1, 2], length=9)
+    torch.testing.assert_close(part.materialize(), T[:1, 1:3, :9, :9], rtol=0, atol=1e-14)
+
+
+def test_a_sink_of_minus_infinity_is_none_and_one_that_is_not_a_number_is_found() -> None:
+    q, k = _random()
+    sinks = torch.tensor([-torch.inf, 0.0, torch.nan, torch.inf], dtype=torch.float64)[None, :, None]
+    operator = SoftmaxAttention(q, k, sinks=sinks)
+    assert operator.finite().tolist() == [[True, True, False, False]] * 2
+    without = SoftmaxAttention(q, k).materialize()[:, 0]
+    torch.testing.assert_close(operator.materialize()[:, 0], without, rtol=0, atol=1e-15)
+
+
 def test_the_capacity_is_the_position_and_there_is_no_decay() -> None:
     operator = SoftmaxAttention(*_random())
     assert operator.state_capacity([1, 7, 13]).tolist() == [1.0, 7.0, 13.0]
@@ -140,6 +189,9 @@ def test_the_capacity_is_the_position_and_there_is_no_decay() -> None:
         ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(8, 7)}, "does not broadcast"),
         ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(1, 1, 1, 8, 8)}, "does not broadcast"),
         ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(8, 8, dtype=torch.int)}, "pass bool"),
+        ((1, 4, 8, 3), (1, 4, 8, 3), {"softcap": 0.0}, "softcap=0.0 must be a positive number"),
+        ((1, 4, 8, 3), (1, 4, 8, 3), {"sinks": torch.ones(4)}, "sinks has shape"),
+        ((1, 4, 8, 3), (1, 4, 8, 3), {"sinks": torch.ones(1, 3, 1)}, "does not broadcast"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(

@@ -1,0 +1,194 @@
+"""Transitions that are diagonal plus rank one: the two factors of H_i, and the product of all transitions.
+
+    A_t = diag(exp log_decay_t) + left_t right_t^T
+
+A row x that is in the state becomes A_t x = exp(log_decay_t) * x + (right_t . x) left_t at every step. The product over
+a window is kept as diagonal plus rank K, never as a matrix, because it telescopes:
+
+    A_K ... A_1 = diag(decay) + sum_t (A_K ... A_{t+1} left_t) (right_t * product of the decays before t)^T
+
+so the vectors left_t are carried through the window like the rows that enter the state, and the rest are running
+products of decays. Steps within a window are sequential, but all windows take them together: K + L / K sequential steps
+instead of L. On the observation side, which runs back through A_t^T, left and right change places. Cost
+O(L N (N + K) + P N^3) for P positions.
+
+Nothing is divided by a decay and nothing is inverted, so decays of exactly 0 and singular A_t are as good as
+any. Rounding is relative to what entered a window, as it is in I - beta k k^T itself when beta is near 1.
+
+Shapes as in `ess_monitor.ess.gramian`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+from ess_monitor.ess.gramian import Carry, Pick, Side, chunk_length, two_sided_singular_values, windows_before
+from ess_monitor.ess.linalg import slabs, working_dtype
+
+VECTORS = 8
+"""Vectors per token that are held at once while windows are worked through, roughly."""
+
+
+@dataclass(frozen=True, eq=False)
+class Transitions:
+    """What A_t and the inputs are made of: (B|1, H|1, L|1, N|1) each, in any floating dtype.
+
+    The input vector of a step is beta_t k_t. Without `left` and `right`, A_t = (I - beta_t k_t k_t^T) diag(decay_t).
+    """
+
+    log_decay: Tensor
+    beta: Tensor
+    k: Tensor
+    left: Tensor | None
+    right: Tensor | None
+
+    def steps(self, pick: Pick) -> Steps:
+        """The tokens that are picked.
+
+        Products are formed here, in the working dtype, and not where the operator is made: there they would be rounded
+        to the dtype of the inputs, and take its memory.
+        """
+        decay = self._picked(self.log_decay, pick).exp()
+        k = self._picked(self.k, pick)
+        entering = self._picked(self.beta, pick) * k
+        if self.left is None or self.right is None:
+            return Steps(decay, -entering, decay * k, entering)
+        return Steps(decay, self._picked(self.left, pick), self._picked(self.right, pick), entering)
+
+    def newest_first(self) -> Transitions:
+        """The same with time reversed."""
+        left, right = (None if tensor is None else tensor.flip(2) for tensor in (self.left, self.right))
+        return Transitions(self.log_decay.flip(2), self.beta.flip(2), self.k.flip(2), left, right)
+
+    def _picked(self, tensor: Tensor, pick: Pick) -> Tensor:
+        return pick(tensor.expand(-1, -1, self.k.shape[2], -1)).to(working_dtype(tensor.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """x <- decay * x + (right . x) left, and what enters: (B|1, H|1, W, K, N|1) each, in the working dtype."""
+
+    decay: Tensor
+    left: Tensor
+    right: Tensor
+    entering: Tensor
+
+    def transposed(self, entering: Tensor) -> Steps:
+        """Steps through A^T, with rows that see the transition of the step that they enter in."""
+        weight = (self.left * entering).sum(-1, keepdim=True)
+        return Steps(self.decay, self.right, self.left, entering * self.decay + weight * self.right)
+
+    def within(self, inside: Tensor) -> Steps:
+        """The same, but where `inside` (W, K, 1) is False nothing changes and nothing enters."""
+        left, right, entering = (tensor.masked_fill(~inside, 0.0) for tensor in (self.left, self.right, self.entering))
+        return Steps(self.decay.masked_fill(~inside, 1.0), left, right, entering)
+
+
+def delta_singular_values(
+    transitions: Transitions, q: Tensor, positions: Sequence[int], batch: int, heads: int
+) -> Tensor:
+    """Singular values of every H_i: (B, H, P, min(N, largest min(i, L - i))), in the working dtype.
+
+    `q` is (B|1, H|1, L, N). A head with NaN or Inf in it gives NaN.
+    """
+    length, state = q.shape[2:]
+    # A longer chunk saves factorisations, but each of its rows takes one more step with all rows before it.
+    chunk = min(chunk_length(length, state, len(positions)), max(16, state // 2))
+    control = _DeltaSide(transitions.k.flip(2), False, batch, heads, chunk, transitions.newest_first())
+    observation = _DeltaSide(q, True, batch, heads, chunk, transitions)
+    return two_sided_singular_values(control, observation, positions)
+
+
+def transition_product(transitions: Transitions, batch: int, heads: int) -> Tensor:
+    """A_L ... A_1: (B, H, N, N), in the working dtype."""
+    length, state = transitions.k.shape[2:]
+    device = transitions.k.device
+    size = math.isqrt(length)
+    ends = [*range(size, length, size), length]
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    newest_first = transitions.newest_first()
+    unit = torch.eye(state, dtype=working_dtype(device), device=device)
+    transposed = unit.expand(batch, heads, -1, -1)
+    for slab in slabs(len(ends), VECTORS * batch * heads * size * state):
+        pick, inside = windows_before(length, ends[slab], sizes[slab], device)
+        windows = _Windows.of(newest_first.steps(pick).within(inside), batch, heads)
+        for window in range(inside.shape[0]):
+            transposed = windows.at(window).applied_to(transposed)
+    return transposed.mT
+
+
+def mean_diagonal(transitions: Transitions) -> Tensor:
+    """Mean of the diagonal of A over tokens and state dimensions, which is trace(A_t) / N: (B|1, H|1)."""
+    length, state = transitions.k.shape[2:]
+    totals = []
+    for slab in slabs(length, VECTORS * transitions.k[:, :, 0].numel()):
+        steps = transitions.steps(itemgetter((slice(None), slice(None), slab)))
+        totals.append((steps.decay + steps.left * steps.right).sum((2, 3)))
+    return torch.stack(totals).sum(0) / (length * state)
+
+
+@dataclass(frozen=True, eq=False)
+class _DeltaSide(Side):
+    transitions: Transitions
+
+    @property
+    def window_elements(self) -> int:
+        return VECTORS * self.batch * self.heads * self.chunk * self.state
+
+    def chunks(self, pick: Pick) -> tuple[Tensor, Carry]:
+        windows = _Windows.of(self._steps(pick), self.batch, self.heads)
+        return windows.rows, lambda factor, window: windows.at(window).applied_to(factor)
+
+    def followed(self, before: Tensor, pick: Pick, inside: Tensor) -> Tensor:
+        windows = _Windows.of(self._steps(pick).within(inside), self.batch, self.heads)
+        return torch.cat([windows.applied_to(before), windows.rows], dim=-2)
+
+    def _steps(self, pick: Pick) -> Steps:
+        steps = self.transitions.steps(pick)
+        return steps.transposed(pick(self.rows).to(steps.decay.dtype)) if self.own_transition else steps
+
+
+@dataclass(frozen=True, eq=False)
+class _Windows:
+    """What steps have done by the end of windows; the product of the transitions is diag(decay) + left^T right."""
+
+    rows: Tensor
+    """(B, H, W, K, N), all that entered, oldest first; like the two below."""
+    left: Tensor
+    right: Tensor
+    decay: Tensor
+    """(B, H, W, 1, N)."""
+
+    @classmethod
+    def of(cls, steps: Steps, batch: int, heads: int) -> _Windows:
+        windows, length, state = steps.left.shape[2:]
+        # Time first and everything else dense: each operation of a step is one pass over contiguous memory.
+        decay, left, right, entering = (
+            tensor.expand(batch, heads, windows, length, state).permute(3, 0, 1, 2, 4).contiguous()
+            for tensor in (steps.decay, steps.left, steps.right, steps.entering)
+        )
+        carried = left.new_empty((length, 2, *left.shape[1:]))
+        reads = torch.empty_like(right)
+        decayed = torch.ones_like(decay[0])
+        for age, step in enumerate(reversed(range(length))):
+            present = carried[:age]
+            weight = (present * right[step]).sum(-1, keepdim=True)
+            present.mul_(decay[step]).addcmul_(weight, left[step])
+            carried[age, 0], carried[age, 1] = entering[step], left[step]
+            torch.mul(right[step], decayed, out=reads[age])
+            decayed *= decay[step]
+        rows, carried_left = carried.permute(1, 2, 3, 4, 0, 5).unbind(0)
+        return cls(rows, carried_left, reads.permute(1, 2, 3, 0, 4), decayed[..., None, :])
+
+    def at(self, window: int) -> _Windows:
+        return _Windows(*(tensor[:, :, window] for tensor in (self.rows, self.left, self.right, self.decay)))
+
+    def applied_to(self, rows: Tensor) -> Tensor:
+        """`rows` (..., M, N) at the start of windows, as they are at the end."""
+        return torch.addcmul(rows @ self.right.mT @ self.left, rows, self.decay)
