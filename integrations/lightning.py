@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ess_monitor.config import MonitorConfig
-from ess_monitor.errors import CheckpointError, ConfigError
-from ess_monitor.exporters import Exporter, TensorBoardExporter, TerminalConfig, TerminalExporter
-from ess_monitor.exporters.loggers import LoggerExporter
-from ess_monitor.monitor import Monitor
-from ess_monitor.runtime import Agreement
+from ess_monitor.exporters import Exporter
+from ess_monitor.integrations.common import CallbackBase, LoopFacts, logger_exporters, loss_factor
 
 _FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
 
@@ -40,7 +35,7 @@ else:
     _Base = type("_Base", _callback_bases(), {})
 
 
-class ESSMonitorCallback(_Base):
+class ESSMonitorCallback(CallbackBase, _Base):
     """Shows the memory utilisation of every sequence mixer of a `LightningModule` while it trains.
 
     Attach it to a Trainer and that is all: the effective state-size goes through every logger the trainer has (with
@@ -59,57 +54,20 @@ class ESSMonitorCallback(_Base):
         200
     """
 
-    def __init__(
-        self,
-        config: MonitorConfig | dict[str, Any] | None = None,
-        *,
-        exporters: Iterable[str | dict[str, Any] | Exporter] = (),
-        table: bool = True,
-        **settings: Any,
-    ) -> None:
-        super().__init__()
-        exporters = tuple(exporters)
-        live = tuple(item for item in exporters if isinstance(item, Exporter) and not isinstance(item, (str, dict)))
-        given = tuple(item for item in exporters if not any(item is other for other in live))
-        if given:
-            settings["exporters"] = given
-        if isinstance(config, MonitorConfig):
-            config = config.model_dump()
-        elif config is not None and not isinstance(config, dict):
-            raise ConfigError(f"config: {type(config).__name__} given; pass a MonitorConfig, a dictionary or nothing")
-        self.config = MonitorConfig.load(environment=True, **{**(config or {}), **settings})
-        self.table = table
-        self.monitor: Monitor | None = None
-        """The monitor of the fit that runs now, or of the last one."""
-        self._live_exporters = live
-        self._state: dict[str, Any] | None = None
-        self._optimizer_steps = 0
+    _optimizer_steps = 0
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Build and start the monitor. After the sanity check and after a checkpoint's state was loaded.
-
-        On rank 0 alone, unless the autopilot may act: then every rank measures, and all decide on the same numbers.
-        """
-        together = trainer.world_size > 1 and self.config.autopilot.mode == "auto"
-        if not (trainer.is_global_zero or together):
-            return
-        speaks = trainer.is_global_zero
-        monitor = Monitor(
-            pl_module,
-            self.config if speaks else self.config.model_copy(update={"exporters": ()}),
-            exporters=(*self._logger_exporters(trainer), *self._live_exporters) if speaks else (),
-            strategy=type(trainer.strategy).__name__,
+        """Build and start the monitor. After the sanity check and after a checkpoint's state was loaded."""
+        facts = LoopFacts(
+            is_main=trainer.is_global_zero,
             world_size=trainer.world_size,
+            strategy=type(trainer.strategy).__name__,
             precision=str(trainer.precision),
             grad_scale=lambda: _grad_scale(trainer),
-            agreement=Agreement() if together else None,
         )
-        if self._state is not None:
-            monitor.load_state_dict(self._state)
-        monitor.start()
-        self.monitor = monitor
+        self._open(pl_module, facts, lambda: self._sinks(trainer))
         self._optimizer_steps = trainer.global_step
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -124,10 +82,9 @@ class ESSMonitorCallback(_Base):
         """Whatever happened, nothing of ours stays attached or open."""
         self._close("failed")
 
-    def _close(self, status: Any) -> None:
-        if self.monitor is not None:
-            self.monitor.close(status)
-            self._state = self.monitor.state_dict()
+    def _sinks(self, trainer: Any) -> list[Exporter]:
+        bar = trainer.progress_bar_callback
+        return [*logger_exporters(trainer.loggers), *self._table(print if bar is None else bar.print)]
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -172,47 +129,16 @@ class ESSMonitorCallback(_Base):
         """One per run, whatever the settings: a resumed run may change them."""
         return "ess_monitor"
 
-    def state_dict(self) -> dict[str, Any]:
-        """The monitor's state, for Lightning's checkpoint."""
-        return self.monitor.state_dict() if self.monitor is not None else (self._state or {})
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the monitor is built; an unreadable one raises `CheckpointError` then."""
-        if not isinstance(state_dict, dict):
-            raise CheckpointError(
-                f"state_dict: {type(state_dict).__name__} given; expected the dictionary of state_dict()"
-            )
-        self._state = state_dict or None
-
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the settings and the state, not the running monitor."""
+        """Without what Lightning attaches to a callback in a trainer."""
         attached_by_lightning = ("log", "log_dict")
-        mine = {name: value for name, value in self.__dict__.items() if name not in attached_by_lightning}
-        return {**mine, "monitor": None, "_state": self.state_dict() or None}
-
-    # -- exporters ----------------------------------------------------------------------------------------------------
-
-    def _logger_exporters(self, trainer: Any) -> list[Exporter]:
-        sinks: list[Exporter] = []
-        for logger in trainer.loggers:
-            if type(logger).__name__ == "TensorBoardLogger":
-                sinks.append(TensorBoardExporter(writer=logger.experiment))
-            else:
-                sinks.append(LoggerExporter(type(logger).__name__, logger.log_metrics))
-        if self.table:
-            bar = trainer.progress_bar_callback
-            sinks.append(TerminalExporter(TerminalConfig(), write=print if bar is None else bar.print))
-        return sinks
+        mine = super().__getstate__()
+        return {name: value for name, value in mine.items() if name not in attached_by_lightning}
 
 
 def _grad_scale(trainer: Any) -> float | torch.Tensor:
-    """What Lightning multiplies the loss with before backward: the loss scaler's scale over the accumulation steps."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    steps: int = trainer.accumulate_grad_batches
-    if scaler is None:
-        return 1.0 / steps
-    scale: torch.Tensor = scaler.scale(torch.ones((), device=trainer.strategy.root_device))
-    return scale / steps
+    return loss_factor(scaler, trainer.strategy.root_device, trainer.accumulate_grad_batches)
 
 
 def _metrics(trainer: Any, outputs: Any) -> dict[str, Any]:

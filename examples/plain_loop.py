@@ -1,0 +1,136 @@
+"""A small hybrid learns real text in a plain PyTorch loop: `Monitor` itself, autocast, accumulated gradients.
+
+Three layers, two gated linear attentions and one softmax attention between them, read bytes of the licences and
+documentation of the installed packages, in bfloat16 where autocast allows. Takes under three minutes on one core.
+
+    python examples/plain_loop.py [--steps 300] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+
+from ess_monitor import Monitor
+from ess_monitor.config import MonitorConfig
+from ess_monitor.exporters import EventLogConfig, read_event_log, render_table
+from ess_monitor.featurizers import GLA, SA
+from ess_monitor.records import Measurement
+
+LENGTH, BATCH, ACCUMULATE, WIDTH = 128, 8, 2, 64
+
+
+def corpus(most_bytes: int = 2_000_000) -> torch.Tensor:
+    """Licences and documentation of the installed packages, as bytes."""
+    texts: dict[str, None] = {}
+    for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"] or ""):
+        for file in distribution.files or ():
+            if file.name.upper().startswith(("LICEN", "COPYING", "NOTICE", "METADATA")) or file.suffix in (
+                ".md",
+                ".rst",
+            ):
+                path = Path(str(file.locate()))
+                if path.is_file() and path.stat().st_size < 200_000:
+                    texts[path.read_text(encoding="utf-8", errors="ignore")] = None
+        if sum(map(len, texts)) > most_bytes:
+            break
+    data = bytearray("\n".join(texts).encode()[:most_bytes])
+    if len(data) < 100 * BATCH * LENGTH:
+        raise SystemExit(f"only {len(data)} bytes of text found in the installed packages")
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+class Block(nn.Module):
+    """A mixer and an MLP, each behind a norm and around a residual."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(WIDTH), mixer
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, length, width) in and out."""
+        x = x + self.mixer(self.norm(x))
+        return x + self.mlp(x)
+
+
+class Hybrid(nn.Module):
+    """Bytes in, logits of the next byte out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, WIDTH)
+        self.blocks = nn.Sequential(*(Block(mixer(WIDTH, 4)) for mixer in (GLA, SA, GLA)))
+        self.head = nn.Linear(WIDTH, 256)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, length) to (batch, length, 256)."""
+        logits: torch.Tensor = self.head(self.blocks(self.embedding(tokens)))
+        return logits
+
+
+def main() -> None:
+    """Train, then print the last table and the layers' ESS over the run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--out", type=Path, default=Path("runs/plain_loop"), help="folder of the event log")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the curves here")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)  # the tensors are small: a second thread would mostly wait
+    torch.manual_seed(0)
+    text, model = corpus(), Hybrid()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    log = arguments.out / "events.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    config = MonitorConfig(
+        every_n_steps=max(1, min(50, arguments.steps // 6)),
+        overhead_budget_ratio=0.05,
+        exporters=(EventLogConfig(path=log),),
+    )
+
+    # bfloat16 needs no loss scaler. With float16 there is one, and the loss is multiplied with its scale as well:
+    # grad_scale=lambda: scaler.scale(torch.ones((), device=device)) / ACCUMULATE
+    with Monitor(model, config, precision="bf16", grad_scale=lambda: 1 / ACCUMULATE) as monitor:
+        for _ in range(arguments.steps):
+            total = torch.zeros(())
+            for _ in range(ACCUMULATE):
+                starts = torch.randint(len(text) - LENGTH - 1, (BATCH,))
+                tokens = torch.stack([text[s : s + LENGTH + 1] for s in starts]).long()
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    logits = model(tokens[:, :-1])
+                    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+                (loss / ACCUMULATE).backward()
+                total += loss.detach() / ACCUMULATE
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step({"loss": total}, optimizer=optimizer)
+        monitor.flush()
+        overhead = monitor.overhead_ratio
+
+    measurements = [Measurement.model_validate(e.data) for e in read_event_log(log) if e.event == "measurement"]
+    Console().print(render_table(measurements[-1]))
+    rows = []
+    for m in measurements:
+        sizes = {r.layer: [r.effective_size, r.state_capacity] for r in m.readings}
+        rows.append({"step": m.step, "loss": m.metrics["loss"], "layers": sizes})
+        cells = ", ".join(f"{name} {size:.1f} of {capacity:.0f}" for name, (size, capacity) in sizes.items())
+        print(f"step {m.step}: loss {m.metrics['loss']:.3f}; {cells}")
+    print(f"the monitor took {100 * overhead:.1f} % of the training time; event log: {log}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"rows": rows, "overhead_ratio": overhead}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

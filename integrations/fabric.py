@@ -1,0 +1,128 @@
+"""For training loops with Lightning Fabric, from `lightning.fabric` and from `lightning_fabric`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ess_monitor.errors import ConfigError
+from ess_monitor.exporters import Exporter
+from ess_monitor.integrations.common import LoopFacts, logger_exporters, loss_factor, require
+from ess_monitor.integrations.explicit import ExplicitLoop
+from ess_monitor.samples import Metrics
+
+require("lightning_fabric", "lightning.fabric", extra="lightning")
+
+
+class ESSMonitorCallback(ExplicitLoop):
+    """Shows the memory utilisation of every sequence mixer while a loop with Fabric trains.
+
+    Give it to `Fabric(callbacks=[...])`, through which it learns of every optimizer step; `watch` names the model; the
+    with-block is the run; `step` brings the metrics. Loops that call hooks instead use `fabric.call("on_train_start")`,
+    `fabric.call("on_train_batch_end", outputs)`, `fabric.call("on_train_end")` and
+    `fabric.call("on_exception", error)`. In `fabric.save` and `fabric.load` it stands beside the model:
+    `{"model": model, "optimizer": optimizer, "ess_monitor": ess}`.
+
+    Args:
+        config: a `MonitorConfig`, or its settings as a dictionary.
+        exporters: further sinks: kinds ("prometheus", "event_log"), their settings, or exporter objects.
+        table: print the table of layers in the terminal.
+        settings: fields of `MonitorConfig`, instead of or on top of `config`.
+
+    Example:
+        >>> from ess_monitor.integrations.fabric import ESSMonitorCallback
+        >>> callback = ESSMonitorCallback(every_n_steps=200, exporters=["prometheus"])
+        >>> callback.config.every_n_steps
+        200
+    """
+
+    _fabric: Any = None
+    _divisor = 1
+    _stepped: tuple[torch.optim.Optimizer, ...] = ()
+    """Optimizers that made a step since the last call of `step`."""
+
+    def watch(self, fabric: Any, model: nn.Module, *, accumulation_steps: int = 1) -> ESSMonitorCallback:
+        """Say what is watched, after `fabric.setup`.
+
+        Args:
+            fabric: the loop's `Fabric`; this callback must be among its callbacks.
+            model: what `fabric.setup` returned.
+            accumulation_steps: what the loop divides the loss by before `fabric.backward`.
+
+        Raises:
+            ConfigError: Fabric does not know this callback, or `accumulation_steps` is below 1.
+        """
+        if not any(callback is self for callback in fabric._callbacks):
+            raise ConfigError(
+                "fabric: this callback is not among its callbacks, so it would see no optimizer step; "
+                "pass it to Fabric(callbacks=[...])"
+            )
+        if accumulation_steps < 1:
+            raise ConfigError(f"accumulation_steps: {accumulation_steps} given; at least 1, the divisor of the loss")
+        self._fabric, self._divisor = fabric, accumulation_steps
+        # The user's own module inside Fabric's wrapper: layers keep their names.
+        wrapper: Any = model
+        self._model = wrapper.module if hasattr(wrapper, "_forward_module") else model
+        return self
+
+    def step(self, metrics: Metrics | None = None, *, step: int | None = None) -> None:
+        """Bring the metrics of an optimizer step; while gradients accumulate this does nothing.
+
+        Args:
+            metrics: numbers or tensors of one element; tensors are not waited for.
+            step: optimizer steps so far, where the loop's own count differs from the number of calls.
+        """
+        stepped, self._stepped = self._stepped, ()
+        if self.monitor is not None and stepped:
+            self.monitor.step(metrics, optimizer=stepped, step=step)
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
+        """Fabric calls this by itself."""
+        if not any(optimizer is other for other in self._stepped):
+            self._stepped = (*self._stepped, optimizer)
+
+    def on_train_start(self) -> None:
+        """As entering the with-block."""
+        self.start()
+
+    def on_train_batch_end(self, outputs: Any = None, batch: Any = None, batch_idx: int | None = None) -> None:
+        """As `step`, with the loss, or a mapping of metrics, as `outputs`."""
+        if isinstance(outputs, Mapping):
+            self.step(outputs)
+        else:
+            self.step({"loss": outputs} if isinstance(outputs, torch.Tensor) else None)
+
+    def on_train_end(self) -> None:
+        """As leaving the with-block."""
+        self.close("finished")
+
+    def on_exception(self, exception: BaseException | None = None) -> None:
+        """As leaving the with-block by an exception."""
+        self.close("failed")
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> LoopFacts:
+        fabric = self._fabric
+        strategy, precision = type(fabric.strategy).__name__, fabric.strategy.precision
+        scaler, divisor = getattr(precision, "scaler", None), self._divisor
+        return LoopFacts(
+            is_main=fabric.is_global_zero,
+            world_size=fabric.world_size,
+            strategy=strategy,
+            precision=str(precision.precision),
+            grad_scale=lambda: loss_factor(scaler, fabric.device, divisor),
+            scale_known="DeepSpeed" not in strategy,
+        )
+
+    def _sinks(self) -> list[Exporter]:
+        return [*logger_exporters(self._fabric.loggers), *self._table(print)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles watch nothing until they are told to."""
+        return {**super().__getstate__(), "_fabric": None, "_model": None, "_stepped": ()}

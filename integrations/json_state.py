@@ -1,0 +1,62 @@
+"""A state of plain values and tensors as JSON, bit for bit, and back. Reading it runs nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ess_monitor.errors import CheckpointError
+
+_TENSOR = "tensor:base64"
+
+
+def to_json(value: Any) -> Any:
+    """`value` with every tensor replaced by its bytes, dtype and shape.
+
+    Example:
+        >>> to_json({"step": 3, "tensor": torch.tensor([1.0])})
+        {'step': 3, 'tensor': {'tensor:base64': 'AACAPw==', 'dtype': 'float32', 'shape': [1]}}
+    """
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().contiguous()
+        raw = bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+        return {
+            _TENSOR: base64.b64encode(raw).decode(),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+        }
+    if isinstance(value, Mapping):
+        return {str(name): to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` was given; tuples come back as lists.
+
+    Raises:
+        CheckpointError: a tensor's bytes do not fit its dtype and shape.
+    """
+    if isinstance(value, Mapping):
+        if _TENSOR in value:
+            return _tensor(value)
+        return {name: from_json(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    return value
+
+
+def _tensor(value: Mapping[str, Any]) -> torch.Tensor:
+    try:
+        dtype = getattr(torch, value["dtype"])
+        raw = torch.tensor(list(base64.b64decode(value[_TENSOR])), dtype=torch.uint8)
+        return raw.view(dtype).reshape(value["shape"])
+    except Exception as error:
+        raise CheckpointError(
+            f"state: a tensor in it cannot be read ({type(error).__name__}: {error}); the checkpoint is damaged, "
+            "resume without the monitor's state"
+        ) from error

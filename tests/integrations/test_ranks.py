@@ -1,0 +1,48 @@
+"""Two processes: both measure, both act alike, one reports."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+from tests.integrations.helpers import EAGER, LanguageModel, callback, measurements, train
+
+LOOPS = ("accelerate", "transformers")
+
+
+def one_rank(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
+    )
+    torch.set_num_threads(1)
+    results = {}
+    for loop in LOOPS:
+        log = folder / f"{loop}-{rank}.jsonl"
+        ess = callback(loop, **EAGER, exporters=[{"kind": "event_log", "path": str(log)}])
+        run = train(loop, folder / loop, ess, steps=6, model=LanguageModel("wla"))
+        actions = [(a.step, a.layer, a.action, a.strength, a.outcome) for a in ess.monitor.actions]
+        sizes = [r.effective_size for r in ess.monitor.readings]
+        results[loop] = {"model": run.model.state_dict(), "actions": actions, "sizes": sizes}
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_act_alike_and_one_reports(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_rank, args=(port, tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for loop in LOOPS:
+        a, b = (results[loop] for results in ranks)
+        assert a["actions"] == b["actions"]
+        assert a["actions"], f"{loop}: nothing was done, so nothing was compared"
+        assert a["sizes"] == b["sizes"]
+        for name, value in a["model"].items():
+            assert torch.equal(value, b["model"][name]), (loop, name)
+        assert [m.step for m in measurements(tmp_path / f"{loop}-0.jsonl")] == [0, 4]
+        assert not (tmp_path / f"{loop}-1.jsonl").exists()
