@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 def show(result: Result) -> None:
     """Print a result as a table."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=170)
     columns = list(dict.fromkeys(name for row in result.rows for name in row))
     table = Table(title=result.title, title_justify="left")
     for column in columns:

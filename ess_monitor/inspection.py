@@ -36,13 +36,13 @@ class Description:
         for layer in self.layers:
             if layer.supported:
                 capacity = (
-                    "TSS grows with the position" if layer.state_capacity is None else f"TSS {layer.state_capacity}"
+                    "TSS known after a forward pass" if layer.state_capacity is None else f"TSS {layer.state_capacity}"
                 )
+                capacity = "TSS grows with the position" if layer.capacity_grows else capacity
+                channels = f"{layer.channels or '?'} operators"
                 handles = "; ".join(layer.handles) or "none"
-                lines.append(
-                    f"  {layer.name}: {layer.module}, {layer.operator}, {capacity}, {layer.channels} operators, "
-                    f"handles: {handles}"
-                )
+                line = f"  {layer.name}: {layer.module}, {layer.operator}, {capacity}, {channels}, handles: {handles}"
+                lines.append(line + (f"; not diagnosed: {layer.uninformative}" if layer.uninformative else ""))
             else:
                 lines.append(f"  {layer.name}: {layer.module}, skipped: {layer.reason}")
         return "\n".join(lines)

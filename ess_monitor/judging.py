@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from ess_monitor.diagnosis import Tracker
+from ess_monitor.capture import Layer
+from ess_monitor.diagnosis import DiagnosisConfig, Tracker
 from ess_monitor.evidence import Evidence
 from ess_monitor.exporters import ExporterHub
 from ess_monitor.interventions import Autopilot
@@ -18,10 +19,18 @@ _KEPT = 1000
 """Findings and actions that are remembered."""
 
 
+def undiagnosed(layers: Iterable[Layer], config: DiagnosisConfig) -> frozenset[str]:
+    """Names of the layers of which the diagnosis says nothing, because ESS says little of their kind."""
+    if config.judge_uninformative:
+        return frozenset()
+    return frozenset(layer.name for layer in layers if layer.spec.uninformative)
+
+
 class Judge:
     """Takes each sampled step's evidence to the diagnosis, the autopilot, the ledger and the exporters.
 
-    Each of them is guarded on its own: when one fails the others go on.
+    Each of them is guarded on its own: when one fails the others go on. Layers in `undiagnosed` are measured and
+    exported, and stay of unknown condition.
     """
 
     def __init__(
@@ -33,6 +42,7 @@ class Judge:
         cadence: Cadence,
         guards: Mapping[str, Guard],
         *,
+        undiagnosed: frozenset[str] = frozenset(),
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -43,6 +53,7 @@ class Judge:
         self.findings: tuple[Finding, ...] = ()
         self.actions: tuple[Action, ...] = ()
         self._layers = layers
+        self._undiagnosed = undiagnosed
         self._tracker = tracker
         self._autopilot = autopilot
         self._ledger = ledger
@@ -87,7 +98,8 @@ class Judge:
         findings: tuple[Finding, ...] = ()
         if self._guards["diagnosis"].open:
             with self._guards["diagnosis"]:
-                findings = self._tracker.observe(evidence.readings, evidence.metrics, evidence.step)
+                judged = [reading for reading in evidence.readings if reading.layer not in self._undiagnosed]
+                findings = self._tracker.observe(judged, evidence.metrics, evidence.step)
         self.readings.update({reading.layer: reading for reading in evidence.readings})
         self.findings = (*self.findings, *findings)[-_KEPT:]
         outcome: Outcome = "failed" if evidence.readings else "skipped"

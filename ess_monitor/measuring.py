@@ -46,6 +46,9 @@ class Measuring:
         for failure in (item for item in taken if isinstance(item, CaptureFailure)):
             self._guards["capture"].failed(f"layer {failure.layer.name}: {failure.error}")
             lost.append(lost_reading(step, failure.layer.name, "failed", failure.error))
+        seen = {item.layer.name for item in taken}
+        unseen = "was not called in the sampled forward pass, or not by code that hooks can see"
+        lost += [lost_reading(step, name, "failed", unseen) for name in self._layers if name not in seen]
         good = tuple(item for item in taken if isinstance(item, Captured))
         positions = tuple(positions_of(item, self._config.positions) for item in good)
         tasks = [self._task(*pair) for pair in zip(good, positions, strict=True)]

@@ -21,7 +21,7 @@ from ess_monitor.evidence import Evidence, agree
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
-from ess_monitor.judging import Judge
+from ess_monitor.judging import Judge, undiagnosed
 from ess_monitor.ledger import Ledger
 from ess_monitor.measuring import Measuring
 from ess_monitor.records import Action, Condition, Finding, Reading, RunInfo, RunStatus, Snapshot
@@ -30,6 +30,7 @@ from ess_monitor.samples import Metrics
 from ess_monitor.versions import installed_versions
 
 _STATE_VERSION = 1
+_UNSEEN_STEPS = 3  # without a forward pass in training: up to here taken for an evaluation, then it is said
 
 
 class Monitor:
@@ -91,8 +92,7 @@ class Monitor:
         self.model = model
         self.config = config or MonitorConfig()
         self._facts: dict[str, Any] = {"strategy": strategy, "world_size": world_size, "precision": precision}
-        self._exporters = tuple(exporters)
-        self._clock, self._wall_clock = clock, wall_clock
+        self._exporters, self._clock, self._wall_clock = tuple(exporters), clock, wall_clock
         self._cadence = Cadence(self.config.every_n_steps, self.config.overhead_budget_ratio)
         self._tracker = Tracker(self.config.diagnosis)
         parts = ("capture", "worker", "measurement", "diagnosis", "intervention", "export")
@@ -115,8 +115,7 @@ class Monitor:
         self._evidence: Evidence | None = None
         """In lockstep: the sample that waits for its step, when it was read early for a checkpoint."""
         self._optimizer: Optimizers = None
-        self._step = 0
-        self._armed_at = 0
+        self._step = self._armed_at = self._unseen = 0
         self._last_call: float | None = None
         self._judge = Judge(
             self.layers,
@@ -125,6 +124,7 @@ class Monitor:
             self._ledger,
             self._cadence,
             self._guards,
+            undiagnosed=undiagnosed(self._layers, self.config.diagnosis),
             clock=clock,
             wall_clock=wall_clock,
         )
@@ -237,7 +237,8 @@ class Monitor:
             started = self._clock()
             taken = self._sampler.collect()
             hook_seconds = self._sampler.capture_seconds
-            if not taken and self._agreement is None:
+            self._unseen = 0 if taken else self._unseen + 1
+            if not taken and self._agreement is None and self._unseen < _UNSEEN_STEPS:
                 return
             self._cadence.sampled(self._armed_at)
             if self._lockstep:

@@ -76,9 +76,13 @@ class LayerInfo(Record):
     operator: str = ""
     """Kind of operator, a class name of `ess_monitor.ess`."""
     state_capacity: int | None = None
-    """TSS: state dimensions per channel. None where it grows with the position (softmax attention)."""
+    """TSS: state dimensions per channel. None where it grows with the position, or is known after a forward pass."""
+    capacity_grows: bool = False
+    """True where TSS is not a design choice but grows with the position (softmax attention)."""
     channels: int = 0
-    """How many independent operators (heads or channels) the layer applies."""
+    """How many independent operators (heads or channels) the layer applies; 0 where a forward pass must tell."""
+    uninformative: str = ""
+    """Why ESS says little of this kind of layer, which is therefore measured and not diagnosed; empty elsewhere."""
     handles: tuple[str, ...] = ()
     """What an intervention may act on, as `knob: parameter names`; empty where there is nothing to act on."""
 

@@ -18,9 +18,11 @@ def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
         table.add_column(heading, overflow="fold", justify="right" if heading in ("TSS", "channels") else "left")
     for layer in layers:
         if layer.supported:
-            capacity = "grows" if layer.state_capacity is None else str(layer.state_capacity)
+            capacity = "?" if layer.state_capacity is None else str(layer.state_capacity)
+            capacity = "grows" if layer.capacity_grows else capacity
             channels = str(layer.channels) if layer.channels else "?"
             handles = "\n".join(layer.handles) or "no handles"
+            handles += f"\nnot diagnosed: {layer.uninformative}" if layer.uninformative else ""
             table.add_row(layer.name, layer.module, layer.operator, capacity, channels, handles)
         else:
             table.add_row(layer.name, layer.module, "skipped", "", "", layer.reason, style="dim")

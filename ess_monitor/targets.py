@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from functools import reduce
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,40 @@ def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.M
     model = found(**arguments)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"target: {target} returned a {type(model).__name__}; it must return a torch.nn.Module")
+    return model
+
+
+def model_of_hf_config(path: Path) -> nn.Module:
+    """The model of a transformers `config.json`, on the meta device: its structure without memory or weights.
+
+    Args:
+        path: the file, or the directory that holds it. A causal language model is built where the type has one.
+
+    Raises:
+        ConfigError: the file cannot be read, transformers is not installed, or does not know the model type.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"hf-config: {path} cannot be read as JSON: {error}; give a model's config.json") from error
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(model_type, str):
+        raise ConfigError(f"hf-config: {path} has no model_type, so it is no transformers config")
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ConfigError('hf-config: needs transformers: pip install "ess-monitor[transformers]"') from error
+    try:
+        config = transformers.CONFIG_MAPPING[model_type].from_json_file(path)
+    except Exception as error:  # each config class has rules and errors of its own
+        found = f"{path} (model_type {model_type!r}): {type(error).__name__}: {error}"
+        raise ConfigError(f"hf-config: transformers {transformers.__version__} cannot read {found}") from error
+    with torch.device("meta"):
+        try:
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+        except ValueError:  # a type that is no causal language model
+            model = transformers.AutoModel.from_config(config)
     return model
 
 

@@ -16,6 +16,12 @@ MAX_THREADS = 1
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
 
+if not torch.cuda.is_available():
+    # Read when triton and fla are imported, which other libraries do: fla is tested in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("FLA_USE_COMPILE", "0")
+
+
 class _TorchRandom:
     """torch's generator as hypothesis expects one, so that an example that fails is found again."""
 

@@ -1,6 +1,6 @@
 """From a user's module to an operator: which layers, which tensors, described per layer."""
 
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, Transition
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.operators import capture_operators
 from ess_monitor.capture.probe import TokenProbe
@@ -19,6 +19,7 @@ __all__ = [
     "LayerFilter",
     "Sampler",
     "TokenProbe",
+    "Transition",
     "capture_operators",
     "find_layers",
     "layer_infos",

@@ -5,38 +5,72 @@ A handle says where in a layer something is, never what to do with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+from ess_monitor.capture.sites import Arguments, Call, CallSite
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The transition matrices of a layer, A_t = diag(exp log_decay_t) + left_t right_t^T, with their graph."""
+
+    log_decay: torch.Tensor
+    """(batch, heads, length, state), any of them 1 where it broadcasts."""
+    left: torch.Tensor | None = None
+    """(batch, heads, length, state) or None: no rank-one part."""
+    right: torch.Tensor | None = None
+    state_size: int | None = None
+    """State dimensions that a decay of state size 1 stands for; None: as many as the tensors show."""
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The tensors that determine A in one call, all of them, and how they do."""
+
+    tensors: tuple[torch.Tensor, ...]
+    transition: Callable[[tuple[torch.Tensor, ...]], Transition]
+    """A from the tensors, differentiable. It is also called with a part of the sequence."""
+    length_dims: tuple[int | None, ...] = (2,)
+    """For each tensor the dimension that runs along the sequence, None where there is none. Long sequences are worked
+    through in parts, so that A is never held for all positions at once."""
 
 
 @dataclass(frozen=True)
 class DecayHandle:
-    """The place where a layer's log-decay, with everything that determines it behind it, enters the recurrence."""
+    """The place where everything that determines a layer's A enters its recurrence.
+
+    Gradients added to the tensors that `read` finds there reach every parameter behind A: gate projections, biases,
+    A_log.
+    """
 
     parameters: tuple[str, ...]
     """What determines the decay, for `describe`: names below the layer."""
-    point: str
-    """Sub-module whose call takes the log-decay as an argument."""
-    read: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor]
-    """`(args, kwargs) -> log_decay` of a call of that sub-module."""
-    write: Callable[[tuple[Any, ...], dict[str, Any], torch.Tensor], Arguments]
-    """`(args, kwargs, log_decay) -> (args, kwargs)` with another log-decay in its place."""
+    site: CallSite
+    """The call that takes the tensors as arguments."""
+    read: Callable[[Call], Behind | None]
+    """What is behind A in a call; None for a call without (a step of cached decoding)."""
+    write: Callable[[Call, tuple[torch.Tensor, ...]], Arguments]
+    """The arguments of the call with other tensors in place of those that `read` gave. Parameters that the layer uses
+    by itself cannot be put into a call and stay as they are. Their gradients are exact all the same: it is enough that
+    one of the tensors goes on."""
 
 
 @dataclass(frozen=True)
 class AlphaHandle:
-    """A parameter or buffer that scales the whole log-decay: log A = -exp(sign * t) * (what the input decides)."""
+    """A parameter or buffer that scales the whole log-decay: log A = -rate(t) * (what the input decides)."""
 
     tensor: str
     """Its name below the layer."""
-    sign: float
-    """+1: raising the tensor by ln f multiplies the decay rate by f (A_log). -1: divides it (log alpha)."""
+    sign: float = 1.0
+    """+1: raising the tensor raises the decay rate (A_log). -1: it lowers the rate (log alpha)."""
+    form: Literal["exp", "softplus"] = "exp"
+    """What makes a rate of sign * t."""
 
     def of(self, layer: nn.Module) -> torch.Tensor:
         """The tensor itself."""
@@ -44,11 +78,33 @@ class AlphaHandle:
         found: torch.Tensor = getattr(layer.get_submodule(owner), name)
         return found
 
+    def divided(self, tensor: torch.Tensor, factor: float) -> torch.Tensor:
+        """What the tensor has to be for a rate that is smaller by `factor`."""
+        if self.form == "exp":
+            return tensor - self.sign * math.log(factor)
+        rate = nn.functional.softplus(self.sign * tensor.double()) / factor
+        return (self.sign * (rate + (-torch.expm1(-rate)).log())).to(tensor.dtype)  # softplus, inverted
 
-def positional(index: int, point: str, parameters: tuple[str, ...]) -> DecayHandle:
-    """A decay that is the positional argument `index` of the call of `point`."""
 
-    def write(args: tuple[Any, ...], kwargs: dict[str, Any], log_decay: torch.Tensor) -> Arguments:
-        return (*args[:index], log_decay, *args[index + 1 :]), kwargs
+def positional(index: int, path: str, parameters: tuple[str, ...]) -> DecayHandle:
+    """A log-decay that is the positional argument `index` of the call of the sub-module at `path`."""
 
-    return DecayHandle(parameters, point, lambda args, kwargs: args[index], write)
+    def write(call: Call, tensors: tuple[torch.Tensor, ...]) -> Arguments:
+        return (*call.args[:index], tensors[0], *call.args[index + 1 :]), call.kwargs
+
+    return DecayHandle(
+        parameters,
+        CallSite(path),
+        read=lambda call: Behind((call.args[index],), lambda tensors: Transition(tensors[0])),
+        write=write,
+    )
+
+
+def under_names(*names: str) -> Callable[[Call, tuple[torch.Tensor, ...]], Arguments]:
+    """`DecayHandle.write` for tensors that are arguments of an op under these names; None-valued ones are left out."""
+
+    def write(call: Call, tensors: tuple[torch.Tensor, ...]) -> Arguments:
+        given = [name for name in names if call.kwargs.get(name) is not None]
+        return call.args, {**call.kwargs, **dict(zip(given, tensors, strict=True))}
+
+    return write

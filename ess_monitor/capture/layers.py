@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
-from ess_monitor.capture.registry import find_spec
+from ess_monitor.capture.registry import find_spec, why_refused
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo
@@ -21,6 +21,9 @@ _MIXER_NAMES = re.compile(
     r"attention|attn|mamba|ssm|s4|s5|s6|deltanet|retention|rwkv|recurren|lru|hyena|longconv|timemix|mixer",
     re.IGNORECASE,
 )
+
+_PARTS_OF_A_LAYER = re.compile(r"norm|embedding|mlp|feedforward|expert|router|rotary|head$", re.IGNORECASE)
+"""Modules that carry the name of the architecture they belong to."""
 
 
 class LayerFilter(BaseModel):
@@ -55,11 +58,6 @@ class Layer:
     module: nn.Module
     spec: CaptureSpec
 
-    @property
-    def point(self) -> nn.Module:
-        """The sub-module whose call is observed."""
-        return self.module.get_submodule(self.spec.point)
-
 
 def clean_name(name: str) -> str:
     """Dotted module name without the prefixes that DDP, FSDP, torch.compile and checkpoint wrappers add."""
@@ -68,32 +66,51 @@ def clean_name(name: str) -> str:
 
 
 def _looks_like_mixer(module: nn.Module) -> bool:
-    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+    if isinstance(module, nn.RNNBase) or why_refused(module) is not None:
         return True
-    return bool(_MIXER_NAMES.search(type(module).__name__)) and any(True for _ in module.parameters())
+    name = type(module).__name__
+    mixes = _MIXER_NAMES.search(name) and not _PARTS_OF_A_LAYER.search(name)
+    return bool(mixes) and any(True for _ in module.parameters())
 
 
 def _why_skipped(module: nn.Module) -> str:
     if isinstance(module, nn.RNNBase):
         return "a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it"
+    refused = why_refused(module)
+    if refused is not None:
+        return refused
     return (
         f"no capture is known for {type(module).__name__}; "
         f"teach it with @ess_monitor.register_capture({type(module).__name__})"
     )
 
 
+def _owner(name: str) -> str | None:
+    """Name of the module that holds `name`; None for the model itself."""
+    return name.rpartition(".")[0] if name else None
+
+
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | None]]:
-    """Every outermost module that can be read, and every innermost one that only looks like a mixer, in model order."""
+    """Every outermost module that can be read, and every innermost one that only looks like a mixer, in model order.
+
+    A convolution is a part of the mixer that holds it, not one beside it.
+    """
     inside: list[str] = []
     modules = list(model.named_modules())
     lookalikes = {name for name, module in modules if _looks_like_mixer(module)}
-    readable = {name for name, module in modules if find_spec(module) is not None}
+    specs = {name: spec for name, module in modules if (spec := find_spec(module)) is not None}
+    parts = {
+        name for name, module in modules if isinstance(module, nn.Conv1d) and _owner(name) in lookalikes | specs.keys()
+    }
+    modules = [(name, module) for name, module in modules if name not in parts]
+    lookalikes -= parts
+    readable = specs.keys() - parts
     for name, module in modules:
         if any(name.startswith(prefix + ".") or prefix == "" for prefix in inside):
             continue
         if name in readable:
             inside.append(name)
-            yield name, module, find_spec(module)
+            yield name, module, specs[name]
         elif name in lookalikes:
             below = name + "." if name else ""
             nested = (other for other in lookalikes | readable if other != name and other.startswith(below))
@@ -138,6 +155,8 @@ def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
                 reason="excluded by the `layers` setting" if excluded else "",
                 operator=spec.operator,
                 state_capacity=spec.state_capacity(module),
+                capacity_grows=spec.capacity_grows,
+                uninformative=spec.uninformative,
                 channels=spec.channels(module),
                 handles=spec.handles,
             )

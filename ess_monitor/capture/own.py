@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, positional
 from ess_monitor.capture.registry import add_spec
+from ess_monitor.capture.sites import Call, CallSite
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.ess import DiagonalRecurrence, Operator, SoftmaxAttention
 from ess_monitor.featurizers import GLA, GLAS6, LA, S6, SA, WLA
 
 
-def _scan(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Operator:
+def _scan(call: Call) -> Operator:
     """`core(q, k, v, log_decay)`: T_ij = sum_n q_i[n] exp(sum log_decay) k_j[n]; no decay given means A = I."""
-    q, k, _, log_decay = args
+    q, k, _, log_decay = call.args
     if log_decay is None:
         log_decay = torch.zeros((1, 1, 1, 1), dtype=k.dtype, device=k.device)
     return DiagonalRecurrence(log_decay, k, q)
 
 
-def _softmax(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Operator:
+def _softmax(call: Call) -> Operator:
     """`core(q, k, v, scale)`: T = softmax(scale q k^T), causal."""
-    q, k, _, scale = args
+    q, k, _, scale = call.args
     return SoftmaxAttention(q, k, scale=scale)
 
 
@@ -57,7 +56,8 @@ for _layer, (_decay_handle, _alpha_handle) in _KNOBS.items():
         CaptureSpec(
             operator="SoftmaxAttention" if _layer is SA else "DiagonalRecurrence",
             build=_softmax if _layer is SA else _scan,
-            point="core",
+            site=CallSite("core"),
+            capacity_grows=_layer is SA,
             state_capacity=_capacity,
             channels=_channels,
             decay=_decay_handle,

@@ -13,13 +13,22 @@ from typing import Any
 
 from torch import nn
 
-from ess_monitor.capture.spec import Build, CaptureSpec
+from ess_monitor.capture.families import FAMILIES
+from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import CaptureError
+from ess_monitor.ess import Operator
+
+Read = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Operator]
+"""`(module, args, kwargs, output) -> Operator` of one forward call of your layer."""
 
 _SPECS: dict[type[nn.Module], CaptureSpec] = {}
 
-_ADAPTERS = {"ess_monitor.featurizers": "ess_monitor.capture.own"}
-"""Library (a name in `sys.modules`) -> module of ours that registers its layers when imported."""
+_ADAPTERS = {
+    "ess_monitor.featurizers": "ess_monitor.capture.own",
+    "torch": "ess_monitor.capture.adapters",
+}
+"""Library (a name in `sys.modules`) -> module of ours that registers its layers when imported. The adapters of other
+people's layers know them by the names in their code, and import no library."""
 
 
 def add_spec(layer: type[nn.Module], spec: CaptureSpec) -> None:
@@ -35,7 +44,7 @@ def register_capture(
     operator: str = "custom",
     state_capacity: Callable[[nn.Module], int | None] | None = None,
     channels: Callable[[nn.Module], int] | None = None,
-) -> Callable[[Build], Build]:
+) -> Callable[[Read], Read]:
     """Teach the monitor to read a layer of your own.
 
     The decorated function gets `(module, args, kwargs, output)` of one forward call, with gradients off, and returns
@@ -71,13 +80,20 @@ def register_capture(
         8
     """
 
-    def decorate(build: Build) -> Build:
+    def decorate(build: Read) -> Read:
         extra: dict[str, Any] = {}
         if state_capacity is not None:
             extra["state_capacity"] = state_capacity
         if channels is not None:
             extra["channels"] = channels
-        add_spec(layer, CaptureSpec(operator=operator, build=build, **extra))
+        add_spec(
+            layer,
+            CaptureSpec(
+                operator=operator,
+                build=lambda call: build(call.module, call.args, call.kwargs, call.output),
+                **extra,
+            ),
+        )
         return build
 
     return decorate
@@ -91,4 +107,13 @@ def find_spec(module: nn.Module) -> CaptureSpec | None:
     for cls in type(module).__mro__:
         if cls in _SPECS:
             return _SPECS[cls]
+    specs = (family.spec(module) for family in FAMILIES)
+    return next((spec for spec in specs if spec is not None), None)
+
+
+def why_refused(module: nn.Module) -> str | None:
+    """Why a layer whose kind is known cannot be read; None when its kind is not known, or it can be read."""
+    for family in FAMILIES:
+        if family.site(module) is not None:
+            return family.refuses(module)
     return None

@@ -2,7 +2,8 @@
 
 Hooks are attached when a sample is armed and removed when it is collected: a step that is not sampled runs the model
 exactly as it would without the monitor. A hook never computes on, waits for, or changes what the layer does; it copies
-a small slice of the tensors that define the operator, on the stream the layer runs on.
+a small slice of the tensors that define the operator, on the stream the layer runs on. A sampled step of a compiled
+model runs eagerly, because compiled code does not see hooks that were attached after its first call.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from ess_monitor.capture.eager import EagerStance
 from ess_monitor.capture.layers import Layer
+from ess_monitor.capture.sites import Call, Watch
 from ess_monitor.ess import Operator
 
 
@@ -91,22 +94,24 @@ class Sampler:
         self._clock = clock
         self.turn = 0
         """Samples taken so far: which heads come next follows from it."""
-        self._handles: list[RemovableHandle] = []
+        self._watches: list[Watch] = []
+        self._eager = EagerStance()
         self._taken: dict[str, Captured | CaptureFailure] = {}
 
     @property
     def armed(self) -> bool:
         """True between `arm` and `collect`."""
-        return bool(self._handles)
+        return bool(self._watches)
 
     def arm(self) -> None:
         """Attach the hooks for the next forward pass. Arming twice is harmless."""
-        if self._handles:
+        if self._watches:
             return
         self._taken.clear()
         self.capture_seconds = 0.0
+        self._eager.begin()
         for layer in self.layers:
-            self._handles.append(layer.point.register_forward_hook(self._hook(layer), with_kwargs=True))
+            self._watches.append(layer.spec.site.watch(layer.module, after=partial(self._see, layer)))
 
     def collect(self) -> tuple[Captured | CaptureFailure, ...]:
         """Remove the hooks and hand over what the forward pass gave, in model order."""
@@ -119,31 +124,31 @@ class Sampler:
 
     def remove(self) -> None:
         """Remove the hooks. Nothing of ours is left in the model."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._eager.end()
+        while self._watches:
+            self._watches.pop().remove()
 
-    def _hook(self, layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if layer.name in self._taken or not self._wanted(layer.module):
-                return
-            started = self._clock()
-            try:
-                self._taken[layer.name] = self._take(layer, module, args, kwargs, output)
-            except Exception as error:
-                self._taken[layer.name] = CaptureFailure(layer, f"{type(error).__name__}: {error}")
-            self.capture_seconds += self._clock() - started
-
-        return hook
+    def _see(self, layer: Layer, call: Call) -> None:
+        if layer.name in self._taken or not self._wanted(layer.module):
+            return
+        started = self._clock()
+        try:
+            taken = self._take(layer, call)
+            if taken is not None:
+                self._taken[layer.name] = taken
+        except Exception as error:
+            self._taken[layer.name] = CaptureFailure(layer, f"{type(error).__name__}: {error}")
+        self.capture_seconds += self._clock() - started
 
     def _wanted(self, module: nn.Module) -> bool:
         """A validation pass between two training steps must not be taken for a training batch."""
         return self.config.source != "train" or module.training or torch.is_grad_enabled()
 
-    def _take(
-        self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Captured:
-        with torch.no_grad(), torch.autocast(_device_type(args, output), enabled=False):
-            whole = layer.spec.build(module, args, kwargs, output)
+    def _take(self, layer: Layer, call: Call) -> Captured | None:
+        with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
+            whole = layer.spec.build(call)
+            if whole is None:
+                return None
             heads = rotate_heads(whole.heads, self.config.heads, self.turn)
             length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
             few = whole.select(samples=slice(0, self.config.samples), heads=heads, length=length)
@@ -154,8 +159,8 @@ class Sampler:
         return captured
 
 
-def _device_type(args: tuple[Any, ...], output: Any) -> str:
-    for value in (*args, output):
+def _device_type(call: Call) -> str:
+    for value in (*call.args, *call.kwargs.values(), call.output):
         if isinstance(value, torch.Tensor):
             return value.device.type
     return "cpu"

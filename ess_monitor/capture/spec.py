@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle
+from ess_monitor.capture.sites import Call, CallSite
+from ess_monitor.capture.sketch import Sketch
 from ess_monitor.ess import Operator
 
-Build = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Operator]
-"""`(module, args, kwargs, output) -> Operator`, called in a forward hook with gradients off. It should only wrap
-tensors that the layer used, so that it costs nothing: the sampler narrows the operator before anything is copied."""
+Build = Callable[[Call], "Operator | Sketch | None"]
+"""The operator of a call, built with gradients off; None for a call that is not the one meant (a fused op that fell
+through, a step of cached decoding). It should only wrap tensors that the layer used, so that it costs nothing: the
+sampler narrows the operator before anything is copied."""
 
 
 def _no_capacity(module: nn.Module) -> int | None:
@@ -26,25 +28,30 @@ def _no_channels(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """How one class of layer is read.
+    """How one layer is read.
 
-    The operator is built from what the sub-module at `point` is called with: the very tensors the layer applied, not a
-    second computation of them.
+    The operator is built from what the call at `site` is made with: the very tensors the layer applied, not a second
+    computation of them.
     """
 
     operator: str
     """Class name of the operator that `build` returns; shown by `describe`."""
     build: Build
-    point: str = ""
-    """Sub-module (dotted path below the layer) whose call is observed; empty for the layer itself."""
+    site: CallSite = field(default_factory=CallSite)
+    """The call that is observed; by default that of the layer itself."""
     state_capacity: Callable[[nn.Module], int | None] = field(default=_no_capacity)
-    """TSS per channel, None where it grows with the position."""
+    """TSS per channel; None where it grows with the position, or is not known before a forward pass."""
+    capacity_grows: bool = False
+    """True where TSS grows with the position (softmax attention)."""
     channels: Callable[[nn.Module], int] = field(default=_no_channels)
     """Independent operators (heads or channels) of the layer; 0 when not known before a forward pass."""
     decay: DecayHandle | None = None
     """Where the decay can be pulled; None where the layer has none, or a fixed one."""
     alpha: AlphaHandle | None = None
     """Where the decay can be rescaled as a whole."""
+    uninformative: str = ""
+    """Why ESS says little of this kind of layer (a state of one dimension, a short filter): described and measured, not
+    diagnosed. Empty where it is informative."""
 
     @property
     def handles(self) -> tuple[str, ...]:

@@ -80,6 +80,10 @@ class DiagnosisConfig(BaseModel):
     retention in every run, solved or not; regularising it alone failed on WLA, and regularising both layers was worse
     than the second alone (appendix D.3). A memory that collapses throughout is still seen in the layers above."""
 
+    judge_uninformative: bool = False
+    """Also diagnose layers whose kind makes ESS say little: states of one dimension (RG-LRU, RWKV-4), short filters.
+    Their utilisation is a property of the kind (1, or the filter's length), not of the training."""
+
     metric: str | None = None
     """Name, in the metrics of the training loop, of the number that tells whether the task is solved. Utilisation does
     not separate collapsed from solved GLA runs (.21-.29 against .18-.26); such a metric does. None: be conservative."""

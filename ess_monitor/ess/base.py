@@ -64,7 +64,10 @@ class Operator(ABC):
 
     @abstractmethod
     def without_decay(self) -> Operator | None:
-        """The same operator with every transition matrix A replaced by I. None where there is no A."""
+        """The same operator with every transition matrix A replaced by I. None where there is no A.
+
+        A token at which all decays are exactly 0 begins a new sequence (packed documents): that is no decay, and stays.
+        """
 
     @abstractmethod
     def finite(self) -> Tensor:

@@ -14,7 +14,7 @@ from ess_monitor.ess.base import Operator
 from ess_monitor.ess.delta_gramian import Transitions, delta_singular_values
 from ess_monitor.ess.fields import all_finite, check_floating, check_same_device, common_size, first, take
 from ess_monitor.ess.linalg import result_dtype
-from ess_monitor.ess.recurrence import DiagonalRecurrence
+from ess_monitor.ess.recurrence import DiagonalRecurrence, resets
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -143,9 +143,8 @@ class DeltaRecurrence(Operator):
 
     def without_decay(self) -> DiagonalRecurrence:
         """The same inputs and reads with A := I: nothing decays, and nothing is erased either."""
-        zeros = self.log_decay.new_zeros((self.batch, self.heads, 1, 1))
         dtype = result_dtype(self.beta.dtype, self.k.dtype)
-        return DiagonalRecurrence(zeros, self.beta[..., None].to(dtype) * self.k.to(dtype), self.q)
+        return DiagonalRecurrence(resets(self.log_decay), self.beta[..., None].to(dtype) * self.k.to(dtype), self.q)
 
     @torch.no_grad()
     def materialize(self) -> Tensor:

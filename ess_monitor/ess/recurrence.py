@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def resets(log_decay: Tensor) -> Tensor:
+    """Log decay of A := I, (batch|1, heads|1, length|1, 1): 0, and -inf at tokens where nothing is kept at all.
+
+    A decay that is the same at every token separates no sequences.
+    """
+    if log_decay.shape[2] == 1:
+        return log_decay.new_zeros((*log_decay.shape[:2], 1, 1))
+    nothing_kept = log_decay.isneginf().all(-1, keepdim=True)
+    return torch.zeros_like(log_decay[..., :1]).masked_fill_(nothing_kept, -torch.inf)
+
+
 @dataclass(frozen=True, eq=False)
 class DiagonalRecurrence(Operator):
     """s_t = diag(exp(log_decay_t)) s_{t-1} + b_t u_t,  y_t = c_t . s_t: the state is updated before it is read.
@@ -95,8 +106,7 @@ class DiagonalRecurrence(Operator):
         return (decays & all_finite(self.b) & all_finite(self.c)).expand(self.batch, self.heads)
 
     def without_decay(self) -> DiagonalRecurrence:
-        samples, heads = self.log_decay.shape[:2]
-        return DiagonalRecurrence(self.log_decay.new_zeros((samples, heads, 1, 1)), self.b, self.c)
+        return DiagonalRecurrence(resets(self.log_decay), self.b, self.c)
 
     @torch.no_grad()
     def materialize(self) -> Tensor:

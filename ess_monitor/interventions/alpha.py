@@ -70,7 +70,7 @@ def rescale_alpha(
     state = _state_of(tensor, optimizer)
     copy = AlphaCopy(tensor.detach().clone(), {name: _copied(value) for name, value in state.items()})
     with torch.no_grad():
-        tensor.sub_(handle.sign * math.log(factor))
+        tensor.copy_(handle.divided(tensor, factor))
     _forget(state, tensor)
     return copy
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ess_monitor.capture import DecayHandle, Layer, LayerFilter, find_layers
+from ess_monitor.capture.handles import Behind
+from ess_monitor.capture.sites import Call, Watch
 from ess_monitor.errors import CaptureError
-from ess_monitor.interventions.regulariser import identity_penalty
+from ess_monitor.interventions.regulariser import transition_penalty
 
 
 class Penalties:
@@ -21,15 +21,15 @@ class Penalties:
     def __init__(self) -> None:
         # Kept as they pass and made into R only here: what is computed inside a checkpointed layer would have to be
         # computed again in its recomputation, when the hooks may be gone.
-        self._log_decays: dict[str, list[torch.Tensor]] = {}
+        self._seen: dict[str, list[Behind]] = {}
         self._without_graph: set[str] = set()
 
     @property
     def per_layer(self) -> dict[str, torch.Tensor]:
         """Layer name -> R, a scalar with graph, in the order of the calls. A layer called twice adds up."""
         return {
-            name: torch.stack([identity_penalty(log_decay) for log_decay in calls]).sum()
-            for name, calls in self._log_decays.items()
+            name: torch.stack([transition_penalty(behind.transition(behind.tensors)) for behind in calls]).sum()
+            for name, calls in self._seen.items()
         }
 
     def total(self) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Penalties:
         Raises:
             CaptureError: no layer was called yet, or one of them has no graph, so that the term would do nothing.
         """
-        if not self._log_decays:
+        if not self._seen:
             raise CaptureError("penalties: no layer was called inside the block; run the forward pass in it first")
         if self._without_graph:
             raise CaptureError(
@@ -48,8 +48,8 @@ class Penalties:
             )
         return torch.stack(list(self.per_layer.values())).sum()
 
-    def _add(self, name: str, log_decay: torch.Tensor, *, graph_expected: bool) -> None:
-        self._log_decays.setdefault(name, []).append(log_decay)
+    def _add(self, name: str, behind: Behind, *, graph_expected: bool) -> None:
+        self._seen.setdefault(name, []).append(behind)
         if graph_expected and not torch.is_grad_enabled():
             self._without_graph.add(name)
 
@@ -82,15 +82,17 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
     """
     penalties, graph_expected = Penalties(), torch.is_grad_enabled()
 
-    def watch(name: str, handle: DecayHandle, point: nn.Module) -> RemovableHandle:
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            penalties._add(name, handle.read(args, kwargs), graph_expected=graph_expected)
+    def watch(layer: Layer, handle: DecayHandle) -> Watch:
+        def keep(call: Call) -> None:
+            behind = handle.read(call)
+            if behind is not None:
+                penalties._add(layer.name, behind, graph_expected=graph_expected)
 
-        return point.register_forward_pre_hook(keep, with_kwargs=True)
+        return handle.site.watch(layer.module, before=keep)
 
     with ExitStack() as hooks:
         for layer, handle in _with_decay(model, layers):
-            hooks.callback(watch(layer.name, handle, layer.module.get_submodule(handle.point)).remove)
+            hooks.callback(watch(layer, handle).remove)
         yield penalties
 
 

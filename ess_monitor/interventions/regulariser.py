@@ -1,35 +1,43 @@
 """Pulling the transition matrices towards the identity: lambda * ||A - I||_F (section 4.2, Finding 6).
 
-The norm. A_t = diag(a_t) is taken per position: R = mean over batch and positions of
-sqrt(sum over heads and state of (1 - a_t)^2), the Frobenius norm of the layer's block-diagonal A_t - I. The mean makes
-R independent of batch size and length, so one lambda serves a run whatever its shapes. A decay that is the same at
-every position (WLA) has one A, and R is its norm.
+The norm. A_t is taken per position: R = mean over batch and positions of ||A_t - I||_F, the Frobenius norm over all
+heads (and channels) of the layer, whose A is block-diagonal. For a diagonal A_t = diag(a_t) that is
+sqrt(sum over heads and state of (1 - a_t)^2). The mean makes R independent of batch size and length, so one lambda
+serves a run whatever its shapes. A decay that is the same at every position (WLA) has one A, and R is its norm.
+
+The delta rule's A_t = (I - beta_t k_t k_t^T) diag(a_t) is taken as it stands: R pulls the decay to 1 *and* beta to 0.
 
 Two ways to use it. `identity_penalty(log_decay)` is a term for a loss of your own. `IdentityPull` needs no access to
-the loss: inside the forward pass an identity function stands where the layer's log-decay enters the recurrence, and
-adds lambda * dR / d(log-decay) to the gradient on its way back. From there it flows into everything that determines A:
-gate weights and biases, A_log, step-size projections.
+the loss: inside the forward pass an identity function stands where everything that determines A enters the recurrence,
+and adds lambda * dR to the gradient of each of these tensors on its way back. From there it flows into gate weights and
+biases, A_log, step-size projections.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from ess_monitor.capture import DecayHandle
+from ess_monitor.capture import DecayHandle, Transition
+from ess_monitor.capture.eager import compile_with, compile_without
+from ess_monitor.capture.handles import Behind
+from ess_monitor.capture.sites import Arguments, Call, Watch
 from ess_monitor.errors import ConfigError
 
 _SMALLEST = 1e-12
 """Below this squared distance A is the identity: R has no direction there, and its gradient is taken as 0."""
 
+_NUMBERS_AT_ONCE = 2**20
+"""Of the largest tensor behind A: longer sequences are worked through in parts."""
+
 
 def identity_penalty(log_decay: torch.Tensor) -> torch.Tensor:
-    """R = mean over batch and positions of ||A_t - I||_F.
+    """R = mean over batch and positions of ||A_t - I||_F, for a diagonal A.
 
     Args:
         log_decay: log of A's diagonal, (batch, heads, length, state) or broadcasting to it, as in
@@ -47,12 +55,24 @@ def identity_penalty(log_decay: torch.Tensor) -> torch.Tensor:
             f"log_decay: shape {tuple(log_decay.shape)}; it must be (batch, heads, length, state), with size 1 where "
             "it broadcasts"
         )
-    return _norm(log_decay).mean()
+    return transition_penalty(Transition(log_decay))
 
 
-def _norm(log_decay: torch.Tensor) -> torch.Tensor:
+def transition_penalty(transition: Transition) -> torch.Tensor:
+    """R = mean over batch and positions of ||A_t - I||_F, for any A that the capture room knows."""
+    return _norm(transition).mean()
+
+
+def _norm(transition: Transition) -> torch.Tensor:
     """||A_t - I||_F, (batch, length)."""
-    squared = torch.expm1(_precise(log_decay)).square().sum((1, 3))
+    distance = torch.expm1(_precise(transition.log_decay))
+    repeats = 1 if transition.state_size is None else transition.state_size / distance.shape[3]
+    squared = distance.square().sum((1, 3)) * repeats
+    if transition.left is not None and transition.right is not None:
+        left, right = _precise(transition.left), _precise(transition.right)
+        crossed = 2 * (distance * left * right).sum(3) + left.square().sum(3) * right.square().sum(3)
+        squared = squared + crossed.sum(1)
+    # A sum of three terms can round to just below 0, where the root has no gradient.
     return torch.where(squared > _SMALLEST, squared, 1.0).sqrt() * (squared > _SMALLEST)
 
 
@@ -61,22 +81,62 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _AddPenaltyGradient(torch.autograd.Function):
-    """Identity; the gradient gains strength * dR / d(log_decay)."""
+    """Identity on the tensors behind A; their gradients gain those of strength * R."""
 
     @staticmethod
-    def forward(ctx: Any, log_decay: torch.Tensor, strength: Callable[[], float | torch.Tensor]) -> torch.Tensor:
-        ctx.save_for_backward(log_decay)
-        ctx.strength = strength
-        return log_decay.view_as(log_decay)
+    def forward(
+        ctx: Any, behind: Behind, strength: Callable[[], float | torch.Tensor], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        # Not `behind` as it is: its tensors would be kept outside of saved_tensors, past the end of backward.
+        ctx.behind, ctx.strength = dataclasses.replace(behind, tensors=()), strength
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (log_decay,) = ctx.saved_tensors
-        distance = torch.expm1(_precise(log_decay))
-        norm = _norm(log_decay)
-        inverse = torch.where(norm > 0, 1.0 / norm.clamp_min(_SMALLEST**0.5), 0.0) / norm.numel()
-        pull = distance * (distance + 1) * inverse[:, None, :, None]
-        return grad + (ctx.strength() * pull).to(grad.dtype), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        pulls = _penalty_gradients(ctx.behind, ctx.saved_tensors, needed)
+        strength = ctx.strength()
+        sums = (
+            grad + (strength * pull).to(grad.dtype) if pull is not None else None
+            for grad, pull in zip(grads, pulls, strict=True)
+        )
+        return (None, None, *sums)
+
+
+def _penalty_gradients(
+    behind: Behind, tensors: tuple[torch.Tensor, ...], needed: tuple[bool, ...]
+) -> list[torch.Tensor | None]:
+    """dR / d(tensor) for every tensor that needs it, one part of the sequence after the other."""
+    dims = behind.length_dims
+    lengths = [tensor.shape[dim] for tensor, dim in zip(tensors, dims, strict=True) if dim is not None]
+    length = max(lengths, default=1)
+    per_token = max(tensor.numel() // length for tensor in tensors)
+    part = max(1, _NUMBERS_AT_ONCE // max(1, per_token))
+    sums = [
+        torch.zeros_like(t, dtype=_precise(t).dtype) if need else None for t, need in zip(tensors, needed, strict=True)
+    ]
+    positions = 0
+    for start in range(0, length, part):
+        pieces = [_piece(tensor, dim, start, part) for tensor, dim in zip(tensors, dims, strict=True)]
+        leaves = [piece.detach().requires_grad_(need) for piece, need in zip(pieces, needed, strict=True)]
+        with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            norm = _norm(behind.transition(tuple(leaves)))
+            wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(norm.sum(), wanted, allow_unused=True))
+        positions += norm.numel()
+        for total, dim, need in zip(sums, dims, needed, strict=True):
+            gradient = next(found) if need else None
+            if total is not None and gradient is not None:
+                _piece(total, dim, start, part).add_(gradient)
+    return [None if total is None else total / positions for total in sums]
+
+
+def _piece(tensor: torch.Tensor, dim: int | None, start: int, part: int) -> torch.Tensor:
+    """Tokens start..start+part; the whole of a tensor that has no tokens, or one for all of them."""
+    if dim is None or tensor.shape[dim] == 1:
+        return tensor
+    return tensor.narrow(dim, start, min(part, tensor.shape[dim] - start))
 
 
 def add_penalty_gradient(
@@ -89,25 +149,15 @@ def add_penalty_gradient(
         strength: lambda times whatever the loss is multiplied with before backward (loss scale, 1 / accumulation
             steps); a callable is asked during backward.
     """
-    if not log_decay.requires_grad:
-        return log_decay
     ask = strength if callable(strength) else lambda: strength
-    result: torch.Tensor = _AddPenaltyGradient.apply(log_decay, ask)  # type: ignore[no-untyped-call]
+    return _with_gradient(Behind((log_decay,), lambda tensors: Transition(tensors[0])), ask)[0]
+
+
+def _with_gradient(behind: Behind, strength: Callable[[], float | torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    if not any(tensor.requires_grad for tensor in behind.tensors):
+        return behind.tensors
+    result: tuple[torch.Tensor, ...] = _AddPenaltyGradient.apply(behind, strength, *behind.tensors)  # type: ignore[no-untyped-call]
     return result
-
-
-class _Injection:
-    """The hook of an `IdentityPull`. A pickled or deep-copied model gets one that does nothing: the copy is not the
-    model in training, and what the pull refers to (the loss scale) cannot be pickled."""
-
-    def __init__(self, inject: Callable[..., Any] | None) -> None:
-        self._inject = inject
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._inject(module, args, kwargs) if self._inject is not None else None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Injection, (None,)
 
 
 class IdentityPull:
@@ -148,32 +198,32 @@ class IdentityPull:
         if not (math.isfinite(strength) and strength > 0):
             raise ConfigError(f"strength: {strength} given; lambda must be finite and above 0, for example 0.5")
         self.strength = strength
-        self._point = layer.get_submodule(handle.point)
+        self._layer = layer
         self._handle = handle
         self._grad_scale = grad_scale
-        self._hook: RemovableHandle | None = None
+        self._watch = Watch()
 
     @property
     def attached(self) -> bool:
         """True between `attach` and `detach`."""
-        return self._hook is not None
+        return self._watch.active
 
     def attach(self) -> None:
         """Stand in the forward pass. A second call does nothing."""
-        if self._hook is None:
-            self._hook = self._point.register_forward_pre_hook(_Injection(self._inject), with_kwargs=True)
+        if not self._watch.active:
+            self._watch = self._handle.site.watch(self._layer, before=self._inject)
+            compile_with(self)
 
     def detach(self) -> None:
         """Leave the forward pass. A second call does nothing."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._watch.remove()
+        compile_without(self)
 
-    def _inject(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not module.training:
+    def _inject(self, call: Call) -> Arguments | None:
+        if not self._layer.training:
             return None
-        log_decay = self._handle.read(args, kwargs)
-        return self._handle.write(args, kwargs, add_penalty_gradient(log_decay, self._scaled))
+        behind = self._handle.read(call)
+        return None if behind is None else self._handle.write(call, _with_gradient(behind, self._scaled))
 
     def _scaled(self) -> float | torch.Tensor:
         return self.strength * self._grad_scale()

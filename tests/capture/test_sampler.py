@@ -81,8 +81,9 @@ def test_hooks_are_there_only_while_armed(net: nn.Sequential) -> None:
     s = sampler(net)
     assert hooks_of(net) == 0
     s.arm()
+    armed = hooks_of(net)
     s.arm()
-    assert hooks_of(net) == 2
+    assert hooks_of(net) == armed > 0
     s.collect()
     assert hooks_of(net) == 0
 
@@ -121,7 +122,7 @@ def test_a_layer_that_cannot_be_read_is_reported_and_the_others_are_taken() -> N
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
-    def broken(module, args, kwargs, output):
+    def broken(call):
         raise ValueError("not today")
 
     add_spec(Odd, CaptureSpec("custom", broken))

@@ -266,3 +266,13 @@ def test_tensors_on_different_devices_are_named() -> None:
 def test_positions_without_a_matrix_are_refused(position: int) -> None:
     with pytest.raises(OperatorError, match=r"must be in 1\.\.19"):
         DiagonalRecurrence(*_random()).singular_values([3, position])
+
+
+def test_without_decay_packed_sequences_still_do_not_see_each_other() -> None:
+    log_decay, b, c = -torch.rand(1, 1, 12, 4), torch.randn(1, 1, 12, 4), torch.randn(1, 1, 12, 4)
+    log_decay[:, :, 5] = -torch.inf  # a new sequence
+    log_decay[:, :, 8, 0] = -torch.inf  # one state dimension is emptied: that is decay
+    operator = DiagonalRecurrence(log_decay, b, c).without_decay().materialize()
+    expected = torch.einsum("bhin,bhjn->bhij", c, b).tril()
+    expected[:, :, 5:, :5] = 0
+    torch.testing.assert_close(operator, expected)

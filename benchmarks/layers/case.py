@@ -1,0 +1,153 @@
+"""One layer of a library as people use it, small and randomly initialised, and how far T u is from what it computed.
+
+The reference is not ours: u and y are taken from the library's own call (its inputs and its output), with hooks and
+wrappers of this file, and T is the operator that the capture room built for the same call, materialised in float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ess_monitor.capture import CaptureConfig, Captured, Sampler, find_layers, layer_infos
+from ess_monitor.capture.sites import Call
+from ess_monitor.ess import tolerance_ess
+
+
+def _as_it_is(product: Tensor) -> Tensor:
+    return product
+
+
+class Mixed(NamedTuple):
+    """A call of the library, as numbers: y should be finish(T u)."""
+
+    u: Tensor
+    """(batch, heads, length, channels): what the operator of every head is applied to."""
+    y: Tensor
+    """What the library returned."""
+    finish: Callable[[Tensor], Tensor] = _as_it_is
+    """What the library does to T u afterwards in the same call (a skip, a gate), in float64."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer in a model."""
+
+    library: str
+    layer: str
+    """Class of the layer."""
+    build: Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
+    """The model, and what its forward takes. Called after torch.manual_seed."""
+    mixed: Callable[[Call], Mixed]
+    """What the call that the layer is read at was given and returned."""
+    tolerance: float = 1e-5
+    """Largest max|T u - y| / max|y| that is right."""
+    note: str = ""
+    modes: tuple[str, ...] = ("train", "eval")
+    pulled: bool = True
+    """Whether the layer has a decay that the regulariser can pull."""
+    scaled: bool = True
+    """Whether it has an alpha."""
+
+    @property
+    def package(self) -> str:
+        """What has to be installed."""
+        return {"flash-linear-attention": "fla"}.get(self.library, self.library)
+
+    @property
+    def name(self) -> str:
+        """For tables and test ids."""
+        return f"{self.library} {self.layer}" + (f" ({self.note})" if self.note else "")
+
+
+@dataclass
+class Row:
+    """What is measured of a case."""
+
+    library: str
+    layer: str
+    error: float
+    """Largest over the layers of this class and the modes."""
+    state_capacity: float | None
+    effective_size: float
+    handles: tuple[str, ...]
+    note: str = ""
+    layers: int = 0
+    described: dict[str, Any] = field(default_factory=dict)
+    """What `describe` says of the first of them."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """The same from the operator that was captured."""
+
+
+def measure(case: Case, mode: str) -> Row:
+    """Run the model once and compare."""
+    with torch.random.fork_rng(devices=()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the library, about its own options
+        torch.manual_seed(0)
+        model, args, kwargs = case.build()
+        model.train(mode == "train")
+    layers = tuple(layer for layer in find_layers(model) if type(layer.module).__name__ == case.layer)
+    if not layers:
+        raise LookupError(f"{case.name}: no layer of this class is found; {layer_infos(model)}")
+    seen: dict[str, Mixed] = {}
+    everything = CaptureConfig(samples=2**31, heads=None, max_length=None, source="validation")
+    sampler = Sampler(layers, everything)
+    sampler.arm()
+    watches = [layer.spec.site.watch(layer.module, after=_keep(seen, layer.name, case)) for layer in layers]
+    try:
+        with torch.set_grad_enabled(mode == "train"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(*args, **kwargs)
+    finally:
+        for watch in watches:
+            watch.remove()
+        taken = sampler.collect()
+    errors, sizes = [], []
+    for item in taken:
+        if not isinstance(item, Captured):
+            raise RuntimeError(f"{case.name}: {item.error}")
+        mixed = seen[item.layer.name]
+        y = mixed.y.detach().double()
+        product = mixed.finish(
+            item.operator.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor).materialize()
+            @ mixed.u.detach().double()
+        )
+        assert product.shape == y.shape, f"{case.name}: T u is {tuple(product.shape)}, y {tuple(y.shape)}"
+        errors.append(((product - y).abs().max() / y.abs().max()).item())
+        middle = [item.operator.length // 2]
+        sizes.append(tolerance_ess(item.operator.singular_values(middle)).float().mean().item())
+    if len(taken) != len(layers):
+        raise RuntimeError(f"{case.name}: {len(layers) - len(taken)} of {len(layers)} layers were not captured")
+    operator, info = taken[0].operator, next(i for i in layer_infos(model) if i.name == taken[0].layer.name)
+    capacity = None if operator.capacity_grows else operator.state_capacity([operator.length // 2]).item()
+    measured = {
+        "operator": type(operator).__name__,
+        "state_capacity": capacity,
+        "capacity_grows": operator.capacity_grows,
+        "channels": operator.heads,
+    }
+    return Row(
+        library=case.library,
+        layer=case.layer,
+        error=max(errors),
+        state_capacity=capacity,
+        effective_size=sum(sizes) / len(sizes),
+        handles=info.handles,
+        note=case.note,
+        layers=len(layers),
+        described={name: getattr(info, name) for name in measured},
+        measured=measured,
+    )
+
+
+def _keep(seen: dict[str, Mixed], name: str, case: Case) -> Callable[[Call], None]:
+    def keep(call: Call) -> None:
+        if name not in seen and call.output is not None:
+            seen[name] = case.mixed(call)
+
+    return keep

@@ -1,0 +1,234 @@
+"""The delta rule, by the ops of flash-linear-attention: DeltaNet, Gated DeltaNet, KDA, RWKV-7.
+
+Per value head: A_t = (I - beta_t k_t k_t^T) diag(exp g_t), input beta_t k_t, read scale q_t. DeltaNet has no g, Gated
+DeltaNet one per head, KDA one per state dimension. RWKV-7: A_t = diag(exp w_t) + b_t a_t^T, input k_t, read r_t. TSS is
+the size of a key. The kernels may be handed raw gates and keys and do the rest themselves; their flags say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ess_monitor.capture.adapters.gated_linear import (
+    Part,
+    first_tokens,
+    forgotten_at,
+    goes_on,
+    not_read,
+    part_of,
+    precise,
+    scale_of,
+)
+from ess_monitor.capture.adapters.reading import attribute, real_tokens
+from ess_monitor.capture.code import names_used
+from ess_monitor.capture.families import FAMILIES, Family
+from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition, under_names
+from ess_monitor.capture.sites import Arguments, Call, CallSite
+from ess_monitor.capture.sketch import Sketch
+from ess_monitor.errors import CaptureError
+from ess_monitor.ess import DeltaRecurrence, Operator
+from ess_monitor.ess.fields import take
+
+Given = Mapping[str, Any]
+"""Arguments of an op by their names."""
+
+_NORM_EPSILON = 1e-6
+"""Of the norm that the kernels take of queries and keys."""
+
+
+def delta_rule(call: Call) -> Sketch | None:
+    """`*_delta_rule(q, k, v, beta, ...)`; with `g` behind `v`: `*_gated_delta_rule` and `*_kda`."""
+    q, k, v = (call.kwargs[name] for name in ("q", "k", "v"))
+    if goes_on(call, v):
+        return None
+    _check_known(call)
+    batch, total, heads = v.shape[:3]
+    scale, normalised = scale_of(call, q), bool(call.kwargs.get("use_qk_l2norm_in_kernel"))
+
+    def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
+        part = part_of(samples, chosen, length, heads)
+        keys, queries = (_unit(part(tensor), normalised) for tensor in (k, q))
+        log_decay = forgotten_at(first_tokens(call, length), _log_decay(call.kwargs, part, chosen))
+        return DeltaRecurrence(log_decay, _beta(call.kwargs, part), keys, queries * scale)
+
+    return Sketch(batch, heads, total, form)
+
+
+def rwkv7(call: Call) -> Sketch | None:
+    """`chunk_rwkv7(r, w, k, v, a, b, ...)`, `fused_mul_recurrent_rwkv7(r, w, k, v, kk, a, ...)`."""
+    r, w, k, v = (call.kwargs[name] for name in ("r", "w", "k", "v"))
+    if goes_on(call, v):
+        return None
+    not_read(call, "reverse", "cp_context")
+    batch, total, heads = v.shape[:3]
+    scale = scale_of(call, r)
+    real = real_tokens(call, batch, total) if call.kwargs.get("cu_seqlens") is None else None
+
+    def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
+        part = part_of(samples, chosen, length, heads)
+        first = first_tokens(call, length)
+        left, right = _rank_one(call.op, *(part(call.kwargs[name]) for name in _RANK_ONE[call.op]))
+        if first is not None:
+            right = right.masked_fill(first[:, None], 0.0)
+        b = part(k) if real is None else part(k) * real[samples, None, :length, None]
+        return DeltaRecurrence.diagonal_plus_rank_one(
+            forgotten_at(first, part(w)), left, right, b, precise(part(r)) * scale
+        )
+
+    return Sketch(batch, heads, total, form)
+
+
+def _check_known(call: Call) -> None:
+    not_read(call, "gk", "gv", "cp_context")
+    beta = call.kwargs.get("beta")
+    if beta is not None and beta.dim() != 3:
+        raise CaptureError(
+            f"{call.op}: beta has shape {tuple(beta.shape)}; only one beta per head is known, with which all channels "
+            "of a head share one operator"
+        )
+
+
+def _unit(tensor: Tensor, normalised: bool) -> Tensor:
+    tensor = precise(tensor)
+    return tensor * (tensor.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt() if normalised else tensor
+
+
+def _beta(given: Given, part: Part) -> Tensor:
+    """(batch, heads, length), or (1, 1, 1) where every input replaces what is there."""
+    if given.get("beta") is None:
+        return precise(given["k"]).new_ones((1, 1, 1))
+    beta = precise(part(given["beta"]))
+    if not given.get("use_beta_sigmoid_in_kernel"):
+        return beta
+    return beta.sigmoid() * (2.0 if given.get("allow_neg_eigval") else 1.0)
+
+
+def _log_decay(given: Given, part: Part, heads: Sequence[int]) -> Tensor:
+    """(batch, heads, length, state), any of them 1."""
+    if given.get("g") is None:
+        return precise(given["k"]).new_zeros((1, 1, 1, 1))
+    gate = precise(part(given["g"]))
+    gate = gate if gate.dim() == 4 else gate[..., None]
+    if not given.get("use_gate_in_kernel"):
+        return gate
+    A_log, bias = (_per_head(given.get(name), given["g"].shape[2], heads) for name in ("A_log", "dt_bias"))
+    if bias is not None:
+        gate = gate + bias
+    rate = 1.0 if A_log is None else A_log.exp()
+    lower_bound = given.get("lower_bound")
+    return -rate * F.softplus(gate) if lower_bound is None else lower_bound * (rate * gate).sigmoid()
+
+
+def _per_head(parameter: Tensor | None, total: int, heads: Sequence[int]) -> Tensor | None:
+    """(heads,) or (heads * state,) to (heads, 1, 1|state)."""
+    return None if parameter is None else precise(take(parameter.reshape(total, 1, -1), 0, heads))
+
+
+def _rank_one(op: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """What A_t writes and what it reads."""
+    if op == "chunk_rwkv7":
+        return second, first
+    return first * second, -first
+
+
+_RANK_ONE = {"chunk_rwkv7": ("a", "b"), "fused_mul_recurrent_rwkv7": ("kk", "a")}
+
+
+def _delta_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
+    """A depends on the gate, beta and the keys, before whatever of their activations the kernel computes."""
+
+    def names(call: Call) -> tuple[str, ...]:
+        gate = ("g", "A_log", "dt_bias") if call.kwargs.get("use_gate_in_kernel") else ("g",)
+        return tuple(name for name in (*gate, "beta", "k") if call.kwargs.get(name) is not None)
+
+    def read(call: Call) -> Behind | None:
+        v = call.kwargs["v"]
+        if goes_on(call, v):
+            return None
+        _check_known(call)
+        given, (length, heads), size = names(call), v.shape[1:3], call.kwargs["k"].shape[-1]
+        # Only the flags: the tensors must not be held once backward has freed them.
+        flags = {name: value for name, value in call.kwargs.items() if not isinstance(value, Tensor)}
+
+        def transition(tensors: tuple[Tensor, ...]) -> Transition:
+            found = {**flags, **dict(zip(given, tensors, strict=True))}
+            part = part_of(slice(None), range(heads), length, heads)
+            k = _unit(part(found["k"]), bool(flags.get("use_qk_l2norm_in_kernel")))
+            log_decay = _log_decay(found, part, range(heads))
+            return Transition(log_decay, -_beta(found, part)[..., None] * k, log_decay.exp() * k, state_size=size)
+
+        dims = tuple(None if name in ("A_log", "dt_bias") else 1 for name in given)
+        return Behind(tuple(call.kwargs[name] for name in given), transition, dims)
+
+    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
+        return under_names(*names(call))(call, tensors)
+
+    return DecayHandle(_those_of(layer, *_BEHIND_DELTA), site, read, write)
+
+
+def _rwkv7_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
+    def read(call: Call) -> Behind | None:
+        if goes_on(call, call.kwargs["v"]):
+            return None
+        op = call.op
+
+        def transition(tensors: tuple[Tensor, ...]) -> Transition:
+            log_decay, *others = (tensor.transpose(1, 2) for tensor in tensors)
+            left, right = _rank_one(op, *others)
+            return Transition(log_decay, left, right)
+
+        return Behind(tuple(call.kwargs[name] for name in ("w", *_RANK_ONE[call.op])), transition, (1, 1, 1))
+
+    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
+        return under_names("w", *_RANK_ONE[call.op])(call, tensors)
+
+    return DecayHandle(_those_of(layer, "w_lora", "a_lora", "k_proj", "k_k"), site, read, write)
+
+
+_BEHIND_DELTA = ("a_proj", "f_proj", "A_log", "dt_bias", "b_proj", "k_proj", "k_conv1d")
+
+
+def _those_of(layer: nn.Module, *names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if hasattr(layer, name))
+
+
+def _refuses(layer: nn.Module) -> str | None:
+    if "chunk_gated_delta_product" in names_used(type(layer)):
+        return "it makes several steps of the delta rule per token, so that its op sees another sequence than the layer"
+    if hasattr(layer, "num_memories"):
+        return "it sends every token to some of several memories, so that its op sees another sequence than the layer"
+    return None
+
+
+def _alpha(layer: nn.Module) -> AlphaHandle | None:
+    """log A = -exp(A_log) softplus(.); with a lower bound A_log stands inside a sigmoid and scales nothing."""
+    scales = isinstance(getattr(layer, "A_log", None), Tensor) and getattr(layer, "lower_bound", None) is None
+    return AlphaHandle("A_log", 1.0) if scales else None
+
+
+_OPS = ("delta_rule", "gated_delta_rule", "gdn", "kda")
+
+FAMILIES.append(
+    Family(
+        operator="DeltaRecurrence",
+        ops={f"{kernel}_{op}": delta_rule for op in _OPS for kernel in ("chunk", "fused_recurrent")},
+        state_capacity=lambda layer: attribute(layer, "head_k_dim", "head_dim"),
+        channels=lambda layer: attribute(layer, "num_v_heads", "num_heads"),
+        decay=_delta_handle,
+        alpha=_alpha,
+        refuses=_refuses,
+    )
+)
+FAMILIES.append(
+    Family(
+        operator="DeltaRecurrence",
+        ops={"chunk_rwkv7": rwkv7, "fused_mul_recurrent_rwkv7": rwkv7},
+        state_capacity=lambda layer: attribute(layer, "head_dim"),
+        channels=lambda layer: attribute(layer, "num_heads"),
+        decay=_rwkv7_handle,
+    )
+)

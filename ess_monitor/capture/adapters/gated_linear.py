@@ -1,0 +1,318 @@
+"""Linear attention with a decay, by the ops of flash-linear-attention: GLA, HGRN2, simple GLA, retention, linear
+attention, RWKV-6, and whatever calls the same ops.
+
+Per head: A_t = diag(exp g_t), input k_t, read scale q_t; TSS is the size of a key. Convolutions in front and the output
+gate and norm behind are outside of T. Tensors of these ops are (batch, length, heads, size).
+
+Padded batches are packed by the layers before the op: one row of `cu_seqlens`, in which nothing is carried from one
+sequence into the next. There A is 0 at every first token, so that T is block-diagonal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ess_monitor.capture.adapters.reading import attribute, is_decoding, real_tokens
+from ess_monitor.capture.code import names_used
+from ess_monitor.capture.families import FAMILIES, Family
+from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition, under_names
+from ess_monitor.capture.sites import Arguments, Call, CallSite
+from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.spec import Build
+from ess_monitor.errors import CaptureError
+from ess_monitor.ess import DiagonalRecurrence, Operator
+from ess_monitor.ess.fields import take
+from ess_monitor.ess.linalg import result_dtype, working_dtype
+
+Part = Callable[[Tensor], Tensor]
+"""Cuts (batch, length, heads, ...) down to the wanted (samples, heads, tokens, ...)."""
+
+_NORMALISER_EPSILON = 1e-10
+
+
+@dataclass(frozen=True, eq=False)
+class ReadFirstRecurrence(DiagonalRecurrence):
+    """y_t = c_t . s_{t-1}, then s_t = diag(exp log_decay_t) s_{t-1} + b_t u_t: the state is read before it is updated.
+
+    T_ij = sum_n c_i[n] exp(log_decay_{j+1}[n] + ... + log_decay_{i-1}[n]) b_j[n] for i > j, and 0 for i = j: what a
+    token adds to its own output is in no H_i. A log decay of -inf separates sequences: the read of that token sees
+    nothing from before it either.
+
+    Arguments as in `DiagonalRecurrence`, and so are A, the state without decay and the cost.
+    """
+
+    def _updated_first(self) -> DiagonalRecurrence:
+        """The same H_i with the read after the update: the one decay that such a read sees more is divided out.
+
+        Decays too strong for that are bounded. What they then leave of a state, exp(-283) in float64, is as far below
+        the rounding of any sum as nothing at all is.
+        """
+        dtype = working_dtype(self.device)
+        bound = 0.4 * math.log(torch.finfo(dtype).tiny)
+        separates = self.log_decay.isneginf()
+        log_decay = self.log_decay.to(dtype).masked_fill(separates, 0.0).clamp_min(bound)
+        c = self.c.to(dtype) * (-log_decay).exp()
+        return DiagonalRecurrence(log_decay.masked_fill(separates, -math.inf), self.b, c)
+
+    @torch.no_grad()
+    def materialize(self) -> Tensor:
+        return self._updated_first().materialize().tril(-1).to(result_dtype(*(t.dtype for t in self.tensors)))
+
+    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+        return self._updated_first()._raw_singular_values(positions)
+
+
+def not_read(call: Call, *names: str) -> None:
+    """Refuse a call that uses an option of the op with which it is another operator."""
+    for name in names:
+        value = call.kwargs.get(name)
+        if value is not None and value is not False:
+            raise CaptureError(f"{call.op}: called with {name}, which changes the operator in a way that is not known")
+
+
+def goes_on(call: Call, tokens: Tensor) -> bool:
+    """Whether the call is a step of decoding."""
+    return is_decoding(call) or tokens.shape[1] == 1
+
+
+def scale_of(call: Call, query: Tensor) -> float:
+    """What the op multiplies queries with."""
+    scale = call.kwargs.get("scale")
+    return float(query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def part_of(samples: slice, heads: Sequence[int], length: int, total: int) -> Part:
+    """The wanted part; tensors with fewer heads than `total` serve several heads each."""
+
+    def part(tensor: Tensor) -> Tensor:
+        group = total // tensor.shape[2]
+        return take(tensor[samples, :length], 2, [head // group for head in heads]).transpose(1, 2)
+
+    return part
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def first_tokens(call: Call, length: int) -> Tensor | None:
+    """(length,) bool: tokens that begin a new sequence inside a packed row; None for a row that is one sequence.
+
+    Found on the device: where the sequences begin is not known to the host.
+    """
+    ends = call.kwargs.get("cu_seqlens")
+    if ends is None:
+        return None
+    marks = torch.zeros(int(call.kwargs["v"].shape[1]) + 1, dtype=torch.bool, device=ends.device)
+    marks.scatter_(0, ends.long(), True)
+    marks[0] = False
+    return marks[:length]
+
+
+def forgotten_at(first: Tensor | None, log_decay: Tensor) -> Tensor:
+    """The log decay, -inf where a new sequence begins."""
+    return log_decay if first is None else torch.where(first[:, None], -math.inf, log_decay)
+
+
+def _recurrence(
+    call: Call,
+    log_decay: Callable[[Part, Sequence[int]], Tensor],
+    *,
+    query: str = "q",
+    kind: type[DiagonalRecurrence] = DiagonalRecurrence,
+    masked: bool = False,
+) -> Sketch | None:
+    q, k, v = call.kwargs[query], call.kwargs["k"], call.kwargs["v"]
+    if goes_on(call, v):
+        return None
+    not_read(call, "gv", "reverse")
+    batch, total, heads = v.shape[:3]
+    scale, normalized = scale_of(call, q), bool(call.kwargs.get("normalize"))
+    real = real_tokens(call, batch, total) if masked and call.kwargs.get("cu_seqlens") is None else None
+
+    def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
+        part = part_of(samples, chosen, length, heads)
+        first = first_tokens(call, length)
+        b, c = part(k), precise(part(q)) * scale
+        if real is not None:
+            b = b * real[samples, None, :length, None]
+        if normalized:
+            c = c / (_row_sums(b, c, first) + _NORMALISER_EPSILON)
+        return kind(forgotten_at(first, log_decay(part, chosen)), b, c)
+
+    return Sketch(batch, heads, total, form)
+
+
+def _row_sums(b: Tensor, c: Tensor, first: Tensor | None) -> Tensor:
+    """sum_j T_ij of linear attention, each row from the beginning of its own sequence on."""
+    sums = b.double().cumsum(2)
+    if first is not None:
+        tokens = torch.arange(len(first), device=first.device)
+        begins = torch.where(first, tokens, 0).cummax(0).values
+        sums = sums - (sums - b).index_select(2, begins)
+    return (c * sums).sum(-1, keepdim=True).to(c.dtype)
+
+
+def gla(call: Call) -> Sketch | None:
+    """`chunk_gla(q, k, v, g, ...)`, `fused_recurrent_gla(q, k, v, gk, ...)`: a decay for every state dimension."""
+    gate = call.kwargs[_GATES[call.op]]
+
+    def log_decay(part: Part, heads: Sequence[int]) -> Tensor:
+        return precise(call.kwargs["k"]).new_zeros((1, 1, 1, 1)) if gate is None else part(gate)
+
+    return _recurrence(call, log_decay)
+
+
+def simple_gla(call: Call) -> Sketch | None:
+    """`*_simple_gla(q, k, v, g, g_gamma, ...)`: a decay for every head, from the input, constant, or both."""
+    gate, constant = call.kwargs.get("g"), call.kwargs.get("g_gamma")
+
+    def log_decay(part: Part, heads: Sequence[int]) -> Tensor:
+        fixed = precise(call.kwargs["k"]).new_zeros((1, 1, 1, 1))
+        if constant is not None:
+            fixed = take(constant.reshape(1, -1, 1, 1), 1, heads)
+        return fixed if gate is None else fixed + part(gate)[..., None]
+
+    return _recurrence(call, log_decay, masked=True)
+
+
+def retention(call: Call) -> Sketch | None:
+    """`*_retention(q, k, v, ...)`: a constant decay of head h, 1 - 2^-(5 + h), that the op knows itself."""
+
+    def log_decay(part: Part, heads: Sequence[int]) -> Tensor:
+        lost = torch.tensor([2.0 ** -(5 + head) for head in heads])
+        device = call.kwargs["k"].device
+        return torch.log1p(-lost).reshape(1, -1, 1, 1).to(device, non_blocking=True)
+
+    return _recurrence(call, log_decay)
+
+
+def linear_attention(call: Call) -> Sketch | None:
+    """`*_linear_attn(q, k, v, normalize=, ...)`: A = I; normalised, every row of T is divided by its sum."""
+    return _recurrence(call, lambda part, heads: precise(call.kwargs["k"]).new_zeros((1, 1, 1, 1)))
+
+
+def rwkv6(call: Call) -> Sketch | None:
+    """`*_rwkv6(r, k, v, w, u, ...)`: read before the update; the bonus u lies on T's diagonal."""
+    return _recurrence(
+        call, lambda part, heads: part(call.kwargs["w"]), query="r", kind=ReadFirstRecurrence, masked=True
+    )
+
+
+_GATES = {
+    "chunk_gla": "g",
+    "fused_recurrent_gla": "gk",
+    "chunk_simple_gla": "g",
+    "fused_chunk_simple_gla": "g",
+    "fused_recurrent_simple_gla": "g",
+    "parallel_simple_gla": "g",
+    "chunk_rwkv6": "w",
+    "fused_recurrent_rwkv6": "w",
+}
+"""Under which name an op takes the log decay. Retention has its own, linear attention none."""
+
+_GATE_LAYERS = ("gk_proj", "f_proj", "f_conv1d", "w_proj", "g_gate_proj", "tau_gate_proj")
+
+_WIDENED: dict[str, Callable[[Any], int]] = {
+    **dict.fromkeys(
+        ("NoneType", "function", "Identity", "ReLU", "HadamardFeatureMap", "T2RFeatureMap"), lambda feature_map: 1
+    ),
+    "HedgehogFeatureMap": lambda feature_map: 2,
+    "DPFPFeatureMap": lambda feature_map: 2 * int(feature_map.nu),
+}
+"""By how much a feature map widens keys; others (Taylor) are not known before a forward pass."""
+
+
+def _refuses(layer: nn.Module) -> str | None:
+    if not getattr(layer, "causal", True):
+        return "it is not causal here (causal=False), so y = T u has no state that passes from token to token"
+    inside = {"parallel_based", "parallel_rebased"} & names_used(type(layer)).keys()
+    if inside and getattr(layer, "mode", None) == "parallel":
+        return (
+            f"in mode 'parallel' its feature map is computed inside of {inside.pop()}; it can be read in mode 'chunk'"
+        )
+    return None
+
+
+def _state_capacity(layer: nn.Module) -> int | None:
+    size = attribute(layer, "head_k_dim", "head_f_dim", "mem_size", "head_dim")
+    feature_map = getattr(layer, "feature_map_q", getattr(layer, "feature_map", None))
+    widened = _WIDENED.get(type(feature_map).__name__)
+    return None if size is None or widened is None else size * widened(feature_map)
+
+
+def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
+    """The log decay is an argument, and nothing else is behind A."""
+    gated = CallSite(ops=tuple(op for op in site.ops if op.name in _GATES))
+    parameters = tuple(name for name in _GATE_LAYERS if hasattr(layer, name))
+
+    def read(call: Call) -> Behind | None:
+        gate, constant = call.kwargs.get(_GATES[call.op]), call.kwargs.get("g_gamma")
+        if gate is None or goes_on(call, call.kwargs["v"]):
+            return None
+        state_size = call.kwargs["k"].shape[-1]
+
+        def transition(tensors: tuple[Tensor, ...]) -> Transition:
+            log_decay = tensors[0].transpose(1, 2)
+            if log_decay.dim() == 3:
+                log_decay = log_decay[..., None]
+            if constant is not None:
+                log_decay = log_decay + constant.reshape(1, -1, 1, 1)
+            return Transition(log_decay, state_size=state_size)
+
+        return Behind((gate,), transition, (1,))
+
+    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
+        return under_names(_GATES[call.op])(call, tensors)
+
+    return DecayHandle(parameters, gated, read, write) if gated.ops and parameters else None
+
+
+def _alpha(layer: nn.Module) -> AlphaHandle | None:
+    """log A = -exp(w): the last bias of w shifts it as a whole."""
+    bias = "w_proj.linear.lora.2.bias"
+    return AlphaHandle(bias, 1.0) if bias in dict(layer.named_parameters()) else None
+
+
+_OPS: dict[str, Build] = {
+    "chunk_gla": gla,
+    "fused_recurrent_gla": gla,
+    "chunk_simple_gla": simple_gla,
+    "fused_chunk_simple_gla": simple_gla,
+    "fused_recurrent_simple_gla": simple_gla,
+    "parallel_simple_gla": simple_gla,
+    "chunk_retention": retention,
+    "fused_chunk_retention": retention,
+    "fused_recurrent_retention": retention,
+    "parallel_retention": retention,
+    "chunk_linear_attn": linear_attention,
+    "fused_chunk_linear_attn": linear_attention,
+    "fused_recurrent_linear_attn": linear_attention,
+}
+FAMILIES.append(
+    Family(
+        operator="DiagonalRecurrence",
+        ops=_OPS,
+        state_capacity=_state_capacity,
+        channels=lambda layer: attribute(layer, "num_heads"),
+        decay=_decay,
+        refuses=_refuses,
+    )
+)
+FAMILIES.append(
+    Family(
+        operator="ReadFirstRecurrence",
+        ops={"chunk_rwkv6": rwkv6, "fused_recurrent_rwkv6": rwkv6},
+        state_capacity=_state_capacity,
+        channels=lambda layer: attribute(layer, "num_heads"),
+        decay=_decay,
+        alpha=_alpha,
+    )
+)

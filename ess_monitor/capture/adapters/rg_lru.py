@@ -1,0 +1,130 @@
+"""The real-gated linear recurrent unit of Griffin and RecurrentGemma (arXiv 2402.19427), one state per channel.
+
+    r_t, i_t = sigmoid(gates(x_t)),  log a_t = -8 r_t softplus(Lambda)
+    h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)
+
+The gates are linear in blocks of channels. Where a document begins (position 0) a_t is 0 and the input enters whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ess_monitor.capture.families import FAMILIES, Family
+from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition
+from ess_monitor.capture.sites import Arguments, Call, CallSite
+from ess_monitor.capture.sketch import Sketch
+from ess_monitor.ess import DiagonalRecurrence, Operator
+from ess_monitor.ess.fields import take
+
+_STRENGTH = -8.0
+"""The paper's c, with its sign."""
+
+_BEHIND_A = ("recurrent_gate_weight", "recurrent_gate_bias", "recurrent_param")
+
+
+def gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """sigmoid(x W + b) in blocks: (batch, length, blocks, width) and (blocks, width, width) -> as x."""
+    return torch.sigmoid(torch.einsum("blhi,hij->blhj", x, weight) + bias)
+
+
+def log_decay(recurrence_gate: Tensor, recurrent_param: Tensor, reset: Tensor) -> Tensor:
+    """log a, (batch, length, channels); -inf where a document begins."""
+    return (_STRENGTH * recurrence_gate * F.softplus(recurrent_param)).masked_fill(reset, -math.inf)
+
+
+def rg_lru(call: Call) -> Sketch | None:
+    """`RecurrentGemmaRglru.forward(activations, position_ids)`."""
+    x, positions = _arguments(call)
+    if x.shape[1] == 1:
+        return None
+    layer = call.layer
+    width = _block_width(layer)
+
+    def form(samples: slice, channels: Sequence[int], length: int) -> Operator:
+        blocks = sorted({channel // width for channel in channels})
+        within = [blocks.index(channel // width) * width + channel % width for channel in channels]
+        in_blocks = take(_in_blocks(x[samples, :length], width), 2, blocks).float()
+
+        def of(name: str) -> Tensor:
+            weight, bias = (take(getattr(layer, f"{name}_gate_{kind}"), 0, blocks) for kind in ("weight", "bias"))
+            return take(gate(in_blocks, weight.float(), bias.float()).flatten(2), 2, within).double()
+
+        parameter = take(cast(Tensor, layer.recurrent_param), 0, channels).double()
+        log_a = log_decay(of("recurrent"), parameter, _resets(positions, samples, length))
+        b = of("input") * (-torch.expm1(2 * log_a)).sqrt()
+        return DiagonalRecurrence(_by_channel(log_a), _by_channel(b), torch.ones_like(_by_channel(b[:1, :, :1])))
+
+    return Sketch(x.shape[0], x.shape[2], x.shape[1], form)
+
+
+def _arguments(call: Call) -> tuple[Tensor, Tensor]:
+    named = dict(zip(("activations", "position_ids"), call.args, strict=False)) | call.kwargs
+    return named["activations"], named["position_ids"]
+
+
+def _block_width(layer: nn.Module) -> int:
+    return cast(Tensor, layer.recurrent_gate_weight).shape[-1]
+
+
+def _in_blocks(x: Tensor, width: int) -> Tensor:
+    return x.reshape(*x.shape[:2], -1, width)
+
+
+def _resets(positions: Tensor, samples: slice, length: int) -> Tensor:
+    few = positions if positions.shape[0] == 1 else positions[samples]
+    return few[:, :length, None] == 0
+
+
+def _by_channel(tensor: Tensor) -> Tensor:
+    """(batch, length, channels) -> (batch, channels, length, 1)."""
+    return tensor.transpose(1, 2)[..., None]
+
+
+def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
+    """The layer computes A inside, from its input and three parameters.
+
+    Only the input can be put back into the call. The parameters stay where they are: their gradients leave the identity
+    function on their own, since it has them as inputs.
+    """
+
+    def read(call: Call) -> Behind | None:
+        x, positions = _arguments(call)
+        if x.shape[1] == 1:
+            return None
+        parameters = tuple(cast(Tensor, getattr(layer, name)) for name in _BEHIND_A)
+        width = _block_width(layer)
+
+        def transition(tensors: tuple[Tensor, ...]) -> Transition:
+            x, positions, weight, bias, recurrent = tensors
+            gates = gate(_in_blocks(x.float(), width), weight.float(), bias.float()).flatten(2)
+            return Transition(_by_channel(log_decay(gates, recurrent.float(), positions[..., None] == 0)))
+
+        return Behind((x, positions, *parameters), transition, (1, 1, None, None, None))
+
+    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
+        if call.args:
+            return (tensors[0], *call.args[1:]), call.kwargs
+        return call.args, {**call.kwargs, "activations": tensors[0]}
+
+    return DecayHandle(_BEHIND_A, site, read, write)
+
+
+FAMILIES.append(
+    Family(
+        operator="DiagonalRecurrence",
+        classes=r".*\.RecurrentGemmaRglru",
+        build=rg_lru,
+        state_capacity=lambda layer: 1,
+        channels=lambda layer: len(cast(Tensor, layer.recurrent_param)),
+        decay=_decay,
+        alpha=lambda layer: AlphaHandle("recurrent_param", form="softplus"),
+        uninformative="a channel's state has one dimension, so that its ESS can only be 0 or 1",
+    )
+)

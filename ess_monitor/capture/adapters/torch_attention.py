@@ -1,0 +1,195 @@
+"""Softmax attention of torch itself: `nn.MultiheadAttention`, and `F.scaled_dot_product_attention` in a layer's code.
+
+A call says that it is causal by `is_causal`, or by a mask that hides later tokens. One that is neither has no lower
+triangular T and fails with a reason. Keys of another length are a step of cached decoding for the function, which is
+skipped, and cross attention for the module, which has no cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ess_monitor.capture.adapters.attention import causal_attention, part, why_not_causal
+from ess_monitor.capture.adapters.reading import configured
+from ess_monitor.capture.families import FAMILIES, Family
+from ess_monitor.capture.sites import Call, named_arguments
+from ess_monitor.capture.sketch import Sketch
+from ess_monitor.errors import CaptureError
+from ess_monitor.ess import Operator
+from ess_monitor.ess.fields import take
+
+
+def _documented(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **further: Any,
+) -> None:
+    """How torch documents the arguments of `scaled_dot_product_attention`."""
+
+
+def with_signature(original: Any, called: Callable[..., Any]) -> Any:
+    """A stand-in for torch's function, which is compiled and shows no signature."""
+
+    @functools.wraps(original)
+    def signed(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    try:
+        inspect.signature(original)
+    except ValueError:
+        signed.__signature__ = inspect.signature(_documented)  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        return called(signed, args, kwargs)
+
+    return stand_in
+
+
+def read_function(call: Call) -> Sketch | None:
+    """`scaled_dot_product_attention(query, key, value, attn_mask, is_causal=, scale=, enable_gqa=)`."""
+    given = call.kwargs
+    if "attn_mask" not in given:
+        raise CaptureError("the code calls a function of its own of this name, not torch's")
+    q, k = (_four(given[name], "query and key") for name in ("query", "key"))
+    mask = None if given["attn_mask"] is None else _mask_4d(given["attn_mask"])
+    if q.shape[2] != k.shape[2] or q.shape[2] == 1:
+        return None
+
+    def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
+        operator = causal_attention(
+            part(q, samples, length),
+            part(k, samples, length),
+            None if mask is None else part(mask, samples, length),
+            causal=bool(given["is_causal"]),
+            scale=given["scale"],
+        )
+        return operator.select(heads=heads)
+
+    return Sketch(max(q.shape[0], k.shape[0]), q.shape[1], q.shape[2], form)
+
+
+def _four(tensor: Tensor, name: str) -> Tensor:
+    """(batch, length, dim) is one head."""
+    if tensor.is_nested or tensor.dim() not in (3, 4):
+        raise CaptureError(f"{name} must be dense tensors of shape (batch, heads, length, dim) to be read")
+    return tensor[:, None] if tensor.dim() == 3 else tensor
+
+
+def _mask_4d(mask: Tensor) -> Tensor:
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def _refuses(layer: nn.Module) -> str | None:
+    reason = why_not_causal(layer)
+    if reason is None and getattr(getattr(layer, "config", None), "_attn_implementation", "sdpa") != "sdpa":
+        reason = (
+            "with this attn_implementation the layer does not call scaled_dot_product_attention; "
+            "load the model with attn_implementation='sdpa' to measure it"
+        )
+    return reason
+
+
+def read_module(call: Call) -> Sketch | None:
+    """The call of an `nn.MultiheadAttention`: q and k once more from the input and its weights, for the part that is
+    taken only. No sub-module is called in between, and on its fast path no function either."""
+    module = call.module
+    assert isinstance(module, nn.MultiheadAttention)
+    given = named_arguments(inspect.signature(module.forward), call.args, call.kwargs)
+    query, key = given["query"], given["key"]
+    if query.is_nested:
+        raise CaptureError("nested tensors hold no mask, so the call is not causal and has no lower triangular T")
+    first_batch = module.batch_first
+    query, key = (x[None] if x.dim() == 2 else x if first_batch else x.transpose(0, 1) for x in (query, key))
+    batch, length = query.shape[:2]
+    if key.shape[1] != length:
+        raise CaptureError(
+            f"the call is cross attention ({length} queries, {key.shape[1]} keys): rows and columns of T are different "
+            "sequences; leave the layer out with `layers`"
+        )
+    if length == 1:
+        return None
+
+    def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
+        (q_weight, q_bias), (k_weight, k_bias) = _projections(module)
+        q = _project(query[samples, :length], q_weight, q_bias, module.num_heads, heads)
+        k = _project(key[samples, :length], k_weight, k_bias, module.num_heads, heads)
+        mask = _added(given, batch, module.num_heads, q.dtype)
+        if mask is not None:
+            mask = take(part(mask, samples, length), 1, heads)
+        return causal_attention(q, k, mask, causal=bool(given["is_causal"]))
+
+    return Sketch(batch, module.num_heads, length, form)
+
+
+def _projections(module: Any) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of q, and of k."""
+    weights = (module.q_proj_weight, module.k_proj_weight)  # None unless keys are of another width
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight.chunk(3)[:2]
+    biases = (None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[:2]
+    return list(zip(weights, biases, strict=True))
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, total: int, heads: Sequence[int]) -> Tensor:
+    """(batch, length, width) -> (batch, heads, length, dim), of some heads."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)  # under autocast they differ
+    few = take(weight.reshape(total, -1, weight.shape[1]), 0, heads).flatten(0, 1).to(dtype)
+    few_bias = None if bias is None else take(bias.reshape(total, -1), 0, heads).flatten().to(dtype)
+    projected = F.linear(x.to(dtype), few, few_bias)
+    return projected.reshape(*x.shape[:2], len(heads), -1).transpose(1, 2)
+
+
+def _added(given: dict[str, Any], batch: int, heads: int, dtype: torch.dtype) -> Tensor | None:
+    """attn_mask, (L, L) or (batch * heads, L, L), and key_padding_mask, (batch, L) or (L,), as one additive mask. Of
+    bool ones True means hidden, the opposite of the function's."""
+    mask, padding = given["attn_mask"], given["key_padding_mask"]
+    parts = []
+    if mask is not None:
+        parts.append(mask.reshape(batch, heads, *mask.shape[1:]) if mask.dim() == 3 else mask[None, None])
+    if padding is not None:
+        parts.append(padding.reshape(batch, 1, 1, -1))
+    added = [torch.zeros_like(p, dtype=dtype).masked_fill(p, -torch.inf) if p.dtype == torch.bool else p for p in parts]
+    return sum(added[1:], added[0]) if added else None
+
+
+def _refuses_module(layer: nn.Module) -> str | None:
+    if getattr(layer, "bias_k", None) is not None or getattr(layer, "add_zero_attn", False):
+        return "add_bias_kv and add_zero_attn add a key that is no token, so y is not T u"
+    return None
+
+
+FAMILIES.append(
+    Family(
+        operator="SoftmaxAttention",
+        classes=r"torch\.nn\.modules\.activation\.MultiheadAttention",
+        build=read_module,
+        capacity_grows=True,
+        channels=lambda layer: configured(layer, "num_heads"),
+        refuses=_refuses_module,
+    )
+)
+FAMILIES.append(
+    Family(
+        operator="SoftmaxAttention",
+        ops={"scaled_dot_product_attention": read_function},
+        make=with_signature,
+        namespaces=(lambda: vars(F),),
+        capacity_grows=True,
+        channels=lambda layer: configured(layer, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads"),
+        refuses=_refuses,
+    )
+)

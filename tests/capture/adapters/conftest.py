@@ -1,0 +1,13 @@
+"""Fixtures of the adapters' tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from ess_monitor.interventions import regulariser
+
+
+@pytest.fixture
+def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a long sequence: worked through in parts."""
+    monkeypatch.setattr(regulariser, "_NUMBERS_AT_ONCE", 200)

@@ -1,0 +1,89 @@
+"""The regulariser in a compiled model, attached after the first compiled call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from benchmarks.layers.mamba import hf
+from ess_monitor.capture import find_layers
+from ess_monitor.featurizers import GLA
+from ess_monitor.interventions import IdentityPull, collect_penalties
+
+Loss = Callable[[Any], Tensor]
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+"""Of the compiler, about itself."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def module_site() -> tuple[nn.Module, Loss]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(GLA(16, 2), GLA(16, 2)), torch.randn(2, 8, 16)
+    return model, lambda called: called(x).square().sum()
+
+
+def op_site() -> tuple[nn.Module, Loss]:
+    torch.manual_seed(0)
+    model, args, kwargs = hf("Mamba", state_size=4)
+    return model.train(), lambda called: called(*args, **kwargs).logits.square().sum()
+
+
+def compiled(model: nn.Module, how: str) -> Any:
+    if how == "whole":
+        return torch.compile(model, backend="aot_eager", fullgraph=True)
+    if how == "in place":
+        model.compile(backend="eager")
+    else:
+        for layer in find_layers(model):
+            layer.module.compile(backend="eager")
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "each layer"])
+@pytest.mark.parametrize("make", [module_site, op_site])
+def test_gradients_are_those_of_the_added_term_and_the_compiler_is_left_as_it_was(
+    make: Callable[[], tuple[nn.Module, Loss]], how: str
+) -> None:
+    model, loss = make()
+    layer = find_layers(model)[-1]
+    bare = (loss(model).backward(), gradients(model))[1]
+    with collect_penalties(model, [layer.name]) as penalties:
+        value = loss(model)
+    (value + 0.5 * penalties.total()).backward()
+    expected = gradients(model)
+    called = compiled(model, how)
+    loss(called).backward()
+    gradients(model)
+    config = torch._dynamo.config
+    settings = (config.skip_nnmodule_hook_guards, config.trace_autograd_ops)
+
+    assert layer.spec.decay is not None
+    pull = IdentityPull(layer.module, layer.spec.decay, 0.5)
+    pull.attach()
+    for _ in range(2):
+        loss(called).backward()
+        found = gradients(model)
+        assert max(((found[n] - e).norm() / e.norm().clamp_min(1e-9)).item() for n, e in expected.items()) < 1e-5
+    pull.detach()
+    assert (config.skip_nnmodule_hook_guards, config.trace_autograd_ops) == settings
+    loss(called).backward()
+    after = gradients(model)
+    assert max(((after[n] - e).norm() / e.norm().clamp_min(1e-9)).item() for n, e in bare.items()) < 1e-5
