@@ -1,8 +1,11 @@
 """`ess-monitor`: what the package can say of a model from a shell.
 
     ess-monitor describe TARGET               which layers can be measured, and why the others cannot; nothing is run
+    ess-monitor describe --hf-config FILE     the same for the model of a transformers config.json, without its weights
     ess-monitor profile TARGET                ESS of every layer, from one forward pass on random input
     ess-monitor profile featurizers           the paper's featurizers at initialisation (its Finding 4)
+    ess-monitor report RUN_DIR                one HTML page about a run, from its event log
+    ess-monitor compare RUN_A RUN_B           one HTML page that sets two runs side by side
 
 TARGET is `package.module:name`: a torch module, or a class or function that makes one. Results go to standard output,
 as a table or with `--json`; everything else goes to standard error. Exit status 2 after an `error:` line.
@@ -11,6 +14,7 @@ as a table or with `--json`; everything else goes to standard error. Exit status
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from enum import Enum
@@ -27,6 +31,7 @@ from typer.core import TyperGroup
 
 from ess_monitor.capture import CaptureConfig, LayerFilter
 from ess_monitor.checkpoints import load_into
+from ess_monitor.cli_report import compare, report
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, ConfigError, EssMonitorError
 from ess_monitor.featurizers import build_mixer
@@ -35,7 +40,7 @@ from ess_monitor.inspection import describe as describe_model
 from ess_monitor.inspection import profile as profile_model
 from ess_monitor.records import SCHEMA_VERSION
 from ess_monitor.tables import featurizer_table, layer_table, reading_table
-from ess_monitor.targets import load_model, make_inputs
+from ess_monitor.targets import load_model, make_inputs, model_of_hf_config
 from ess_monitor.versions import installed_versions
 
 FEATURIZER_ROWS: tuple[tuple[str, str, dict[str, float]], ...] = (
@@ -101,10 +106,18 @@ def _root(
 
 
 @app.command()
-def describe(target: Target, kwargs: Kwargs = None, layer: Layers = None, as_json: AsJson = False) -> None:
+def describe(
+    target: Annotated[str | None, typer.Argument(help="package.module:name of a model or of what makes one.")] = None,
+    kwargs: Kwargs = None,
+    hf_config: Annotated[Path | None, typer.Option(help="config.json of a transformers model, instead.")] = None,
+    layer: Layers = None,
+    as_json: AsJson = False,
+) -> None:
     """List the layers that can be measured, and why the others cannot. Nothing is run."""
+    if (target is None) == (hf_config is None):
+        raise ConfigError("target: give either package.module:name or --hf-config FILE, one of them")
     with redirect_stdout(sys.stderr):
-        model = load_model(target, kwargs)
+        model = load_model(target, kwargs) if target is not None else model_of_hf_config(hf_config or Path())
     description = describe_model(model, layers=_layers(layer))
     layers = [info.model_dump(mode="json") for info in description.layers]
     if as_json:
@@ -113,7 +126,7 @@ def describe(target: Target, kwargs: Kwargs = None, layer: Layers = None, as_jso
         print(f"{description.model}: nothing in it looks like a layer that mixes along the sequence")
     else:
         counted = f"{len(description.supported)} of {len(layers)} sequence mixers can be measured"
-        Console().print(layer_table(f"{description.model}: {counted}", description.layers))
+        _console().print(layer_table(f"{description.model}: {counted}", description.layers))
 
 
 @profile_app.command("model")
@@ -149,7 +162,7 @@ def profile_target(
         _print_json(model=result.model, readings=[reading.model_dump(mode="json") for reading in result.readings])
     else:
         title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}, tau {tolerance:g}"
-        Console().print(reading_table(title, result.readings))
+        _console().print(reading_table(title, result.readings))
 
 
 @profile_app.command("featurizers")
@@ -188,7 +201,7 @@ def profile_featurizers(
         _print_json(width=width, num_heads=num_heads, length=length, seeds=seeds, tolerance=tolerance, rows=rows)
         return
     title = f"tolerance-ESS at initialisation: width {width}, {num_heads} heads, {length} tokens, {seeds} seeds"
-    Console().print(featurizer_table(title, sizes, rows))
+    _console().print(featurizer_table(title, sizes, rows))
     if len(sizes) > 1:
         print(_scaling_sentence(rows))
     print("SA has no state of a chosen size: its columns are the dimensions of q and k per head.")
@@ -211,6 +224,10 @@ def scaling(ess: list[float]) -> Literal["rises", "flat", "mixed", "unknown"]:
     if max(ess) <= 1.5 * min(ess):
         return "flat"
     return "rises" if all(after >= 1.1 * before for before, after in pairwise(ess)) else "mixed"
+
+
+app.command()(report)
+app.command()(compare)
 
 
 def main() -> None:
@@ -279,6 +296,11 @@ def _config(
 
 def _layers(patterns: list[str] | None) -> LayerFilter | None:
     return LayerFilter(include=tuple(patterns)) if patterns else None
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for dotted module names where there is none."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
 
 
 def _print_json(**content: Any) -> None:

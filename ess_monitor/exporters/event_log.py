@@ -4,7 +4,7 @@ One object a line: `schema_version`, `event`, `timestamp_seconds`, `run` (the ru
 events are `run_started` (RunInfo), `measurement` (Measurement), `finding` (Finding), `action` (Action) and
 `run_finished` (the last Snapshot). Findings and actions are also inside their measurement, but one line each makes
 `grep -E '"event":"(finding|action)"'` the report of a run.
-`ess_monitor.exporters.read_event_log` reads it back.
+`ess_monitor.exporters.read_event_log` reads it back; `docs/event-log.schema.json` is its JSON Schema.
 """
 
 from __future__ import annotations

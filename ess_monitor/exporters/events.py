@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ess_monitor.exporters.line_file import rotated_path
 from ess_monitor.records import SCHEMA_VERSION, Action, Finding, Measurement, RunInfo, Snapshot
 
 
@@ -58,7 +59,8 @@ class RunFinishedEvent(_EventBase):
 Event = RunStartedEvent | MeasurementEvent | FindingEvent | ActionEvent | RunFinishedEvent
 """Any line of the event log."""
 
-_ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+"""What validates one line."""
 
 
 def encode_event(event: Event) -> bytes:
@@ -70,39 +72,42 @@ class EventReader(Iterator[Event]):
     """Iterates over the events of a log, skipping what is not an event of this schema.
 
     Skipped are a torn line (the process or the disk stopped in the middle of it), lines of another schema version, and
-    anything else that does not validate; blank lines are not counted. The file is read as a stream.
+    anything else that does not validate; blank lines are not counted. The files are read as a stream.
 
     Args:
-        path: the log.
+        paths: the parts of the log, oldest first.
 
     Raises:
-        OSError: with the first event, when the file cannot be opened.
+        OSError: on the way, when a part cannot be opened.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, *paths: Path) -> None:
         self.skipped_lines = 0
         """Lines so far that were no event."""
-        self._events = self._read(Path(path))
+        self._events = self._read(paths)
 
     def __next__(self) -> Event:
         return next(self._events)
 
-    def _read(self, path: Path) -> Iterator[Event]:
-        with path.open("rb") as lines:
-            for line in lines:
-                if not line.strip():
-                    continue
-                try:
-                    yield _ADAPTER.validate_json(line)
-                except ValidationError:
-                    self.skipped_lines += 1
+    def _read(self, paths: tuple[Path, ...]) -> Iterator[Event]:
+        for path in paths:
+            with path.open("rb") as lines:
+                for line in lines:
+                    if not line.strip():
+                        continue
+                    try:
+                        yield EVENT.validate_json(line)
+                    except ValidationError:
+                        self.skipped_lines += 1
 
 
-def read_event_log(path: str | Path) -> EventReader:
+def read_event_log(path: str | Path, *, rotated: bool = False) -> EventReader:
     """Read an event log back.
 
     Args:
-        path: the file that `EventLogExporter` wrote. A rotated older part lies beside it as `<name>.1`.
+        path: the file that `EventLogExporter` wrote.
+        rotated: read the rotated older part, `<name>.1`, first, where there is one. It ends where this file begins. A
+            run that was killed while it rotated may have left the older part alone.
 
     Returns:
         An iterator of events; its `skipped_lines` counts the lines that were no event.
@@ -123,4 +128,8 @@ def read_event_log(path: str | Path) -> EventReader:
         ...     [(event.event, event.run) for event in events], events.skipped_lines
         ([('run_started', 'demo')], 1)
     """
-    return EventReader(path)
+    path = Path(path)
+    older = rotated_path(path)
+    if not rotated or not older.exists():
+        return EventReader(path)
+    return EventReader(older, path) if path.exists() else EventReader(older)

@@ -42,16 +42,30 @@ class LineFile:
         self._torn = False
 
     def rotate(self) -> None:
-        """Rename the file to `<name>.1`, replacing an older one, and begin a new one. Raises OSError."""
+        """Rename the file to `<name>.1`, replacing an older one, and begin a new one.
+
+        Raises OSError; where only the renaming failed the file stays open, so that a later attempt may succeed.
+        """
         self.close()
-        os.replace(self.path, self.path.with_name(self.path.name + ".1"))
-        self.open()
+        try:
+            os.replace(self.path, rotated_path(self.path))
+        finally:
+            self.open()
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def rotated_path(path: Path) -> Path:
+    """Where the older part of a rotated file lies.
+
+    >>> rotated_path(Path("runs/events.jsonl")).name
+    'events.jsonl.1'
+    """
+    return path.with_name(path.name + ".1")
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from ess_monitor.exporters import EventLogConfig, EventLogExporter, ExporterHub, read_event_log
+from ess_monitor.exporters.event_schema import event_schema
 from ess_monitor.exporters.line_file import LineFile
 from ess_monitor.records import SCHEMA_VERSION
 
 from .helpers import ODD_LAYERS, action, finding, measurement, run_info, snapshot
+from .json_schema import is_valid
 
 
 @pytest.fixture
@@ -137,6 +143,132 @@ def test_the_file_is_renamed_before_it_grows_too_large(path: Path) -> None:
     steps = [event.data.step for event in both if event.event == "measurement"]
     assert steps == list(range(steps[0], 100)), "the newest measurements are all there"
     assert [next(read_event_log(part)).event for part in (older, path)] == ["run_started"] * 2
+
+    assert list(read_event_log(path, rotated=True)) == both
+    assert list(read_event_log(path)) == both[-len(list(read_event_log(path))) :]
+
+
+def test_reading_the_rotated_part_too_needs_none_and_needs_no_newer_one(path: Path) -> None:
+    with _running(path):
+        pass
+    events = list(read_event_log(path))
+    assert list(read_event_log(path, rotated=True)) == events
+    path.rename(path.with_name("events.jsonl.1"))
+    assert list(read_event_log(path, rotated=True)) == events
+    with pytest.raises(FileNotFoundError):
+        next(read_event_log(path))
+
+
+def test_a_rotation_that_fails_is_an_error_and_the_next_may_succeed(path: Path) -> None:
+    older = path.with_name("events.jsonl.1")
+    with _running(path, max_bytes=8192) as exporter:
+        (older / "full").mkdir(parents=True)  # nothing can be renamed onto a folder
+        for step in range(3):
+            exporter.export(measurement(step))
+        size = path.stat().st_size
+        with pytest.raises(OSError, match="events"):
+            exporter.export(measurement(3, ODD_LAYERS))
+        assert path.stat().st_size == size, "the log does not grow beyond its limit"
+        (older / "full").rmdir()
+        older.rmdir()
+        exporter.export(measurement(4, ODD_LAYERS))
+    assert older.stat().st_size == size
+    assert [event.data.step for event in read_event_log(path) if event.event == "measurement"] == [4]
+
+
+KILLED = """
+import os, signal, sys, types
+from itertools import count
+from pathlib import Path
+package = types.ModuleType("ess_monitor")  # the room alone: it needs no tensor, and starts at once
+package.__path__ = [sys.argv[1]]
+sys.modules["ess_monitor"] = package
+sys.path.insert(0, sys.argv[2])
+from ess_monitor.exporters import EventLogConfig, EventLogExporter
+from exporters.helpers import measurement, run_info, snapshot
+
+exporter = EventLogExporter(EventLogConfig(path=Path(sys.argv[3])))
+exporter.start(run_info(), snapshot)
+real = exporter._file._file
+
+class Torn:
+    def write(self, data):
+        real.write(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for step in count():
+    if sys.argv[4] == "in the middle of a line" and step == 20:
+        exporter._file._file = Torn()
+    exporter.export(measurement(step, tuple(f"layers.{index}" for index in range(24))))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("moment", ["at any time", "in the middle of a line"])
+def test_a_process_killed_with_sigkill_loses_at_most_its_last_line(path: Path, moment: str) -> None:
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, "-c", KILLED, str(tests.parent / "ess_monitor"), str(tests), str(path), moment]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    if moment == "at any time":
+        while process.poll() is None and not (path.exists() and path.stat().st_size > 500_000):
+            time.sleep(0.001)
+        process.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+
+    reader = read_event_log(path)
+    events = list(reader)
+    steps = [event.data.step for event in events if event.event == "measurement"]
+    assert steps == list(range(len(steps)))
+    assert len(steps) >= 20
+    assert reader.skipped_lines == 1 if moment == "in the middle of a line" else reader.skipped_lines <= 1
+
+    with _running(path):
+        pass
+    again = read_event_log(path)
+    assert [event.event for event in again][len(events) :] == ["run_started", "run_finished"]
+    assert again.skipped_lines == reader.skipped_lines
+
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "event-log.schema.json"
+
+
+def test_the_documented_schema_is_the_one_of_the_records() -> None:
+    assert json.loads(SCHEMA.read_text()) == event_schema(), (
+        "the records have changed: python -m ess_monitor.exporters.event_schema > docs/event-log.schema.json, and "
+        "raise SCHEMA_VERSION if a field changed its meaning or disappeared"
+    )
+
+
+def test_every_line_of_a_run_is_valid_under_the_documented_schema(path: Path) -> None:
+    schema = json.loads(SCHEMA.read_text())
+    with _running(path) as exporter:
+        exporter.export(measurement(findings=(finding(),), actions=(action(),)))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {line["event"] for line in lines} == set(schema["discriminator"]["mapping"])
+    for line in lines:
+        assert is_valid(line, schema)
+        assert is_valid({**line, "a field of a later release": 1}, schema)
+        assert not is_valid({**line, "schema_version": SCHEMA_VERSION + 1}, schema)
+        assert not is_valid({**line, "timestamp_seconds": "yesterday"}, schema)
+        assert not is_valid({**line, "event": "other"}, schema)
+        assert not is_valid({name: line[name] for name in line if name != "data"}, schema)
+        assert not is_valid({**line, "data": {**line["data"], next(iter(line["data"])): [None]}}, schema)
+
+
+def test_every_field_with_a_sentence_in_the_records_has_it_in_the_schema() -> None:
+    schema = event_schema()["$defs"]
+    assert (
+        schema["Reading"]["properties"]["utilization_ratio"]["description"] == "effective_size / state_capacity, 0..1."
+    )
+    assert schema["Finding"]["description"] == "A layer's condition changed."
+    described = [
+        name
+        for record in schema.values()
+        for name, field in record.get("properties", {}).items()
+        if "description" in field
+    ]
+    assert len(described) > 40
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this platform has no /dev/full")

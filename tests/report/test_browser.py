@@ -1,0 +1,136 @@
+"""The pages in a real browser: as wide as the screen, dark in the dark, quiet on the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html import escape, unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ess_monitor.report import load_story, render_comparison, render_report
+
+from .helpers import HOSTILE, rescued_run, run_info, write_log
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+ARTIFACTS = Path(__file__).parents[2] / "artifacts"
+Browse = Callable[..., subprocess.CompletedProcess[str]]
+WIDTHS = (400, 1200)
+THEMES = {"dark": 0, "light": 1}
+"""Blink's preferredColorScheme."""
+
+PROBE = """<script>
+addEventListener("load", () => {
+  const page = document.documentElement;
+  const focusable = [...document.querySelectorAll("a[href], summary, [tabindex='0']")].filter(e => e.checkVisibility());
+  const reached = focusable.filter(element => { element.focus(); return document.activeElement === element; });
+  parent.document.documentElement.dataset.probe = JSON.stringify({
+    inner: innerWidth, width: page.scrollWidth, requests: performance.getEntriesByType("resource").length,
+    focusable: focusable.length, reached: reached.length, dark: matchMedia("(prefers-color-scheme: dark)").matches,
+    ground: getComputedStyle(document.body).backgroundColor, title: document.title,
+    plots: [...document.querySelectorAll(".plot > svg")].map(plot => plot.getBoundingClientRect().width),
+    strips: [...document.querySelectorAll(".heat td svg")].map(strip => strip.getBoundingClientRect().width),
+  });
+});
+</script>"""
+"""Runs in a copy of the page without its content policy, which would not let any script run."""
+
+FRAME = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<iframe style="border: 0; width: {width}px; height: 1800px" srcdoc="{page}"></iframe>"""
+"""A window of the browser is never narrower than 500 pixels; a frame is as wide as a telephone."""
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Browse:
+    if CHROMIUM is None:
+        reason = "chromium is not on PATH; install the package `chromium`"
+        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+            pytest.fail(f"CI promises a browser, but {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    def browse(page: Path, width: int, theme: str, *options: str) -> subprocess.CompletedProcess[str]:
+        options = (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--disable-background-networking",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},1800",
+            f"--blink-settings=preferredColorScheme={THEMES[theme]}",
+            *options,
+        )
+        command = [CHROMIUM or "", *options, page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+
+    return browse
+
+
+@pytest.fixture(params=["report", "compare"])
+def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A run whose layers have the worst names there are."""
+    layers = (*HOSTILE, "model.layers.12.a_very_long_name_of_a_module.without_any_space_to_break_it_at.self_attention")
+    log = write_log(tmp_path / "events.jsonl", rescued_run(layers), run_info(layers))
+    path = tmp_path / f"{request.param}.html"
+    story = load_story(log)
+    path.write_text(render_report(story) if request.param == "report" else render_comparison(story, story))
+    return path
+
+
+def _probed(browse: Browse, page: Path, width: int, theme: str) -> dict[str, Any]:
+    html, found = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', PROBE, page.read_text())
+    assert found == 1
+    copy = page.with_name(f"probed-{page.name}")
+    copy.write_text(FRAME.format(width=width, page=escape(html)))
+    dom = browse(copy, width, theme, "--dump-dom").stdout
+    (answer,) = re.findall(r'data-probe="([^"]*)"', dom)
+    return dict(json.loads(unescape(answer)))
+
+
+@pytest.mark.parametrize("theme", sorted(THEMES))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browse, page: Path, width: int, theme: str) -> None:
+    probe = _probed(chromium, page, width, theme)
+    assert probe["inner"] == width
+    assert probe["width"] <= width, "something sticks out to the right"
+    assert probe["plots"]
+    assert min(probe["plots"]) > 150, "a chart too narrow to read"
+    assert min(probe["strips"]) > 0.6 * min(width, 1100), "the heat map has the most of the page"
+    assert probe["dark"] == (theme == "dark")
+    channels = [int(value) for value in re.findall(r"\d+", probe["ground"])]
+    assert max(channels) < 60 if theme == "dark" else min(channels) > 200
+    assert probe["requests"] == 0
+    assert probe["reached"] == probe["focusable"] > 10
+
+
+@pytest.mark.parametrize("theme", sorted(THEMES))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_as_it_is_shown_without_a_complaint_of_the_browser(
+    chromium: Browse, page: Path, width: int, theme: str
+) -> None:
+    from PIL import Image
+
+    ARTIFACTS.mkdir(exist_ok=True)
+    picture = ARTIFACTS / f"{page.stem}-{width}-{theme}.png"
+    picture.unlink(missing_ok=True)
+    answer = chromium(page, width, theme, f"--screenshot={picture}", "--enable-logging=stderr")
+    complaints = [line for line in answer.stderr.splitlines() if "CONSOLE" in line or "Refused to" in line]
+    assert complaints == [], "the page's own policy forbids nothing that the page does"
+    with Image.open(picture) as image:
+        pixels = image.convert("RGB")
+        assert pixels.size[0] == width
+        corner = pixels.getpixel((2, 2))
+        assert isinstance(corner, tuple)
+        assert max(corner) < 60 if theme == "dark" else min(corner) > 200
+        assert len(pixels.getcolors(maxcolors=2**24) or ()) > 50, "an empty page"

@@ -1,0 +1,272 @@
+"""The pages: complete, well formed, escaped, and in need of nothing but themselves."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ess_monitor import cli
+from ess_monitor.records import HistogramData
+from ess_monitor.report import load_story, page, render_comparison, render_report
+
+from .helpers import (
+    HOSTILE,
+    LAYERS,
+    Page,
+    action,
+    finding,
+    measurement,
+    rescued_run,
+    run_info,
+    write_log,
+)
+
+Run = Callable[..., tuple[int, str, str]]
+TEMPLATES = Path(page.__file__).with_name("templates")
+
+
+@pytest.fixture
+def rescued(tmp_path: Path) -> Path:
+    return write_log(tmp_path / "rescued.jsonl", rescued_run())
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Path:
+    measurements = [measurement(step, metrics={"loss": 3.0}) for step in range(0, 1500, 150)]
+    return write_log(tmp_path / "alone.jsonl", measurements, finished=None)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """Every text of the run is an attack."""
+    texts = iter([*HOSTILE] * 8)
+    layers = HOSTILE
+    found = tuple(
+        finding(layer, 100).model_copy(update={"reason": next(texts), "advice": next(texts)}) for layer in layers
+    )
+    done = tuple(action(layer, 100, message=next(texts)) for layer in layers)
+    info = run_info(
+        layers, run_name=HOSTILE[0], model=HOSTILE[1], strategy=HOSTILE[2], versions={HOSTILE[0]: HOSTILE[1]}
+    )
+    measured = [
+        measurement(0, layers, metrics=dict.fromkeys(HOSTILE, 1.0)),
+        measurement(100, layers, findings=found, actions=done, conditions=dict.fromkeys(layers, "collapsed")),
+    ]
+    final = {"export_errors_total": dict.fromkeys(HOSTILE, 1)}
+    return write_log(tmp_path / "hostile.jsonl", measured, info, **final)
+
+
+@pytest.fixture(params=["real", "rescued", "alone", "hostile", "compared", "hostile compared"])
+def html(request: pytest.FixtureRequest, real_log: Path, rescued: Path, alone: Path, hostile: Path) -> str:
+    logs = {"real": real_log, "rescued": rescued, "alone": alone, "hostile": hostile}
+    if request.param in logs:
+        return render_report(load_story(logs[request.param]))
+    second = hostile if "hostile" in request.param else alone
+    return render_comparison(load_story(hostile if "hostile" in request.param else rescued), load_story(second))
+
+
+def test_every_element_is_closed_and_every_id_is_used_once(html: str) -> None:
+    parsed = Page(html)
+    assert parsed.unclosed == []
+    ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_link_leads_to_a_place_on_the_page(html: str) -> None:
+    parsed = Page(html)
+    ids = {f"#{attributes['id']}" for _, attributes in parsed.elements if "id" in attributes}
+    assert {attributes["href"] for attributes in parsed.of("a")} <= ids
+
+
+def test_nothing_is_fetched_and_nothing_runs(html: str) -> None:
+    parsed = Page(html)
+    assert not {"script", "img", "link", "iframe", "object", "embed", "image", "use", "form", "base"} & {
+        name for name, _ in parsed.elements
+    }
+    for _, attributes in parsed.elements:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action")]
+    (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    assert not re.search(r"url\(|@import|expression|https?:", style)
+    (policy,) = [meta["content"] for meta in parsed.of("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
+
+
+def test_every_chart_and_every_table_is_reached_by_the_keyboard_and_has_a_name(html: str) -> None:
+    parsed = Page(html)
+    charts = [attributes for attributes in parsed.of("svg") if attributes.get("role") == "img"]
+    assert charts
+    for attributes in [*charts, *(each for each in parsed.of("div") if each.get("class") == "scroll")]:
+        assert attributes["tabindex"] == "0"
+        assert attributes["aria-label"].strip()
+    decorations = [attributes for attributes in parsed.of("svg") if "role" not in attributes]
+    assert all("aria-hidden" in each or "preserveaspectratio" in each or "viewbox" in each for each in decorations)
+
+
+def test_names_and_texts_of_a_run_are_shown_as_they_are(hostile: Path) -> None:
+    for html in (render_report(load_story(hostile)), render_comparison(load_story(hostile), load_story(hostile))):
+        assert "<script" not in html
+        assert "\x1b" not in html
+        text = Page(html).text
+        for name in HOSTILE:
+            assert "".join(char if char.isprintable() else "�" for char in name) in text
+        assert "49" not in re.findall(r"\b\d+\b", text), "a name is never a template"
+
+
+def test_no_template_turns_escaping_off() -> None:
+    for path in TEMPLATES.glob("*.html"):
+        assert not re.search(r"\|\s*safe|autoescape|Markup", path.read_text()), path.name
+
+
+def test_the_page_tells_the_story_of_a_rescue(rescued: Path) -> None:
+    text = Page(render_report(load_story(rescued))).text
+    assert "1 of 2 layers fell ill and recovered: blocks.1.mixer." in text
+    for part in (
+        "Step 400",
+        "healthy → collapsed: seen so",
+        "pull_to_identity at 0.5, applied: regulariser",
+        "pull A towards I",
+    ):
+        assert part in text
+    for term in ("Net", "demo", "0 to 900", "finished", "2023-11-14 22:13:20 UTC", "1 h 00 min", "0.40%", "1.00%"):
+        assert term in text
+    for phase in ("capture", "measure", "diagnose", "intervene", "export"):
+        assert re.search(rf"{phase} 4 0\.50 s 125\.00 ms", text)
+
+
+def test_the_events_are_marks_on_the_loss_and_lead_to_the_list(rescued: Path) -> None:
+    parsed = Page(render_report(load_story(rescued)))
+    marks = [attributes for attributes in parsed.of("a") if attributes.get("aria-label", "").startswith("Event")]
+    assert {attributes["href"] for attributes in marks} == {"#event-1", "#event-3"}
+    assert marks[0]["class"] == "collapsed"
+    assert "step 400, blocks.1.mixer" in marks[0]["aria-label"]
+
+
+def test_the_page_says_nothing_of_what_the_log_does_not_hold(alone: Path) -> None:
+    text = Page(render_report(load_story(alone))).text
+    assert "The log has no end" in text
+    assert "Time of the monitor by phase" not in text
+    assert "spectr" not in text.lower()
+
+
+def test_a_run_without_a_single_measurement_is_a_page(tmp_path: Path) -> None:
+    empty = load_story(write_log(tmp_path / "empty.jsonl", []))
+    parsed = Page(render_report(empty))
+    assert parsed.unclosed == []
+    assert "Nothing was measured" in parsed.text
+    assert "nothing can be compared" in Page(render_comparison(empty, empty)).text
+
+
+def test_layers_without_a_finding_are_folded_away_when_there_are_many(tmp_path: Path) -> None:
+    layers = tuple(f"blocks.{index}" for index in range(48))
+    html = render_report(load_story(write_log(tmp_path / "deep.jsonl", rescued_run(layers), run_info(layers))))
+    before, _, folded = html.partition("47 layers without a finding")
+    assert before.count('<h3>blocks.47 <span class="pill') == 2, "in words, and as a card"
+    assert folded.count("<h3>") == 47
+    assert len(html) < 2_000_000
+
+
+def test_a_comparison_sets_layers_side_by_side_at_equal_steps(rescued: Path, alone: Path) -> None:
+    text = Page(render_comparison(load_story(rescued), load_story(alone))).text
+    assert "At step 900, the last that both runs reached:" in text
+    assert "blocks.1.mixer uses 60 % of its memory in A and 25 % in B." in text
+    assert "loss is 2.1 in A and 3 in B." in text
+    assert "step 0 step 225 step 450 step 675 step 900" in text
+    assert "blocks.1.mixer 60 % / 25 % 60 % / 25 % 10 % / 25 % 10 % / 25 % 60 % / 25 %" in text
+
+
+def test_a_comparison_names_layers_that_one_run_lacks(tmp_path: Path, rescued: Path) -> None:
+    other = write_log(
+        tmp_path / "other.jsonl", [measurement(0, ("blocks.0.mixer", "new"))], run_info(("blocks.0.mixer", "new"))
+    )
+    text = Page(render_comparison(load_story(rescued), load_story(other))).text
+    assert "Only in A: blocks.1.mixer." in text
+    assert "Only in B: new." in text
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one: str, other: str) -> float:
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_has_the_contrast_that_wcag_asks_for(theme: int) -> None:
+    blocks = re.findall(r":root \{(.*?)\}", (TEMPLATES / "style.css").read_text(), re.DOTALL)
+    colours = dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})\b", blocks[theme]))
+    for ground in ("paper", "card"):
+        for ink in ("ink", "soft", "a", "collapsed", "saturated", "healthy", "unknown"):
+            assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+        for line in ("b", "c", "limit", "focus"):
+            assert _contrast(colours[line], colours[ground]) >= 3.0, (line, ground)
+    for mark in ("collapsed", "saturated", "healthy", "action", "unknown"):
+        assert _contrast(colours["on"], colours[mark]) >= 4.5, mark
+    steps = [_luminance(colours[f"h{level}"]) for level in range(11)]
+    assert steps == sorted(steps, reverse=theme == 0), "the order of the scale survives greyscale"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ess-monitor", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return command
+
+
+def test_the_command_writes_beside_the_log_or_where_it_is_told(run: Run, rescued: Path) -> None:
+    beside = rescued.with_name("ess_report.html")
+    assert run("report", rescued) == (0, f"{beside}\n", "")
+    assert "fell ill and recovered" in beside.read_text()
+    elsewhere = rescued.parent / "new" / "page.html"
+    assert run("report", rescued, "-o", elsewhere)[0] == 0
+    assert elsewhere.read_text() == beside.read_text()
+    assert run("report", rescued, "-o", "-")[1] == beside.read_text()
+
+
+def test_the_command_compares_two_runs(run: Run, rescued: Path, alone: Path) -> None:
+    assert run("compare", rescued, alone) == (0, "ess_compare.html\n", "")
+    assert "two runs compared" in Path("ess_compare.html").read_text()
+
+
+def test_the_command_explains_what_it_cannot_do(run: Run, rescued: Path, tmp_path: Path) -> None:
+    status, out, err = run("report", tmp_path / "nothing")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: RUN_DIR:")
+    (tmp_path / "file").touch()
+    status, _, err = run("report", rescued, "-o", tmp_path / "file" / "page.html")
+    assert status == 2
+    assert err.startswith("error: --output:")
+
+
+def test_the_room_knows_no_tensor() -> None:
+    code = (
+        "import sys, types; package = types.ModuleType('ess_monitor'); package.__path__ = [sys.argv[1]]; "
+        "sys.modules['ess_monitor'] = package; import ess_monitor.report; print('torch' in sys.modules)"
+    )
+    root = Path(page.__file__).parents[1]
+    answer = subprocess.run([sys.executable, "-c", code, str(root)], check=True, capture_output=True, text=True)
+    assert answer.stdout == "False\n"
+
+
+def test_histograms_without_an_observation_are_left_out(tmp_path: Path) -> None:
+    empty = HistogramData(bounds=(1.0,), counts=(0,))
+    log = write_log(tmp_path / "log.jsonl", [measurement(0)], step_seconds=empty, overhead_seconds={"capture": empty})
+    text = Page(render_report(load_story(log))).text
+    assert "Mean time of a training step" not in text
+    assert "Time of the monitor by phase" not in text
+    assert LAYERS[0] in text
