@@ -31,7 +31,8 @@ class MonitorConfig(BaseModel):
         (50, ('blocks.*',))
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A setting that is refused may hold a secret: errors name the setting, `explain` adds what is safe to repeat.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     every_n_steps: PositiveInt = 100
     """Optimizer steps between two samples. At 100 a run of 10,000 steps gives a curve of 100 points."""
@@ -94,12 +95,21 @@ def explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"]) or "config"
-        given = "" if problem["type"] in ("missing", "extra_forbidden") else f" (got {problem['input']!r:.200})"
+        silent = problem["type"] in ("missing", "extra_forbidden") or _may_be_secret(problem["loc"])
+        given = "" if silent else f" (got {problem['input']!r:.200})"
         message = problem["msg"]
         if problem["type"] == "extra_forbidden":
             message = "unknown setting; see ess_monitor.MonitorConfig for the names"
         lines.append(f"{name}: {message}{given}")
     return "; ".join(lines)
+
+
+def _may_be_secret(location: tuple[int | str, ...]) -> bool:
+    """Credentials, and addresses, which can have a password in them."""
+    return any(isinstance(part, str) and ("auth" in part or part.endswith("url")) for part in location) or (
+        # The whole of an exporter's settings, when no part of it could be blamed.
+        location[:1] == ("exporters",) and len(location) <= 3
+    )
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

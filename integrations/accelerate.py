@@ -80,7 +80,8 @@ class ESSMonitorCallback(ExplicitLoop):
         accelerator = self._accelerator
         kind = accelerator.distributed_type.value
         return LoopFacts(
-            is_main=accelerator.is_main_process,
+            rank=accelerator.process_index,
+            local_rank=accelerator.local_process_index,
             world_size=accelerator.num_processes,
             strategy=str(kind),
             precision=str(accelerator.mixed_precision),

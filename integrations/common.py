@@ -18,6 +18,7 @@ from torch import nn
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CheckpointError, ConfigError
 from ess_monitor.exporters import Exporter, TensorBoardExporter, TerminalConfig, TerminalExporter
+from ess_monitor.exporters.identity import configs_of_rank
 from ess_monitor.exporters.loggers import LoggerExporter
 from ess_monitor.monitor import Monitor
 from ess_monitor.records import RunStatus
@@ -64,8 +65,10 @@ def loss_factor(scaler: Any, device: torch.device, accumulation_steps: float) ->
 class LoopFacts:
     """What a callback knows of the loop it is in."""
 
-    is_main: bool
-    """This process reports: rank 0."""
+    rank: int
+    """Of this process. Rank 0 reports."""
+    local_rank: int
+    """Rank on its machine."""
     world_size: int
     strategy: str
     precision: str
@@ -134,7 +137,8 @@ class CallbackBase:
     def _open(self, model: nn.Module, facts: LoopFacts, sinks: Callable[[], Iterable[Exporter]]) -> None:
         """Build the monitor, give it the state that was loaded, and start it.
 
-        On rank 0 alone, unless the autopilot may act: then every rank measures, and all decide on the same numbers.
+        On rank 0, and on the ranks that an exporter asks for (`ranks`), each measuring its own data. When the autopilot
+        may act every rank measures, and all decide on the same numbers.
         """
         acts = self.config.autopilot.mode == "auto"
         if acts and not facts.scale_known:
@@ -143,12 +147,13 @@ class CallbackBase:
                 'use "advise"'
             )
         together = facts.world_size > 1 and acts
-        if not (facts.is_main or together):
+        exporters = configs_of_rank(self.config.exporters, facts.rank, facts.local_rank)
+        speaks = facts.rank == 0
+        if not (speaks or together or exporters):
             return
-        speaks = facts.is_main
         monitor = Monitor(
             model,
-            self.config if speaks else self.config.model_copy(update={"exporters": ()}),
+            self.config.model_copy(update={"exporters": exporters}),
             exporters=(*sinks(), *self._live_exporters) if speaks else (),
             strategy=facts.strategy,
             world_size=facts.world_size,

@@ -112,7 +112,8 @@ class ESSMonitorCallback(ExplicitLoop):
         strategy, precision = type(fabric.strategy).__name__, fabric.strategy.precision
         scaler, divisor = getattr(precision, "scaler", None), self._divisor
         return LoopFacts(
-            is_main=fabric.is_global_zero,
+            rank=fabric.global_rank,
+            local_rank=fabric.local_rank,
             world_size=fabric.world_size,
             strategy=strategy,
             precision=str(precision.precision),

@@ -61,7 +61,8 @@ class ESSMonitorCallback(CallbackBase, _Base):
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Build and start the monitor. After the sanity check and after a checkpoint's state was loaded."""
         facts = LoopFacts(
-            is_main=trainer.is_global_zero,
+            rank=trainer.global_rank,
+            local_rank=trainer.local_rank,
             world_size=trainer.world_size,
             strategy=type(trainer.strategy).__name__,
             precision=str(trainer.precision),

@@ -83,7 +83,8 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
         scaler = getattr(optimizer, "scaler", None)
         deepspeed = getattr(args, "deepspeed", None) is not None
         facts = LoopFacts(
-            is_main=state.is_world_process_zero,
+            rank=args.process_index,
+            local_rank=args.local_process_index,
             world_size=args.world_size,
             strategy="deepspeed" if deepspeed else str(args.parallel_mode.value),
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else "32",

@@ -59,12 +59,15 @@ ARROWS: dict[str, set[str]] = {
     "interventions": {"capture", "errors", "ess", "records"},
     "diagnosis": {"errors", "records"},
     "exporters": {"errors", "records"},
+    "report": {"errors", "records", "exporters"},
+    "cli_report": {"errors", "report"},
     "alerts": {"errors"},
 }
 """Room -> the rooms it may import, itself apart. What is not listed stands on the monitor's floor, above them all."""
 
-ABOVE_THE_MONITOR = {"alerts", "cli", "integrations"}
-"""Rooms that the monitor must not know. The alerts know nothing of it either: they speak of metrics by name."""
+ABOVE_THE_MONITOR = {"alerts", "cli", "cli_report", "integrations", "report"}
+"""Rooms that the monitor must not know. Alerts and reports know nothing of it either: the ones speak of metrics by
+name, the others read event logs."""
 ONLY_TO_TRAIN = {"featurizers", "tasks"}
 
 ADAPTERS = {"ess_monitor.capture.own": "featurizers"}

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from ess_monitor import ConfigError, MonitorConfig
 
@@ -116,3 +118,20 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
 def test_a_configuration_survives_a_round_trip_through_json() -> None:
     config = MonitorConfig.load(exporters=["prometheus", "terminal"], autopilot="auto", layers=["a.*"])
     assert MonitorConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    "exporter",
+    [
+        {"kind": "prometheus", "auth": "hunter2"},
+        {"kind": "prometheus", "auth": {"password": "hunter2"}},
+        {"kind": "pushgateway", "url": "ftp://user:hunter2@gateway"},
+        {"kind": "nothing", "auth": "hunter2"},
+    ],
+)
+def test_no_error_repeats_what_may_be_a_secret(exporter: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as plain:
+        MonitorConfig(exporters=[exporter])
+    with pytest.raises(ConfigError, match="exporters") as loaded:
+        MonitorConfig.load(exporters=[exporter])
+    assert "hunter2" not in f"{plain.value} {loaded.value}"

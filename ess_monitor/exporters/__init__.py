@@ -1,4 +1,5 @@
-"""Where measurements go: Prometheus, TensorBoard, a JSON-lines event log, the terminal.
+"""Where measurements go: Prometheus (scraped, pushed, or through a file), TensorBoard, a JSON-lines event log, the
+terminal, the process's log.
 
 This room knows `ess_monitor.records` only. Importing it imports no sink: `prometheus_client`, `tensorboard` and `rich`
 are imported by the exporter that needs them, when it starts.
@@ -6,18 +7,25 @@ are imported by the exporter that needs them, when it starts.
 
 from __future__ import annotations
 
+from ess_monitor.exporters.auth import AuthConfig
 from ess_monitor.exporters.base import Exporter
 from ess_monitor.exporters.config import ExporterConfig, build_exporter
 from ess_monitor.exporters.event_log import EventLogConfig, EventLogExporter
 from ess_monitor.exporters.events import Event, EventReader, read_event_log
 from ess_monitor.exporters.hub import ExporterHub
-from ess_monitor.exporters.prometheus import PrometheusConfig, PrometheusExporter
+from ess_monitor.exporters.identity import RunIdentity, configs_of_rank
+from ess_monitor.exporters.log import LogConfig, LogExporter
+from ess_monitor.exporters.prometheus import PrometheusExporter
+from ess_monitor.exporters.prometheus_config import PrometheusConfig
+from ess_monitor.exporters.push import PushgatewayConfig, PushgatewayExporter
 from ess_monitor.exporters.scalars import scalars
 from ess_monitor.exporters.table import render_table
 from ess_monitor.exporters.tensorboard import TensorBoardConfig, TensorBoardExporter
 from ess_monitor.exporters.terminal import TerminalConfig, TerminalExporter
+from ess_monitor.exporters.textfile import TextfileConfig, TextfileExporter
 
 __all__ = [
+    "AuthConfig",
     "Event",
     "EventLogConfig",
     "EventLogExporter",
@@ -25,13 +33,21 @@ __all__ = [
     "Exporter",
     "ExporterConfig",
     "ExporterHub",
+    "LogConfig",
+    "LogExporter",
     "PrometheusConfig",
     "PrometheusExporter",
+    "PushgatewayConfig",
+    "PushgatewayExporter",
+    "RunIdentity",
     "TensorBoardConfig",
     "TensorBoardExporter",
     "TerminalConfig",
     "TerminalExporter",
+    "TextfileConfig",
+    "TextfileExporter",
     "build_exporter",
+    "configs_of_rank",
     "read_event_log",
     "render_table",
     "scalars",

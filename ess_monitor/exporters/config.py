@@ -8,24 +8,34 @@ from pydantic import BeforeValidator, Field
 
 from ess_monitor.exporters.base import Exporter
 from ess_monitor.exporters.event_log import EventLogConfig, EventLogExporter
-from ess_monitor.exporters.prometheus import PrometheusConfig, PrometheusExporter
+from ess_monitor.exporters.log import LogConfig, LogExporter
+from ess_monitor.exporters.prometheus import PrometheusExporter
+from ess_monitor.exporters.prometheus_config import PrometheusConfig
+from ess_monitor.exporters.push import PushgatewayConfig, PushgatewayExporter
 from ess_monitor.exporters.tensorboard import TensorBoardConfig, TensorBoardExporter
 from ess_monitor.exporters.terminal import TerminalConfig, TerminalExporter
+from ess_monitor.exporters.textfile import TextfileConfig, TextfileExporter
 
 
 def _from_name(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
-ExporterConfig = Annotated[
-    Annotated[PrometheusConfig | TensorBoardConfig | EventLogConfig | TerminalConfig, Field(discriminator="kind")],
-    BeforeValidator(_from_name),
-]
+AnyConfig = (
+    PrometheusConfig
+    | PushgatewayConfig
+    | TextfileConfig
+    | TensorBoardConfig
+    | EventLogConfig
+    | TerminalConfig
+    | LogConfig
+)
+ExporterConfig = Annotated[AnyConfig, Field(discriminator="kind"), BeforeValidator(_from_name)]
 """Settings of any exporter, told apart by `kind`. In a pydantic model a bare name stands for its defaults:
 `["prometheus", {"kind": "event_log", "path": "x.jsonl"}]`."""
 
 
-def build_exporter(config: PrometheusConfig | TensorBoardConfig | EventLogConfig | TerminalConfig) -> Exporter:
+def build_exporter(config: AnyConfig) -> Exporter:
     """The exporter of these settings, not started yet.
 
     Example:
@@ -35,9 +45,15 @@ def build_exporter(config: PrometheusConfig | TensorBoardConfig | EventLogConfig
     match config:
         case PrometheusConfig():
             return PrometheusExporter(config)
+        case PushgatewayConfig():
+            return PushgatewayExporter(config)
+        case TextfileConfig():
+            return TextfileExporter(config)
         case TensorBoardConfig():
             return TensorBoardExporter(config)
         case EventLogConfig():
             return EventLogExporter(config)
         case TerminalConfig():
             return TerminalExporter(config)
+        case LogConfig():
+            return LogExporter(config)

@@ -31,11 +31,11 @@ class Disconnected(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """Method, path without its query, and the headers with lower-case names."""
+    """Method, path without its query, and the headers with lower-case names (not in `repr`: one may be a secret)."""
 
     method: str
     path: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def parse_request(received: bytes) -> Request:
         BadRequest: it is no HTTP/1 request.
 
     >>> parse_request(b"GET /metrics?x=1 HTTP/1.1\r\nAccept: */*\r\n\r\n")
-    Request(method='GET', path='/metrics', headers={'accept': '*/*'})
+    Request(method='GET', path='/metrics')
     """
     stream = io.BytesIO(received)
     words = stream.readline().decode("latin-1").split()
@@ -113,7 +113,7 @@ def send_response(connection: socket.socket, response: Response, timeout_seconds
     lines = [f"HTTP/1.1 {response.status.value} {response.status.phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     payload = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    connection.settimeout(timeout_seconds)
+    connection.settimeout(timeout_seconds)  # for all of it, over TLS too
     connection.sendall(payload if head else payload + response.body)
 
 

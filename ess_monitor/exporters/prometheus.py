@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import errno
-import gzip
-import ipaddress
-import logging
 import ssl
+import threading
 from collections.abc import Callable
-from http import HTTPStatus
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import TYPE_CHECKING
 
 from ess_monitor.errors import ExporterError
+from ess_monitor.exporters.auth import Gate, load_credentials
+from ess_monitor.exporters.discovery import FileSdEntry, advertised_target
 from ess_monitor.exporters.endpoint import Endpoint
-from ess_monitor.exporters.http_request import Request, Response, text_response
+from ess_monitor.exporters.exposition import new_registry, snapshot_collector
+from ess_monitor.exporters.identity import RunIdentity, identify
+from ess_monitor.exporters.linger import Linger, make_way
+from ess_monitor.exporters.pages import METRICS_PATH, Pages
+from ess_monitor.exporters.prometheus_config import PrometheusConfig
+from ess_monitor.exporters.tls import server_context
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 
 if TYPE_CHECKING:
@@ -24,49 +25,17 @@ if TYPE_CHECKING:
 
     from ess_monitor.exporters.collector import SnapshotCollector
 
-logger = logging.getLogger("ess_monitor.exporters")
-
-
-class PrometheusConfig(BaseModel):
-    """Settings of the Prometheus endpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["prometheus"] = "prometheus"
-    """Which exporter this is."""
-    host: str = "127.0.0.1"
-    """Address to listen on. Loopback by default: the endpoint has no authentication."""
-    port: int = Field(default=9464, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one, which `PrometheusExporter.url` tells. 9464 is also the habit of
-    OpenTelemetry's Prometheus exporters."""
-    allow_remote: bool = False
-    """Allows a `host` that other machines can reach: everybody who can reach it can then read the metrics."""
-    certfile: Path | None = None
-    """PEM file with the certificate (chain); given, the endpoint speaks HTTPS only."""
-    keyfile: Path | None = None
-    """PEM file with the private key, where it is not in `certfile`."""
-
-    @model_validator(mode="after")
-    def _check(self) -> PrometheusConfig:
-        if not self.allow_remote and not _is_loopback(self.host):
-            raise ValueError(
-                f"host={self.host!r} can be reached from other machines, and the endpoint has no authentication: "
-                "use 127.0.0.1, ::1 or localhost, or set allow_remote=True where the network itself is trusted"
-            )
-        if self.keyfile is not None and self.certfile is None:
-            raise ValueError(f"keyfile={str(self.keyfile)!r} is of no use without certfile: give both or neither")
-        return self
-
 
 class PrometheusExporter:
     """Serves `/metrics` and `/-/healthy`; every other path is a 404.
 
-    `export` has nothing to do: a scrape pulls from `snapshot()`. The endpoint ends with the run.
+    `export` has nothing to do: a scrape pulls from `snapshot()`. The endpoint ends with the run, or lingers for
+    `config.linger_seconds` and shows the last state. On a rank that `config.ranks` leaves out nothing happens at all.
 
     Args:
-        config: where to listen.
-        registry: where the collector is registered; None makes a fresh one. Never the client's global registry, where a
-            second run in the same process would clash with the first.
+        config: where to listen, who may read, how to be found.
+        registry: where the collector is registered; None makes a fresh one.
+        identity: run and rank, where the caller knows better than `identify`.
 
     Example:
         >>> PrometheusExporter(PrometheusConfig(port=0)).url is None  # no address before it has started
@@ -75,122 +44,134 @@ class PrometheusExporter:
 
     inline = True  # nothing to do in `export`, so no thread is spent on it
 
-    def __init__(self, config: PrometheusConfig | None = None, registry: CollectorRegistry | None = None) -> None:
+    def __init__(
+        self,
+        config: PrometheusConfig | None = None,
+        registry: CollectorRegistry | None = None,
+        identity: RunIdentity | None = None,
+    ) -> None:
         self.name = "prometheus"
         self.config = config or PrometheusConfig()
+        self.identity = identity
+        """Run and rank; known once the exporter has started."""
         self._registry = registry
+        self._lock = threading.Lock()  # the end may come from the training thread and from the lingering one
+        self._snapshot: Callable[[], Snapshot] | None = None
         self._collector: SnapshotCollector | None = None
         self._endpoint: Endpoint | None = None
-        self._complained = False
+        self._entry: FileSdEntry | None = None
+        self._linger: Linger | None = None
 
     @property
     def url(self) -> str | None:
-        """Address of the metrics, such as `http://127.0.0.1:9464/metrics`; None while it is not running."""
-        return None if self._endpoint is None else f"{self._endpoint.url}/metrics"
+        """Address of the metrics, such as `http://127.0.0.1:9464/metrics`; None while nothing is served."""
+        endpoint = self._endpoint
+        return None if endpoint is None else f"{endpoint.url}{METRICS_PATH}"
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Listen.
+        """Listen, and write the file for service discovery.
 
         Raises:
-            ExporterError: prometheus_client is missing, the address is taken or not of this machine, or the certificate
-                cannot be used.
+            ExporterError: prometheus_client is missing, the address is taken or not of this machine, the certificate or
+                the secret cannot be used, the folder for discovery cannot be written to, or the ranks share no run_id.
         """
-        try:
-            from prometheus_client import CollectorRegistry
-
-            from ess_monitor.exporters.collector import SnapshotCollector
-        except ImportError as error:
-            raise ExporterError(
-                f"the Prometheus exporter needs prometheus_client ({error}). Install it with "
-                "`pip install prometheus-client`, or leave `prometheus` out of `exporters`."
-            ) from error
-        tls = self._server_context()
-        registry = self._registry if self._registry is not None else CollectorRegistry()
-        collector = SnapshotCollector(run, snapshot)
-        try:
-            endpoint = Endpoint(self._respond, self.config.host, self.config.port, tls)
-        except OSError as error:
-            raise ExporterError(self._explain(error)) from error
-        self._registry, self._collector, self._endpoint = registry, collector, endpoint
+        config = self.config
+        identity = self.identity or identify(config, run)
+        if not identity.takes_part(config.ranks):
+            self.identity = identity
+            return
+        collector = snapshot_collector(self.name, run, self._current)
+        gate = None if config.auth is None else Gate(load_credentials(config.auth))
+        tls = None if config.certfile is None else server_context(config.certfile, config.keyfile, config.client_cafile)
+        registry = self._registry if self._registry is not None else new_registry()
+        self._snapshot = snapshot
         registry.register(collector)
+        endpoint: Endpoint | None = None
+        try:
+            port = config.port if identity.local_rank == 0 else 0
+            endpoint = self._listen(Pages(registry, gate), port, tls)
+            self._entry = self._announce(identity, endpoint)
+        except BaseException:
+            registry.unregister(collector)
+            self._snapshot = None
+            if endpoint is not None:
+                endpoint.close()
+            raise
+        self.identity, self._registry, self._collector, self._endpoint = identity, registry, collector, endpoint
 
     def export(self, measurement: Measurement) -> None:
         """Nothing: the numbers are pulled."""
 
     def close(self, status: RunStatus) -> None:
-        """Stop serving."""
-        if self._endpoint is not None:
-            self._endpoint.close()
-            self._endpoint = None
-        if self._registry is not None and self._collector is not None:
-            self._registry.unregister(self._collector)
-            self._collector = None
-
-    def _respond(self, request: Request) -> Response:
-        if request.path not in ("/metrics", "/-/healthy"):
-            return text_response(HTTPStatus.NOT_FOUND, "not found; there are /metrics and /-/healthy")
-        if request.method not in ("GET", "HEAD"):
-            return text_response(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD", {"Allow": "GET, HEAD"})
-        if request.path == "/-/healthy":
-            return text_response(HTTPStatus.OK, "ok")
+        """End the run: stop serving, or linger with its last state. Returns at once either way."""
+        endpoint, snapshot = self._endpoint, self._snapshot
+        if endpoint is None or snapshot is None or self._linger is not None:
+            return
+        if self.config.linger_seconds == 0:
+            self.stop()
+            return
         try:
-            return self._scrape(request)
-        except Exception as error:
-            if not self._complained:
-                self._complained = True
-                logger.warning(
-                    "exporter %r answers scrapes with status 500: %s: %s. The training goes on; further errors of this "
-                    "kind are not logged.",
-                    self.name,
-                    type(error).__name__,
-                    error,
-                )
+            last = snapshot().model_copy(update={"status": status})
+        except BaseException:
+            self.stop()
             raise
+        # What lingers holds numbers only: the model behind `snapshot` can be freed.
+        self._snapshot = lambda: last
+        self._linger = Linger(endpoint.port, self.config.linger_seconds, self.stop)
 
-    def _scrape(self, request: Request) -> Response:
-        from prometheus_client.exposition import choose_encoder, gzip_accepted
+    def stop(self) -> None:
+        """Stop serving now, lingering or not; a second call does nothing."""
+        with self._lock:
+            endpoint, self._endpoint = self._endpoint, None
+            entry, self._entry = self._entry, None
+            collector, self._collector = self._collector, None
+            linger, self._linger = self._linger, None
+            self._snapshot = None
+        if entry is not None:
+            entry.remove()  # first, so that nobody is sent to a closed port
+        if linger is not None:
+            linger.cancel()
+        if endpoint is not None:
+            endpoint.close()
+        if self._registry is not None and collector is not None:
+            self._registry.unregister(collector)
 
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        registry = self._registry
-        assert registry is not None
-        body = encode(registry)
-        headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
-        if gzip_accepted(request.headers.get("accept-encoding", "")):
-            body = gzip.compress(body, compresslevel=1)  # text this repetitive shrinks tenfold at the cheapest level
-            headers["Content-Encoding"] = "gzip"
-        return Response(HTTPStatus.OK, body, headers)
+    def _current(self) -> Snapshot:
+        snapshot = self._snapshot
+        if snapshot is None:
+            raise ExporterError("the run is over. Keep its last state with linger_seconds.")
+        return snapshot()
 
-    def _server_context(self) -> ssl.SSLContext | None:
-        if self.config.certfile is None:
-            return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    def _listen(self, pages: Pages, port: int, tls: ssl.SSLContext | None) -> Endpoint:
         try:
-            # Without a password function OpenSSL would ask for one on the terminal, and the run would hang there.
-            context.load_cert_chain(self.config.certfile, self.config.keyfile, password=lambda: "")
-        except (OSError, ValueError) as error:
+            return Endpoint(pages.respond, self.config.host, port, tls)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and make_way(port):
+                return self._listen(pages, port, tls)
+            raise ExporterError(_explain(self.config.host, port, error)) from error
+
+    def _announce(self, identity: RunIdentity, endpoint: Endpoint) -> FileSdEntry | None:
+        folder = self.config.file_sd_dir
+        if folder is None:
+            return None
+        target = advertised_target(self.config.host, endpoint.port, self.config.advertise_host)
+        try:
+            return FileSdEntry(folder, identity, target, "http" if self.config.certfile is None else "https")
+        except OSError as error:
             raise ExporterError(
-                f"prometheus.certfile={str(self.config.certfile)!r}, keyfile={str(self.config.keyfile)!r} cannot be "
-                f"used ({type(error).__name__}: {error}). Give PEM files of a certificate and its key without password."
+                f"prometheus.file_sd_dir={str(folder)!r} cannot be written to ({type(error).__name__}: {error}). "
+                "Give a folder this process may write to, or leave file_sd_dir out."
             ) from error
-        return context
 
-    def _explain(self, error: OSError) -> str:
-        where = f"prometheus.host={self.config.host!r}, port={self.config.port}"
-        if error.errno == errno.EADDRINUSE:
-            return (
-                f"{where}: port {self.config.port} is in use, by another run perhaps. Set another port, or port=0 to "
-                "take a free one (`PrometheusExporter.url` tells which)."
-            )
+
+def _explain(host: str, port: int, error: OSError) -> str:
+    where = f"prometheus.host={host!r}, port={port}"
+    if error.errno == errno.EADDRINUSE:
         return (
-            f"{where} cannot be listened on ({type(error).__name__}: {error}). Set an address of this machine and a "
-            "port above 1023, or port=0 to take a free one."
+            f"{where}: port {port} is in use, by another run perhaps. Set another port, or port=0 to take a free one "
+            "(`PrometheusExporter.url` tells which)."
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # another name may resolve to anything, and to something else tomorrow
-        return False
+    return (
+        f"{where} cannot be listened on ({type(error).__name__}: {error}). Set an address of this machine and a port "
+        "above 1023, or port=0 to take a free one."
+    )

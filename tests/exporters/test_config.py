@@ -15,17 +15,23 @@ import ess_monitor.exporters as room
 from ess_monitor.exporters import (
     EventLogConfig,
     ExporterConfig,
+    LogConfig,
     PrometheusConfig,
+    PushgatewayConfig,
     TensorBoardConfig,
     TerminalConfig,
+    TextfileConfig,
     build_exporter,
 )
 
 KINDS: dict[str, type[BaseModel]] = {
     "event_log": EventLogConfig,
+    "log": LogConfig,
     "prometheus": PrometheusConfig,
+    "pushgateway": PushgatewayConfig,
     "tensorboard": TensorBoardConfig,
     "terminal": TerminalConfig,
+    "textfile": TextfileConfig,
 }
 LIST: TypeAdapter[list[Any]] = TypeAdapter(list[ExporterConfig])
 
@@ -75,9 +81,9 @@ def test_a_loopback_host_is_allowed(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.168.0.1", "example.org", "localhost.example.org"])
 def test_a_host_that_others_can_reach_is_refused_unless_allowed(host: str) -> None:
-    with pytest.raises(ValidationError, match=r"no authentication.*allow_remote=True"):
+    with pytest.raises(ValidationError, match=r"nobody would be asked.*allow_unauthenticated=True"):
         PrometheusConfig(host=host)
-    assert PrometheusConfig(host=host, allow_remote=True).host == host
+    assert PrometheusConfig(host=host, allow_unauthenticated=True).host == host
 
 
 def test_a_key_without_a_certificate_is_refused() -> None:
@@ -97,3 +103,9 @@ def test_importing_the_room_imports_no_sink() -> None:
 def test_the_exported_names_exist_and_are_sorted() -> None:
     assert room.__all__ == sorted(room.__all__)
     assert all(hasattr(room, name) for name in room.__all__)
+
+
+@pytest.mark.parametrize("kind", ["prometheus", "pushgateway", "textfile"])
+def test_every_setting_of_the_prometheus_exporters_is_documented(kind: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prometheus.md").read_text(encoding="utf-8")
+    assert [name for name in KINDS[kind].model_fields if f"`{name}" not in page and f" {name}: " not in page] == []

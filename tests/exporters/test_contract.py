@@ -13,12 +13,15 @@ from ess_monitor.exporters import (
     EventLogExporter,
     Exporter,
     ExporterHub,
+    LogExporter,
     PrometheusConfig,
     PrometheusExporter,
     TensorBoardConfig,
     TensorBoardExporter,
     TerminalConfig,
     TerminalExporter,
+    TextfileConfig,
+    TextfileExporter,
 )
 from ess_monitor.exporters.loggers import LoggerExporter
 from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, LayerInfo, Measurement, Reading
@@ -36,12 +39,14 @@ def _injected_tensorboard(folder: Path) -> Exporter:
 
 MAKERS: dict[str, Make] = {
     "event_log": lambda folder: EventLogExporter(EventLogConfig(path=folder / "events.jsonl")),
+    "log": lambda folder: LogExporter(),
     "logger": lambda folder: LoggerExporter("logger", lambda metrics, step: None),
     "prometheus": lambda folder: PrometheusExporter(PrometheusConfig(port=0)),
     "tensorboard": lambda folder: TensorBoardExporter(TensorBoardConfig(log_dir=folder / "tb")),
     "tensorboard_injected": _injected_tensorboard,
     "terminal": lambda folder: TerminalExporter(write=lambda text: None),
     "terminal_stderr": lambda folder: TerminalExporter(TerminalConfig(every_seconds=0)),
+    "textfile": lambda folder: TextfileExporter(TextfileConfig(path=folder / "ess.prom")),
 }
 
 
@@ -178,9 +183,10 @@ FAILING: dict[str, Make] = {
     ),
     "prometheus_address": lambda folder: PrometheusExporter(
         # A documentation address (RFC 5737): no machine has it.
-        PrometheusConfig(host="192.0.2.1", port=0, allow_remote=True)
+        PrometheusConfig(host="192.0.2.1", port=0, allow_unauthenticated=True)
     ),
     "tensorboard": lambda folder: TensorBoardExporter(TensorBoardConfig(log_dir=_unwritable(folder))),
+    "textfile": lambda folder: TextfileExporter(TextfileConfig(path=_unwritable(folder) / "ess.prom")),
 }
 
 

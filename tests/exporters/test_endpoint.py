@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -73,33 +71,6 @@ def _silent(endpoint: Endpoint, count: int) -> Iterator[list[socket.socket]]:
         yield [stack.enter_context(_connect(endpoint)) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not on PATH: no certificate to test TLS with")
-    folder = tmp_path_factory.mktemp("tls")
-    certfile, keyfile = folder / "cert.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    subprocess.run([*command, "-keyout", str(keyfile), "-out", str(certfile)], check=True, capture_output=True)
-    return certfile, keyfile
-
-
-@pytest.fixture
-def client_context(certificate: tuple[Path, Path]) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=certificate[0])
-    context.check_hostname = False
-    return context
-
-
-@pytest.fixture
-def server_context(certificate: tuple[Path, Path]) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(*certificate)
-    return context
-
-
 def test_a_request_is_answered_and_the_connection_ends() -> None:
     with _serving() as endpoint:
         head, _, body = _ask(endpoint).partition(b"\r\n\r\n")
@@ -118,7 +89,7 @@ def test_a_request_may_come_in_pieces() -> None:
 
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 def test_two_hundred_silent_peers_do_not_hold_up_a_scrape(tls: bool, request: pytest.FixtureRequest) -> None:
-    server = request.getfixturevalue("server_context") if tls else None
+    server = request.getfixturevalue("tls_server_context") if tls else None
     client = request.getfixturevalue("client_context") if tls else None
     # Nothing times out within the test: the answer must not depend on the silent ones being given up.
     with _serving(tls=server, max_connections=16, timeout_seconds=600.0) as endpoint, _silent(endpoint, 200):
@@ -168,8 +139,8 @@ def test_a_peer_that_drips_bytes_is_let_go_too() -> None:
         assert received.startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_silent_tls_peer_is_let_go(server_context: ssl.SSLContext) -> None:
-    with _serving(tls=server_context, timeout_seconds=0.05) as endpoint, _connect(endpoint) as sock:
+def test_a_silent_tls_peer_is_let_go(tls_server_context: ssl.SSLContext) -> None:
+    with _serving(tls=tls_server_context, timeout_seconds=0.05) as endpoint, _connect(endpoint) as sock:
         assert _read_all(sock) == b""
 
 
@@ -177,9 +148,9 @@ def test_a_silent_tls_peer_is_let_go(server_context: ssl.SSLContext) -> None:
     "garbage", [GET, b"\x16\x03\x01\x00\x05hello", os.urandom(300)], ids=["http", "hello", "noise"]
 )
 def test_garbage_in_place_of_a_handshake_ends_its_own_connection_only(
-    garbage: bytes, server_context: ssl.SSLContext, client_context: ssl.SSLContext
+    garbage: bytes, tls_server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
-    with _serving(tls=server_context, timeout_seconds=1.0) as endpoint:
+    with _serving(tls=tls_server_context, timeout_seconds=1.0) as endpoint:
         _ask(endpoint, garbage)
         assert _ask(endpoint, context=client_context).endswith(b"hello\n")
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ess_monitor.integrations.step_loss import StepLoss
 
 
 def facts(**changes: object) -> LoopFacts:
-    given = {"is_main": True, "world_size": 1, "strategy": "s", "precision": "32", "grad_scale": lambda: 1.0}
+    given = {"rank": 0, "local_rank": 0, "world_size": 1, "strategy": "s", "precision": "32", "grad_scale": lambda: 1.0}
     return LoopFacts(**{**given, **changes})  # type: ignore[arg-type]
 
 
@@ -36,18 +37,32 @@ class Silent:
 
 
 @pytest.mark.parametrize("mode", ["off", "advise", "auto"])
-@pytest.mark.parametrize("is_main", [True, False])
-def test_other_ranks_measure_only_when_the_autopilot_may_act_and_never_export(
-    mode: str, is_main: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_ranks_measure_only_when_the_autopilot_may_act_and_do_not_export(
+    mode: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ess_monitor.integrations.common.Agreement", FakeAgreement)
     ess = CallbackBase(autopilot=mode, exporters=[Silent(), "terminal"])
-    ess._open(GLA(16, 2), facts(is_main=is_main, world_size=2), lambda: [Silent()])
-    assert (ess.monitor is not None) == (is_main or mode == "auto")
+    ess._open(GLA(16, 2), facts(rank=rank, world_size=2), lambda: [Silent()])
+    assert (ess.monitor is not None) == (rank == 0 or mode == "auto")
     if ess.monitor is not None:
-        assert len(ess.monitor.exporters) == (3 if is_main else 0)
+        assert len(ess.monitor.exporters) == (0 if rank else 3)
         assert isinstance(ess.monitor._agreement, FakeAgreement) == (mode == "auto")
     ess._close("finished")
+
+
+@pytest.mark.parametrize(("ranks", "exporting"), [("zero", {0}), ("local_zero", {0, 2}), ("all", {0, 1, 2, 3})])
+def test_an_exporter_runs_on_the_ranks_it_is_asked_for(ranks: str, exporting: set[int], tmp_path: Path) -> None:
+    opened = set()
+    for rank in range(4):  # two machines with two processes each
+        textfile = {"kind": "textfile", "path": str(tmp_path / f"{rank}.prom"), "ranks": ranks, "run_id": "run"}
+        ess = CallbackBase(exporters=[textfile], table=False)
+        ess._open(GLA(16, 2), facts(rank=rank, local_rank=rank % 2, world_size=4), tuple)
+        if ess.monitor is not None:
+            opened.add(rank)
+            assert [exporter.name for exporter in ess.monitor.exporters] == ["textfile"]
+        ess._close("finished")
+    assert opened == exporting
 
 
 def test_mode_auto_is_refused_where_the_loss_scale_is_out_of_sight() -> None:
