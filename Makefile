@@ -9,6 +9,11 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEV := $(VENV)/.installed
 DOCS := $(VENV)/.installed-docs
 
+# Its layers are read in the tests. Without its CUDA extension, and without what only that extension needs.
+ifeq ($(shell uname),Linux)
+MAMBA_SSM := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install --no-build-isolation --no-deps mamba-ssm==2.3.2.post1
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench docs clean
 
@@ -44,6 +49,7 @@ $(DEV): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(MAMBA_SSM)
 	touch $@
 
 $(DOCS): $(DEV)
