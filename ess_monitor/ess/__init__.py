@@ -23,6 +23,7 @@ from ess_monitor.ess.dense import DenseOperator
 from ess_monitor.ess.measure import Measured, measure
 from ess_monitor.ess.metrics import entropy_ess, tolerance_ess
 from ess_monitor.ess.positions import operator_positions
+from ess_monitor.ess.read_first import ReadFirstRecurrence
 from ess_monitor.ess.recurrence import DiagonalRecurrence
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "GatedConvolution",
     "Measured",
     "Operator",
+    "ReadFirstRecurrence",
     "SoftmaxAttention",
     "aggregate",
     "decay_product_norm",

@@ -14,6 +14,7 @@ from ess_monitor.ess import (
     DiagonalRecurrence,
     GatedConvolution,
     Operator,
+    ReadFirstRecurrence,
     SoftmaxAttention,
 )
 
@@ -33,6 +34,11 @@ def _broadcast_recurrence() -> Operator:
     return DiagonalRecurrence(
         -_randn(1, HEADS, 1, 1).abs(), _randn(SAMPLES, 1, LENGTH, 3), _randn(SAMPLES, HEADS, LENGTH, 3)
     )
+
+
+def _read_first() -> Operator:
+    shape = (SAMPLES, HEADS, LENGTH, 3)
+    return ReadFirstRecurrence(-_randn(*shape).abs(), _randn(*shape), _randn(*shape))
 
 
 def _keys() -> Tensor:
@@ -75,6 +81,7 @@ def _masked_grouped_attention() -> Operator:
 KINDS: dict[str, Callable[[], Operator]] = {
     "recurrence": _recurrence,
     "broadcast recurrence": _broadcast_recurrence,
+    "recurrence that is read first": _read_first,
     "delta rule": lambda: _delta(torch.zeros(1, 1, 1, 1, dtype=torch.float64)),
     "delta rule, scalar decay": lambda: _delta(-_randn(SAMPLES, HEADS, LENGTH, 1).abs()),
     "delta rule, diagonal decay": lambda: _delta(-_randn(SAMPLES, HEADS, LENGTH, 3).abs()),

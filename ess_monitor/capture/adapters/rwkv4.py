@@ -14,12 +14,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.gated_linear import ReadFirstRecurrence
 from ess_monitor.capture.families import FAMILIES, Family
 from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition, under_names
 from ess_monitor.capture.sites import Call, CallSite
 from ess_monitor.capture.sketch import Sketch
-from ess_monitor.ess import Operator
+from ess_monitor.ess import Operator, ReadFirstRecurrence
 from ess_monitor.ess.fields import take
 
 
