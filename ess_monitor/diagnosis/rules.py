@@ -2,14 +2,24 @@
 
 Collapsed (section 3.2: enough TSS, but ESS fails to increase) is
 
-    utilisation < collapsed_below  and  not rising  and
-        the task metric is unsolved and does not improve          when there is a metric
-        retention < retention_below                               when there is none
+    without a task metric    utilisation < collapsed_below  and  retention < retention_below
+    with one                 the metric is unsolved  and
+                             (utilisation < collapsed_below  or
+                              utilisation < starved_below  and  retention < retention_below)
+    either way               neither utilisation nor the metric rises
+
+The first line of a run with a metric asks for a nearly empty memory and for no cause. The second (starved) asks for
+less emptiness, because it knows the cause: the decay takes what the features offer. WLA runs that never learn hold
+.26-.36 through the first half of their training; most sink below .3 for good only in the second.
+
+A layer that looks collapsed and still rises gets the verdict healthy, with `suspected` set: the trend forbids saying
+more, and the reading counts towards patience. The trend is a mean over many readings already; to ask for `patience`
+flat trends in a row would wait twice for the same thing.
 
 Saturated (section 3.2: too little TSS for the task, ESS near TSS) is
 
     utilisation >= saturated_above where the sequence could fill the state  and
-        the task metric is unsolved and does not improve
+        the task metric is unsolved and does not improve over plateau_window
 
 and is never said without a task metric. A full state is necessary for saturation and not sufficient: linear attention
 fills a small state by construction, and a WLA of TSS 4 solved MQAR at utilisation 1.0. Whether more memory would help
@@ -36,6 +46,8 @@ class Verdict:
     """What was seen, against which threshold."""
     advice: str = ""
     """What a person can do about it; empty for a healthy layer."""
+    suspected: Condition | None = None
+    """The condition that this reading shows and that only a trend upwards forbids to say (yet)."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ class Context:
     utilizations: tuple[float, ...] = ()
     """Utilisation (`attainable_utilization`) over the trend window, oldest first, this reading's included."""
     metrics: tuple[float, ...] = ()
-    """Last known task metric at each measurement of the trend window, oldest first. Empty: none known, or none asked
-    for (`config.metric` is None): the rules for runs without a task metric apply."""
+    """Last known task metric at each measurement of the longer of trend and plateau window, oldest first. Empty: none
+    known, or none asked for (`config.metric` is None): the rules for runs without a task metric apply."""
     first_of_several: bool = False
     """True for the first layer of a model with more than one."""
 
@@ -123,11 +135,15 @@ def task_solved(metrics: Sequence[float], config: DiagnosisConfig) -> bool:
     return any(value <= config.metric_solved for value in recent)
 
 
-def task_improves(metrics: Sequence[float], config: DiagnosisConfig) -> bool:
-    """Whether the metric closed `metric_progress_ratio` of its distance to `metric_solved` over the trend window."""
-    if config.metric_solved is None or len(metrics) < 2:
+def task_improves(metrics: Sequence[float], config: DiagnosisConfig, window: int | None = None) -> bool:
+    """Whether the metric closed `metric_progress_ratio` of its distance to `metric_solved` over the last `window`.
+
+    The window is `config.trend_window` unless said otherwise.
+    """
+    recent = metrics[-(config.trend_window if window is None else window) :]
+    if config.metric_solved is None or len(recent) < 2:
         return False
-    older, newer = _halves(metrics)
+    older, newer = _halves(recent)
     closed = newer - older if config.metric_mode == "max" else older - newer
     return closed > config.metric_progress_ratio * abs(config.metric_solved - older)
 
@@ -150,7 +166,8 @@ def _saturated(reading: Reading, context: Context, config: DiagnosisConfig) -> V
         seen, bound = utilization >= config.saturated_recovers_below, config.saturated_recovers_below
     else:
         full = utilization >= config.saturated_above
-        seen, bound = full and not task_improves(context.metrics, config), config.saturated_above
+        learns = task_improves(context.metrics, config, config.plateau_window)
+        seen, bound = full and not learns, config.saturated_above
     if not seen:
         return None
     return Verdict(
@@ -165,30 +182,37 @@ def _collapsed(reading: Reading, utilization: float, context: Context, config: D
     if context.first_of_several and config.spare_first_layer:
         return None
     retention = reading.retention_ratio
-    if context.previous == "collapsed":
-        seen = utilization < config.collapsed_recovers_above
-        bound, retention_bound = config.collapsed_recovers_above, config.retention_recovers_above
-    else:
-        rising = is_rising(context.utilizations, config) or task_improves(context.metrics, config)
-        seen = utilization < config.collapsed_below and not rising
-        bound, retention_bound = config.collapsed_below, config.retention_below
-    if not context.metrics:
+    collapsed = context.previous == "collapsed"
+    line = config.collapsed_recovers_above if collapsed else config.collapsed_below
+    starved_line = config.starved_recovers_above if collapsed else config.starved_below
+    retention_line = config.retention_recovers_above if collapsed else config.retention_below
+    to_blame = retention is not None and retention < retention_line
+    if not context.metrics and not to_blame:
         # Without a task the only sign that low use is a fault is that the decay takes away what the features offer.
-        seen = seen and retention is not None and retention < retention_bound
-    if not seen:
         return None
+    starved = bool(context.metrics) and to_blame and utilization >= line
+    bound = starved_line if starved else line
+    if utilization >= bound:
+        return None
+    if not collapsed and (is_rising(context.utilizations, config) or task_improves(context.metrics, config)):
+        # A saturated layer has to leave its condition first: there is no suspicion while there is a finding.
+        return Verdict(
+            "healthy",
+            f"utilisation {utilization:.2f} is below {bound:g}, and it or the task is on its way up",
+            suspected=None if context.previous == "saturated" else "collapsed",
+        )
     facts = [f"utilisation {utilization:.2f} is below {bound:g} and not recovering"]
     if retention is None:
         facts.append("there is no decay")
     else:
-        facts.append(f"retention is {retention:.2f}")
+        facts.append(f"retention is {retention:.2f}" + (f", below {retention_line:g}" if starved else ""))
     if context.metrics:
         facts.append(_unsolved(context, config))
-    return Verdict("collapsed", ", ".join(facts), _collapse_advice(retention, retention_bound, context))
+    return Verdict("collapsed", ", ".join(facts), _collapse_advice(to_blame, context))
 
 
-def _collapse_advice(retention: float | None, bound: float, context: Context) -> str:
-    if retention is not None and retention < bound:
+def _collapse_advice(to_blame: bool, context: Context) -> str:
+    if to_blame:
         advice = "the decay empties the memory: pull A towards I (A->I regulariser) or raise alpha"
     else:
         advice = (

@@ -42,9 +42,20 @@ class DiagnosisConfig(BaseModel):
     """Utilisation from which a collapsed layer counts as recovered although the task is not solved: below the rescued
     WLA and GLA runs (.36-.50), and a gap above the highest collapsed one (.29)."""
 
-    retention_below: float = Field(default=0.7, gt=0.0, lt=1.0)
-    """Retention (ESS against the ESS of the same layer without decay) under which the decay is to blame. WLA and GLA-S6
-    collapse at .54-.59; a GLA run that solves its task keeps .78, one that is stuck for another reason .92."""
+    starved_below: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Utilisation below which a memory is little used when the decay is to blame and the task metric stands still. WLA
+    runs that never learn hold .26-.36 through the first half of their training: waiting for .3 found them after 48-73 %
+    of it, this line after 33-38 %. Any value from .4 to .6 gives the same findings: what separates is the retention."""
+
+    starved_recovers_above: float = Field(default=0.55, gt=0.0, lt=1.0)
+    """Utilisation from which such a layer counts as recovered although the decay still takes its share: a tenth above
+    the line on which it enters. Most leave through `retention_recovers_above`: rescued layers stay at .31-.50."""
+
+    retention_below: float = Field(default=0.75, gt=0.0, lt=1.0)
+    """Retention (ESS against the ESS of the same layer without decay) under which the decay is to blame. Collapsed WLA
+    runs scatter over .45-.74 from reading to reading, GLA-S6 stays below .68; a GLA run that solves its task keeps .78
+    and more, one that is stuck for another reason .92. At .7 single readings of WLA cross the line; each of them breaks
+    a streak and costs 100-200 steps."""
 
     retention_recovers_above: float = Field(default=0.85, gt=0.0, le=1.0)
     """Retention at which a collapse that was found without a task metric is over. Rescued layers return to .97-1.0."""
@@ -59,16 +70,27 @@ class DiagnosisConfig(BaseModel):
 
     warmup_steps: int = Field(default=1000, ge=0)
     """Optimizer steps before anything is judged: ESS falls at the start of healthy runs and rises only later (appendix
-    D.1.5). 1000 suits runs of a few thousand steps; in the paper the fall lasts up to ten of 70 epochs of 2000 steps,
-    so a long run should raise it to about a seventh of its length."""
+    D.1.5), for up to ten of 70 epochs in the paper: a seventh of the run's length is the choice. The monitor does not
+    know the length; 1000 suits 7000 steps and is late for a run of 2000, for which say 285."""
 
     patience: int = Field(default=5, ge=1, le=10_000)
     """Consecutive measurements that must agree before a condition changes. Five at a cadence of 100 steps are 500: with
-    the warm-up a finding comes by step 1500, and intervening at step 2000 still rescued three WLA runs of three."""
+    the warm-up a finding comes by step 1500, and intervening at step 2000 still rescued three WLA runs of three. The
+    trend need not be flat in all five, only in the last: it is a mean over `trend_window` measurements already."""
+
+    saturated_patience: int = Field(default=10, ge=1, le=10_000)
+    """Consecutive measurements that must agree before a layer is called saturated: twice `patience`. A small state is
+    full in every run, so time on the plateau is the whole evidence. The finding is advice and treats nothing: late
+    costs little, and a false one sends somebody to rebuild a model that was about to learn."""
 
     trend_window: int = Field(default=10, ge=4, le=10_000)
     """Measurements over which a trend is taken: the mean of the newer half against the mean of the older half. Ten at a
     cadence of 100 steps span 1000, the time a rescued run takes (1000-1500), so that a layer on its way up is seen."""
+
+    plateau_window: int = Field(default=20, ge=4, le=10_000)
+    """Measurements over which the task metric must have stood still before a full memory is called saturated: twice the
+    trend window, so that a run which closes a tenth of its distance half as fast still counts as learning (WLA with a
+    state of 2 crept from .16 to .30 in 400 steps on its way to .99)."""
 
     rising_ratio: float = Field(default=0.1, ge=0.0, lt=10.0)
     """Relative rise over the trend window from which utilisation is on its way up. State collapse is ESS that *fails to
@@ -103,7 +125,9 @@ class DiagnosisConfig(BaseModel):
         _require_below(self, "collapsed_below", "collapsed_recovers_above", "the gap is what prevents flapping")
         _require_below(self, "saturated_recovers_below", "saturated_above", "the gap is what prevents flapping")
         _require_below(self, "retention_below", "retention_recovers_above", "the gap is what prevents flapping")
+        _require_below(self, "starved_below", "starved_recovers_above", "the gap is what prevents flapping")
         _require_below(self, "collapsed_recovers_above", "saturated_above", "no utilisation is both low and full")
+        _require_below(self, "starved_recovers_above", "saturated_above", "no utilisation is both low and full")
         return self
 
     @model_validator(mode="after")
@@ -127,6 +151,9 @@ class DiagnosisConfig(BaseModel):
 
 def thresholds(config: DiagnosisConfig) -> dict[str, float]:
     """The lines on utilisation as `condition.bound` -> ratio, for dashboards (`RunInfo.thresholds`).
+
+    The lines of a starved layer are left out: they hold only below a retention, which a curve of utilisation does not
+    show.
 
     Example:
         >>> thresholds(DiagnosisConfig())["collapsed.upper"]

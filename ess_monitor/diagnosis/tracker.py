@@ -21,9 +21,10 @@ STATE_VERSION = 1
 class Tracker:
     """Follows every layer's condition through a run.
 
-    A condition changes when `patience` consecutive readings speak for the same new one after the warm-up. Readings that
-    are not `ok`, or that cannot be judged, neither count nor break a streak. Memory is bounded: one window of
-    `trend_window` numbers a layer and one for the task metric.
+    A condition changes when `patience` consecutive readings (`saturated_patience` for saturation) speak for the same
+    new one after the warm-up. A reading that only suspects a condition, because the trend still points up, counts
+    towards the streak and cannot complete it. Readings that are not `ok`, or that cannot be judged, neither count nor
+    break a streak. Memory is bounded: one window of numbers a layer and one for the task metric.
 
     Every change is a `Finding`, with one exception: a layer that turns out healthy after the warm-up is not news.
 
@@ -40,7 +41,7 @@ class Tracker:
     def __init__(self, config: DiagnosisConfig | None = None) -> None:
         self.config = config if config is not None else DiagnosisConfig()
         self._layers: dict[str, _Layer] = {}
-        self._metrics: deque[float] = deque(maxlen=self.config.trend_window)
+        self._metrics: deque[float] = deque(maxlen=self._metric_window)
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -75,7 +76,7 @@ class Tracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
-        Under a smaller `trend_window` the newest values are kept; values of another metric are dropped.
+        Under smaller windows the newest values are kept; values of another metric are dropped.
 
         Raises:
             CheckpointError: not a state of this version. The tracker is left as it was.
@@ -93,8 +94,12 @@ class Tracker:
                 "ess_monitor version that wrote it, or drop the diagnosis state from the checkpoint to start afresh"
             )
         same_metric = parsed.metric == self.config.metric
-        self._metrics = deque(parsed.metrics if same_metric else (), maxlen=self.config.trend_window)
+        self._metrics = deque(parsed.metrics if same_metric else (), maxlen=self._metric_window)
         self._layers = {layer.name: _Layer.from_state(layer, self.config.trend_window) for layer in parsed.layers}
+
+    @property
+    def _metric_window(self) -> int:
+        return max(self.config.trend_window, self.config.plateau_window)
 
     def _take_metric(self, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self.config.metric) if self.config.metric is not None else None
@@ -120,14 +125,15 @@ class Tracker:
         if verdict is None:
             return None
         previous = layer.condition
-        if not layer.settles_on(verdict.condition, self.config.patience) or _is_no_news(previous, verdict):
+        patience = self.config.saturated_patience if verdict.condition == "saturated" else self.config.patience
+        if not layer.settles_on(verdict, patience) or _is_no_news(previous, verdict):
             return None
         return Finding(
             step=step,
             layer=reading.layer,
             condition=verdict.condition,
             previous=previous,
-            reason=f"{verdict.reason}, for {self.config.patience} measurements",
+            reason=f"{verdict.reason}, for {patience} measurements",
             advice=verdict.advice,
             utilization_ratio=reading.utilization_ratio,
             retention_ratio=reading.retention_ratio,
@@ -144,14 +150,15 @@ class _Layer:
         self.streak = 0
         self.utilizations: deque[float] = deque(maxlen=window)
 
-    def settles_on(self, condition: Condition, patience: int) -> bool:
-        """Count one reading for `condition`; True when the layer's condition changes with it."""
+    def settles_on(self, verdict: Verdict, patience: int) -> bool:
+        """Count one reading for what it shows; True when the layer's condition changes with it."""
+        condition = verdict.suspected or verdict.condition
         if condition == self.condition:
             self.candidate, self.streak = condition, 0
             return False
         self.streak = self.streak + 1 if condition == self.candidate else 1
         self.candidate = condition
-        if self.streak < patience:
+        if self.streak < patience or verdict.suspected is not None:
             return False
         self.condition, self.streak = condition, 0
         return True

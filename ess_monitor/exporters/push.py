@@ -31,7 +31,7 @@ class PushgatewayConfig(IdentifiedConfig):
     """Which exporter this is."""
     url: str = "http://127.0.0.1:9091"
     """Address of the Pushgateway, without `/metrics`. The default is where one on this machine listens by itself."""
-    job: str = Field(default="ess_monitor_final", min_length=1)
+    job: str = Field(default="ess-monitor-final", min_length=1)
     """Label `job` of what is pushed; `run_id` and `rank` are the rest of the grouping key. Not the job of the scraped
     targets: the alerts look at that one, and a layer that was collapsed at the end would be reported for ever."""
     timeout_seconds: float = Field(default=3.0, gt=0, le=60)

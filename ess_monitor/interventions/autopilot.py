@@ -38,7 +38,7 @@ class Autopilot:
         config: AutopilotConfig,
         layers: Sequence[Layer],
         *,
-        retention_below: float = 0.7,
+        retention_below: float = 0.75,
         grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
     ) -> None:
         self.config = config

@@ -176,6 +176,56 @@ def test_a_layer_whose_use_rises_is_not_collapsed(utilizations: tuple[float, ...
 
 
 @pytest.mark.parametrize(
+    ("utilization", "retention", "metrics", "expected"),
+    [
+        (0.34, 0.65, (0.25,) * 10, "collapsed"),  # WLA beta 1 at a quarter of a run that never learns
+        (0.49, 0.74, (0.25,) * 10, "collapsed"),
+        (0.34, None, (0.25,) * 10, "healthy"),  # no decay
+        (0.34, 0.78, (0.25,) * 10, "healthy"),  # the decay takes little
+        (0.51, 0.65, (0.25,) * 10, "healthy"),  # half the memory is in use
+        (0.34, 0.65, (0.25,) * 9 + (0.96,), "healthy"),  # solved
+        (0.34, 0.65, (), "healthy"),  # nobody knows whether the task needs more
+    ],
+)
+def test_a_memory_that_the_decay_starves_is_collapsed_before_it_is_nearly_empty(
+    utilization: float, retention: float | None, metrics: tuple[float, ...], expected: str
+) -> None:
+    verdict = judge(reading(utilization, retention), Context(metrics=metrics), TASK)
+    assert verdict is not None
+    assert verdict.condition == expected
+    assert verdict.suspected is None
+
+
+@pytest.mark.parametrize(
+    ("previous", "suspected"), [("unknown", "collapsed"), ("healthy", "collapsed"), ("saturated", None)]
+)
+@pytest.mark.parametrize(
+    "rising", [{"utilizations": (0.1, 0.1, 0.2, 0.2), "metrics": (0.2,)}, {"metrics": (0.2, 0.2, 0.4, 0.4)}]
+)
+def test_a_layer_that_looks_collapsed_and_rises_is_suspected_unless_another_finding_stands(
+    rising: dict[str, tuple[float, ...]], previous: str, suspected: str | None
+) -> None:
+    verdict = judge(reading(0.2, 0.5), Context(previous=previous, **rising), TASK)  # type: ignore[arg-type]
+    assert verdict is not None
+    assert (verdict.condition, verdict.suspected) == ("healthy", suspected)
+    assert "on its way up" in verdict.reason
+
+
+def test_a_full_memory_whose_task_moves_too_slowly_for_the_trend_window_is_still_learning() -> None:
+    creeping = tuple(0.16 + 0.009 * index for index in range(20))
+    full = reading(1.0)
+    assert judge(full, Context(metrics=creeping), TASK).condition == "healthy"  # type: ignore[union-attr]
+    assert judge(full, Context(metrics=creeping[-10:]), TASK).condition == "saturated"  # type: ignore[union-attr]
+    short = TASK.model_copy(update={"plateau_window": 10})
+    assert judge(full, Context(metrics=creeping), short).condition == "saturated"  # type: ignore[union-attr]
+
+
+def test_the_trend_of_a_little_used_memory_is_that_of_the_trend_window_alone() -> None:
+    long_ago = Context(metrics=(0.05,) * 10 + (0.25,) * 10)
+    assert judge(reading(0.2, 0.5), long_ago, TASK).condition == "collapsed"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
     ("utilization", "condition"),
     [(0.2, "collapsed"), (1.0, "saturated")],
 )
@@ -223,6 +273,10 @@ def test_the_reason_names_what_was_seen_and_the_threshold() -> None:
     assert verdict is not None
     for text in ("0.15", "0.3", "0.54", "accuracy 0.27", "0.95"):
         assert text in verdict.reason
+    starved = judge(reading(0.4, 0.54), plateau(0.27), TASK)
+    assert starved is not None
+    for text in ("0.40", "0.5", "0.54, below 0.75", "accuracy 0.27"):
+        assert text in starved.reason
     assert judge(reading(1.0), plateau(0.27), TASK).advice.startswith(
         "the memory is full: raise the state size (now 16"
     )  # type: ignore[union-attr]
@@ -231,9 +285,15 @@ def test_the_reason_names_what_was_seen_and_the_threshold() -> None:
 @pytest.mark.parametrize(
     ("previous", "utilization", "retention", "metrics", "expected"),
     [
-        ("collapsed", 0.32, 0.5, (0.3,), "collapsed"),  # between the lines: stays
-        ("healthy", 0.32, 0.5, (0.3,), "healthy"),
-        ("collapsed", 0.36, 0.5, (0.3,), "healthy"),
+        ("collapsed", 0.32, 1.0, (0.3,), "collapsed"),  # between the lines: stays
+        ("healthy", 0.32, 1.0, (0.3,), "healthy"),
+        ("collapsed", 0.36, 1.0, (0.3,), "healthy"),
+        ("collapsed", 0.52, 0.5, (0.3,), "collapsed"),  # between the lines of a starved layer: stays
+        ("healthy", 0.52, 0.5, (0.3,), "healthy"),
+        ("collapsed", 0.56, 0.5, (0.3,), "healthy"),
+        ("collapsed", 0.4, 0.8, (0.3,), "collapsed"),  # and between those of its retention
+        ("healthy", 0.4, 0.8, (0.3,), "healthy"),
+        ("collapsed", 0.4, 0.86, (0.3,), "healthy"),
         ("collapsed", 0.2, 0.5, (0.97,), "healthy"),  # solved at low use
         ("collapsed", 0.2, 0.8, (), "collapsed"),  # without a metric the retention leads out
         ("healthy", 0.2, 0.8, (), "healthy"),

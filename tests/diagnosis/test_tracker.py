@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ess_monitor.diagnosis import DiagnosisConfig, Tracker
+from ess_monitor.diagnosis.rules import is_rising
 from ess_monitor.errors import CheckpointError
 from ess_monitor.records import Finding, Reading
 
@@ -124,8 +125,12 @@ def test_a_saturated_layer_gets_room_again_when_its_task_is_solved() -> None:
     assert [finding.condition for finding in run.findings] == ["saturated", "healthy"]
 
 
+BETWEEN_THE_LINES_OF_USE = st.tuples(st.floats(0.3, 0.35, exclude_max=True), st.floats(0.75, 1.5))
+BETWEEN_THE_LINES_OF_A_STARVED_LAYER = st.tuples(
+    st.floats(0.3, 0.55, exclude_max=True), st.floats(0.75, 0.85, exclude_max=True)
+) | st.tuples(st.floats(0.5, 0.55, exclude_max=True), st.floats(0.0, 0.85, exclude_max=True))
 ADVERSARIAL = st.lists(
-    st.tuples(st.floats(0.3, 0.35, exclude_max=True), st.floats(0.0, 1.5)),
+    BETWEEN_THE_LINES_OF_USE | BETWEEN_THE_LINES_OF_A_STARVED_LAYER,
     min_size=30,
     max_size=80,
 )
@@ -250,7 +255,7 @@ def test_resuming_under_a_smaller_window_keeps_the_newest_values() -> None:
     run = Run(TASK)
     for index in range(20):
         run.measure(reading(0.4 + index / 100), accuracy=index / 100)
-    small = Tracker(TASK.model_copy(update={"trend_window": 4}))
+    small = Tracker(TASK.model_copy(update={"trend_window": 4, "plateau_window": 4}))
     small.load_state_dict(run.tracker.state_dict())
     assert small.state_dict()["metrics"] == [0.16, 0.17, 0.18, 0.19]
 
@@ -262,6 +267,61 @@ def test_a_layer_that_fills_slowly_is_left_alone_and_found_when_it_stops() -> No
     assert run.findings == []
     run.measure(reading(0.1 * 1.035**30, 0.5), accuracy=0.25, times=20)
     assert run.condition() == "collapsed"
+
+
+def test_a_collapse_whose_rise_ends_is_found_without_waiting_for_patience_once_more() -> None:
+    run = Run(TASK)
+    for index in range(15):
+        run.measure(reading(0.1 + 0.015 * index, 0.5), accuracy=0.25)
+    assert run.condition() == "unknown"
+    run.measure(reading(0.32, 0.5), accuracy=0.25, times=20)
+    [found] = run.findings
+    first_flat = next(
+        step
+        for step in range(1600, 3600, 100)
+        if not is_rising(tuple(use_at(s) for s in range(step - 900, step + 1, 100)), TASK)
+    )
+    assert found.step == first_flat
+
+
+def use_at(step: int) -> float:
+    return min(0.1 + 0.015 * (step // 100 - 1), 0.32)
+
+
+def test_a_suspicion_that_is_not_confirmed_leaves_no_trace() -> None:
+    run = Run(TASK)
+    for index in range(20):
+        run.measure(reading(0.1 * 1.08**index, 0.5), accuracy=0.25)
+    assert run.condition() == "unknown"
+    run.measure(reading(0.6), accuracy=0.97, times=20)
+    assert run.findings == []
+    assert run.condition() == "healthy"
+
+
+def test_saturation_needs_more_measurements_than_a_collapse() -> None:
+    run = Run(TASK).measure(reading(1.0), accuracy=0.3, times=18)
+    assert run.condition() == "unknown"
+    run.measure(reading(1.0), accuracy=0.3)
+    [found] = run.findings
+    assert (found.condition, found.step) == ("saturated", 1900)
+    assert "for 10 measurements" in found.reason
+
+
+def test_a_small_full_state_that_learns_late_and_slowly_is_never_called_saturated() -> None:
+    accuracies = [0.05, 0.1, 0.15, *[0.2 + 0.009 * index for index in range(30)], 0.5, 0.7, 0.9, 0.96, *[0.98] * 10]
+    run = Run(TASK.model_copy(update={"warmup_steps": 300}))
+    for accuracy in accuracies:
+        run.measure(reading(1.0), accuracy=accuracy)
+    assert run.findings == []
+
+
+def test_a_state_of_the_same_version_with_a_shorter_metric_window_is_taken_up() -> None:
+    state = Run(TASK).measure(COLLAPSED, accuracy=0.25, times=30).tracker.state_dict()
+    state["metrics"] = state["metrics"][-10:]
+    tracker = Tracker(TASK)
+    tracker.load_state_dict(state)
+    assert tracker.conditions == {"mixer.1": "collapsed"}
+    assert tracker.state_dict()["metrics"] == [0.25] * 10
 
 
 def test_a_metric_that_is_no_longer_given_no_longer_counts_as_learning() -> None:

@@ -42,7 +42,7 @@ def op_site() -> tuple[nn.Module, Loss]:
 
 def compiled(model: nn.Module, how: str) -> Any:
     if how == "whole":
-        return torch.compile(model, backend="aot_eager", fullgraph=True)
+        return torch.compile(model, backend="eager" if hasattr(model, "config") else "aot_eager", fullgraph=True)
     if how == "in place":
         model.compile(backend="eager")
     else:
