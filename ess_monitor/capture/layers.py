@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
+from ess_monitor.capture.libraries import library_of, versions_of
 from ess_monitor.capture.registry import find_spec, why_refused
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import ConfigError
@@ -79,6 +80,12 @@ def _why_skipped(module: nn.Module) -> str:
     refused = why_refused(module)
     if refused is not None:
         return refused
+    library = library_of(module)
+    if library is not None:
+        return (
+            f"{type(module).__name__} calls no op of a known name ({versions_of(library)}); "
+            f"teach it with @ess_monitor.register_capture({type(module).__name__})"
+        )
     return (
         f"no capture is known for {type(module).__name__}; "
         f"teach it with @ess_monitor.register_capture({type(module).__name__})"
@@ -162,3 +169,9 @@ def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
             )
         )
     return tuple(infos)
+
+
+def skipped_of_libraries(model: nn.Module) -> tuple[str, ...]:
+    """Why mixers of libraries that are known are skipped, once a class: a new version may have moved a name."""
+    skipped = ((name, module) for name, module, spec in _walk(model) if spec is None and library_of(module) is not None)
+    return tuple({type(module): f"{clean_name(name)}: {_why_skipped(module)}" for name, module in skipped}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
+from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos, skipped_of_libraries
 from ess_monitor.capture.sampler import CaptureConfig, Captured, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
@@ -28,6 +29,8 @@ def require_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple
             f"Skipped: {skipped or 'nothing looked like one'}. "
             "Use ess_monitor.describe(model) for the list, or teach your layer with ess_monitor.register_capture."
         )
+    for reason in skipped_of_libraries(model):
+        logging.getLogger("ess_monitor").warning("skipped: %s", reason)
     return found
 
 

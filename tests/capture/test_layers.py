@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ess_monitor import ConfigError, LayerFilter, NoLayersError, capture_operators, describe
+from ess_monitor import ConfigError, LayerFilter, Monitor, NoLayersError, capture_operators, describe
 from ess_monitor.capture import find_layers
 from ess_monitor.featurizers import FEATURIZERS, GLA, LA, SA, WLA, build_mixer
 
@@ -99,3 +99,30 @@ def test_subclasses_are_read_like_their_base_class() -> None:
 def test_describe_refuses_a_pattern_that_matches_nothing() -> None:
     with pytest.raises(ConfigError, match="matches none"):
         describe(model(), layers=LayerFilter(include=("typo.*",)))
+
+
+def test_a_library_that_moved_a_name_gives_a_reason_with_versions_and_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("transformers")
+    from transformers.models.mamba import modeling_mamba
+
+    from benchmarks.layers.mamba import hf
+
+    class MovedMixer(modeling_mamba.MambaMixer):
+        """As in a version that calls its scan by another name."""
+
+        def forward(self, hidden_states, **kwargs):
+            return hidden_states
+
+    MovedMixer.__module__ = modeling_mamba.__name__
+    net, _, _ = hf("Mamba", state_size=4)
+    net.backbone.layers[1].mixer.__class__ = MovedMixer
+    kept, moved = describe(net).layers
+    assert (kept.supported, moved.supported) == (True, False)
+    assert "calls no op of a known name (transformers" in moved.reason
+    assert "tested with" in moved.reason
+    Monitor(net)
+    assert [record.getMessage() for record in caplog.records if record.name == "ess_monitor"] == [
+        f"skipped: backbone.layers.1.mixer: {moved.reason}"
+    ]
