@@ -7,7 +7,10 @@ so that alerts, curves and the autopilot never disagree.
     prometheus/     rules, promtool tests of every rule, examples for scraping
     alertmanager/   routing by severity, inhibition
     runbooks/       one page per alert
+    grafana/        dashboards; provisioning of data sources, dashboards and Grafana-managed alerts
+    compose/        Prometheus, Alertmanager and Grafana in containers, for the runs of one machine
     rules/, cases/  the values that rules and tests are written from
+    dashboards/     the program that writes the dashboards; needs the development dependencies
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ class AlertsConfig(BaseModel):
     """Label `job` of the scrape configuration; every expression selects it."""
     runbook_base_url: str = Field(default="runbooks", pattern=r"^[^\s\"'{}]+$")
     """Where the runbooks can be read; `/<alert>.md` is appended. The default is the folder that is exported along."""
+    grafana_datasource_uid: str = Field(default="ess-monitor-prometheus", pattern=r"^[A-Za-z0-9_-]{1,40}$")
+    """Prometheus data source that Grafana-managed alerts ask. The default is the one that is provisioned along."""
     condition_for_seconds: PositiveInt = 600
     """How long a layer must be saturated or collapsed. The diagnosis has waited for several measurements already; ten
     minutes are what the autopilot needs to begin, and nobody is called for what it mends at once."""

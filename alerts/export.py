@@ -1,11 +1,13 @@
 """Writes everything out: rules, their tests, runbooks, dashboards, examples, for a job name and thresholds.
 
-The rules and their tests are values in `rules` and `cases`, because thresholds change both. All other files are kept as
-they are read, and differ between exports by the job name alone. What is committed is what the defaults give.
+The rules, for Prometheus and for Grafana, and their tests are values in `rules` and `cases`, because thresholds change
+them. All other files are kept as they are read; only the names of the job and of Grafana's data source are put in.
+What is committed is what the defaults give.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 
 from ess_monitor.alerts.cases import render_tests
 from ess_monitor.alerts.config import AlertsConfig
-from ess_monitor.alerts.rules import render_rules
+from ess_monitor.alerts.rules import render_grafana, render_rules
 from ess_monitor.errors import ConfigError
 
 _ROOT = Path(__file__).resolve().parent
@@ -23,6 +25,8 @@ _KINDS = (".json", ".md", ".yaml", ".yml")
 """Endings of the files that are handed on; what else lies here is the program that makes them."""
 _JOB = re.compile(r"""(\bjob=~?\\?"|\bjob_name:\ "?|\breplacement:\ "?)ess_monitor\b""")
 """The job's name in a selector (escaped in JSON or not), a scrape configuration or a relabelling."""
+_SOURCE_UID = re.compile(r"\buid: ess-monitor-prometheus\b")
+_DASHBOARDS = "grafana/dashboards/"
 
 
 def render(config: AlertsConfig) -> dict[str, str]:
@@ -33,14 +37,34 @@ def render(config: AlertsConfig) -> dict[str, str]:
         >>> 'ess_monitor_last_step_timestamp_seconds{job="llm"} > 3600' in files["prometheus/ess_monitor.rules.yml"]
         True
     """
-    files = {name: _JOB.sub(rf"\g<1>{config.job}", text) for name, text in _kept().items()}
-    return {**files, **render_prometheus(config)}
+    files = {name: _named(name, text, config) for name, text in _kept().items()}
+    return {**files, **render_generated(config)}
 
 
-def render_prometheus(config: AlertsConfig) -> dict[str, str]:
+def render_generated(config: AlertsConfig) -> dict[str, str]:
     """Relative path -> content of the files that follow from the settings: the rules and their tests."""
     tests = {f"prometheus/tests/{name}": text for name, text in render_tests(config).items()}
-    return {"prometheus/ess_monitor.rules.yml": render_rules(config), **tests}
+    return {
+        "grafana/provisioning/alerting/ess_monitor.yml": render_grafana(config),
+        "prometheus/ess_monitor.rules.yml": render_rules(config),
+        **tests,
+    }
+
+
+def _named(name: str, text: str, config: AlertsConfig) -> str:
+    """A kept file with the names of this export."""
+    if name.startswith(_DASHBOARDS):
+        return _with_job_selected(text, config.job)
+    return _SOURCE_UID.sub(f"uid: {config.grafana_datasource_uid}", _JOB.sub(rf"\g<1>{config.job}", text))
+
+
+def _with_job_selected(dashboard: str, job: str) -> str:
+    """A dashboard that opens on this job. Its queries take the job from a variable, so one copy serves every job."""
+    content = json.loads(dashboard)
+    for variable in content["templating"]["list"]:
+        if variable["name"] == "job":
+            variable["current"].update(text=job, value=job)
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def export(
@@ -105,7 +129,8 @@ def _refuse_to_overwrite(target: Path, files: Mapping[str, str]) -> None:
     if changed:
         raise ConfigError(
             f"directory={str(target)!r} holds files that differ from what would be written ({', '.join(changed[:3])}"
-            f"{', ...' if len(changed) > 3 else ''}); give another folder, or overwrite=True to replace them"
+            f"{', ...' if len(changed) > 3 else ''}); give another folder, or replace them with "
+            "overwrite=True (--overwrite)"
         )
 
 

@@ -6,6 +6,7 @@
     ess-monitor profile featurizers           the paper's featurizers at initialisation (its Finding 4)
     ess-monitor report RUN_DIR                one HTML page about a run, from its event log
     ess-monitor compare RUN_A RUN_B           one HTML page that sets two runs side by side
+    ess-monitor alerts export DIR             alerting rules, dashboards and runbooks, as files
 
 TARGET is `package.module:name`: a torch module, or a class or function that makes one. Results go to standard output,
 as a table or with `--json`; everything else goes to standard error. Exit status 2 after an `error:` line.
@@ -31,6 +32,7 @@ from typer.core import TyperGroup
 
 from ess_monitor.capture import CaptureConfig, LayerFilter
 from ess_monitor.checkpoints import load_into
+from ess_monitor.cli_alerts import alerts_app
 from ess_monitor.cli_report import compare, report
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, ConfigError, EssMonitorError
@@ -228,6 +230,7 @@ def scaling(ess: list[float]) -> Literal["rises", "flat", "mixed", "unknown"]:
 
 app.command()(report)
 app.command()(compare)
+app.add_typer(alerts_app, name="alerts")
 
 
 def main() -> None:

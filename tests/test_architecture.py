@@ -61,11 +61,12 @@ ARROWS: dict[str, set[str]] = {
     "exporters": {"errors", "records"},
     "report": {"errors", "records", "exporters"},
     "cli_report": {"errors", "report"},
+    "cli_alerts": {"errors", "alerts"},
     "alerts": {"errors"},
 }
 """Room -> the rooms it may import, itself apart. What is not listed stands on the monitor's floor, above them all."""
 
-ABOVE_THE_MONITOR = {"alerts", "cli", "cli_report", "integrations", "report"}
+ABOVE_THE_MONITOR = {"alerts", "cli", "cli_alerts", "cli_report", "integrations", "report"}
 """Rooms that the monitor must not know. Alerts and reports know nothing of it either: the ones speak of metrics by
 name, the others read event logs."""
 ONLY_TO_TRAIN = {"featurizers", "tasks"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ess_monitor.alerts.config import AlertsConfig
 from ess_monitor.alerts.rules.base import PREFIX, Alert, Group, Record, written
+from ess_monitor.alerts.rules.grafana import render_grafana_rules
 from ess_monitor.alerts.rules.interventions import interventions
 from ess_monitor.alerts.rules.layers import layers
 from ess_monitor.alerts.rules.monitor import monitor
 from ess_monitor.alerts.rules.run import run
 
-__all__ = ["PREFIX", "Alert", "Group", "Record", "render_rules", "rule_groups"]
+__all__ = ["PREFIX", "Alert", "Group", "Record", "render_grafana", "render_rules", "rule_groups"]
 
 _HEADING = """
     Recording and alerting rules of ess_monitor. Written by `ess_monitor.alerts.export`, which also writes them for
@@ -31,3 +32,8 @@ def rule_groups(config: AlertsConfig) -> tuple[Group, ...]:
 def render_rules(config: AlertsConfig) -> str:
     """The rule file that Prometheus loads."""
     return written(rule_groups(config), _HEADING)
+
+
+def render_grafana(config: AlertsConfig) -> str:
+    """The provisioning file of the same alerts, for Grafana to evaluate."""
+    return render_grafana_rules(config, rule_groups(config))

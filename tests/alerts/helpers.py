@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import ess_monitor.alerts
 from ess_monitor.diagnosis import DiagnosisConfig, thresholds
 from ess_monitor.exporters.collector import SnapshotCollector
+from ess_monitor.exporters.push import PushgatewayConfig
 from ess_monitor.ledger import Ledger
 from tests.exporters.helpers import PLAIN_LAYERS, action, reading, run_info
 
@@ -27,11 +28,15 @@ DOCS = ROOT / "docs"
 
 TARGET_LABELS = frozenset({"job", "instance", "run_id", "rank"})
 """Set by service discovery, never by the process."""
+ALERT_LABELS = frozenset({"alertname", "alertstate", "severity"})
+"""Of the series ALERTS, which Prometheus writes itself."""
 FREE_LABELS = frozenset(
     {*TARGET_LABELS, "layer", "exporter", "le", "run_name", "model", "strategy", "precision", "world_size"}
 )
 """Labels whose values depend on the run."""
 
+_PUSHED_JOB = PushgatewayConfig().job
+"""Looks like a metric and is the name of a job."""
 _METRIC = re.compile(r"(?<![\w:.])(ess_monitor_[a-z0-9_]+)(?![\w:/]|\.\w)(\{[^{}]*\})?")
 _MATCHER = re.compile(r'([a-zA-Z_]\w*)\s*(=~|!~|!=|=)\s*\\?"((?:[^"\\]|\\[^"])*)\\?"')
 _GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^()]*)\)")
@@ -107,6 +112,8 @@ def problems(text: str, known: Served, recorded: set[str]) -> list[str]:
     """Metrics, labels and label values that a text names and that do not exist."""
     found = []
     for name, selector in _METRIC.findall(text):
+        if name == _PUSHED_JOB:
+            continue
         if name not in known.samples and name not in known.families:
             found.append(f"metric {name}")
             continue
@@ -129,7 +136,7 @@ def unknown_groupings(expression: str, known: Served) -> list[str]:
         f"label {label} in ({grouping})"
         for grouping in _GROUPING.findall(expression)
         for label in (part.strip() for part in grouping.split(","))
-        if label and "$" not in label and label not in known.labels | {"__name__"}
+        if label and "$" not in label and label not in known.labels | ALERT_LABELS | {"__name__"}
     ]
 
 

@@ -1,0 +1,66 @@
+"""`ess-monitor alerts export`: rules, dashboards and runbooks as files, for a job name and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ess_monitor.alerts import AlertsConfig, export
+from ess_monitor.errors import ConfigError
+
+alerts_app = typer.Typer(
+    help="Alerting rules, dashboards and runbooks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@alerts_app.callback()
+def _root() -> None:
+    """Alerting rules, dashboards and runbooks."""
+
+
+@alerts_app.command("export")
+def export_alerts(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if need be.")],
+    job: Annotated[str | None, typer.Option(help="Name of the scrape configuration. Default: ess_monitor.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help=f"A threshold or waiting time; repeatable. Names: {', '.join(AlertsConfig.model_fields)}.",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that differ.")] = False,
+) -> None:
+    """Write Prometheus rules and their tests, Alertmanager routes, Grafana dashboards, runbooks and a compose file.
+
+    The files that were written are listed. Nothing is written where one is there already and differs.
+    """
+    given = _parsed(settings or ())
+    if job is not None:
+        if "job" in given:
+            raise ConfigError(f"job: given twice, as --job {job} and --set job={given['job']}; drop one of them")
+        given["job"] = job
+    for path in export(directory, None, overwrite=overwrite, **given):
+        print(path)
+
+
+def _parsed(settings: Iterable[str]) -> dict[str, str]:
+    """Names and values, as text: what values a setting takes, `AlertsConfig` says."""
+    parsed: dict[str, str] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set {setting}: expected NAME=VALUE, for example --set stalled_seconds=3600")
+        if name not in AlertsConfig.model_fields:
+            raise ConfigError(f"--set {name}: no such setting; the settings are {', '.join(AlertsConfig.model_fields)}")
+        if name in parsed:
+            raise ConfigError(f"--set {name}: given twice, as {parsed[name]} and {value}; drop one of them")
+        parsed[name] = value
+    return parsed
