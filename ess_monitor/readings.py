@@ -8,8 +8,19 @@ from dataclasses import fields
 import torch
 
 from ess_monitor.capture import Captured
-from ess_monitor.ess import ess_bounds, measure, operator_positions
+from ess_monitor.ess import ess_bounds, measure, midpoint_index, operator_positions
 from ess_monitor.records import Reading, Status
+
+SPECTRUM_VALUES = 32
+"""Singular values that a reading keeps: enough for the shape of a spectrum, and a bound on what every line of an event
+log holds."""
+
+_RESOLUTION = torch.finfo(torch.float32).eps
+"""Share of the largest singular value below which the others mean nothing: features are single precision at best, and
+an error of that size in T moves every singular value by as much (Weyl)."""
+
+_FAR_BELOW = 1e-3
+"""Share of the tolerance below which it does not matter how small a singular value is."""
 
 Results = dict[str, torch.Tensor]
 
@@ -20,6 +31,14 @@ def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) ->
     with torch.no_grad():
         measured = measure(operator, positions, tolerance=tolerance)
         results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
+        values = results.pop("singular_values")
+        if positions:
+            middle = midpoint_index(positions, operator.length)
+            # Beyond the smaller side of H_i there is only padding.
+            last = operator.block_size * min(positions[middle], operator.length - positions[middle])
+            spectrum = mean_spectrum(values[:, :, middle, :last], tolerance)
+            ranks = _thinned(spectrum.shape[0], spectrum.device)
+            results["spectrum"], results["spectrum_ranks"] = spectrum[ranks], ranks + 1
         if positions and not operator.capacity_grows:
             capacity = measured.state_capacity.max()
             bounds = ess_bounds(positions, measured.tolerance_ess, operator.length, capacity=capacity)
@@ -29,6 +48,38 @@ def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) ->
             results["mean_lower"] = bounds.lower[..., between].mean(-1)
             results["mean_upper"] = bounds.upper[..., between].mean(-1)
     return results
+
+
+def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor:
+    """One spectrum for a layer: the geometric mean of each singular value over samples and heads.
+
+    It is drawn on a logarithmic axis, where this is the mean of what is drawn: one large head does not hide the others,
+    and the spectrum crosses the tolerance near the mean ESS. A value counts as no less than a floor, so that one dead
+    head does not make a zero of the whole: single precision's share of the layer's largest value, and at most a
+    thousandth of the tolerance. Where nothing is above the floor, the mean is 0.
+
+    Args:
+        values: (batch, heads, rank), at one position.
+        tolerance: tau of the tolerance-ESS.
+
+    Returns:
+        (rank,)
+
+    Example:
+        >>> mean_spectrum(torch.tensor([[[8.0, 1.0, 0.0], [2.0, 0.25, 0.0]]]))
+        tensor([4.0000, 0.5000, 0.0000])
+    """
+    floor = values.amax() * _RESOLUTION
+    if tolerance > 0:
+        floor = floor.clamp(max=_FAR_BELOW * tolerance)
+    mean = values.clamp(min=floor).log().mean((0, 1)).exp()
+    return torch.where((values > floor).any(0).any(0), mean, 0.0)
+
+
+def _thinned(count: int, device: torch.device) -> torch.Tensor:
+    """Evenly spaced indices, the first and the last among them; from shapes alone, so nothing waits for the device."""
+    kept = min(count, SPECTRUM_VALUES)
+    return torch.arange(kept, device=device) * (count - 1) // max(kept - 1, 1)
 
 
 def positions_of(captured: Captured, positions: str | int) -> tuple[int, ...]:
@@ -84,6 +135,8 @@ def reading(step: int, captured: Captured, positions: tuple[int, ...], tolerance
         decay_product_norm=_mean(results.get("decay_product_norm")),
         per_head=tuple(tolerance_ess.mean((0, 2)).tolist()),
         per_position=tuple(tolerance_ess.mean((0, 1)).tolist()),
+        spectrum=tuple(float(f"{value:.5g}") for value in results["spectrum"].tolist()),
+        spectrum_ranks=tuple(results["spectrum_ranks"].tolist()),
         **common,  # type: ignore[arg-type]
     )
 

@@ -139,6 +139,11 @@ class Reading(Record):
     """Which heads or channels were measured."""
     per_position: tuple[float, ...] = ()
     """Tolerance-ESS at each of `positions`."""
+    spectrum: tuple[float, ...] = ()
+    """Singular values of H_i at the position nearest the middle, descending: for each rank the geometric mean over
+    samples and heads, 0 where all are rounding. At most 32; of more, evenly spaced ones with the first and the last."""
+    spectrum_ranks: tuple[int, ...] = ()
+    """Which singular values `spectrum` holds; 1 is the largest."""
 
 
 class Finding(Record):

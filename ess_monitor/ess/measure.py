@@ -17,6 +17,8 @@ from ess_monitor.ess.metrics import check_tolerance, entropy_ess, tolerance_ess
 class Measured:
     """Measurements of one operator, on its device. Entries of operators that are not finite are NaN."""
 
+    singular_values: Tensor
+    """(batch, heads, positions, rank), descending, zero-padded: what the sizes below are counted from."""
     tolerance_ess: Tensor
     """(batch, heads, positions): singular values above the tolerance."""
     entropy_ess: Tensor
@@ -60,6 +62,7 @@ def measure(
     values = operator.singular_values(positions)
     undecayed = operator.without_decay() if retention else None
     return Measured(
+        singular_values=values,
         tolerance_ess=tolerance_ess(values, tolerance),
         entropy_ess=entropy_ess(values),
         undecayed_ess=None if undecayed is None else tolerance_ess(undecayed.singular_values(positions), tolerance),

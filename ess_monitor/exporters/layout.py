@@ -1,11 +1,11 @@
-"""The custom-scalars page of TensorBoard: an overview of the model, then every layer by itself."""
+"""The custom-scalars page of TensorBoard: an overview of the model, its use of memory beside the loss, every layer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-from ess_monitor.exporters.scalars import OVERHEAD_TAG, UTILIZATION_TAG, condition_tag, scalar_tag
+from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, OVERHEAD_TAG, UTILIZATION_TAG, condition_tag, scalar_tag
 from ess_monitor.exporters.spikes import spike_tag
 from ess_monitor.records import CONDITIONS
 
@@ -22,7 +22,7 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
     Multiline charts take regular expressions; a margin chart takes the tags of value, lower and upper end.
 
     >>> sorted(custom_scalars_layout(["mixer"]))
-    ['ESS layer: mixer', 'ESS overview']
+    ['ESS and loss', 'ESS layer: mixer', 'ESS overview']
     """
     layout: Layout = {
         "ESS overview": {
@@ -34,7 +34,13 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
             "Retention of every layer (below 1 the decay costs memory)": _lines("ess_retention_ratio/.*"),
             "Layers in each condition": _lines(*(re.escape(condition_tag(name)) for name in CONDITIONS)),
             "Cost of the monitor (share of training time)": _lines(re.escape(OVERHEAD_TAG)),
-        }
+        },
+        "ESS and loss": {
+            "Utilisation against loss (loss as share of its highest)": _lines(
+                re.escape(UTILIZATION_TAG), re.escape(LOSS_RATIO_TAG), "ess_intervention_steps/.*"
+            ),
+            "Metrics of the training at the measured steps": _lines("ess_metrics/.*"),
+        },
     }
     for layer in layers:
         layout[f"ESS layer: {layer or 'root'}"] = {

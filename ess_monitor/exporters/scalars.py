@@ -7,6 +7,10 @@ layers (layers are compared with each other far more often than two quantities o
     ess_layers/<condition>      how many layers are in that condition
     ess_interventions/<layer>   strength of what was applied to it, only in the measurement that applied it
     ess_monitor/...             the whole model, and the monitor's own cost
+
+In TensorBoard, whose charts set the loss beside the sizes, also
+
+    ess_metrics/<metric>        what the training loop gave to the monitor, at the measured steps
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Iterable
 
 from ess_monitor.records import CONDITIONS, Measurement, Reading
 
@@ -37,6 +42,8 @@ UTILIZATION_TAG = "ess_monitor/utilization_ratio"
 layers). Layers whose capacity grows with the position are left out: their capacity is no design choice."""
 OVERHEAD_TAG = "ess_monitor/overhead_ratio"
 INTERVAL_TAG = "ess_monitor/interval_steps"
+LOSS_RATIO_TAG = "ess_monitor/loss_ratio"
+"""Loss as a share of the highest positive one so far, to be drawn on one axis with a utilisation. TensorBoard alone."""
 
 _UNSAFE = re.compile(r"[^\w.\-]")
 
@@ -77,6 +84,25 @@ def condition_tag(condition: str) -> str:
 def intervention_tag(layer: str) -> str:
     """The tag of the strength that was applied to a layer."""
     return f"ess_interventions/{layer_tag(layer)}"
+
+
+def metric_tag(name: str) -> str:
+    """The tag of a metric of the training loop.
+
+    >>> metric_tag("loss")
+    'ess_metrics/loss'
+    """
+    return f"ess_metrics/{layer_tag(name)}"
+
+
+def loss_name(metrics: Iterable[str]) -> str | None:
+    """Which of these metrics is the loss: the one of that name, else the first that has the word in it.
+
+    >>> loss_name(["accuracy", "val/Loss"])
+    'val/Loss'
+    """
+    named = [name for name in metrics if "loss" in name.lower()]
+    return "loss" if "loss" in named else next(iter(named), None)
 
 
 def scalars(measurement: Measurement) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""TensorBoard: curves of every layer, a ready-made page of charts, per-head heat maps, findings and actions as text."""
+"""TensorBoard: curves of every layer, a ready-made page of charts, heat maps, findings and actions as text."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters.layout import custom_scalars_layout
 from ess_monitor.exporters.markdown import action_table, finding_markdown
-from ess_monitor.exporters.scalars import layer_tag, scalars
+from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, layer_tag, loss_name, metric_tag, scalars
 from ess_monitor.exporters.spikes import Spikes, spike_tag
 from ess_monitor.records import Action, Measurement, RunInfo, RunStatus, Snapshot
 
 if TYPE_CHECKING:
-    from ess_monitor.exporters.heatmap import HeadHistory
+    from ess_monitor.exporters.heatmap import History
 
 ACTIONS_TAG = "ess_actions/table"
 """Text tag of the table of actions."""
+PICTURES_TAG = "ess_help/pictures"
+"""Text tag of the legend of the heat maps."""
 
 _TABLE_ROWS = 100
 """Actions the table holds, the newest ones: many times what a run's budget allows."""
@@ -44,17 +46,18 @@ class TensorBoardConfig(BaseModel):
     layout: bool = True
     """Adds the custom-scalars page. False keeps a page of your own: a run has room for one."""
     heatmap_columns: int = Field(default=128, ge=0, le=1024)
-    """Measurements a per-head heat map shows, the newest ones; 0 draws none. 128 squares fit a screen."""
+    """Measurements a heat map shows, the newest ones; 0 draws none. 128 squares fit a screen."""
     heatmap_rows: int = Field(default=64, ge=1, le=1024)
-    """Heads a heat map shows at most: more rows cannot be told apart on a screen."""
+    """Heads or positions a heat map shows at most: more rows cannot be told apart on a screen."""
 
 
 class TensorBoardExporter:
     """Writes measurements into a `SummaryWriter`.
 
-    Global step is `measurement.step`. One heat map is drawn per measurement, the layers in turn, because a picture
-    costs a hundred times what a scalar does; closing draws those that have changed since. The table of actions is
-    written anew with each action and holds the earlier ones too, so that its newest version tells the whole story.
+    Global step is `measurement.step`. One heat map (heads, positions or spectrum of one layer) is drawn per
+    measurement, all in turn, because a picture costs a hundred times what a scalar does; closing draws those that have
+    changed since. The table of actions is written anew with each action and holds the earlier ones too, so that its
+    newest version tells the whole story.
 
     Args:
         config: what is written.
@@ -69,8 +72,10 @@ class TensorBoardExporter:
         self.config = config or TensorBoardConfig()
         self._injected = writer
         self._writer: Any = None
-        self._heads: dict[str, HeadHistory] = {}
-        self._next_heatmap = 0
+        self._pictures: dict[str, History] = {}
+        self._next_picture = 0
+        self._loss: str | None = None
+        self._highest_loss = 0.0
         self._actions: deque[Action] = deque(maxlen=_TABLE_ROWS)
         self._spikes: dict[str, Spikes] = {}
         self._last: Measurement | None = None
@@ -89,6 +94,10 @@ class TensorBoardExporter:
         self._writer = self._injected if self._injected is not None else self._open_writer(run)
         if self.config.layout:
             self._writer.add_custom_scalars(custom_scalars_layout(layer.name for layer in run.layers))
+        if self.config.heatmap_columns:
+            from ess_monitor.exporters.heatmap import LEGEND
+
+            self._writer.add_text(PICTURES_TAG, LEGEND, global_step=0)
 
     def export(self, measurement: Measurement) -> None:
         """Write one measurement."""
@@ -97,15 +106,15 @@ class TensorBoardExporter:
         self._last = measurement
         step, when = measurement.step, measurement.timestamp_seconds
         if self.config.scalars:
-            for tag, value in scalars(measurement).items():
+            for tag, value in {**scalars(measurement), **self._metrics(measurement)}.items():
                 self._writer.add_scalar(tag, value, global_step=step, walltime=when)
         for finding in measurement.findings:
             self._writer.add_text(
                 f"ess_findings/{layer_tag(finding.layer)}", finding_markdown(finding), global_step=step, walltime=when
             )
         self._write_actions(measurement)
-        self._remember_heads(measurement)
-        self._draw_next_heatmap(measurement)
+        self._remember(measurement)
+        self._draw_next(measurement)
 
     def close(self, status: RunStatus) -> None:
         """Draw what is not drawn yet, flush, and close the writer if it is our own."""
@@ -114,8 +123,8 @@ class TensorBoardExporter:
             return
         try:
             if self._last is not None:
-                for layer in self._heads:
-                    self._draw_heatmap(writer, layer, self._last)
+                for tag in self._pictures:
+                    self._draw(writer, tag, self._last)
             writer.flush()
         finally:
             if self._injected is None:
@@ -138,6 +147,16 @@ class TensorBoardExporter:
                 f"({type(error).__name__}: {error}). Give a folder this process may write to."
             ) from error
 
+    def _metrics(self, measurement: Measurement) -> dict[str, float]:
+        """The loop's metrics, which framework loggers have from the loop itself, and the loss between 0 and 1."""
+        values = {metric_tag(name): value for name, value in measurement.metrics.items()}
+        self._loss = self._loss or loss_name(measurement.metrics)
+        loss = measurement.metrics.get(self._loss or "", 0.0)
+        self._highest_loss = max(self._highest_loss, loss)
+        if loss > 0:  # a share of what may be negative means nothing
+            values[LOSS_RATIO_TAG] = loss / self._highest_loss
+        return values
+
     def _write_actions(self, measurement: Measurement) -> None:
         if not measurement.actions:
             return
@@ -149,29 +168,32 @@ class TensorBoardExporter:
                 for step, height in self._spikes.setdefault(action.layer, Spikes()).at(action.step):
                     self._writer.add_scalar(spike_tag(action.layer), height, global_step=step, walltime=when)
 
-    def _remember_heads(self, measurement: Measurement) -> None:
+    def _remember(self, measurement: Measurement) -> None:
         if not self.config.heatmap_columns:
             return
-        from ess_monitor.exporters.heatmap import HeadHistory
+        from ess_monitor.exporters.heatmap import PICTURES, History
 
         for reading in measurement.readings:
-            if reading.status == "ok" and reading.per_head:
-                if reading.layer not in self._heads:
-                    self._heads[reading.layer] = HeadHistory(self.config.heatmap_columns, self.config.heatmap_rows)
-                self._heads[reading.layer].add(reading)
+            if reading.status != "ok":
+                continue
+            for section, read in PICTURES.items():
+                tag = f"{section}/{layer_tag(reading.layer)}"
+                if tag not in self._pictures:
+                    self._pictures[tag] = History(read, self.config.heatmap_columns, self.config.heatmap_rows)
+                self._pictures[tag].add(reading)
 
-    def _draw_next_heatmap(self, measurement: Measurement) -> None:
-        if self._heads:
-            layers = list(self._heads)
-            self._draw_heatmap(self._writer, layers[self._next_heatmap % len(layers)], measurement)
-            self._next_heatmap += 1
+    def _draw_next(self, measurement: Measurement) -> None:
+        tags = list(self._pictures)
+        for _ in tags:  # one that has nothing new takes no turn
+            tag = tags[self._next_picture % len(tags)]
+            self._next_picture += 1
+            if self._draw(self._writer, tag, measurement):
+                return
 
-    def _draw_heatmap(self, writer: Any, layer: str, measurement: Measurement) -> None:
-        history = self._heads[layer]
-        if history.changed:
-            writer.add_image(
-                f"ess_heads/{layer_tag(layer)}",
-                history.image(),
-                global_step=measurement.step,
-                walltime=measurement.timestamp_seconds,
-            )
+    def _draw(self, writer: Any, tag: str, measurement: Measurement) -> bool:
+        history = self._pictures[tag]
+        if not history.changed:
+            return False
+        image, when = history.image(), measurement.timestamp_seconds
+        writer.add_image(tag, image, global_step=measurement.step, walltime=when)
+        return True

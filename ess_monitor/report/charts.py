@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ess_monitor.report.scales import Scale, Tick, number, value_scale
+from ess_monitor.report.scales import LogScale, Scale, Tick, number, value_scale
 
 UNITS = 1000.0
 POINTS_OF_A_LINE = 600
@@ -24,7 +24,7 @@ class Series:
 
     label: str
     kind: str
-    """Style class of the line: `a`, `b`, `c` are told apart by colour and by dashes, `limit` is thin."""
+    """Style class of the line: `a` to `d` are told apart by colour and by dashes, `limit` is thin."""
     pairs: Pairs
 
 
@@ -76,7 +76,7 @@ def line_chart(
     x: Scale,
     *,
     x_label: str = "step",
-    y: Scale | None = None,
+    y: Scale | LogScale | None = None,
     band: tuple[Pairs, Pairs] | None = None,
     markers: Sequence[Marker] = (),
 ) -> Chart | None:
@@ -134,13 +134,13 @@ def thin(pairs: Pairs, points: int = POINTS_OF_A_LINE) -> list[tuple[float, floa
     return kept
 
 
-def _line(series: Series, x: Scale, y: Scale) -> Line:
+def _line(series: Series, x: Scale, y: Scale | LogScale) -> Line:
     places = [(x.place(step), 1 - y.place(value)) for step, value in thin(series.pairs)]
     dot = (round(100 * places[0][0], 2), round(100 * places[0][1], 2)) if len(places) == 1 else None
     return Line(series.label, series.kind, _points(places), dot)
 
 
-def _polygon(band: tuple[Pairs, Pairs], x: Scale, y: Scale) -> str:
+def _polygon(band: tuple[Pairs, Pairs], x: Scale, y: Scale | LogScale) -> str:
     lower, upper = ([(x.place(step), 1 - y.place(value)) for step, value in thin(pairs)] for pairs in band)
     return _points([*lower, *reversed(upper)])
 

@@ -8,13 +8,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ess_monitor.records import SCHEMA_VERSION
+from ess_monitor.report.cards import LayerCard, layer_card
 from ess_monitor.report.facts import detector_facts, overhead_chart, overhead_facts, overhead_table, run_facts
 from ess_monitor.report.heatmap import LEVELS, heat_map
 from ess_monitor.report.parts import (
     EVENTS_SHOWN,
-    LayerCard,
     event_rows,
-    layer_card,
     markers,
     metric_charts,
     metrics_table,

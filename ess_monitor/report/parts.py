@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ess_monitor.records import Action, Condition, Finding, Reading
+from ess_monitor.records import Action, Finding
 from ess_monitor.report.charts import Chart, Marker, Series, line_chart
-from ess_monitor.report.scales import Scale, number, step_scale, value_scale
+from ess_monitor.report.scales import Scale, step_scale, value_scale
 from ess_monitor.report.story import RunStory
 from ess_monitor.report.words import layer_title, sentence, timeline
 
@@ -23,7 +23,6 @@ _CLOSE_PERCENT = 5.0
 """Marks nearer than this would cover each other and share one."""
 
 _SEVERITY = ("action", "unknown", "healthy", "saturated", "collapsed")
-_DASHES = ("a", "b", "c")
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,6 @@ class EventRow:
     """Style of its mark: a condition, or `action`."""
     text: str
     advice: str
-
-
-@dataclass(frozen=True)
-class LayerCard:
-    """Everything about one layer."""
-
-    title: str
-    subtitle: str
-    condition: Condition
-    charts: tuple[Chart, ...]
-    table: Table
 
 
 def steps_of(*stories: RunStory) -> Scale:
@@ -111,27 +99,13 @@ def metric_charts(story: RunStory, scale: Scale, marks: Sequence[Marker]) -> tup
     return tuple(chart for chart in charts if chart is not None)
 
 
-def layer_card(story: RunStory, layer: str, scale: Scale, marks: Sequence[Marker]) -> LayerCard:
-    """Sizes over the steps, the profile over positions, and both as numbers."""
-    info = story.layer(layer)
-    last = story.ok(layer)[-1:]
-    facts = [info.module, info.operator, *(f"TSS {number(r.state_capacity)}" for r in last if r.state_capacity)]
-    return LayerCard(
-        title=layer_title(layer),
-        subtitle=", ".join(filter(None, facts)),
-        condition=story.conditions[layer],
-        charts=tuple(filter(None, [_sizes(story, layer, scale, marks), _profile(story, layer)])),
-        table=_readings_table(story.readings[layer]),
-    )
-
-
 def ratio_table(story: RunStory, quantity: str, caption: str) -> Table:
     """A ratio of every layer at a few steps: the heat map as numbers."""
     chosen = evenly(story.measurements, COLUMNS_OF_A_TABLE)
     rows = []
     for layer in story.layers:
         values = dict(story.series(layer, quantity))
-        rows.append((layer_title(layer), *(_cell(values.get(each.step)) for each in chosen)))
+        rows.append((layer_title(layer), *(cell(values.get(each.step)) for each in chosen)))
     return Table(caption, ("layer", *(f"step {each.step}" for each in chosen)), tuple(rows))
 
 
@@ -139,7 +113,7 @@ def metrics_table(story: RunStory) -> Table:
     """The metrics of the training loop at a few steps."""
     names = story.metric_names[:METRICS_SHOWN]
     chosen = evenly([each for each in story.measurements if each.metrics], ROWS_OF_A_TABLE)
-    rows = tuple((str(each.step), *(_cell(each.metrics.get(name)) for name in names)) for each in chosen)
+    rows = tuple((str(each.step), *(cell(each.metrics.get(name)) for name in names)) for each in chosen)
     return Table("Metrics of the training loop at the measured steps", ("step", *names), rows)
 
 
@@ -154,74 +128,14 @@ def evenly(items: Sequence, count: int) -> list:  # type: ignore[type-arg]
     return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
 
 
-def _sizes(story: RunStory, layer: str, scale: Scale, marks: Sequence[Marker]) -> Chart | None:
-    lower, upper = story.series(layer, "effective_size_lower"), story.series(layer, "effective_size_upper")
-    return line_chart(
-        "State dimensions over steps",
-        [
-            Series("ESS", "a", story.series(layer, "effective_size")),
-            Series("entropy-ESS", "b", story.series(layer, "entropy_size")),
-            Series("TSS", "limit", story.series(layer, "state_capacity")),
-        ],
-        scale,
-        band=(lower, upper) if len(lower) == len(upper) > 1 else None,
-        markers=marks,
-    )
-
-
-def _profile(story: RunStory, layer: str) -> Chart | None:
-    """ESS at each position: first reading, the one at the first finding, and the last."""
-    full = [r for r in story.ok(layer) if len(r.per_position) == len(r.positions) > 1]
-    if not full:
-        return None
-    found = [finding.step for finding in story.findings if finding.layer == layer][:1]
-    at_finding = [reading for reading in full if found and reading.step <= found[0]][-1:]
-    chosen = list({reading.step: reading for reading in (full[0], *at_finding, full[-1])}.values())
-    last = full[-1]
-    cap = [(float(i), float(min(last.state_capacity or i, i, last.length - i))) for i in last.positions]
-    lines = [
-        Series(f"step {reading.step}", kind, list(zip(reading.positions, reading.per_position, strict=True)))
-        for kind, reading in zip(_DASHES, chosen, strict=False)
-    ]
-    return line_chart(
-        "ESS over positions of the sequence",
-        [
-            *lines,
-            Series("most that is possible there", "limit", cap if last.length else []),
-        ],
-        Scale(0.0, float(max(last.length, *last.positions))),
-        x_label="position",
-    )
-
-
-def _readings_table(readings: Sequence[Reading]) -> Table:
-    columns = ("step", "ESS", "lower", "upper", "entropy-ESS", "TSS", "utilisation", "retention", "status")
-    rows = tuple(
-        (
-            str(reading.step),
-            *(
-                _cell(value)
-                for value in (
-                    reading.effective_size,
-                    reading.effective_size_lower,
-                    reading.effective_size_upper,
-                    reading.entropy_size,
-                    reading.state_capacity,
-                    reading.utilization_ratio,
-                    reading.retention_ratio,
-                )
-            ),
-            reading.status,
-        )
-        for reading in evenly(readings, ROWS_OF_A_TABLE)
-    )
-    caption = f"{len(rows)} of {len(readings)} readings" if len(rows) < len(readings) else f"All {len(rows)} readings"
-    return Table(caption, columns, rows)
-
-
 def _kind(event: Finding | Action) -> str:
     return event.condition if isinstance(event, Finding) else "action"
 
 
-def _cell(value: float | None) -> str:
+def cell(value: float | None) -> str:
+    """A number in a table; a dash where there is none.
+
+    >>> cell(0.12345), cell(None)
+    ('0.123', '–')
+    """
     return "–" if value is None else f"{value:.3g}"

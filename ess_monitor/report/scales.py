@@ -49,6 +49,36 @@ class Scale:
         return tuple(float(f"{number * step:.12g}") for number in range(first, last + 1))
 
 
+@dataclass(frozen=True)
+class LogScale:
+    """A logarithmic axis from `low` to `high`, both above 0.
+
+    Example:
+        >>> LogScale(1e-3, 10.0).place(0.1)
+        0.5
+    """
+
+    low: float
+    high: float
+
+    def place(self, value: float) -> float:
+        """0..1 along the axis; values outside are moved to its ends."""
+        if value <= self.low:
+            return 0.0
+        return min(math.log(value / self.low) / math.log(self.high / self.low), 1.0)
+
+    def ticks(self, count: int = 4) -> tuple[float, ...]:
+        """Powers of ten inside the axis, about `count` of them.
+
+        >>> LogScale(1e-5, 1e3).ticks()
+        (1e-05, 0.001, 0.1, 10.0, 1000.0)
+        """
+        first = math.ceil(math.log10(self.low) - 1e-9)
+        last = math.floor(math.log10(self.high) + 1e-9)
+        gap = max(round((last - first) / count), 1)
+        return tuple(float(f"1e{power}") for power in range(first, last + 1, gap))
+
+
 def step_scale(first: int, last: int) -> Scale:
     """The axis of steps; a single step has an axis, too."""
     return Scale(float(first), float(max(last, first + 1)))
@@ -63,6 +93,13 @@ def value_scale(values: Sequence[float], *, zero: bool = True) -> Scale:
         high = low + max(abs(low), 1.0) * 0.1 if low else 1.0
     room = 0.04 * (high - low)
     return Scale(low if zero and low == 0.0 else low - room, high + room)
+
+
+def log_scale(values: Sequence[float]) -> LogScale:
+    """A logarithmic axis of whole powers of ten on which all values, which are above 0, fit."""
+    low = max(math.floor(math.log10(min(values))), -300)
+    high = min(math.ceil(math.log10(max(values))), 300)  # a power beyond is no float
+    return LogScale(10.0**low, 10.0 ** max(high, low + 1))
 
 
 def number(value: float) -> str:

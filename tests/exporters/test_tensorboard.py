@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalars
-from ess_monitor.exporters.heatmap import HeadHistory, colourize
+from ess_monitor.exporters.heatmap import PICTURES, History, colourize, heads, positions, spectrum
 from ess_monitor.exporters.spikes import Spikes
 from ess_monitor.records import Measurement
 
@@ -47,7 +47,7 @@ def test_every_scalar_is_there_with_its_step_and_time(tmp_path: Path) -> None:
     measurements = [measurement(step, ODD_LAYERS) for step in (100, 200)]
     _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *measurements)
     events = _read(tmp_path / "demo")
-    expected = scalars(measurements[0])
+    expected = {**scalars(measurements[0]), "ess_metrics/loss": 0.5, "ess_monitor/loss_ratio": 1.0}
     assert set(events.Tags()["scalars"]) == set(expected)
     for tag, value in expected.items():
         points = events.Scalars(tag)
@@ -69,6 +69,7 @@ def test_the_layout_is_written_once_and_its_charts_find_what_is_written(tmp_path
     layout = _layout(events)
     assert [category.title for category in layout.category] == [
         "ESS overview",
+        "ESS and loss",
         *(f"ESS layer: {name}" for name in layers),
     ]
     for category in layout.category:
@@ -95,7 +96,7 @@ def test_a_chart_of_one_layer_does_not_show_another(tmp_path: Path) -> None:
     acted = measurement(1, layers, actions=tuple(action(layer, 1) for layer in layers))
     _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), acted, layers=layers)
     events = _read(tmp_path / "demo")
-    category = _layout(events).category[1]
+    category = _layout(events).category[2]
     matched = {
         tag
         for chart in category.chart
@@ -237,10 +238,16 @@ def test_heat_maps_take_turns_and_the_last_ones_are_complete(tmp_path: Path) -> 
     _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *(measurement(step) for step in range(1, 6)))
     events = _read(tmp_path / "demo")
     steps = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
-    assert steps == {"ess_heads/blocks.0.mixer": [1, 3, 5], "ess_heads/blocks.1.mixer": [2, 4, 5]}
+    assert steps == {
+        "ess_heads/blocks.0.mixer": [1, 5],
+        "ess_positions/blocks.0.mixer": [2, 5],
+        "ess_heads/blocks.1.mixer": [3, 5],
+        "ess_positions/blocks.1.mixer": [4, 5],
+    }, "a layer without a spectrum takes no turn"
     for tag in steps:
         picture = Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string))
-        assert picture.size == (5 * 8, 4 * 8), "five measurements of four heads, eight pixels a square"
+        rows = 4 if "heads" in tag else 3
+        assert picture.size == (5 * 8, rows * 8), "five measurements of four heads or three positions, a square of 8"
 
 
 def test_an_injected_writer_is_flushed_and_stays_open(tmp_path: Path) -> None:
@@ -311,18 +318,61 @@ def test_colours_get_brighter_with_the_value_and_nan_is_grey() -> None:
     assert torch.equal(colourize(torch.tensor([[-3.0, 9.0]])), colourize(torch.tensor([[0.0, 1.0]])))
 
 
-def test_head_history_is_bounded_and_leaves_gaps_for_heads_that_were_not_measured() -> None:
-    history = HeadHistory(columns=3, rows=2)
-    for heads, sizes in (((0, 1), (9.0, 9.0)), ((0, 1), (4.0, 8.0)), ((1, 2), (16.0, 5.0)), ((0,), (0.0,))):
-        history.add(reading(heads=heads, per_head=sizes, state_capacity=16.0))
+def test_a_history_of_heads_is_bounded_and_leaves_gaps_for_heads_that_were_not_measured() -> None:
+    history = History(heads, columns=3, rows=2)
+    for measured, sizes in (((0, 1), (9.0, 9.0)), ((0, 1), (4.0, 8.0)), ((1, 2), (16.0, 5.0)), ((0,), (0.0,))):
+        history.add(reading(heads=measured, per_head=sizes, state_capacity=16.0))
     values = history.values().nan_to_num(-1.0)
     assert values.tolist() == [[0.25, -1.0, 0.0], [0.5, 1.0, -1.0]]
 
 
-def test_head_history_scales_growing_capacity_by_what_was_seen() -> None:
-    history = HeadHistory(columns=3, rows=2)
+def test_a_history_scales_growing_capacity_by_what_was_seen() -> None:
+    history = History(heads, columns=3, rows=2)
     history.add(reading(heads=(), per_head=(5.0, 10.0), state_capacity=1000.0, capacity_grows=True))
     assert history.values().tolist() == [[0.5], [1.0]]
     assert history.changed
     history.image()
     assert not history.changed
+
+
+def test_a_history_of_positions_keeps_evenly_spaced_ones() -> None:
+    history = History(positions, columns=2, rows=3)
+    places = tuple(range(1, 10))
+    history.add(reading(positions=places, per_position=tuple(float(place) for place in places), state_capacity=10.0))
+    torch.testing.assert_close(history.values(), torch.tensor([[0.1], [0.4], [0.7]]))
+
+
+def test_a_picture_of_spectra_lights_up_what_the_tolerance_counts() -> None:
+    history = History(spectrum, columns=4, rows=32)
+    ranks = (1, 2, 3, 4)
+    history.add(reading(spectrum=(10.0, 0.1, 1e-3, 0.0), spectrum_ranks=ranks, tolerance=1e-3))
+    history.add(reading(spectrum=(1e-3, 1e-4, 1e-9, 0.0), spectrum_ranks=ranks, tolerance=1e-3))
+    torch.testing.assert_close(history.values(), torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+
+
+def test_a_spectrum_without_a_tolerance_is_dark_from_single_precision_down() -> None:
+    lit = spectrum(reading(spectrum=(1.0, 1e-8, 0.0), spectrum_ranks=(1, 2, 3), tolerance=0.0)).cells
+    assert lit == {1: pytest.approx(7.0), 2: 0.0, 3: 0.0}
+    assert spectrum(reading(spectrum=(0.0,), spectrum_ranks=(1,), tolerance=0.0)).cells == {1: 0.0}
+
+
+def test_the_pictures_have_a_legend_that_the_text_page_shows_as_a_table(tmp_path: Path) -> None:
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement())
+    (event,) = _read(tmp_path / "demo").Tensors("ess_help/pictures/text_summary")
+    table = _page(event.tensor_proto.string_val[0]).find("table")
+    assert table is not None
+    rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+    assert [row[0] for row in rows[1:]] == list(PICTURES)
+
+
+def test_the_loss_is_drawn_as_a_share_of_its_highest_so_far(tmp_path: Path) -> None:
+    losses = ({"acc": 0.1, "train/loss": 4.0}, {"train/loss": 2.0}, {"loss": 9.0}, {"train/loss": -1.0})
+    steps = [measurement(step, metrics=metrics) for step, metrics in enumerate((*losses, {"train/loss": 8.0}))]
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *steps)
+    events = _read(tmp_path / "demo")
+    assert [(point.step, point.value) for point in events.Scalars("ess_monitor/loss_ratio")] == [
+        (0, 1),
+        (1, 0.5),
+        (4, 1),
+    ]
+    assert [point.value for point in events.Scalars("ess_metrics/acc")] == [pytest.approx(0.1)]

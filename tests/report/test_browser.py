@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-from collections.abc import Callable
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import THEMES, Browser, fresh_picture
 
 from ess_monitor.report import load_story, render_comparison, render_report
 
 from .helpers import HOSTILE, rescued_run, run_info, write_log
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-ARTIFACTS = Path(__file__).parents[2] / "artifacts"
-Browse = Callable[..., subprocess.CompletedProcess[str]]
 WIDTHS = (400, 1200)
-THEMES = {"dark": 0, "light": 1}
-"""Blink's preferredColorScheme."""
 
 PROBE = """<script>
 addEventListener("load", () => {
@@ -51,30 +41,8 @@ pytestmark = pytest.mark.servers
 
 
 @pytest.fixture
-def chromium(tmp_path: Path) -> Browse:
-    if CHROMIUM is None:
-        reason = "chromium is not on PATH; install the package `chromium`"
-        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
-            pytest.fail(f"CI promises a browser, but {reason}", pytrace=False)
-        pytest.skip(reason)
-
-    def browse(page: Path, width: int, theme: str, *options: str) -> subprocess.CompletedProcess[str]:
-        options = (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--disable-background-networking",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width},1800",
-            f"--blink-settings=preferredColorScheme={THEMES[theme]}",
-            *options,
-        )
-        command = [CHROMIUM or "", *options, page.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-
-    return browse
+def chromium(tmp_path: Path) -> Browser:
+    return Browser(tmp_path)
 
 
 @pytest.fixture(params=["report", "compare"])
@@ -88,19 +56,19 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def _probed(browse: Browse, page: Path, width: int, theme: str) -> dict[str, Any]:
+def _probed(browse: Browser, page: Path, width: int, theme: str) -> dict[str, Any]:
     html, found = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', PROBE, page.read_text())
     assert found == 1
     copy = page.with_name(f"probed-{page.name}")
     copy.write_text(FRAME.format(width=width, page=escape(html)))
-    dom = browse(copy, width, theme, "--dump-dom").stdout
+    dom = browse(copy.as_uri(), "--dump-dom", width=width, theme=theme).stdout
     (answer,) = re.findall(r'data-probe="([^"]*)"', dom)
     return dict(json.loads(unescape(answer)))
 
 
 @pytest.mark.parametrize("theme", sorted(THEMES))
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browse, page: Path, width: int, theme: str) -> None:
+def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browser, page: Path, width: int, theme: str) -> None:
     probe = _probed(chromium, page, width, theme)
     assert probe["inner"] == width
     assert probe["width"] <= width, "something sticks out to the right"
@@ -117,14 +85,13 @@ def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browse, page: 
 @pytest.mark.parametrize("theme", sorted(THEMES))
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_as_it_is_shown_without_a_complaint_of_the_browser(
-    chromium: Browse, page: Path, width: int, theme: str
+    chromium: Browser, page: Path, width: int, theme: str
 ) -> None:
     from PIL import Image
 
-    ARTIFACTS.mkdir(exist_ok=True)
-    picture = ARTIFACTS / f"{page.stem}-{width}-{theme}.png"
-    picture.unlink(missing_ok=True)
-    answer = chromium(page, width, theme, f"--screenshot={picture}", "--enable-logging=stderr")
+    picture = fresh_picture(f"{page.stem}-{width}-{theme}.png")
+    options = (f"--screenshot={picture}", "--enable-logging=stderr")
+    answer = chromium(page.as_uri(), *options, width=width, theme=theme)
     complaints = [line for line in answer.stderr.splitlines() if "CONSOLE" in line or "Refused to" in line]
     assert complaints == [], "the page's own policy forbids nothing that the page does"
     with Image.open(picture) as image:

@@ -206,7 +206,7 @@ def test_text_has_the_contrast_that_wcag_asks_for(theme: int) -> None:
     for ground in ("paper", "card"):
         for ink in ("ink", "soft", "a", "collapsed", "saturated", "healthy", "unknown"):
             assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
-        for line in ("b", "c", "limit", "focus"):
+        for line in ("b", "c", "d", "limit", "focus"):
             assert _contrast(colours[line], colours[ground]) >= 3.0, (line, ground)
     for mark in ("collapsed", "saturated", "healthy", "action", "unknown"):
         assert _contrast(colours["on"], colours[mark]) >= 4.5, mark
