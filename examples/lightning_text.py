@@ -1,7 +1,6 @@
 """A small GLA language model learns real text under Lightning, and shows what its memory does.
 
-The text is what every Python installation has: the licence and documentation files of the installed packages. The model
-reads bytes. Takes under three minutes on two cores.
+The text is what every Python installation has (see corpus.py), read as bytes. Takes under three minutes on two cores.
 
     python examples/lightning_text.py [--steps 600] [--json FILE]
 """
@@ -13,11 +12,11 @@ import itertools
 import json
 import logging
 import warnings
-from importlib.metadata import distributions
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from corpus import VOCABULARY, windows
 from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
@@ -30,28 +29,6 @@ from ess_monitor.integrations.lightning import ESSMonitorCallback
 from ess_monitor.records import Measurement
 
 LENGTH, BATCH = 128, 16
-ENDINGS = (".md", ".rst", ".txt")
-
-
-def corpus(least_bytes: int = 400_000, most_bytes: int = 2_000_000) -> bytes:
-    """Licences and documentation of the installed packages, in the order of their names, without repetitions."""
-    texts: dict[str, None] = {}
-    size = 0
-    for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"] or ""):
-        for file in distribution.files or ():
-            if not (file.name.upper().startswith(("LICEN", "COPYING", "NOTICE", "METADATA")) or file.suffix in ENDINGS):
-                continue
-            path = Path(str(file.locate()))
-            if path.is_file() and 500 < path.stat().st_size < 200_000:
-                text = path.read_text(encoding="utf-8", errors="ignore")
-                if text not in texts:
-                    texts[text] = None
-                    size += len(text)
-        if size > most_bytes:
-            break
-    if size < least_bytes:
-        raise SystemExit(f"only {size} bytes of text found in the installed packages; {least_bytes} are needed")
-    return "\n".join(texts).encode()[:most_bytes]
 
 
 class TextModule(pl.LightningModule):
@@ -59,7 +36,7 @@ class TextModule(pl.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = Backbone(BackboneConfig(vocab_size=256, width=64, depth=3, featurizer="gla", state_size=32))
+        self.model = Backbone(BackboneConfig(vocab_size=VOCABULARY, width=64, depth=3, featurizer="gla", state_size=32))
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
         """Cross-entropy in nats a byte."""
@@ -86,10 +63,8 @@ def main() -> None:
 
     torch.set_num_threads(1)  # the tensors are small: a second thread would mostly wait
     pl.seed_everything(0, verbose=False)
-    text = corpus()
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    windows = data[: len(data) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)
-    print(f"{len(text):,} bytes of licences and documentation, {len(windows):,} windows of {LENGTH} bytes")
+    text = windows(LENGTH + 1)
+    print(f"{text.numel():,} bytes of licences and documentation, {len(text):,} windows of {LENGTH} bytes")
 
     events = arguments.out / "events.jsonl"
     events.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +84,7 @@ def main() -> None:
         enable_model_summary=False,
         gradient_clip_val=1.0,
     )
-    loader = DataLoader(TensorDataset(windows), batch_size=BATCH, shuffle=True, drop_last=True)
+    loader = DataLoader(TensorDataset(text), batch_size=BATCH, shuffle=True, drop_last=True)
     trainer.fit(TextModule(), loader)
 
     measurements = [Measurement.model_validate(e.data) for e in read_event_log(events) if e.event == "measurement"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
+from corpus import VOCABULARY, windows
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
@@ -25,26 +25,6 @@ from ess_monitor.featurizers import GLA, SA
 from ess_monitor.records import Measurement
 
 LENGTH, BATCH, ACCUMULATE, WIDTH = 128, 8, 2, 64
-
-
-def corpus(most_bytes: int = 2_000_000) -> torch.Tensor:
-    """Licences and documentation of the installed packages, as bytes."""
-    texts: dict[str, None] = {}
-    for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"] or ""):
-        for file in distribution.files or ():
-            if file.name.upper().startswith(("LICEN", "COPYING", "NOTICE", "METADATA")) or file.suffix in (
-                ".md",
-                ".rst",
-            ):
-                path = Path(str(file.locate()))
-                if path.is_file() and path.stat().st_size < 200_000:
-                    texts[path.read_text(encoding="utf-8", errors="ignore")] = None
-        if sum(map(len, texts)) > most_bytes:
-            break
-    data = bytearray("\n".join(texts).encode()[:most_bytes])
-    if len(data) < 100 * BATCH * LENGTH:
-        raise SystemExit(f"only {len(data)} bytes of text found in the installed packages")
-    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 class Block(nn.Module):
@@ -68,12 +48,12 @@ class Hybrid(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(256, WIDTH)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.Sequential(*(Block(mixer(WIDTH, 4)) for mixer in (GLA, SA, GLA)))
-        self.head = nn.Linear(WIDTH, 256)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, length) to (batch, length, 256)."""
+        """(batch, length) to (batch, length, vocabulary)."""
         logits: torch.Tensor = self.head(self.blocks(self.embedding(tokens)))
         return logits
 
@@ -88,7 +68,7 @@ def main() -> None:
 
     torch.set_num_threads(1)  # the tensors are small: a second thread would mostly wait
     torch.manual_seed(0)
-    text, model = corpus(), Hybrid()
+    text, model = windows(LENGTH + 1), Hybrid()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     log = arguments.out / "events.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +85,7 @@ def main() -> None:
         for _ in range(arguments.steps):
             total = torch.zeros(())
             for _ in range(ACCUMULATE):
-                starts = torch.randint(len(text) - LENGTH - 1, (BATCH,))
-                tokens = torch.stack([text[s : s + LENGTH + 1] for s in starts]).long()
+                tokens = text[torch.randint(len(text), (BATCH,))].long()
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     logits = model(tokens[:, :-1])
                     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
