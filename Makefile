@@ -1,4 +1,4 @@
-# make demo | test | check | bench | docs | clean
+# make demo | observability | test | fuzz | check | bench | docs | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="-k ess -x" is passed on to pytest.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ MAMBA_SSM := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install --
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo observability test fuzz check bench docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -23,8 +23,15 @@ help:
 demo: $(DEV)
 	$(BIN)/python examples/demo.py
 
+observability: $(DEV)
+	$(BIN)/python examples/observability.py
+
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Many more inputs than the suite's, for what reads from outside.
+fuzz: $(DEV)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/fuzz --hypothesis-show-statistics $(ARGS)
 
 # mypy reaches integrations/ through the link ess_monitor/integrations, so that each file has one module name.
 check: $(DEV)

@@ -1,14 +1,13 @@
 """From a layer that forgets to a message on a phone, and back: nothing on the way is a stand-in.
 
 Real: two Lightning processes (DDP over gloo) with their endpoints and discovery files; the layer, whose gate starts so
-low that its memory is collapsed, and the autopilot's regulariser that fills it (left alone it stays collapsed); Prometheus
-with the scrape configuration and the rules that `ess_monitor.alerts` exports; Alertmanager with its routes and
-inhibitions; HTTP between all of them. What is shortened: the wait of the alerts (seconds instead of minutes), scrape and
-evaluation intervals, Alertmanager's grouping times, and the patience of the diagnosis. What is held back: the training
-begins when Prometheus has found it, and steps no faster than 30 ms.
+low that its memory is collapsed, and the autopilot's regulariser that fills it (left alone it stays collapsed);
+Prometheus with the scrape configuration and the rules that `ess_monitor.alerts` exports; Alertmanager with its routes
+and inhibitions; HTTP between all of them. Shortened: the wait of the alerts (seconds instead of minutes), scrape and
+evaluation intervals, Alertmanager's grouping times, and the patience of the diagnosis. Held back: the training begins
+when Prometheus has found it, and steps no faster than every 30 ms.
 
-One story, told by fixtures that stand on each other: found, alerted, resolved, killed, bereft,
-forgotten.
+One story, told by fixtures that stand on each other: found, alerted, resolved, killed, bereft, forgotten.
 """
 
 from __future__ import annotations
@@ -71,9 +70,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 def found(scene: Scene) -> dict[tuple[str, ...], float]:
     """`up` of both ranks; from here on they train."""
     up = eventually(
-        lambda: all(rank.still_running() for rank in scene.ranks)
-        and len(found := scene.values("up == 1", "job", "run_id", "rank")) == 2
-        and found,
+        lambda: (
+            all(rank.still_running() for rank in scene.ranks)
+            and len(found := scene.values("up == 1", "job", "run_id", "rank")) == 2
+            and found
+        ),
         "both ranks up",
     )
     for rank in scene.ranks:
@@ -155,9 +156,7 @@ def test_it_resolves_after_the_rescue(scene: Scene, resolved: Notification) -> N
     assert scene.delivered() == [(COLLAPSED, "firing"), (COLLAPSED, "resolved")]
 
 
-def test_a_killed_rank_is_down_and_its_series_end_at_once(
-    scene: Scene, killed: tuple[float, Notification]
-) -> None:
+def test_a_killed_rank_is_down_and_its_series_end_at_once(scene: Scene, killed: tuple[float, Notification]) -> None:
     alive, notification = killed
     assert notification.labels["alertname"] == DOWN
     assert {label: notification.labels[label] for label in ("job", "run_id", "rank")} == {
