@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
@@ -17,9 +16,10 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import ExporterConfig
 from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.runtime import RuntimeConfig
+from ess_monitor.yaml_file import read_mapping
 
 ENVIRONMENT_PREFIX = "ESS_MONITOR_"
-_MAX_YAML_BYTES = 1_000_000
+_PROBLEMS_TOLD = 10
 
 
 class MonitorConfig(BaseModel):
@@ -80,7 +80,7 @@ class MonitorConfig(BaseModel):
             ConfigError: the file cannot be read or is not a mapping, a name is unknown, or a value is out of range; the
                 message names setting, value and allowed range.
         """
-        merged = _read_yaml(Path(path)) if path is not None else {}
+        merged = read_mapping(Path(path)) if path is not None else {}
         if environment:
             merged = _merge(merged, _read_environment())
         merged = _merge(merged, settings)
@@ -91,17 +91,27 @@ class MonitorConfig(BaseModel):
 
 
 def explain(error: ValidationError) -> str:
-    """One line a problem: setting, what is wrong, the value that was given."""
+    """What is wrong, the first problems of many: setting, problem, the value that was given."""
     lines = []
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"]) or "config"
+    problems = error.errors()
+    for problem in problems[:_PROBLEMS_TOLD]:
+        name = f"{'.'.join(str(part) for part in problem['loc']) or 'config':.200}"
         silent = problem["type"] in ("missing", "extra_forbidden") or _may_be_secret(problem["loc"])
-        given = "" if silent else f" (got {problem['input']!r:.200})"
+        given = "" if silent else f" (got {_shown(problem['input'])})"
         message = problem["msg"]
         if problem["type"] == "extra_forbidden":
             message = "unknown setting; see ess_monitor.MonitorConfig for the names"
         lines.append(f"{name}: {message}{given}")
+    if len(problems) > len(lines):
+        lines.append(f"and {len(problems) - len(lines)} more")
     return "; ".join(lines)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except Exception:  # an integer of more digits than Python writes, or somebody else's object
+        return f"a value of type {type(value).__name__}"
 
 
 def _may_be_secret(location: tuple[int | str, ...]) -> bool:
@@ -120,22 +130,6 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_YAML_BYTES:
-            raise ConfigError(f"path: {path} is larger than {_MAX_YAML_BYTES} bytes; a configuration is a few lines")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"path: cannot read {path}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"path: {path} is not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"path: {path} holds a {type(content).__name__}; it must be a mapping of settings")
-    return content
-
-
 class _Environment(BaseSettings, MonitorConfig):
     """The settings as environment variables name them. Never instantiated: values are validated by `MonitorConfig`."""
 
@@ -152,5 +146,7 @@ def _read_environment() -> dict[str, Any]:
             raise ConfigError(f"environment: {name} is not a setting; after {ENVIRONMENT_PREFIX} comes one of {known}")
     try:
         return EnvSettingsSource(_Environment)()
+    except RecursionError:
+        raise ConfigError("environment: a variable's JSON is nested too deep; settings are a few levels deep") from None
     except SettingsError as error:
         raise ConfigError(f"environment: {error}; lists and objects are written as JSON") from error

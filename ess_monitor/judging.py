@@ -83,7 +83,8 @@ class Judge:
             self.spent("export", self._clock() - intervened)
 
     def spent(self, phase: Phase, seconds: float) -> None:
-        """The monitor itself took this long."""
+        """The monitor itself took this long; where the clock went back, no time at all."""
+        seconds = max(0.0, seconds)
         self._ledger.spent(phase, seconds)
         self._cadence.spent(seconds)
         self._ledger.overhead(self._cadence.overhead_ratio, self._cadence.interval_steps)

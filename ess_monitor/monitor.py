@@ -16,7 +16,7 @@ from ess_monitor.capture import Sampler, TokenProbe, layer_infos
 from ess_monitor.capture.operators import require_layers
 from ess_monitor.config import MonitorConfig
 from ess_monitor.diagnosis import Tracker, thresholds
-from ess_monitor.errors import CaptureError, CheckpointError, ConfigError
+from ess_monitor.errors import CaptureError, ConfigError
 from ess_monitor.evidence import Evidence, agree
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter
 from ess_monitor.interventions import Autopilot
@@ -27,6 +27,7 @@ from ess_monitor.measuring import Measuring
 from ess_monitor.records import Action, Condition, Finding, Reading, RunInfo, RunStatus, Snapshot
 from ess_monitor.runtime import Agreement, Cadence, Guard, Lane, lane_for
 from ess_monitor.samples import Metrics
+from ess_monitor.state import STATE_VERSION, read_state
 from ess_monitor.versions import installed_versions
 
 _STATE_VERSION = 1
@@ -190,7 +191,7 @@ class Monitor:
         if not self._running:
             return
         now = self._clock()
-        seconds = None if self._last_call is None else now - self._last_call
+        seconds = None if self._last_call is None or now < self._last_call else now - self._last_call
         self._last_call = now
         self._step = self._step + 1 if step is None else step
         self._optimizer = optimizer
@@ -322,7 +323,7 @@ class Monitor:
         """What a resumed run needs to go on as if it had not stopped: step, cadence, diagnosis, counters."""
         self._read_ahead()
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "step": self._step,
             "judge_at": self._judge_at,
             "evidence": None if self._evidence is None else self._evidence.state_dict(),
@@ -339,23 +340,15 @@ class Monitor:
         Raises:
             CheckpointError: the state was written by another version, or is not a monitor's state.
         """
-        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
-            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-            raise CheckpointError(
-                f"state: version {found!r} cannot be read, only {_STATE_VERSION}; "
-                "start without the monitor's state (its measurements begin anew, the training is not affected)"
-            )
-        try:
-            self._step = int(state["step"])
-            self._cadence.load_state_dict(state["cadence"])
-            self._tracker.load_state_dict(state["diagnosis"])
-            self._ledger.load_state_dict(state["ledger"])
-            self._sampler.turn = int(state["turn"])
-            self._judge_at = state["judge_at"]
-            self._evidence = None if state["evidence"] is None else Evidence.from_state(state["evidence"])
-            self._autopilot.load_state_dict(state["autopilot"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"state: not a monitor's state ({type(error).__name__}: {error})") from error
+        checked = read_state(state)
+        self._autopilot.load_state_dict(checked["autopilot"])  # these two check their parts, and may still refuse
+        self._tracker.load_state_dict(checked["diagnosis"])
+        self._step = checked["step"]
+        self._cadence.load_state_dict(checked["cadence"])
+        self._ledger.load_state_dict(checked["ledger"])
+        self._sampler.turn = checked["turn"]
+        self._judge_at = checked["judge_at"]
+        self._evidence = None if checked["evidence"] is None else Evidence.from_state(checked["evidence"])
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

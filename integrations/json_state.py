@@ -39,14 +39,23 @@ def from_json(value: Any) -> Any:
     """What `to_json` was given; tuples come back as lists.
 
     Raises:
-        CheckpointError: a tensor's bytes do not fit its dtype and shape.
+        CheckpointError: a tensor's bytes do not fit its dtype and shape, or the value is nested too deep.
     """
+    try:
+        return _from_json(value)
+    except RecursionError:
+        raise CheckpointError(
+            "state: nested too deep to be a monitor's; the checkpoint is damaged, resume without the monitor's state"
+        ) from None
+
+
+def _from_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         if _TENSOR in value:
             return _tensor(value)
-        return {name: from_json(item) for name, item in value.items()}
+        return {name: _from_json(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [from_json(item) for item in value]
+        return [_from_json(item) for item in value]
     return value
 
 
@@ -57,6 +66,6 @@ def _tensor(value: Mapping[str, Any]) -> torch.Tensor:
         return raw.view(dtype).reshape(value["shape"])
     except Exception as error:
         raise CheckpointError(
-            f"state: a tensor in it cannot be read ({type(error).__name__}: {error}); the checkpoint is damaged, "
-            "resume without the monitor's state"
+            f"state: a tensor in it cannot be read ({type(error).__name__}: {error!s:.200}); the checkpoint is "
+            "damaged, resume without the monitor's state"
         ) from error

@@ -39,7 +39,9 @@ _TORCH_RANDOM = _TorchRandom()
 hypothesis.register_random(_TORCH_RANDOM)
 hypothesis.settings.register_profile("local", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("ci" if IN_CI else "local")
+# More inputs for tests/fuzz, which says how many, and new ones every time.
+hypothesis.settings.register_profile("long", deadline=None, max_examples=300, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if IN_CI else "local"))
 
 
 def pytest_configure() -> None:

@@ -193,7 +193,7 @@ class _LayerState(_State):
 
 
 class _TrackerState(_State):
-    version: int
+    version: int = Field(ge=-(2**63), le=2**63 - 1)
     metric: str | None
     metrics: list[float]
     layers: list[_LayerState]

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ess_monitor.exporters.line_file import rotated_path
 from ess_monitor.records import SCHEMA_VERSION, Action, Finding, Measurement, RunInfo, Snapshot
 
+MAX_LINE_BYTES = 16 * 2**20
+"""A longer line is skipped, and never held in memory whole: a measurement of a thousand layers takes about one MiB."""
+
 
 class _EventBase(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +75,8 @@ class EventReader(Iterator[Event]):
     """Iterates over the events of a log, skipping what is not an event of this schema.
 
     Skipped are a torn line (the process or the disk stopped in the middle of it), lines of another schema version, and
-    anything else that does not validate; blank lines are not counted. The files are read as a stream.
+    anything else that does not validate or is longer than `MAX_LINE_BYTES`; blank lines are not counted. The files are
+    read as a stream.
 
     Args:
         paths: the parts of the log, oldest first.
@@ -92,7 +96,12 @@ class EventReader(Iterator[Event]):
     def _read(self, paths: tuple[Path, ...]) -> Iterator[Event]:
         for path in paths:
             with path.open("rb") as lines:
-                for line in lines:
+                while line := lines.readline(MAX_LINE_BYTES):
+                    if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                        while not line.endswith(b"\n") and (line := lines.readline(MAX_LINE_BYTES)):
+                            pass
+                        self.skipped_lines += 1
+                        continue
                     if not line.strip():
                         continue
                     try:

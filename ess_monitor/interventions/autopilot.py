@@ -12,15 +12,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor.capture import Layer
 from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.config import AutopilotConfig
-from ess_monitor.interventions.treatment import Treatment, can_be_treated, remedy_of
+from ess_monitor.interventions.treatment import Treatment, TreatmentState, can_be_treated, remedy_of
 from ess_monitor.records import Action, ActionOutcome, Condition, Finding, Reading
 
 _STATE_VERSION = 1
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+    spent: int = Field(ge=0)
+    given_up: list[str]
+    told: dict[str, bool]
+    treatments: list[TreatmentState]
 
 
 class Autopilot:
@@ -327,20 +337,33 @@ class Autopilot:
             CheckpointError: another version, or a treated layer that the model does not have in this form. The
                 autopilot is left as it was.
         """
-        if state.get("version") != _STATE_VERSION:
+        version = state.get("version")
+        if not (isinstance(version, int) and version == _STATE_VERSION):
+            raise CheckpointError(f"autopilot: state version {_shown(version)}, only {_STATE_VERSION} can be read")
+        try:
+            parsed = _State.model_validate(dict(state))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
             raise CheckpointError(
-                f"autopilot: state version {state.get('version')!r}, only {_STATE_VERSION} can be read"
-            )
-        treatments = state["treatments"] if self.config.mode == "auto" else []
-        lost = [t["layer"] for t in treatments if not can_be_treated(self._layers.get(t["layer"]), t["action"])]
+                f"autopilot: the state cannot be read ({where:.200}: {first['msg']:.200}); resume without the "
+                "monitor's state"
+            ) from None
+        treatments = parsed.treatments if self.config.mode == "auto" else []
+        lost = [t.layer for t in treatments if not can_be_treated(self._layers.get(t.layer), t.action)]
         if lost:
             raise CheckpointError(
                 f"autopilot: the state treats {lost} in a way that the measured layers of this model do not allow "
                 "(no such layer, or none with that handle); resume with the same layers, or without the monitor's state"
             )
         self.close()
-        self._spent = int(state["spent"])
-        self._given_up, self._told = set(state["given_up"]), dict(state["told"])
+        self._spent = parsed.spent
+        self._given_up, self._told = set(parsed.given_up), dict(parsed.told)
         self._treatments = {
-            t["layer"]: Treatment.from_state(self._layers[t["layer"]], t, self._grad_scale) for t in treatments
+            t.layer: Treatment.from_state(self._layers[t.layer], t, self._grad_scale) for t in treatments
         }
+
+
+def _shown(version: object) -> str:
+    plain = version is None or (isinstance(version, int) and abs(version) < 2**63)
+    return str(version) if plain else f"of type {type(version).__name__}"

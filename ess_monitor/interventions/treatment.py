@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from ess_monitor.capture import Layer
 from ess_monitor.interventions.alpha import AlphaCopy, Optimizers, rescale_alpha, restore_alpha
@@ -29,6 +30,34 @@ def can_be_treated(layer: Layer | None, action: Remedy) -> bool:
     if layer is None:
         return False
     return (layer.spec.alpha if action == "rescale_alpha" else layer.spec.decay) is not None
+
+
+class CopyState(BaseModel):
+    """What an alpha was before it was rescaled."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
+
+    tensor: torch.Tensor
+    moments: dict[str, Any]
+
+
+class TreatmentState(BaseModel):
+    """`Treatment.state_dict` with its types: a strength of another one would fail inside the backward pass."""
+
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+    layer: str
+    action: Remedy
+    finding: str
+    rung: int = Field(ge=0)
+    strength: FiniteFloat = Field(gt=0)
+    step: int = Field(ge=0)
+    first_step: int = Field(ge=0)
+    recovered_step: int | None
+    loss_at_start: FiniteFloat | None
+    utilization_before: FiniteFloat | None
+    retention_before: FiniteFloat | None
+    copy_before: CopyState | None = Field(alias="copy")
 
 
 class Treatment:
@@ -116,9 +145,9 @@ class Treatment:
         }
 
     @classmethod
-    def from_state(cls, layer: Layer, state: Mapping[str, Any], scale: GradScale) -> Treatment:
+    def from_state(cls, layer: Layer, state: TreatmentState, scale: GradScale) -> Treatment:
         """The treatment as it was, attached again."""
-        treatment = cls(layer, state["action"], state["finding"], None, scale)
+        treatment = cls(layer, state.action, state.finding, None, scale)
         for name in (
             "rung",
             "strength",
@@ -129,9 +158,9 @@ class Treatment:
             "utilization_before",
             "retention_before",
         ):
-            setattr(treatment, name, state[name])
-        if state["copy"] is not None:
-            treatment._copy = AlphaCopy(state["copy"]["tensor"], dict(state["copy"]["moments"]))
+            setattr(treatment, name, getattr(state, name))
+        if state.copy_before is not None:
+            treatment._copy = AlphaCopy(state.copy_before.tensor, dict(state.copy_before.moments))
         if treatment.action == "pull_to_identity":
             treatment._attach()
         return treatment

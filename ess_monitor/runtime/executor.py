@@ -152,7 +152,7 @@ class Executor(Generic[Tag]):
                     break
                 try:
                     task.launched = task.lane.launch(task.ready, task.inputs, task.compute)
-                except Exception as error:
+                except BaseException as error:  # sys.exit() in there must not end the worker with a job that never ends
                     task.error = f"{type(error).__name__}: {error}"
             with self._wake:
                 if job.state == "waiting":

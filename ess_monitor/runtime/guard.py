@@ -31,11 +31,12 @@ class Guard:
         self.last_error = ""
         self._in_a_row = 0
         self._before = 0
+        self._off = False
 
     @property
     def open(self) -> bool:
         """False once the part has turned itself off."""
-        return self._in_a_row < self.limit
+        return not self._off
 
     def __enter__(self) -> Guard:
         self._before = self.failures
@@ -63,7 +64,8 @@ class Guard:
             logger.warning(
                 "ess_monitor: %s failed (%s); the training goes on, further failures are counted", self.part, message
             )
-        if self._in_a_row == self.limit:
+        if self._in_a_row >= self.limit and not self._off:
+            self._off = True
             logger.warning(
                 "ess_monitor: %s failed %d times in a row and is off for the rest of this run; "
                 "the last error was: %s. Attach a new monitor to turn it on again.",

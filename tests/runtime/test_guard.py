@@ -46,6 +46,18 @@ def test_a_success_in_between_keeps_the_part_on() -> None:
     assert guard.failures == 3
 
 
+def test_a_part_that_is_off_stays_off_whatever_comes_after(caplog: pytest.LogCaptureFixture) -> None:
+    guard = Guard("measurement", limit=2)
+    with caplog.at_level(logging.WARNING, "ess_monitor"):
+        for _ in range(2):
+            guard.failed("in the worker")
+            guard.failed("in the worker")
+            with guard:
+                pass  # a sample that was still under way
+            assert not guard.open
+    assert sum("is off for the rest of this run" in r.message for r in caplog.records) == 1
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_by_the_user_is_never_swallowed(error: type[BaseException]) -> None:
     with pytest.raises(error), Guard("capture"):
