@@ -42,7 +42,7 @@ def missing_packages() -> list[str]:
     return [package for program, package in PACKAGES.items() if shutil.which(program) is None]
 
 
-def eventually(ask: Callable[[], T], what: str, *, seconds: float = PATIENCE_SECONDS) -> T:
+def eventually(ask: Callable[[], T | None], what: str, *, seconds: float = PATIENCE_SECONDS) -> T:
     """The first answer that is true; asks ten times a second.
 
     Raises:
