@@ -1,4 +1,4 @@
-# make demo | observability | test | fuzz | check | bench | docs | clean
+# make demo | observability | test | faults | fuzz | check | bench | docs | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="-k ess -x" is passed on to pytest.
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ MAMBA_SSM := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install --
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo observability test fuzz check bench docs clean
+.PHONY: help demo observability test faults fuzz check bench docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -28,6 +28,9 @@ observability: $(DEV)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(DEV)
+	$(BIN)/python -m tests.faults
 
 # Many more inputs than the suite's, for what reads from outside.
 fuzz: $(DEV)

@@ -1,0 +1,252 @@
+"""What the cases share: two trainings from one seed, one of them watched, and how they are compared."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ess_monitor import Measurement, Monitor, MonitorConfig
+from ess_monitor.exporters import Exporter
+from ess_monitor.featurizers import Backbone, BackboneConfig
+from ess_monitor.records import RunInfo, RunStatus, Snapshot
+
+STEPS = 12
+SETTINGS: dict[str, Any] = {
+    "every_n_steps": 2,
+    "overhead_budget_ratio": None,
+    # A queue that holds every sample: on a busy machine none may be dropped, where a case counts them.
+    "runtime": {"queue_length": 64},
+}
+
+Edit = Callable[[int, nn.Module], None]
+"""`(step, model)`: called before the step's forward pass, in both trainings."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one case."""
+
+    unchanged: bool
+    """Losses and parameters are those of the training without the monitor, bit for bit."""
+    seen: Mapping[str, bool]
+    """Where the event is to be seen, and whether it is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One injected fault."""
+
+    name: str
+    injected: str
+    run: Callable[[Injection], Outcome]
+
+
+@dataclass
+class Injection:
+    """What a case works with; everything that it changed is undone behind it."""
+
+    folder: Path
+    """Empty at the beginning."""
+    patch: pytest.MonkeyPatch
+    logged: list[str] = field(default_factory=list)
+    """Warnings of the monitor so far."""
+
+    def said(self, text: str) -> int:
+        """How many of the warnings hold this text."""
+        return sum(text in line for line in self.logged)
+
+
+CASES: list[Case] = []
+"""In the order of the table."""
+
+
+def case(injected: str) -> Callable[[Callable[[Injection], Outcome]], Callable[[Injection], Outcome]]:
+    """Register a function as a case; its name, read as words, is the name of the case."""
+
+    def register(run: Callable[[Injection], Outcome]) -> Callable[[Injection], Outcome]:
+        CASES.append(Case(run.__name__.replace("_", " "), injected, run))
+        return run
+
+    return register
+
+
+@contextmanager
+def injecting() -> Iterator[Injection]:
+    """A folder, a monkey-patch and the log of one case; no fixture, so that the table can be made without pytest."""
+    logger = logging.getLogger("ess_monitor")
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        injection = Injection(Path(folder), patch)
+        handler = _Keeping(injection.logged)
+        propagates, logger.propagate = logger.propagate, False
+        logger.addHandler(handler)
+        try:
+            yield injection
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = propagates
+
+
+class _Keeping(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(record.getMessage())
+
+
+class Collecting:
+    """An exporter that keeps what it gets."""
+
+    name, inline = "collecting", True
+
+    def __init__(self) -> None:
+        self.measurements: list[Measurement] = []
+        self.closed: list[RunStatus] = []
+
+    def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
+        """Keep nothing of it."""
+
+    def export(self, measurement: Measurement) -> None:
+        """Keep it."""
+        self.measurements.append(measurement)
+
+    def close(self, status: RunStatus) -> None:
+        """Keep how it ended."""
+        self.closed.append(status)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of what was measured."""
+        return [measurement.step for measurement in self.measurements]
+
+
+def backbone(featurizer: str = "gla") -> Backbone:
+    """The model that the cases train: two layers of eight states."""
+    torch.manual_seed(0)
+    return Backbone(BackboneConfig(vocab_size=16, width=16, featurizer=featurizer, state_size=8))
+
+
+def batches(steps: int = STEPS) -> list[torch.Tensor]:
+    """Tokens (batch, length), the same in every training."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 16, (4, 24), generator=generator) for _ in range(steps)]
+
+
+def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Next-token cross-entropy, for models that return logits or an output that has them."""
+    output = model(tokens)
+    logits = getattr(output, "logits", output)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def train(
+    model: nn.Module,
+    data: Iterable[torch.Tensor] | None = None,
+    *,
+    edit: Edit | None = None,
+    after_step: Callable[[int, torch.Tensor], None] | None = None,
+    make_optimizer: Any = torch.optim.AdamW,
+) -> bytes:
+    """A plain loop.
+
+    Args:
+        model: is trained in place.
+        data: a batch a step.
+        edit: a fault of the training itself.
+        after_step: `(step, loss)`, where a monitor's `step` belongs.
+        make_optimizer: takes parameters and `lr`.
+
+    Returns:
+        Losses and final state, as bytes: NaN is equal to itself there.
+    """
+    optimizer = make_optimizer(model.parameters(), lr=1e-2)
+    losses = []
+    for step, tokens in enumerate(batches() if data is None else data):
+        if edit is not None:
+            edit(step, model)
+        loss = loss_of(model, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if after_step is not None:
+            after_step(step, loss)
+    return struct.pack(f"{len(losses)}d", *losses) + state_bytes(model)
+
+
+def state_bytes(model: nn.Module) -> bytes:
+    """Parameters and buffers, bit for bit."""
+    tensors = (tensor.detach().contiguous().view(-1) for tensor in model.state_dict().values())
+    return b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
+
+
+@dataclass
+class Watched:
+    """A training that was watched."""
+
+    unchanged: bool
+    sink: Collecting
+    monitor: Monitor
+    snapshot: Snapshot
+    """After the end."""
+
+    @property
+    def statuses(self) -> list[str]:
+        """Of all readings, in the order they came."""
+        return [reading.status for measurement in self.sink.measurements for reading in measurement.readings]
+
+
+def watch(
+    *,
+    settings: Mapping[str, Any] | None = None,
+    exporters: tuple[Exporter, ...] = (),
+    edit: Edit | None = None,
+    meanwhile: Callable[[int, Monitor], None] | None = None,
+    build: Callable[[], nn.Module] = backbone,
+    data: Iterable[torch.Tensor] | None = None,
+    bare_data: Iterable[torch.Tensor] | None = None,
+    make_optimizer: Any = torch.optim.AdamW,
+    **options: Any,
+) -> Watched:
+    """Train with and without the monitor.
+
+    Args:
+        settings: of the monitor, on top of `SETTINGS`.
+        exporters: besides the one that collects.
+        edit: a fault of the training itself.
+        meanwhile: `(step, monitor)`, called after each step of the training that is watched.
+        build: makes the model, always the same.
+        data: a batch a step.
+        bare_data: the same for the training that is not watched, where it has to be loaded in another way.
+        make_optimizer: of both trainings.
+        options: further arguments of `Monitor`.
+    """
+    bare = data if bare_data is None else bare_data
+    expected = train(build(), bare, edit=edit, make_optimizer=make_optimizer)
+    model, sink = build(), Collecting()
+    config = MonitorConfig.load(environment=False, **{**SETTINGS, **(settings or {})})
+    with Monitor(model, config, exporters=(sink, *exporters), **options) as monitor:
+
+        def after_step(step: int, loss: torch.Tensor) -> None:
+            monitor.step({"loss": loss})
+            if meanwhile is not None:
+                meanwhile(step, monitor)
+
+        result = train(model, data, edit=edit, after_step=after_step, make_optimizer=make_optimizer)
+    return Watched(result == expected and not hooks_of(model), sink, monitor, monitor.snapshot())
+
+
+def hooks_of(model: nn.Module) -> int:
+    """Forward hooks anywhere in the model."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

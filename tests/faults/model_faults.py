@@ -1,0 +1,142 @@
+"""Faults in what is watched: numbers that are none, layers that cannot be read, a model that is edited."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ess_monitor.ess import DiagonalRecurrence
+from tests.faults.harness import Injection, Outcome, backbone, case, watch
+
+
+@case("NaN is written into a weight of the second layer at step 5")
+def NaN_in_weights(injection: Injection) -> Outcome:
+    return _poisoned(injection, math.nan)
+
+
+@case("Inf is written into a weight of the second layer at step 5")
+def Inf_in_weights(injection: Injection) -> Outcome:
+    return _poisoned(injection, math.inf)
+
+
+def _poisoned(injection: Injection, value: float) -> Outcome:
+    def edit(step: int, model: nn.Module) -> None:
+        if step == 5:
+            with torch.no_grad():
+                next(model.get_submodule("blocks.1.mixer").parameters()).view(-1)[0] = value
+
+    run = watch(edit=edit)
+    before, after = run.sink.measurements[:3], run.sink.measurements[3:]
+    return Outcome(
+        run.unchanged,
+        {
+            "status ok before": {r.status for m in before for r in m.readings} == {"ok"},
+            "status nonfinite": all(r.status == "nonfinite" for m in after for r in m.readings if "1" in r.layer),
+            "nonfinite_total": run.snapshot.nonfinite_total["blocks.1.mixer"] == len(after) == 3,
+        },
+    )
+
+
+@case("the input of the second layer's recurrence is NaN in one forward pass")
+def NaN_in_activations(injection: Injection) -> Outcome:
+    return _poisoned_activations(math.nan)
+
+
+@case("the input of the second layer's recurrence is Inf in one forward pass")
+def Inf_in_activations(injection: Injection) -> Outcome:
+    return _poisoned_activations(math.inf)
+
+
+def _poisoned_activations(value: float) -> Outcome:
+    handles = []
+
+    def edit(step: int, model: nn.Module) -> None:
+        core = model.get_submodule("blocks.1.mixer.core")
+        if step == 4:
+            handles.append(core.register_forward_pre_hook(lambda m, args: (args[0] * value, *args[1:])))
+        if step == 5:
+            handles.pop().remove()
+
+    run = watch(edit=edit)
+    statuses = {m.step: [r.status for r in m.readings] for m in run.sink.measurements}
+    return Outcome(
+        run.unchanged,
+        {
+            "status nonfinite": statuses[4] == ["ok", "nonfinite"],
+            "nonfinite_total": run.snapshot.nonfinite_total["blocks.1.mixer"] >= 1,
+        },
+    )
+
+
+@case("reading the layers' calls raises, at every sample")
+def layer_raises_in_capture(injection: Injection) -> Outcome:
+    def explode(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("injected")
+
+    injection.patch.setattr(DiagonalRecurrence, "select", explode)
+    run = watch()
+    return Outcome(
+        run.unchanged,
+        {
+            "status failed": set(run.statuses) == {"failed"},
+            "failed measurements": run.snapshot.measurements_total["failed"] == len(run.sink.measurements) > 0,
+            "log": injection.said("capture failed (layer blocks.0.mixer: RuntimeError: injected)") == 1,
+        },
+    )
+
+
+@case("the second layer's parameters are frozen at step 5")
+def layer_frozen(injection: Injection) -> Outcome:
+    def edit(step: int, model: nn.Module) -> None:
+        if step == 5:
+            model.get_submodule("blocks.1").requires_grad_(False)
+
+    run = watch(edit=edit)
+    return Outcome(run.unchanged, {"goes on, status ok": set(run.statuses) == {"ok"} and len(run.sink.steps) == 6})
+
+
+@case("the second block is taken out of the model at step 5")
+def layer_removed(injection: Injection) -> Outcome:
+    def edit(step: int, model: nn.Module) -> None:
+        if step == 5:
+            del model.blocks[1]  # type: ignore[union-attr, operator]
+
+    return _unseen_after(watch(edit=edit))
+
+
+@case("the second layer is replaced by a new one at step 5")
+def layer_replaced(injection: Injection) -> Outcome:
+    def edit(step: int, model: nn.Module) -> None:
+        if step == 5:
+            torch.manual_seed(5)
+            model.blocks[1].mixer = backbone().blocks[1].mixer  # type: ignore[union-attr, index]
+
+    return _unseen_after(watch(edit=edit))
+
+
+def _unseen_after(run) -> Outcome:
+    """The layer that the monitor was started with is no longer called."""
+    late = [m for m in run.sink.measurements if m.step > 5]
+    return Outcome(
+        run.unchanged,
+        {
+            "status failed, why": all(
+                [r.status for r in m.readings] == ["ok", "failed"] and "was not called" in m.readings[1].message
+                for m in late
+            )
+            and len(late) == 3
+        },
+    )
+
+
+@case("the model becomes double precision at step 5")
+def dtype_changed(injection: Injection) -> Outcome:
+    def edit(step: int, model: nn.Module) -> None:
+        if step == 5:
+            model.double()
+
+    # Without memory: moments in single precision would be a fault of the loop.
+    run = watch(edit=edit, make_optimizer=torch.optim.SGD)
+    return Outcome(run.unchanged, {"goes on, status ok": set(run.statuses) == {"ok"} and len(run.sink.steps) == 6})

@@ -1,0 +1,59 @@
+"""A training that writes checkpoints and is killed. A process of its own.
+
+    python -m tests.faults.victim FOLDER
+
+Prints every step; at step `LAST` it waits to be killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from ess_monitor import Monitor, MonitorConfig
+from ess_monitor.exporters import EventLogConfig, EventLogExporter
+from tests.faults.harness import SETTINGS, backbone, batches, loss_of
+
+TOTAL, LAST, EVERY = 24, 16, 3
+"""Steps of the whole training, of this process at most, and between two checkpoints."""
+
+
+def resumable(folder: Path, last: int, *, say: bool = False) -> torch.nn.Module:
+    """Train up to step `last`, from the checkpoint in `folder` where there is one."""
+    model, data = backbone(), batches(TOTAL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    log = EventLogExporter(EventLogConfig(path=folder / "events.jsonl"))
+    monitor = Monitor(model, MonitorConfig.load(environment=False, **SETTINGS), exporters=[log])
+    checkpoint, first = folder / "checkpoint.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        monitor.load_state_dict(state["monitor"])
+        first = state["step"]
+    with monitor:
+        for step in range(first, last):
+            loss = loss_of(model, data[step])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step({"loss": loss})
+            if (step + 1) % EVERY == 0:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                torch.save({**state, "monitor": monitor.state_dict()}, folder / "new.pt")
+                os.replace(folder / "new.pt", checkpoint)
+            if say:
+                print(step, flush=True)
+        if say:
+            sys.stdin.readline()
+    return model
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    resumable(Path(sys.argv[1]), LAST, say=True)
