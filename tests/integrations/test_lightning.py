@@ -75,7 +75,8 @@ def test_losses_are_bitwise_equal_with_and_without_the_callback(name: str, tmp_p
     framework = importlib.import_module(name)
     bare, watched = make_module(framework), make_module(framework)
     make_trainer(tmp_path, [], framework).fit(bare, loader(), loader(2))
-    ess = callback("lightning", exporters=[{"kind": "event_log", "path": str(tmp_path / "log.jsonl")}, "prometheus"])
+    sinks = [{"kind": "event_log", "path": str(tmp_path / "log.jsonl")}, {"kind": "prometheus", "port": 0}]
+    ess = callback("lightning", exporters=sinks)
     make_trainer(tmp_path, [ess], framework).fit(watched, loader(), loader(2))
     assert watched.losses == bare.losses
     for a, b in zip(watched.parameters(), bare.parameters(), strict=True):
