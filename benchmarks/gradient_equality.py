@@ -173,6 +173,8 @@ def rank_of_ddp(rank: int, folder: str) -> None:
         found[featurizer] = taken(model)
     if rank == 0:
         torch.save(found, Path(folder) / "gradients.pt")
+    del wrapped
+    dist.barrier()  # a rank that leaves while the other still talks to it can abort
     dist.destroy_process_group()
 
 

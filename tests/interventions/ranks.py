@@ -37,5 +37,6 @@ def averaged_gradients(rank: int, folder: str) -> None:
             task_loss(wrapped, batch(seed=rank)).backward()
             found[featurizer] = gradients(model)
         torch.save(found, Path(folder) / f"{rank}.pt")
+        dist.barrier()  # a rank that leaves while the other still talks to it can abort
     finally:
         dist.destroy_process_group()

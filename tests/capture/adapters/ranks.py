@@ -118,5 +118,6 @@ def observe(rank: int, folder: str) -> None:
             net, tokens = model()
             found[how] = observed(wrapped(how, net), net, tokens)
         torch.save(found, Path(folder) / f"{rank}.pt")
+        dist.barrier()  # a rank that leaves while the other still talks to it can abort
     finally:
         dist.destroy_process_group()
