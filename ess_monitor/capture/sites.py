@@ -181,14 +181,12 @@ class _OpListener:
     ) -> Any:
         if not _UNDER_WAY or _UNDER_WAY[-1][0] is not self._layer:
             return proceed(args, kwargs)
-        signature = inspect.signature(original)
-        call = Call(
-            layer=self._layer,
-            module=self._layer,
-            op=self._name,
-            kwargs=named_arguments(signature, args, kwargs),
-            layer_kwargs=_UNDER_WAY[-1][2],
-        )
+        try:
+            signature = inspect.signature(original)
+            named = named_arguments(signature, args, kwargs)
+        except (TypeError, ValueError):  # a builtin that does not say what it takes: nothing to read, and not our call
+            return proceed(args, kwargs)
+        call = Call(layer=self._layer, module=self._layer, op=self._name, kwargs=named, layer_kwargs=_UNDER_WAY[-1][2])
         if self._before is not None:
             changed = self._before(call)
             if changed is not None:

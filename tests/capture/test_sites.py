@@ -173,3 +173,21 @@ def test_names_are_found_in_wrapped_and_inherited_methods_and_not_in_overridden_
 
     assert names_used(Child)["mix"] == (globals(),)
     assert "mix" not in names_used(Silent)
+
+
+def test_an_op_that_does_not_say_what_it_takes_is_not_seen_and_still_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Opaque:
+        """A function of a compiled extension, without a signature."""
+
+        __name__ = "mix"
+        __signature__ = "none"
+
+        def __call__(self, x: Tensor, **more: Any) -> Tensor:
+            return 2 * x
+
+    monkeypatch.setitem(globals(), "mix", Opaque())
+    layer, seen = Mixer(), list[Call]()
+    watch = watched(layer, seen)
+    assert torch.equal(layer(X), 2 * X)
+    watch.remove()
+    assert seen == []
