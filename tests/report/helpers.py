@@ -21,6 +21,7 @@ from ess_monitor.records import (
     RunStatus,
     Snapshot,
 )
+from tests.exporters.helpers import snapshot as new_run
 
 LAYERS = ("blocks.0.mixer", "blocks.1.mixer")
 HOSTILE = (
@@ -94,31 +95,17 @@ def run_info(layers: Sequence[str] = LAYERS, **fields: Any) -> RunInfo:
 
 
 def snapshot(status: RunStatus = "running", **fields: Any) -> Snapshot:
+    """The counters of a run of 900 steps; `fields` replace its own."""
     spent = HistogramData(bounds=(0.01,), counts=(2,), total_seconds=0.5, count=4)
     values: dict[str, Any] = {
         "last_step": 900,
         "steps_total": 900,
-        "last_step_timestamp_seconds": 0.0,
-        "last_measurement_timestamp_seconds": 0.0,
         "step_seconds": spent,
         "overhead_seconds": dict.fromkeys(PHASES, spent),
         "overhead_ratio": 0.004,
-        "interval_steps": 100,
         "measurements_total": {"ok": 10},
-        "readings": {},
-        "conditions": {},
-        "condition_changes_total": {},
-        "nonfinite_total": {},
-        "interventions_total": {},
-        "interventions_active": {},
-        "intervention_budget_remaining": 6,
-        "last_intervention_timestamp_seconds": {},
-        "autopilot_enabled": False,
-        "export_errors_total": {},
-        "export_dropped_total": {},
-        "export_queue_length": {},
     }
-    return Snapshot(status=status, **{**values, **fields})
+    return new_run(status, **{**values, **fields})
 
 
 def write_log(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.reading import (
+    alpha_of_a_log,
     attribute,
     is_decoding,
     is_placeholder,
@@ -29,7 +30,7 @@ from ess_monitor.capture.adapters.reading import (
 )
 from ess_monitor.capture.code import names_used
 from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition
+from ess_monitor.capture.handles import Behind, DecayHandle, Transition
 from ess_monitor.capture.sites import Arguments, Call, CallSite, Op
 from ess_monitor.capture.sketch import Sketch
 from ess_monitor.ess import DiagonalRecurrence, Operator
@@ -302,10 +303,6 @@ def _channels(layer: nn.Module) -> int | None:
     return attribute(layer, "intermediate_size", "d_inner")
 
 
-def _alpha(layer: nn.Module) -> AlphaHandle | None:
-    return AlphaHandle("A_log", 1.0) if hasattr(layer, "A_log") else None
-
-
 FAMILIES.append(
     Family(
         operator="DiagonalRecurrence",
@@ -315,7 +312,7 @@ FAMILIES.append(
         state_capacity=_capacity,
         channels=_channels,
         decay=_zamba_decay,
-        alpha=_alpha,
+        alpha=alpha_of_a_log,
     )
 )
 FAMILIES.append(
@@ -325,7 +322,7 @@ FAMILIES.append(
         state_capacity=_capacity,
         channels=_channels,
         decay=_decay,
-        alpha=_alpha,
+        alpha=alpha_of_a_log,
         refuses=lambda layer: why_without_kernels(layer, *_OPS),
     )
 )

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.reading import (
+    alpha_of_a_log,
     attribute,
     is_decoding,
     is_placeholder,
@@ -30,7 +31,7 @@ from ess_monitor.capture.adapters.reading import (
     why_without_kernels,
 )
 from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition
+from ess_monitor.capture.handles import Behind, DecayHandle, Transition
 from ess_monitor.capture.sites import Arguments, Call, CallSite
 from ess_monitor.capture.sketch import Sketch
 from ess_monitor.ess import DiagonalRecurrence, Operator
@@ -259,10 +260,6 @@ def _channels(layer: nn.Module) -> int | None:
     return attribute(layer, "num_heads", "nheads")
 
 
-def _alpha(layer: nn.Module) -> AlphaHandle | None:
-    return AlphaHandle("A_log", 1.0) if hasattr(layer, "A_log") else None
-
-
 FAMILIES.append(
     Family(
         operator="DiagonalRecurrence",
@@ -270,7 +267,7 @@ FAMILIES.append(
         state_capacity=_capacity,
         channels=_channels,
         decay=_decay,
-        alpha=_alpha,
+        alpha=alpha_of_a_log,
         refuses=lambda layer: why_without_kernels(layer, *_OPS),
     )
 )
@@ -283,6 +280,6 @@ FAMILIES.append(
         state_capacity=_capacity,
         channels=_channels,
         decay=_fla_decay,
-        alpha=_alpha,
+        alpha=alpha_of_a_log,
     )
 )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ess_monitor.capture.code import names_used
+from ess_monitor.capture.handles import AlphaHandle
 from ess_monitor.capture.sites import Call, Op
 
 _STATES = ("initial_state", "recurrent_state", "initial_states")
@@ -119,3 +120,8 @@ def why_without_kernels(layer: nn.Module, *ops: str) -> str | None:
         f"{type(layer).__name__} calls its scan ({', '.join(name for name in ops if name in used)}) only with the "
         "kernels of mamba_ssm installed and the model on an accelerator; elsewhere no operator can be read"
     )
+
+
+def alpha_of_a_log(layer: nn.Module) -> AlphaHandle | None:
+    """The alpha of a layer whose decay is -exp(A_log) times what the input decides; None without an A_log."""
+    return AlphaHandle("A_log", 1.0) if hasattr(layer, "A_log") else None
