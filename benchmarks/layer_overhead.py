@@ -2,41 +2,46 @@
 
     python -m benchmarks.layer_overhead [--json FILE]
 
-Whole runs one after the other differ by several percent for reasons of the machine alone. So the monitor comes and goes
-within one run: blocks of a few steps without any monitor take turns with blocks at whose beginning one is built and
-started. The first step of each block is the sampled one, or a bare one of no account; then the sample is waited for,
-and the steps that follow are not sampled. They are compared with those of the bare blocks on either side.
+Whole runs, and even blocks of a few steps, differ by several percent for reasons of the machine alone. What is looked
+for is a thousandth. So single steps take turns, in an order that favours neither (a b b a): one that ends with
+`monitor.step`, as in a watched training, and one that does not. The monitor has taken its first sample before and
+takes none in between; it has no hook in the model, which is checked, so that the call is all there is to it. Each
+watched step is compared with the bare one beside it, on two clocks: the wall's, and that of the training thread's own
+processor time, which does not count while others run. Given are the median over many pairs and its 95 % interval by
+order statistics (sign test), which asks nothing of the noise's shape; and the time inside `monitor.step` itself.
 
-Blocks on a machine that others use differ by more than what is looked for. Therefore two clocks, that of the wall and
-that of the training thread's own processor time, which does not count while others run; the median over many blocks
-with its 95 % interval by order statistics (sign test); and the time inside `monitor.step` itself. Between two samples
-that is all there is to the monitor: it has no hook in the model, which is checked.
+A sample is taken every few steps of a second run, and the sampled step compared with those that are not.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
+import gc
 import logging
 import math
+import os
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.report import Result, main
 from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.records import PHASES
 
-LAYERS, LENGTH, STEPS, PAIRS = 24, 128, 6, 24
+LAYERS, LENGTH = 24, 64
+PAIRS = 1000
+"""Of a watched and a bare step."""
+SAMPLES, STEPS = 24, 6
+"""Samples, and steps that are not sampled after each."""
 MAX_OVERHEAD = 0.002
-_METHOD = f"{LAYERS} layers, {LENGTH} tokens, one thread, {PAIRS} blocks of {STEPS} steps between bare ones"
+_METHOD = f"{LAYERS} layers, {LENGTH} tokens, one thread"
 _COMMON = {"vocab_size": 256, "num_hidden_layers": LAYERS, "use_cache": False, "pad_token_id": 0, "eos_token_id": 0}
 
 Timing = tuple[float, float]
@@ -44,17 +49,27 @@ Timing = tuple[float, float]
 
 
 @dataclass
-class Timings:
-    """What one model's run gives: blocks of steps in turn, the first and the last without a monitor."""
+class StandingBy:
+    """Single steps in turn, with the monitor's call and without."""
 
-    blocks: list[list[Timing]] = field(default_factory=list)
-    armed: list[Timing] = field(default_factory=list)
-    """The sampled step of every watched block."""
-    accounts: list[dict[str, float]] = field(default_factory=list)
-    """Of every watched block the monitor's own account, in seconds by phase."""
+    watched: list[Timing] = field(default_factory=list)
+    bare: list[Timing] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)
-    """Seconds inside `monitor.step`, where nothing was sampled."""
-    unarmed_hooks: int = 0
+    """Seconds inside `monitor.step`."""
+    hooks: int = 0
+    """Forward hooks in the model between two samples."""
+
+
+@dataclass
+class Sampling:
+    """A run in which a sample is taken every few steps."""
+
+    bare: list[float] = field(default_factory=list)
+    """Seconds of the steps that are not sampled."""
+    armed: list[float] = field(default_factory=list)
+    """Seconds of those that are."""
+    accounts: list[dict[str, float]] = field(default_factory=list)
+    """Of every sample the monitor's own account, in seconds by phase."""
 
 
 def mamba2() -> nn.Module:
@@ -78,48 +93,87 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def timings(build: Callable[[], nn.Module], batch: int, pairs: int = PAIRS, steps: int = STEPS) -> Timings:
-    """Train on random tokens, with a monitor in every second block."""
-    torch.manual_seed(0)
-    model = build().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    found = Timings()
+class Training:
+    """Steps on random tokens."""
 
-    def train(monitor: Monitor | None, tokens: Tensor) -> tuple[Timing, float]:
+    def __init__(self, build: Callable[[], nn.Module], batch: int) -> None:
+        torch.manual_seed(0)
+        self.model = build().train()
+        self._batch = batch
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.step(None)  # allocations and caches
+
+    def step(self, monitor: Monitor | None) -> tuple[Timing, float]:
         """One step; its time, and the part of it inside `monitor.step`."""
+        tokens = torch.randint(1, 256, (self._batch, LENGTH))
         wall, cpu = time.perf_counter(), time.thread_time()
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         called = time.perf_counter()
         if monitor is not None:
-            monitor.step({"loss": loss}, optimizer=optimizer)
+            monitor.step({"loss": loss}, optimizer=self._optimizer)
         end = time.perf_counter()
         return (end - wall, time.thread_time() - cpu), end - called
 
-    data = (torch.randint(1, 256, (batch, LENGTH)) for _ in itertools.count())
-    train(None, next(data))  # allocations and caches
-    for number in range(2 * pairs + 1):
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """No garbage collection, and the training thread stays on one core."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    gc.collect()
+    gc.disable()
+    if cores:
+        os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        gc.enable()
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def measured_by(monitor: Monitor) -> None:
+    """Wait for the sample under way, and see that all layers are in it."""
+    readings = monitor.flush()
+    wrong = [reading for reading in readings if reading.status != "ok"]
+    if wrong or len(readings) != LAYERS:
+        raise RuntimeError(f"{len(readings)} of {LAYERS} layers were measured; {wrong[:1]}")
+
+
+def standing_by(build: Callable[[], nn.Module], batch: int, pairs: int = PAIRS) -> StandingBy:
+    """Steps with and without a monitor that takes no sample."""
+    training, found = Training(build, batch), StandingBy()
+    with Monitor(training.model, MonitorConfig(every_n_steps=10**6)) as monitor:
+        training.step(monitor)
+        measured_by(monitor)
+        with undisturbed():
+            for pair in range(pairs):
+                for watched in (True, False) if pair % 2 else (False, True):
+                    timing, call = training.step(monitor if watched else None)
+                    (found.watched if watched else found.bare).append(timing)
+                    if watched:
+                        found.calls.append(call)
+                if pair % 50 == 49:
+                    gc.collect()
+        if len(monitor.findings) or monitor.armed:
+            raise RuntimeError("the monitor took a sample while it was to stand by")
+        found.hooks = hooks_of(training.model)
+    return found
+
+
+def sampling(build: Callable[[], nn.Module], batch: int, samples: int = SAMPLES, steps: int = STEPS) -> Sampling:
+    """Steps with a sample now and then. Each is waited for, so that the worker does not run beside the others."""
+    training, found = Training(build, batch), Sampling()
+    for _ in range(samples):
         # An interval beyond the block: one sample at its beginning, and none after.
-        monitor = Monitor(model, MonitorConfig(every_n_steps=10**6)) if number % 2 else None
-        if monitor is not None:
-            monitor.start()
-        first, _ = train(monitor, next(data))
-        if monitor is not None:
-            monitor.flush()
-            found.armed.append(first)
-            found.unarmed_hooks = max(found.unarmed_hooks, hooks_of(model))
+        with Monitor(training.model, MonitorConfig(every_n_steps=10**6)) as monitor:
+            found.armed.append(training.step(monitor)[0][0])
+            measured_by(monitor)
             account = monitor.snapshot().overhead_seconds
             found.accounts.append({phase: histogram.total_seconds for phase, histogram in account.items()})
-        block = [train(monitor, next(data)) for _ in range(steps)]
-        found.blocks.append([timing for timing, _ in block])
-        if monitor is not None:
-            found.calls += [call for _, call in block]
-            wrong = [reading for reading in monitor.readings if reading.status != "ok"]
-            if wrong or len(monitor.readings) != LAYERS:
-                raise RuntimeError(f"{len(monitor.readings)} of {LAYERS} layers were measured; {wrong[:1]}")
-            monitor.close()
+            found.bare += [training.step(monitor)[0][0] for _ in range(steps)]
     return found
 
 
@@ -138,43 +192,34 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[outer], ordered[n - 1 - outer]
 
 
-def unarmed_overheads(blocks: Sequence[Sequence[Timing]], clock: int) -> list[float]:
-    """Each watched block's median step over those of its neighbours, minus 1."""
-    medians = [statistics.median(timing[clock] for timing in block) for block in blocks]
-    return [2 * medians[k] / (medians[k - 1] + medians[k + 1]) - 1 for k in range(1, len(medians) - 1, 2)]
-
-
-def bare_seconds(found: Timings) -> float:
-    """The median step without a monitor."""
-    return statistics.median(wall for block in found.blocks[::2] for wall, _ in block)
-
-
-def unarmed_row(name: str, found: Timings) -> tuple[dict[str, Any], list[str]]:
+def unarmed_row(name: str, found: StandingBy) -> tuple[dict[str, Any], list[str]]:
     """What the monitor costs while nothing is sampled, and what is wrong with that."""
-    step = bare_seconds(found)
-    row: dict[str, Any] = {"model": name, "bare step, ms": 1e3 * step}
+    step = statistics.median(wall for wall, _ in found.bare)
+    row: dict[str, Any] = {"model": name, "pairs": len(found.bare), "bare step, ms": 1e3 * step}
     failures = []
     for clock, label in enumerate(("wall", "processor")):
-        median, low, high = median_and_interval(unarmed_overheads(found.blocks, clock))
-        row[f"{label}, median"], row[f"{label}, 95 %"] = f"{median:+.2%}", f"{low:+.2%} to {high:+.2%}"
+        usual = statistics.median(timing[clock] for timing in found.bare)
+        differences = [(a[clock] - b[clock]) / usual for a, b in zip(found.watched, found.bare, strict=True)]
+        median, low, high = median_and_interval(differences)
+        row[f"{label}, median"], row[f"{label}, 95 %"] = f"{median:+.3%}", f"{low:+.3%} to {high:+.3%}"
         if low > MAX_OVERHEAD:
             failures.append(f"{name}: an unsampled step costs {median:+.2%} ({label}), at least {low:+.2%}")
     share = statistics.median(found.calls) / step
-    row |= {"monitor.step, us": 1e6 * share * step, "of a step": f"{share:.3%}", "hooks": found.unarmed_hooks}
+    row |= {"monitor.step, us": 1e6 * share * step, "of a step": f"{share:.3%}", "hooks": found.hooks}
     if share > MAX_OVERHEAD:
         failures.append(f"{name}: monitor.step takes {share:.2%} of a step, target at most {MAX_OVERHEAD:.1%}")
-    if found.unarmed_hooks:
-        failures.append(f"{name}: {found.unarmed_hooks} hooks are in the model although nothing is sampled")
+    if found.hooks:
+        failures.append(f"{name}: {found.hooks} hooks are in the model although nothing is sampled")
     return row, failures
 
 
-def armed_row(name: str, found: Timings) -> dict[str, Any]:
+def armed_row(name: str, found: Sampling) -> dict[str, Any]:
     """What a sample costs: the training thread's step, and the monitor's own account."""
 
     def account(*phases: str) -> float:
         return statistics.median(sum(one[phase] for phase in phases) for one in found.accounts)
 
-    step, sampled = bare_seconds(found), statistics.median(wall for wall, _ in found.armed)
+    step, sampled = statistics.median(found.bare), statistics.median(found.armed)
     total = account(*PHASES)
     return {
         "model": name,
@@ -189,19 +234,27 @@ def armed_row(name: str, found: Timings) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def measured() -> dict[str, Timings]:
-    """Both models' runs."""
-    logging.disable(logging.WARNING)  # transformers says that there are no kernels for a CPU
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"Mamba-2": (mamba2, 1), "Llama": (llama, 4)}
+"""How each is built, and its batch."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """One thread, and nothing of transformers saying that there are no kernels for a CPU."""
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return {"Mamba-2": timings(mamba2, batch=2), "Llama": timings(llama, batch=8)}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def unarmed() -> Result:
     """Steps that are not sampled."""
-    found = [unarmed_row(name, timings) for name, timings in measured().items()]
+    with quiet():
+        found = [unarmed_row(name, standing_by(*model)) for name, model in MODELS.items()]
     return Result(
         f"A step that is not sampled, with a monitor and without; {_METHOD}",
         [row for row, _ in found],
@@ -212,9 +265,11 @@ def unarmed() -> Result:
 
 def armed() -> Result:
     """Steps that are."""
+    with quiet():
+        rows = [armed_row(name, sampling(*model)) for name, model in MODELS.items()]
     return Result(
         f"A sampled step at the defaults (4 sequences, 4 heads, 3 positions of every layer); {_METHOD}",
-        [armed_row(name, timings) for name, timings in measured().items()],
+        rows,
         ["account: what the monitor itself says it took; the worker computes beside the training"],
     )
 
