@@ -1,4 +1,4 @@
-# make demo | observability | test | faults | fuzz | check | bench | docs | clean
+# make demo | observability | test | coverage | faults | fuzz | audit | check | bench | docs | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="-k ess -x" is passed on to pytest.
 
 PYTHON ?= python3
@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEV := $(VENV)/.installed
 DOCS := $(VENV)/.installed-docs
+AUDIT := $(VENV)/audit/bin/pip-audit
 
 # Its layers are read in the tests. Without its CUDA extension, and without what only that extension needs.
 ifeq ($(shell uname),Linux)
@@ -15,7 +16,7 @@ MAMBA_SSM := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install --
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo observability test faults fuzz check bench docs clean
+.PHONY: help demo observability test coverage faults fuzz audit check bench docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -29,12 +30,20 @@ observability: $(DEV)
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
 
+# Lines and branches; takes half as long again.
+coverage: $(DEV)
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
 faults: $(DEV)
 	$(BIN)/python -m tests.faults
 
 # Many more inputs than the suite's, for what reads from outside.
 fuzz: $(DEV)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/fuzz --hypothesis-show-statistics $(ARGS)
+
+# Needs the internet. pip-audit has an environment of its own, so that its dependencies are none of ours.
+audit: $(DEV) $(AUDIT)
+	$(BIN)/python .ci/audit.py --pip-audit $(AUDIT)
 
 # mypy reaches integrations/ through the link ess_monitor/integrations, so that each file has one module name.
 check: $(DEV)
@@ -61,6 +70,10 @@ $(DEV): pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	$(MAMBA_SSM)
 	touch $@
+
+$(AUDIT):
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip --quiet --disable-pip-version-check install pip-audit==2.10.1
 
 $(DOCS): $(DEV)
 	$(PIP) install --constraint constraints.txt --editable '.[docs]'

@@ -27,7 +27,7 @@ class AlertsConfig(BaseModel):
     condition_keep_firing_seconds: PositiveInt = 300
     """How long these two go on firing after the layer has left the condition, so that one relapse is one message."""
     most_layers_ratio: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the layers above which collapse is a matter of the run and not of a layer: more than half."""
+    """Share of the judged layers above which collapse is a matter of the run and not of a layer: more than half."""
     most_layers_for_seconds: PositiveInt = 300
     """How long. Half as long as a single layer, as the run as a whole is at stake."""
     divergence_ratio: float = Field(default=0.2, gt=0, lt=1)
@@ -35,12 +35,16 @@ class AlertsConfig(BaseModel):
     data."""
     divergence_for_seconds: PositiveInt = 900
     """How long. Ranks need not be scraped between the same two measurements; a quarter of an hour covers that."""
-    flapping_actions: PositiveInt = 6
-    """Applied actions in an hour above which the autopilot goes in circles: the whole default `autopilot.budget`."""
+    flapping_actions: PositiveInt = 4
+    """Applied actions in an hour above which the autopilot goes in circles: two layers up a default ladder of two
+    rungs. A run of the default `autopilot.budget` of 6 can pass it, and has then spent all but one action."""
     ineffective_for_seconds: PositiveInt = 3600
     """How long a layer may stay collapsed after an action; rescued runs recover within 1000 to 1500 steps."""
     stalled_seconds: PositiveInt = 900
     """Seconds without a step in a run that is under way: above a usual validation epoch or checkpoint."""
+    start_seconds: PositiveInt = 3600
+    """Seconds that a run may take to its first step: compiling, loading a data set and restoring a checkpoint are
+    done once, and may be slow."""
     measurement_stale_seconds: PositiveInt = 1800
     """Seconds by which the last measurement may lie behind the last step. At 100 steps between samples it allows for
     steps of 18 s."""

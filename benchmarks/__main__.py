@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import all_positions, attention, gradient_equality, length_scaling, step_overhead
+from benchmarks import all_positions, attention, exporter_cost, gradient_equality, length_scaling, step_overhead
 from benchmarks.report import main
 
 if __name__ == "__main__":
@@ -13,6 +13,8 @@ if __name__ == "__main__":
         length_scaling.run,
         attention.run,
         step_overhead.run,
+        exporter_cost.size,
+        exporter_cost.run,
         gradient_equality.run,
         gradient_equality.definition,
     ]

@@ -27,7 +27,11 @@ from ess_monitor.exporters import PrometheusConfig, PrometheusExporter
 from ess_monitor.featurizers import Backbone, BackboneConfig
 
 DEPTHS = (2, 12, 48)
-MAX_SERIES_PER_LAYER, MAX_OTHER_SERIES = 8, 200
+MAX_SERIES_PER_LAYER = 9
+"""4 sizes, 4 conditions, 1 count of non-finite states. Ranks that measure together add 2, which no run here does."""
+MAX_OTHER_SERIES = 160
+"""89 of histograms (19 of a step, 14 of each of 5 phases), 21 outcomes of actions, 12 of the monitor's parts, 8 of
+conditions, 4 of one sink and 24 single ones make 158. A new label is to be noticed here, so there is room for 2."""
 SCRAPES = 50
 PAIRS = 60
 INTERVAL_SECONDS = 15
@@ -110,18 +114,21 @@ def size() -> Result:
         )
     few, many = rows[0], rows[-1]
     a_layer = (many["series"] - few["series"]) / (many["layers"] - few["layers"])
-    limit = MAX_SERIES_PER_LAYER * many["layers"] + MAX_OTHER_SERIES
+    others = many["series"] - a_layer * many["layers"]
     share = many["CPU ms"] / 1e3 / INTERVAL_SECONDS
     failures = []
-    if many["series"] > limit:
-        failures.append(f"{many['series']} series at {many['layers']} layers, target at most {limit}")
+    if a_layer > MAX_SERIES_PER_LAYER or others > MAX_OTHER_SERIES:
+        failures.append(
+            f"{a_layer:g} series a layer and {others:g} others, target at most {MAX_SERIES_PER_LAYER} and "
+            f"{MAX_OTHER_SERIES}"
+        )
     if share > MAX_SHARE:
         failures.append(f"{share:.2%} of one processor, target at most {MAX_SHARE:.1%}")
     return Result(
         f"One scrape, over loopback, {SCRAPES} times; CPU time of the training process",
         rows,
         [
-            f"{a_layer:g} series a layer and {many['series'] - a_layer * many['layers']:g} others; "
+            f"{a_layer:g} series a layer and {others:g} others; "
             f"at one scrape in {INTERVAL_SECONDS} s {many['layers']} layers take {share:.3%} of one processor"
         ],
         failures,

@@ -11,6 +11,7 @@ from ess_monitor.errors import (
     ExporterError,
     NoLayersError,
     OperatorError,
+    PartError,
 )
 from ess_monitor.inspection import Description, Profile, describe, profile
 from ess_monitor.interventions import AutopilotConfig
@@ -37,6 +38,7 @@ __all__ = [
     "MonitorConfig",
     "NoLayersError",
     "OperatorError",
+    "PartError",
     "Profile",
     "Reading",
     "RuntimeConfig",

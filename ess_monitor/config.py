@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
+from ess_monitor import checks
 from ess_monitor.capture import CaptureConfig, LayerFilter
 from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import ExporterConfig
 from ess_monitor.interventions import AutopilotConfig
-from ess_monitor.runtime import RuntimeConfig
+from ess_monitor.runtime import DistributedConfig, RuntimeConfig
 from ess_monitor.yaml_file import read_mapping
 
 ENVIRONMENT_PREFIX = "ESS_MONITOR_"
@@ -51,18 +52,24 @@ class MonitorConfig(BaseModel):
     """How much of a forward pass is taken."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Where the work runs."""
+    distributed: DistributedConfig = DistributedConfig()
+    """How the ranks of a distributed run measure together."""
     diagnosis: DiagnosisConfig = DiagnosisConfig()
     """From readings to conditions."""
     autopilot: AutopilotConfig = AutopilotConfig()
     """What may be done about a collapsed layer: "off", "advise" (the default: says so), "auto", or its settings."""
     exporters: tuple[ExporterConfig, ...] = ()
     """Sinks built by the monitor: a kind ("prometheus") or its settings ({"kind": "prometheus", "port": 0})."""
+    strict: bool = False
+    """Raise `PartError` at the next step when a part of the monitor has failed, instead of training on: for tests, and
+    to find a cause. Off, because no fault of the monitor should end a run."""
     run_name: str | None = None
     """Name of the run in the exporters; by default the model's class and the time it started."""
 
     @model_validator(mode="after")
     def _samples_are_judged_before_the_next(self) -> MonitorConfig:
-        if self.autopilot.mode == "auto" and self.autopilot.lag_steps >= self.every_n_steps:
+        together = self.autopilot.mode == "auto" or self.distributed.ranks not in (None, "zero", 1)
+        if together and self.autopilot.lag_steps >= self.every_n_steps:
             raise ValueError(
                 f"autopilot.lag_steps={self.autopilot.lag_steps} must be below every_n_steps={self.every_n_steps}: "
                 "a sample is judged before the next is taken; lower lag_steps"
@@ -80,10 +87,14 @@ class MonitorConfig(BaseModel):
             ConfigError: the file cannot be read or is not a mapping, a name is unknown, or a value is out of range; the
                 message names setting, value and allowed range.
         """
+        if path is not None:
+            checks.instance("path", path, (str, Path), hint="the path of a YAML file")
+        checks.flag("environment", environment)
         merged = read_mapping(Path(path)) if path is not None else {}
         if environment:
             merged = _merge(merged, _read_environment())
         merged = _merge(merged, settings)
+        _refuse_long_integers(merged)
         try:
             return cls(**merged)
         except ValidationError as error:
@@ -120,6 +131,17 @@ def _may_be_secret(location: tuple[int | str, ...]) -> bool:
         # The whole of an exporter's settings, when no part of it could be blamed.
         location[:1] == ("exporters",) and len(location) <= 3
     )
+
+
+def _refuse_long_integers(settings: Mapping[str, Any]) -> None:
+    """pydantic writes a number out to say what is wrong with it, and Python refuses to write thousands of digits.
+
+    Raises:
+        ConfigError: a whole number of more than 64 bits is somewhere in the settings.
+    """
+    for name, value in settings.items():
+        if checks.has_long_integer((name, value)):
+            raise ConfigError(f"{name!s:.200}: a whole number of more than 64 bits; no setting needs one")
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:

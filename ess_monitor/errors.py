@@ -6,7 +6,8 @@
     ├── CaptureError           a module cannot be read as a sequence mixer
     │   └── NoLayersError      nothing in the model can be measured
     ├── ExporterError          a sink that was asked for cannot start
-    └── CheckpointError        a saved state or checkpoint cannot be used
+    ├── CheckpointError        a saved state or checkpoint cannot be used
+    └── PartError              with `strict=True`: a part of the monitor failed
 
 Every message names the argument, the value that was given, what is allowed, and what to do next.
 """
@@ -40,3 +41,26 @@ class ExporterError(EssMonitorError):
 
 class CheckpointError(EssMonitorError):
     """A saved state or a checkpoint cannot be used."""
+
+
+class PartError(EssMonitorError):
+    """With `strict=True`: a part of the monitor failed while the training ran. `__cause__` is what it failed with.
+
+    Args:
+        part: the part, as in the metric `ess_monitor_part_failures_total`.
+        message: what failed.
+    """
+
+    def __init__(self, part: str, message: str) -> None:
+        super().__init__(f"{part}: {message}; mend the cause, or set strict=False to train on without this part")
+        self.part = part
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled with its text as it stands."""
+        return _part_error, (self.part, *self.args)
+
+
+def _part_error(part: str, text: str) -> PartError:
+    error = PartError(part, "")
+    error.args = (text,)
+    return error

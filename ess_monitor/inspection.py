@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture import CaptureConfig, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.operators import capture_pass
 from ess_monitor.config import MonitorConfig
@@ -101,7 +102,7 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         >>> [r.state_capacity for r in profile(LA(16, 2), torch.randn(2, 64, 16)).readings]
         [8.0]
     """
-    config = config or DEFAULTS
+    config = checks.optional("config", config, MonitorConfig) or DEFAULTS
     readings = []
     for captured in capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture):
         positions = positions_of(captured, config.positions)

@@ -12,7 +12,7 @@ from ess_monitor.exporters import ExporterHub
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.ledger import Ledger
-from ess_monitor.records import Action, Condition, Finding, Measurement, Outcome, Phase, Reading
+from ess_monitor.records import Action, Condition, Finding, Measurement, Outcome, Part, Phase, Reading
 from ess_monitor.runtime import Cadence, Guard
 
 _KEPT = 1000
@@ -40,7 +40,7 @@ class Judge:
         autopilot: Autopilot,
         ledger: Ledger,
         cadence: Cadence,
-        guards: Mapping[str, Guard],
+        guards: Mapping[Part, Guard],
         *,
         undiagnosed: frozenset[str] = frozenset(),
         clock: Callable[[], float] = time.perf_counter,
@@ -50,6 +50,8 @@ class Judge:
         """Where measurements go; replaced when the run starts."""
         self.readings: dict[str, Reading] = {}
         """Latest reading of every layer."""
+        self.may_act = True
+        """False where the ranks of a distributed run no longer agree; the autopilot of mode auto then does nothing."""
         self.findings: tuple[Finding, ...] = ()
         self.actions: tuple[Action, ...] = ()
         self._layers = layers
@@ -70,8 +72,6 @@ class Judge:
     def judge(self, evidence: Evidence, step: int, optimizer: Optimizers) -> None:
         """Everything that follows from one sampled step; `step` is the present one, at which actions are taken."""
         with self._guards["measurement"]:
-            for error in evidence.errors:
-                self._guards["measurement"].failed(error)
             started = self._clock()
             findings = self._diagnose(evidence)
             diagnosed = self._clock()
@@ -81,6 +81,16 @@ class Judge:
             self.spent("intervene", intervened - diagnosed)
             self._export(evidence, findings, actions)
             self.spent("export", self._clock() - intervened)
+
+    def skip(self, step: int, reason: str) -> None:
+        """A sample that the ranks did not agree on is counted and shown, and nothing follows from it."""
+        with self._guards["measurement"]:
+            why = f"skipped on all ranks: {reason}"
+            lost = tuple(Reading(step=step, layer=name, status="dropped", message=why) for name in self._layers)
+            self.readings.update({reading.layer: reading for reading in lost})
+            self._ledger.measured("skipped", lost)
+            self.report_autopilot()
+            self._export(Evidence(step, lost), (), ())
 
     def spent(self, phase: Phase, seconds: float) -> None:
         """The monitor itself took this long; where the clock went back, no time at all."""
@@ -93,7 +103,11 @@ class Judge:
         """Bring the ledger up to date with the autopilot."""
         pilot = self._autopilot
         kinds = [treatment.action for treatment in pilot.active]
-        self._ledger.autopilot(actions, kinds, pilot.budget_remaining, pilot.config.mode == "auto")
+        self._ledger.autopilot(actions, kinds, pilot.budget_remaining, self._is_auto and self.may_act)
+
+    @property
+    def _is_auto(self) -> bool:
+        return self._autopilot.config.mode == "auto"
 
     def _diagnose(self, evidence: Evidence) -> tuple[Finding, ...]:
         findings: tuple[Finding, ...] = ()
@@ -113,7 +127,7 @@ class Judge:
         self, evidence: Evidence, findings: tuple[Finding, ...], step: int, optimizer: Optimizers
     ) -> tuple[Action, ...]:
         actions: tuple[Action, ...] = ()
-        if self._guards["intervention"].open:
+        if self._guards["intervention"].open and (self.may_act or not self._is_auto):
             with self._guards["intervention"]:
                 actions = self._autopilot.act(
                     step,
@@ -129,6 +143,8 @@ class Judge:
         return actions
 
     def _export(self, evidence: Evidence, findings: tuple[Finding, ...], actions: tuple[Action, ...]) -> None:
+        if not self._guards["export"].open:
+            return
         with self._guards["export"]:
             self.hub.export(
                 Measurement(

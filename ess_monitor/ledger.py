@@ -23,6 +23,7 @@ from ess_monitor.records import (
     ActionOutcome,
     Condition,
     Finding,
+    HealthData,
     HistogramData,
     Outcome,
     Phase,
@@ -156,6 +157,7 @@ class Ledger:
         export_errors: Mapping[str, int] | None = None,
         export_dropped: Mapping[str, int] | None = None,
         export_queue: Mapping[str, int] | None = None,
+        health: HealthData | None = None,
     ) -> Snapshot:
         """All counters at one moment."""
         with self._lock:
@@ -182,6 +184,7 @@ class Ledger:
                 export_errors_total=dict(export_errors or {}),
                 export_dropped_total=dict(export_dropped or {}),
                 export_queue_length=dict(export_queue or {}),
+                health=health or HealthData(),
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ess_monitor.capture import Captured, CaptureFailure
 from ess_monitor.config import MonitorConfig
 from ess_monitor.evidence import Evidence
+from ess_monitor.health import Health
 from ess_monitor.ledger import Ledger
 from ess_monitor.readings import compute, lost_reading, positions_of
 from ess_monitor.records import Phase
-from ess_monitor.runtime import Executor, Guard, Job, Lane, Task
+from ess_monitor.runtime import Executor, Job, Lane, Task, is_out_of_memory
 from ess_monitor.samples import Metrics, Sample, read, split_metrics
+
+_MEASURED = ("ok", "nonfinite", "too_short")
 
 
 class Measuring:
@@ -25,14 +29,14 @@ class Measuring:
         layers: tuple[str, ...],
         lane_of: Callable[[torch.device], Lane],
         ledger: Ledger,
-        guards: Mapping[str, Guard],
+        health: Health,
         spent: Callable[[Phase, float], None],
     ) -> None:
         self._config = config
         self._layers = layers
         self._lane_of = lane_of
         self._ledger = ledger
-        self._guards = guards
+        self._health = health
         self._spent = spent
         self._executor: Executor[Sample] = Executor(config.runtime)
 
@@ -40,15 +44,30 @@ class Measuring:
         """Samples under way."""
         return len(self._executor)
 
-    def submit(self, step: int, taken: tuple[Captured | CaptureFailure, ...], metrics: Metrics | None) -> None:
-        """Send one sampled step to the worker; one that finds the queue full is dropped and counted."""
-        lost = []
-        for failure in (item for item in taken if isinstance(item, CaptureFailure)):
-            self._guards["capture"].failed(f"layer {failure.layer.name}: {failure.error}")
-            lost.append(lost_reading(step, failure.layer.name, "failed", failure.error))
+    def submit(
+        self,
+        step: int,
+        taken: tuple[Captured | CaptureFailure, ...],
+        metrics: Metrics | None,
+        asked: tuple[str, ...],
+        share: float = 1.0,
+    ) -> None:
+        """Send one sampled step to the worker; one that finds the queue full is dropped and counted.
+
+        Args:
+            step: of the sample.
+            taken: what the sampler gave.
+            metrics: of the training loop.
+            asked: layers that were to be taken.
+            share: of their samples and heads.
+        """
+        failures = tuple(item for item in taken if isinstance(item, CaptureFailure))
+        for failure in failures:
+            self._health.guards["capture"].count(f"layer {failure.layer.name}: {failure.error}", failure.cause)
+        lost = [lost_reading(step, failure.layer.name, "failed", failure.error) for failure in failures]
         seen = {item.layer.name for item in taken}
         unseen = "was not called in the sampled forward pass, or not by code that hooks can see"
-        lost += [lost_reading(step, name, "failed", unseen) for name in self._layers if name not in seen]
+        lost += [lost_reading(step, name, "failed", unseen) for name in asked if name not in seen]
         good = tuple(item for item in taken if isinstance(item, Captured))
         positions = tuple(positions_of(item, self._config.positions) for item in good)
         tasks = [self._task(*pair) for pair in zip(good, positions, strict=True)]
@@ -56,8 +75,8 @@ class Measuring:
         if tensors:
             device = next(iter(tensors.values())).device
             tasks.append(Task(self._lane_of(device), tuple(tensors.values()), lambda: tensors))
-        sample = Sample(step, good, positions, tuple(lost), numbers)
-        if not self._guards["measurement"].open or not self._executor.submit(sample, tasks):
+        sample = Sample(step, good, positions, tuple(lost), numbers, share, failures)
+        if not self._health.guards["measurement"].open or not self._executor.submit(sample, tasks):
             why = "the measurement queue was full; raise every_n_steps or runtime.queue_length"
             self._ledger.measured("skipped", [lost_reading(step, item.layer.name, "dropped", why) for item in good])
 
@@ -86,4 +105,26 @@ class Measuring:
     def _read(self, job: Job[Sample]) -> Evidence:
         cost = sum(task.launched.cost_seconds() for task in job.tasks if task.launched and task.launched.done())
         self._spent("measure", cost)
-        return read(job, self._layers, self._config.tolerance)
+        evidence = read(job, self._layers, self._config.tolerance)
+        said = self._diagnose_itself(job, evidence)
+        readings = tuple(r.model_copy(update={"message": said.get(r.layer, r.message)}) for r in evidence.readings)
+        return replace(evidence, readings=readings) if said else evidence
+
+    def _diagnose_itself(self, job: Job[Sample], evidence: Evidence) -> dict[str, str]:
+        """Tell the monitor's health how this sample went; what is to be said of layers that are off now."""
+        sample, portion = job.tag, self._health.portion
+        causes: dict[str, BaseException | None] = {failure.layer.name: failure.cause for failure in sample.failures}
+        for captured, task in zip(sample.taken, job.tasks, strict=False):
+            causes[captured.layer.name] = task.cause
+        failed = {r.layer: r.message for r in evidence.readings if r.status == "failed" and r.layer in causes}
+        for captured in sample.taken:
+            name = captured.layer.name
+            if name in failed:
+                self._health.guards["measurement"].count(f"layer {name}: {failed[name]}", causes[name])
+        lacking = {name for name, cause in causes.items() if is_out_of_memory(cause)}
+        measured = {r.layer for r in evidence.readings if r.status in _MEASURED}
+        if lacking:
+            portion.lacked(sample.share)
+        elif measured:
+            portion.sufficed(sample.share)
+        return self._health.layers_failed({k: v for k, v in failed.items() if k not in lacking}, measured)

@@ -12,26 +12,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from ess_monitor.capture import Sampler, TokenProbe, layer_infos
+from ess_monitor import checks
+from ess_monitor.arguments import check_end, check_run, check_timeout
+from ess_monitor.capture.layers import check_model
 from ess_monitor.capture.operators import require_layers
 from ess_monitor.config import MonitorConfig
-from ess_monitor.diagnosis import Tracker, thresholds
-from ess_monitor.errors import CaptureError, ConfigError
-from ess_monitor.evidence import Evidence, agree
+from ess_monitor.diagnosis import Tracker
+from ess_monitor.errors import CheckpointError
+from ess_monitor.evidence import Evidence
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter
+from ess_monitor.exporters.base import check_exporters
+from ess_monitor.exporters.identity import configs_of_rank
+from ess_monitor.health import Health
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.judging import Judge, undiagnosed
 from ess_monitor.ledger import Ledger
+from ess_monitor.lockstep import Lockstep, Skipped
 from ess_monitor.measuring import Measuring
-from ess_monitor.records import Action, Condition, Finding, Reading, RunInfo, RunStatus, Snapshot
-from ess_monitor.runtime import Agreement, Cadence, Guard, Lane, lane_for
+from ess_monitor.parallel import require_data_parallel
+from ess_monitor.ranks import agreement_of_the_run, place, together
+from ess_monitor.records import Action, Condition, Finding, Reading, RunStatus, Snapshot
+from ess_monitor.run_info import run_info
+from ess_monitor.runtime import Agreement, Cadence, Lane, lane_for
 from ess_monitor.samples import Metrics
+from ess_monitor.sampling import Sampling
 from ess_monitor.state import STATE_VERSION, read_state
-from ess_monitor.versions import installed_versions
-
-_STATE_VERSION = 1
-_UNSEEN_STEPS = 3  # without a forward pass in training: up to here taken for an evaluation, then it is said
 
 
 class Monitor:
@@ -46,14 +52,17 @@ class Monitor:
         model: the module whose sequence mixers are watched. Wrappers (DDP, FSDP, torch.compile) are fine.
         config: settings; the defaults suit a long run.
         exporters: sinks, besides those that `config.exporters` asks for.
-        strategy, world_size, precision: facts of the run that the exporters show.
+        strategy, precision: facts of the run that the exporters show.
+        world_size: processes of the run; by default those of `torch.distributed`. With several, build the monitor on
+            each, after `init_process_group`: `config.distributed` says which of them measure, and sinks of
+            `config.exporters` open where their `ranks` say.
         grad_scale: what the loss is multiplied with before backward (the loss scaler's scale, 1 / accumulation steps),
             so that the regulariser is scaled alike. The default is 1.
-        agreement: the exchange between the ranks of a distributed run, on every rank; without it ranks decide alone.
+        agreement: the exchange between the ranks; by default over the process group's store, where one is needed.
 
     Raises:
-        NoLayersError: at `start`, when nothing in the model can be measured.
-        ConfigError: at `start`, when a layer pattern matches nothing.
+        NoLayersError: when nothing in the model can be measured.
+        ConfigError: when a layer pattern matches nothing, or the model is split in a way that cannot be measured.
         ExporterError: at `start`, when a sink that was asked for cannot be opened.
 
     Example:
@@ -80,7 +89,7 @@ class Monitor:
         *,
         exporters: Iterable[Exporter] = (),
         strategy: str = "single",
-        world_size: int = 1,
+        world_size: int | None = None,
         precision: str = "32",
         grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
         agreement: Agreement | None = None,
@@ -88,35 +97,34 @@ class Monitor:
         wall_clock: Callable[[], float] = time.time,
         lanes: Callable[[torch.device], Lane] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"model: {type(model).__name__} is not a torch.nn.Module; pass the trained model")
-        self.model = model
-        self.config = config or MonitorConfig()
+        functions = {"grad_scale": grad_scale, "clock": clock, "wall_clock": wall_clock}
+        check_run(strategy, world_size, precision, agreement, functions | ({} if lanes is None else {"lanes": lanes}))
+        self.model = check_model(model)
+        self.config = checks.optional("config", config, MonitorConfig) or MonitorConfig()
+        self._place = place()
+        world_size = self._place.world_size if world_size is None else world_size
+        acts = self.config.autopilot.mode == "auto"
+        require_data_parallel(model, acts=acts, source=self.config.capture.source)
         self._facts: dict[str, Any] = {"strategy": strategy, "world_size": world_size, "precision": precision}
-        self._exporters, self._clock, self._wall_clock = tuple(exporters), clock, wall_clock
-        self._cadence = Cadence(self.config.every_n_steps, self.config.overhead_budget_ratio)
+        self._exporters, self._clock, self._wall_clock = check_exporters(exporters), clock, wall_clock
+        in_lockstep = acts or agreement is not None or together(self.config, world_size)
+        n, budget = self.config.every_n_steps, self.config.overhead_budget_ratio
+        self._cadence = Cadence(n, budget, locked=in_lockstep)
         self._tracker = Tracker(self.config.diagnosis)
-        parts = ("capture", "worker", "measurement", "diagnosis", "intervention", "export")
-        self._guards = {part: Guard(part) for part in parts}
+        self._health = Health(strict=self.config.strict)
+        self._guards = self._health.guards
         self._layers = require_layers(model, self.config.layers)
-        self._sampler = Sampler(self._layers, self.config.capture, clock=clock)
-        probing = self.config.capture.source == "random_tokens"
-        self._probe = TokenProbe(model, self.config.capture.samples) if probing else None
         self._ledger = Ledger((layer.name for layer in self._layers), wall_clock=wall_clock)
         self._autopilot = Autopilot(
             self.config.autopilot,
             self._layers,
             retention_below=self.config.diagnosis.retention_below,
             grad_scale=grad_scale,
+            on_failure=self._guards["intervention"].count,
         )
-        self._agreement = agreement
-        self._lockstep = self.config.autopilot.mode == "auto" or agreement is not None
-        """Samples are judged a fixed number of steps after they were taken, instead of as soon as they are measured."""
-        self._judge_at: int | None = None
-        self._evidence: Evidence | None = None
-        """In lockstep: the sample that waits for its step, when it was read early for a checkpoint."""
         self._optimizer: Optimizers = None
-        self._step = self._armed_at = self._unseen = 0
+        self._step = 0
+        self._samples = True
         self._last_call: float | None = None
         self._judge = Judge(
             self.layers,
@@ -130,7 +138,31 @@ class Monitor:
             wall_clock=wall_clock,
         )
         lane_of = cache(lanes or (lambda device: lane_for(device, threads=self.config.runtime.threads)))
-        self._measuring = Measuring(self.config, self.layers, lane_of, self._ledger, self._guards, self._judge.spent)
+        self._measuring = Measuring(self.config, self.layers, lane_of, self._ledger, self._health, self._judge.spent)
+        self._lockstep: Lockstep | None = None
+        """Samples are judged a fixed number of steps after they were taken, instead of as soon as they are measured."""
+        if in_lockstep:
+            self._lockstep = Lockstep(
+                self.config,
+                self.layers,
+                self._cadence,
+                self._measuring,
+                self._guards["worker"],
+                agreement or agreement_of_the_run(self.config, world_size),
+                spent=self._judge.spent,
+                clock=clock,
+            )
+        self._sampling = Sampling(
+            model,
+            self.config,
+            self._layers,
+            self._health,
+            self._cadence,
+            self._measuring,
+            self._lockstep,
+            spent=self._judge.spent,
+            clock=clock,
+        )
         self._running = False
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -148,33 +180,37 @@ class Monitor:
         """Open the exporters and arm the first sample. A second call does nothing."""
         if self._running:
             return
-        built = tuple(build_exporter(config) for config in self.config.exporters)
+        here = self._place
+        built = tuple(map(build_exporter, configs_of_rank(self.config.exporters, here.rank, here.local_rank)))
         self._judge.hub = ExporterHub((*built, *self._exporters))
         self._judge.report_autopilot()
-        self._judge.hub.start(self._run_info(), self.snapshot)
+        run = run_info(self.model, self.config, self._wall_clock(), self._facts)
+        self._judge.hub.start(run, self.snapshot)
         self._running = True
-        if self.config.capture.source == "train" and self._cadence.due(self._step):
+        # One rank is a fair sample of a data-parallel run, unless its readings are asked for.
+        self._samples = here.rank == 0 or self._lockstep is not None or bool(built or self._exporters)
+        if self.config.capture.source == "train" and self.sample_due:
             self.arm()
-        if self._probe is not None:
-            self._probe.watch()
+        self._sampling.watch()
 
     def close(self, status: RunStatus = "finished", *, timeout_seconds: float = 5.0) -> None:
         """Take the hooks away, bring in what is under way, close the exporters. A second call does nothing."""
-        if not self._running:
+        timeout_seconds = check_end(status, timeout_seconds)
+        if not self._running or self._health.forked:
             return
         self._running = False
-        self._sampler.remove()
-        if self._probe is not None:
-            self._probe.unwatch()
+        self._sampling.stop()
         with self._guards["worker"]:
-            if self._lockstep:
-                self._read_ahead()
+            if self._lockstep is not None:
+                self._lockstep.read_ahead()
             else:
                 self._finish(self._measuring.drain(timeout_seconds))
             self._measuring.close()
         self._autopilot.close()
         self._ledger.set_status(status)
         self._judge.hub.close(status)
+        if status == "finished":
+            self._health.raise_pending(self._judge.hub)
 
     # -- the training loop's side -------------------------------------------------------------------------------------
 
@@ -193,72 +229,41 @@ class Monitor:
         now = self._clock()
         seconds = None if self._last_call is None or now < self._last_call else now - self._last_call
         self._last_call = now
-        self._step = self._step + 1 if step is None else step
+        self._step = self._step + 1 if step is None else checks.whole("step", step, 0)
         self._optimizer = optimizer
         self._ledger.step(self._step, seconds)
         if seconds is not None:
             self._cadence.stepped(seconds)
-        if self._sampler.armed:
-            self.disarm(metrics)
-        if self._lockstep:
-            if self._judge_at is not None and self._step >= self._judge_at:
+        self._sampling.disarm(metrics)
+        if self._lockstep is not None:
+            if self._lockstep.due(self._step):
                 with self._guards["worker"]:
-                    self._judge_in_lockstep()
-        elif len(self._measuring):
+                    self._conclude(self._lockstep)
+        elif len(self._measuring) and self._guards["worker"].open:
             with self._guards["worker"]:
                 self._finish(self._measuring.poll())
-        if self._cadence.due(self._step):
-            if self.config.capture.source == "train":
-                self.arm()
-            elif self._probe is not None:
-                self._send_probe(self._probe, metrics)
+        if self.sample_due:
+            self._sampling.begin(self._step, metrics)
+        self._health.raise_pending(self._judge.hub)
 
     @property
     def sample_due(self) -> bool:
-        """True when the cadence asks for a sample now."""
-        return self._running and self._cadence.due(self._step)
+        """True when the cadence asks for a sample now; never on a rank whose readings nobody asks for."""
+        return self._running and self._samples and self._cadence.due(self._step)
 
     @property
     def armed(self) -> bool:
         """True while the next forward pass is to be sampled."""
-        return self._sampler.armed
+        return self._sampling.armed
 
     def arm(self) -> None:
         """Sample the next forward pass. `step` does this by itself when training batches are the source."""
-        if self._running and self._guards["capture"].open:
-            with self._guards["capture"]:
-                self._armed_at = self._step
-                self._sampler.arm()
+        if self._running:
+            self._sampling.arm(self._step)
 
     def disarm(self, metrics: Metrics | None = None) -> None:
         """Remove the hooks and send what they took to be measured."""
-        if not self._sampler.armed:
-            return
-        with self._guards["capture"]:
-            started = self._clock()
-            taken = self._sampler.collect()
-            hook_seconds = self._sampler.capture_seconds
-            self._unseen = 0 if taken else self._unseen + 1
-            if not taken and self._agreement is None and self._unseen < _UNSEEN_STEPS:
-                return
-            self._cadence.sampled(self._armed_at)
-            if self._lockstep:
-                self._cadence.hold()
-                self._judge_at = self._armed_at + self.config.autopilot.lag_steps
-            self._measuring.submit(self._armed_at, taken, metrics)
-            self._judge.spent("capture", hook_seconds + self._clock() - started)
-
-    def _send_probe(self, probe: TokenProbe, metrics: Metrics | None) -> None:
-        if not self._guards["capture"].open:
-            return
-        with self._guards["capture"]:
-            with self.sample(metrics):
-                started = self._clock()
-                known = probe.run(self._sampler.turn)
-                # The whole pass is the monitor's own, not only its hooks.
-                self._sampler.capture_seconds = self._clock() - started
-            if not known:
-                raise CaptureError("no module was called with integer tokens (batch, length) as its only tensor")
+        self._sampling.disarm(metrics)
 
     @contextmanager
     def sample(self, metrics: Metrics | None = None) -> Iterator[None]:
@@ -271,11 +276,13 @@ class Monitor:
 
     def flush(self, timeout_seconds: float = 60.0) -> tuple[Reading, ...]:
         """Wait for the samples under way and return the latest reading of every layer."""
-        if self._lockstep:
-            if self._judge_at is not None:
-                self._judge_in_lockstep()
+        timeout_seconds = check_timeout(timeout_seconds)
+        if self._lockstep is not None:
+            if self._lockstep.waiting:
+                self._conclude(self._lockstep)
         else:
             self._finish(self._measuring.drain(timeout_seconds))
+        self._health.raise_pending(self._judge.hub)
         return self.readings
 
     # -- what is known ------------------------------------------------------------------------------------------------
@@ -317,77 +324,58 @@ class Monitor:
 
     def snapshot(self) -> Snapshot:
         """All counters at this moment. Safe to call from any thread."""
-        return self._ledger.snapshot(self._judge.hub.errors, self._judge.hub.dropped, self._judge.hub.queue_lengths)
+        hub = self._judge.hub
+        return self._ledger.snapshot(hub.errors, hub.dropped, hub.queue_lengths, self._health.data(hub))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not stopped: step, cadence, diagnosis, counters."""
-        self._read_ahead()
+        waiting = {"judge_at": None, "evidence": None} if self._lockstep is None else self._lockstep.state_dict()
         return {
             "version": STATE_VERSION,
             "step": self._step,
-            "judge_at": self._judge_at,
-            "evidence": None if self._evidence is None else self._evidence.state_dict(),
+            **waiting,
             "autopilot": self._autopilot.state_dict(),
             "cadence": self._cadence.state_dict(),
             "diagnosis": self._tracker.state_dict(),
             "ledger": self._ledger.state_dict(),
-            "turn": self._sampler.turn,
+            "turn": self._sampling.turn,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()` of an earlier run.
 
         Raises:
-            CheckpointError: the state was written by another version, or is not a monitor's state.
+            CheckpointError: the state was written by another version, or is not a monitor's state. The monitor is left
+                as it was.
         """
         checked = read_state(state)
-        self._autopilot.load_state_dict(checked["autopilot"])  # these two check their parts, and may still refuse
-        self._tracker.load_state_dict(checked["diagnosis"])
+        before = self._tracker.state_dict()
+        self._tracker.load_state_dict(checked["diagnosis"])  # these two check their parts, and may still refuse
+        try:
+            self._autopilot.load_state_dict(checked["autopilot"])
+        except CheckpointError:
+            self._tracker.load_state_dict(before)
+            raise
         self._step = checked["step"]
         self._cadence.load_state_dict(checked["cadence"])
         self._ledger.load_state_dict(checked["ledger"])
-        self._sampler.turn = checked["turn"]
-        self._judge_at = checked["judge_at"]
-        self._evidence = None if checked["evidence"] is None else Evidence.from_state(checked["evidence"])
+        self._sampling.turn = checked["turn"]
+        if self._lockstep is not None:
+            self._lockstep.load_state_dict(checked)
+        elif checked["cadence"]["held"]:
+            # Saved by a run in lockstep, which this one is not: nothing will be judged that could release the cadence.
+            self._cadence.resume(checked["cadence"]["interval_steps"])
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _run_info(self) -> RunInfo:
-        return RunInfo(
-            run_name=self.config.run_name or f"{type(self.model).__name__}-{time.strftime('%Y%m%d-%H%M%S')}",
-            model=type(self.model).__name__,
-            layers=tuple(info for info in layer_infos(self.model, self.config.layers) if info.supported),
-            versions=installed_versions(),
-            thresholds=thresholds(self.config.diagnosis),
-            start_timestamp_seconds=self._wall_clock(),
-            overhead_budget_ratio=self.config.overhead_budget_ratio or 1.0,
-            **self._facts,
-        )
 
     def _finish(self, finished: list[Evidence]) -> None:
         for evidence in finished:
             self._judge.judge(evidence, self._step, self._optimizer)
 
-    def _read_oldest(self) -> Evidence:
-        """In lockstep: wait for the sample under way. One that is lost becomes evidence without readings."""
-        with self._guards["worker"]:
-            evidence = self._measuring.take()
-            if evidence is not None:
-                return evidence
-        return Evidence(self._armed_at, ())
-
-    def _read_ahead(self) -> None:
-        """In lockstep: what is under way goes with the checkpoint."""
-        if self._judge_at is not None and self._evidence is None:
-            self._evidence = self._read_oldest()
-
-    def _judge_in_lockstep(self) -> None:
-        evidence = self._evidence or self._read_oldest()
-        self._judge_at, self._evidence = None, None
-        interval = self._cadence.interval_steps
-        if self._agreement is not None:
-            names = (self.config.autopilot.loss, self.config.diagnosis.metric)
-            metrics = [name for name in dict.fromkeys(names) if name is not None]
-            evidence, interval = agree(evidence, self.layers, metrics, interval, self._agreement)
-        self._cadence.resume(interval)
-        self._judge.judge(evidence, self._step, self._optimizer)
+    def _conclude(self, lockstep: Lockstep) -> None:
+        concluded = lockstep.conclude()
+        self._judge.may_act = lockstep.may_act
+        if isinstance(concluded, Skipped):
+            self._judge.skip(concluded.step, concluded.reason)
+        else:
+            self._judge.judge(concluded, self._step, self._optimizer)

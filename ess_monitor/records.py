@@ -29,16 +29,21 @@ RunStatus = Literal["starting", "running", "finished", "failed"]
 Phase = Literal["capture", "measure", "diagnose", "intervene", "export"]
 """What the monitor's own time went into."""
 
+Part = Literal["capture", "worker", "measurement", "diagnosis", "intervention", "export"]
+"""A part of the monitor that fails, and is turned off, by itself."""
+
 Outcome = Literal["ok", "skipped", "failed"]
-"""How a sampled step ended: measured, not measured by choice (queue full, nothing captured), or failed."""
+"""How a sampled step ended: measured, not measured by choice (queue full, nothing captured,
+ranks that did not agree in time), or failed."""
 
 ActionKind = Literal["pull_to_identity", "rescale_alpha", "advise"]
 """What an intervention does: attach the A->I regulariser, divide log A by a factor, or only say something."""
 
 ActionOutcome = Literal["applied", "dry_run", "rejected", "failed", "rolled_back", "recovered", "released"]
 """How it ended. applied: done. dry_run: would have been done (mode advise, or advice that nobody but a person can
-follow). rejected: not done, for the reason given. failed: the ladder came to its end without a recovery. rolled_back:
-taken back because the loss broke. recovered: the layer is healthy again. released: the regulariser was taken off."""
+follow). rejected: not done, for the reason given. failed: the ladder came to its end without a recovery, or the
+regulariser itself failed. rolled_back: taken back because the loss broke. recovered: the layer is healthy again.
+released: the regulariser was taken off."""
 
 ACTIONS: tuple[ActionKind, ...] = ("pull_to_identity", "rescale_alpha", "advise")
 ACTION_OUTCOMES: tuple[ActionOutcome, ...] = (
@@ -53,6 +58,7 @@ ACTION_OUTCOMES: tuple[ActionOutcome, ...] = (
 CONDITIONS: tuple[Condition, ...] = ("unknown", "healthy", "saturated", "collapsed")
 RUN_STATUSES: tuple[RunStatus, ...] = ("starting", "running", "finished", "failed")
 PHASES: tuple[Phase, ...] = ("capture", "measure", "diagnose", "intervene", "export")
+PARTS: tuple[Part, ...] = ("capture", "worker", "measurement", "diagnosis", "intervention", "export")
 OUTCOMES: tuple[Outcome, ...] = ("ok", "skipped", "failed")
 
 
@@ -144,6 +150,12 @@ class Reading(Record):
     samples and heads, 0 where all are rounding. At most 32; of more, evenly spaced ones with the first and the last."""
     spectrum_ranks: tuple[int, ...] = ()
     """Which singular values `spectrum` holds; 1 is the largest."""
+    ranks: int = 1
+    """How many ranks' data the sizes and ratios that are decided on are means over. 1: a process measured alone."""
+    utilization_min_ratio: float | None = None
+    """Smallest utilisation over those ranks. None where a process measured alone."""
+    worst_rank: int | None = None
+    """The rank it was seen on."""
 
 
 class Finding(Record):
@@ -215,6 +227,8 @@ class RunInfo(Record):
     versions: dict[str, str] = {}
     thresholds: dict[str, float] = {}
     """`condition.bound` -> ratio, for the dashboards (for example `collapsed.upper`)."""
+    diagnosis: dict[str, bool | int | float | str | None] = {}
+    """Settings of the diagnosis by name (`warmup_steps`, `patience`, ...). Empty in older logs."""
     start_timestamp_seconds: float = 0.0
     overhead_budget_ratio: float = 0.0
 
@@ -226,6 +240,19 @@ class HistogramData(Record):
     counts: tuple[int, ...]
     total_seconds: float = 0.0
     count: int = 0
+
+
+class HealthData(Record):
+    """What of the monitor itself has failed, and what has turned itself off because of it."""
+
+    part_failures_total: dict[Part, int] = {}
+    """Failures of each part, those of single layers and of the worker included."""
+    parts_off: tuple[Part, ...] = ()
+    """Parts that are off for the rest of the run, after failures in a row."""
+    layers_off: tuple[str, ...] = ()
+    """Layers that are no longer measured, after failures in a row; their last sizes and conditions stay."""
+    exporters_off: tuple[str, ...] = ()
+    """Exporters that are off."""
 
 
 class Snapshot(Record):
@@ -257,3 +284,5 @@ class Snapshot(Record):
     export_errors_total: dict[str, int]
     export_dropped_total: dict[str, int]
     export_queue_length: dict[str, int]
+    health: HealthData = HealthData()
+    """Of the monitor itself. Empty in logs of before it was written."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ess_monitor.capture import Captured
+from ess_monitor.capture import Captured, CaptureFailure
 from ess_monitor.evidence import Evidence
 from ess_monitor.readings import lost_reading, reading
 from ess_monitor.records import Reading
@@ -28,6 +28,10 @@ class Sample:
     """Layers that could not be captured."""
     metrics: dict[str, float]
     """Metrics that were numbers already."""
+    share: float = 1.0
+    """Of the samples and heads that were to be taken."""
+    failures: tuple[CaptureFailure, ...] = ()
+    """Layers whose capture failed."""
 
 
 def split_metrics(metrics: Metrics) -> tuple[dict[str, float], dict[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from ess_monitor import checks
 from ess_monitor.errors import CheckpointError
 from ess_monitor.records import ActionKind, ActionOutcome, Condition, Outcome, Reading
 
@@ -81,6 +82,11 @@ def read_state(state: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"state: version {found} cannot be read, only {STATE_VERSION}; "
             "start without the monitor's state (its measurements begin anew, the training is not affected)"
+        )
+    if checks.has_long_integer(state):
+        raise CheckpointError(
+            "state: holds a whole number of more than 64 bits, as no monitor writes; start without it (the "
+            "measurements begin anew, the training is not affected)"
         )
     try:
         return _State.model_validate(dict(state)).model_dump()

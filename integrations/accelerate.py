@@ -11,6 +11,7 @@ from ess_monitor.exporters.loggers import LoggerExporter
 from ess_monitor.integrations.common import LoopFacts, loss_factor, require
 from ess_monitor.integrations.explicit import ExplicitLoop
 from ess_monitor.interventions.alpha import Optimizers
+from ess_monitor.parallel import sizes_of_config
 from ess_monitor.samples import Metrics
 
 require("accelerate", extra="accelerate")
@@ -89,6 +90,7 @@ class ESSMonitorCallback(ExplicitLoop):
                 accelerator.scaler, accelerator.device, accelerator.gradient_accumulation_steps
             ),
             scale_known=kind not in _SCALES_OUT_OF_SIGHT,
+            parallel=sizes_of_config(getattr(accelerator, "parallelism_config", None)),
         )
 
     def _sinks(self) -> list[Exporter]:

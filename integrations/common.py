@@ -7,22 +7,24 @@ is here, so that a setting means the same in every loop.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CheckpointError, ConfigError
 from ess_monitor.exporters import Exporter, TensorBoardExporter, TerminalConfig, TerminalExporter
 from ess_monitor.exporters.identity import configs_of_rank
 from ess_monitor.exporters.loggers import LoggerExporter
 from ess_monitor.monitor import Monitor
+from ess_monitor.parallel import require_data_parallel
+from ess_monitor.ranks import together
 from ess_monitor.records import RunStatus
-from ess_monitor.runtime import Agreement
 
 GradScale = Callable[[], "float | torch.Tensor"]
 
@@ -79,6 +81,8 @@ class LoopFacts:
     scale_known: bool = True
     """False where an engine scales the loss out of sight (DeepSpeed, Megatron-LM): the gradient of a regulariser could
     not be scaled alike, so the autopilot must not act."""
+    parallel: Mapping[str, int] = field(default_factory=dict)
+    """Over how many processes the loop's settings split layers ("pipeline"), tokens ("context") or heads ("tensor")."""
 
 
 def logger_exporters(loggers: Iterable[Any]) -> list[Exporter]:
@@ -114,7 +118,8 @@ class CallbackBase:
         **settings: Any,
     ) -> None:
         super().__init__()
-        exporters = tuple(exporters)
+        exporters = checks.listed("exporters", exporters, hint='kinds such as "prometheus", settings, exporters')
+        checks.flag("table", table)
         live = tuple(item for item in exporters if isinstance(item, Exporter) and not isinstance(item, (str, dict)))
         given = tuple(item for item in exporters if not any(item is other for other in live))
         if given:
@@ -138,7 +143,11 @@ class CallbackBase:
         """Build the monitor, give it the state that was loaded, and start it.
 
         On rank 0, and on the ranks that an exporter asks for (`ranks`), each measuring its own data. When the autopilot
-        may act every rank measures, and all decide on the same numbers.
+        may act, or several ranks are to measure (`distributed.ranks`), on every rank, and all judge the same numbers.
+
+        Raises:
+            ConfigError: mode auto where the loss is scaled out of sight, or a model whose layers or tokens are spread
+                over processes.
         """
         acts = self.config.autopilot.mode == "auto"
         if acts and not facts.scale_known:
@@ -146,10 +155,11 @@ class CallbackBase:
                 f'autopilot: mode "auto" is not possible under {facts.strategy}, which scales the loss out of sight; '
                 'use "advise"'
             )
-        together = facts.world_size > 1 and acts
+        # Before some ranks are left out: all of them end here, or none.
+        require_data_parallel(model, facts.parallel, acts=acts, source=self.config.capture.source)
         exporters = configs_of_rank(self.config.exporters, facts.rank, facts.local_rank)
         speaks = facts.rank == 0
-        if not (speaks or together or exporters):
+        if not (speaks or exporters or together(self.config, facts.world_size)):
             return
         monitor = Monitor(
             model,
@@ -159,7 +169,6 @@ class CallbackBase:
             world_size=facts.world_size,
             precision=facts.precision,
             grad_scale=facts.grad_scale,
-            agreement=Agreement() if together else None,
         )
         if self._state is not None:
             monitor.load_state_dict(self._state)

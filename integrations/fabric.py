@@ -12,6 +12,7 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Exporter
 from ess_monitor.integrations.common import LoopFacts, logger_exporters, loss_factor, require
 from ess_monitor.integrations.explicit import ExplicitLoop
+from ess_monitor.parallel import sizes_of_mesh
 from ess_monitor.samples import Metrics
 
 require("lightning_fabric", "lightning.fabric", extra="lightning")
@@ -119,6 +120,7 @@ class ESSMonitorCallback(ExplicitLoop):
             precision=str(precision.precision),
             grad_scale=lambda: loss_factor(scaler, fabric.device, divisor),
             scale_known="DeepSpeed" not in strategy,
+            parallel=sizes_of_mesh(getattr(fabric.strategy, "_device_mesh", None)),
         )
 
     def _sinks(self) -> list[Exporter]:

@@ -22,7 +22,7 @@ def to_json(value: Any) -> Any:
     """
     if isinstance(value, torch.Tensor):
         tensor = value.detach().cpu().contiguous()
-        raw = bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16, and bytes have no dtype
         return {
             _TENSOR: base64.b64encode(raw).decode(),
             "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -62,8 +62,9 @@ def _from_json(value: Any) -> Any:
 def _tensor(value: Mapping[str, Any]) -> torch.Tensor:
     try:
         dtype = getattr(torch, value["dtype"])
-        raw = torch.tensor(list(base64.b64decode(value[_TENSOR])), dtype=torch.uint8)
-        return raw.view(dtype).reshape(value["shape"])
+        raw = base64.b64decode(value[_TENSOR])
+        flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        return flat.reshape(value["shape"])
     except Exception as error:
         raise CheckpointError(
             f"state: a tensor in it cannot be read ({type(error).__name__}: {error!s:.200}); the checkpoint is "

@@ -11,6 +11,7 @@ from torch import nn
 
 from ess_monitor.exporters import Exporter
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, logger_exporters, loss_factor
+from ess_monitor.parallel import sizes_of_mesh
 
 _FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
 
@@ -67,6 +68,7 @@ class ESSMonitorCallback(CallbackBase, _Base):
             strategy=type(trainer.strategy).__name__,
             precision=str(trainer.precision),
             grad_scale=lambda: _grad_scale(trainer),
+            parallel=sizes_of_mesh(getattr(trainer.strategy, "_device_mesh", None)),
         )
         self._open(pl_module, facts, lambda: self._sinks(trainer))
         self._optimizer_steps = trainer.global_step

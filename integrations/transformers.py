@@ -13,6 +13,7 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.integrations.step_loss import StepLoss
+from ess_monitor.parallel import sizes_of_config
 
 require("transformers", extra="transformers")
 
@@ -91,6 +92,7 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
             grad_scale=lambda: loss_factor(scaler, args.device, shares.micro_batches),
             scale_known=not deepspeed,
             step=state.global_step,
+            parallel=sizes_of_config(getattr(args, "parallelism_config", None)),
         )
         self._shares = shares
         self._open(model, facts, lambda: self._table(_writer(args)))

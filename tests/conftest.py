@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 
 import hypothesis
 import pytest
@@ -45,6 +46,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" i
 
 
 def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # Started in the background of a shell. Programs that are tested with Ctrl-C would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
 
 

@@ -6,6 +6,7 @@ from ess_monitor.alerts.cases.base import AlertCase, RecordCase, written
 from ess_monitor.alerts.cases.interventions import intervention_cases
 from ess_monitor.alerts.cases.layers import layer_cases
 from ess_monitor.alerts.cases.monitor import monitor_cases
+from ess_monitor.alerts.cases.parts import part_cases
 from ess_monitor.alerts.cases.records import record_cases
 from ess_monitor.alerts.cases.run import run_cases
 from ess_monitor.alerts.config import AlertsConfig
@@ -23,7 +24,7 @@ def rule_cases(config: AlertsConfig) -> dict[str, tuple[AlertCase | RecordCase, 
     return {
         "interventions.yml": intervention_cases(config),
         "layers.yml": layer_cases(config),
-        "monitor.yml": monitor_cases(config),
+        "monitor.yml": (*monitor_cases(config), *part_cases(config)),
         "records.yml": record_cases(config),
         "run.yml": run_cases(config),
     }

@@ -11,6 +11,7 @@ def intervention_cases(config: AlertsConfig) -> tuple[AlertCase, ...]:
     """Every alert of the group, silent, firing and resolved."""
     return (
         _failing(config),
+        _rolled_back(config),
         _flapping(config),
         _ineffective(config),
         _rescued(config),
@@ -30,10 +31,10 @@ def _collapsed(config: AlertsConfig) -> str:
 
 def _failing(config: AlertsConfig) -> AlertCase:
     firing = Firing(
-        {**run_labels(config), "action": "pull_to_identity"},
-        "The autopilot of run wla-7 has given up on a layer",
-        "Within the last 15 minutes pull_to_identity came to the end of its ladder or of the budget, and the layer is "
-        "still collapsed. The layer is not tried again: a person has to look.",
+        {**run_labels(config), "action": "pull_to_identity", "outcome": "failed"},
+        "An intervention in run wla-7 has failed",
+        "Within the last 15 minutes pull_to_identity did not bring its layer back, or could not be carried on. A "
+        "person has to look: the event log names the layer and the reason.",
     )
     happened = 1200
     return AlertCase(
@@ -52,6 +53,26 @@ def _failing(config: AlertsConfig) -> AlertCase:
             happened + 900 - GRID: (firing,),
             happened + 900: (),
         },
+    )
+
+
+def _rolled_back(config: AlertsConfig) -> AlertCase:
+    firing = Firing(
+        {**run_labels(config), "action": "pull_to_identity", "outcome": "rolled_back"},
+        "An intervention in run wla-7 has been rolled back",
+        "Within the last 15 minutes pull_to_identity was undone, as the loss broke. A person has to look: the event "
+        "log names the layer and the reason.",
+    )
+    happened = 1200
+    return AlertCase(
+        "the loss breaks under a treatment, which is undone; what else may happen to it is no news",
+        "InterventionFailing",
+        "warning",
+        {
+            _actions(config, "rolled_back"): held((0, happened), (1, 1800)),
+            **{_actions(config, each): held((0, 600), (1, 2400)) for each in ("recovered", "released", "rejected")},
+        },
+        {900: (), happened - GRID: (), happened: (firing,), happened + 900 - GRID: (firing,), happened + 900: ()},
     )
 
 

@@ -26,8 +26,10 @@ def layer_cases(config: AlertsConfig) -> tuple[AlertCase, ...]:
         *([_relapse(config)] if config.condition_keep_firing_seconds > GRID else ()),
         _most(config),
         _half(config),
+        _only_one_judged(config),
         _nonfinite(config),
         _divergence(config),
+        _divergence_from_the_mean(config),
     )
 
 
@@ -93,7 +95,17 @@ def _collapsed_layers(config: AlertsConfig, collapsed: int, layers: int, until: 
         )
         for k in range(layers)
     }
-    return {**conditions, series("ess_monitor_layers", target(config)): held((layers, until + 600))}
+    return {**conditions, **_healthy_layers(config, collapsed, layers, until)}
+
+
+def _healthy_layers(config: AlertsConfig, collapsed: int, layers: int, until: int) -> dict[str, str]:
+    """The other side of it: what is not collapsed is healthy."""
+    return {
+        _layer_condition(config, 0, "healthy", f"blocks.{k}.mixer"): (
+            held((1, 300), (0, until - 300), (1, 600)) if k < collapsed else held((1, until + 600))
+        )
+        for k in range(layers)
+    }
 
 
 def _most(config: AlertsConfig) -> AlertCase:
@@ -104,7 +116,7 @@ def _most(config: AlertsConfig) -> AlertCase:
     firing = Firing(
         run_labels(config),
         "Most layers of run wla-7 have collapsed",
-        f"{100 * collapsed / layers:.4g}% of the layers of run wla-7 are collapsed, more than "
+        f"{100 * collapsed / layers:.4g}% of the judged layers of run wla-7 are collapsed, more than "
         f"{percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, initialisation or "
         "precision.",
     )
@@ -126,6 +138,32 @@ def _half(config: AlertsConfig) -> AlertCase:
         "critical",
         _collapsed_layers(config, collapsed, 8, fires + 600),
         {fires: (), fires + 300: ()},
+    )
+
+
+def _only_one_judged(config: AlertsConfig) -> AlertCase:
+    """A model of two layers, the first of which is spared; the metric of the number of layers has no say."""
+    fires = 300 + on_grid(config.most_layers_for_seconds)
+    firing = Firing(
+        run_labels(config),
+        "Most layers of run wla-7 have collapsed",
+        "100% of the judged layers of run wla-7 are collapsed, more than "
+        f"{percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, initialisation or "
+        "precision.",
+    )
+    return AlertCase(
+        "the only layer that can be judged collapses; before the warm-up is over none is judged",
+        "MostLayersCollapsed",
+        "critical",
+        {
+            _layer_condition(config, 0, "unknown", "blocks.0.mixer"): held((1, fires + 300)),
+            _layer_condition(config, 0, "healthy", "blocks.0.mixer"): held((0, fires + 300)),
+            _layer_condition(config, 0, "collapsed", "blocks.0.mixer"): held((0, fires + 300)),
+            _layer_condition(config, 0, "unknown"): held((1, 300), (0, fires)),
+            _layer_condition(config, 0, "collapsed"): held((0, 300), (1, fires)),
+            series("ess_monitor_layers", target(config)): held((2, fires + 300)),
+        },
+        {270: (), fires - GRID: (), fires: (firing,)},
     )
 
 
@@ -154,23 +192,46 @@ def _divergence(config: AlertsConfig) -> AlertCase:
     wide, narrow = (1 + gap) / 2, gap / 2
     fires = 300 + on_grid(config.divergence_for_seconds)
     closes = fires + 300
-
-    def of_rank(rank: int) -> str:
-        return series("ess_monitor_state_utilization_ratio", {**target(config, rank), "layer": _LAYER})
-
-    firing = Firing(
-        {**run_labels(config), "layer": _LAYER},
-        "Ranks of run wla-7 disagree about layer blocks.1.mixer",
-        f"The utilisation of layer blocks.1.mixer differs by {100 * float(f'{wide:g}'):.4g}% between two ranks, more "
-        f"than {percent(gap)}. Replicas of one model should agree: compare their data and their weights.",
-    )
+    firing = _apart(config, wide)
     return AlertCase(
         "rank 1 leaves rank 0 and comes back",
         "RankDivergence",
         "warning",
         {
-            of_rank(0): held((0, closes + 300)),
-            of_rank(1): held((narrow, 300), (wide, closes - 300), (narrow, 300)),
+            _utilization(config, 0): held((0, closes + 300)),
+            _utilization(config, 1): held((narrow, 300), (wide, closes - 300), (narrow, 300)),
         },
         {fires - GRID: (), fires: (firing,), closes - GRID: (firing,), closes: ()},
+    )
+
+
+def _divergence_from_the_mean(config: AlertsConfig) -> AlertCase:
+    gap = config.divergence_ratio
+    wide, narrow = (1 + gap) / 2, gap / 2
+    fires = 300 + on_grid(config.divergence_for_seconds)
+    firing = _apart(config, wide)
+    smallest = held((1 - narrow, 300), (1 - wide, fires))
+    return AlertCase(
+        "ranks that exchange their readings export one mean, and the smallest falls",
+        "RankDivergence",
+        "warning",
+        {
+            **{_utilization(config, rank): held((1, 300 + fires)) for rank in (0, 1)},
+            **{_utilization(config, rank, "min_ratio"): smallest for rank in (0, 1)},
+        },
+        {fires - GRID: (), fires: (firing,)},
+    )
+
+
+def _utilization(config: AlertsConfig, rank: int, which: str = "ratio") -> str:
+    return series(f"ess_monitor_state_utilization_{which}", {**target(config, rank), "layer": _LAYER})
+
+
+def _apart(config: AlertsConfig, gap: float) -> Firing:
+    return Firing(
+        {**run_labels(config), "layer": _LAYER},
+        "Ranks of run wla-7 disagree about layer blocks.1.mixer",
+        f"The utilisation of layer blocks.1.mixer differs by at least {100 * float(f'{gap:g}'):.4g}% between two "
+        f"ranks, more than {percent(config.divergence_ratio)}. Replicas of one model should agree: compare their data "
+        "and their weights.",
     )

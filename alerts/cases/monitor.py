@@ -9,7 +9,7 @@ from ess_monitor.alerts.rules.base import duration, percent
 
 
 def monitor_cases(config: AlertsConfig) -> tuple[AlertCase, ...]:
-    """Every alert of the group, silent, firing and resolved."""
+    """Every alert of the group but the one on parts, silent, firing and resolved."""
     return (
         _stale(config),
         _never_measured(config),

@@ -48,26 +48,23 @@ def _utilization(config: AlertsConfig) -> RecordCase:
 
 
 def _conditions(config: AlertsConfig) -> RecordCase:
-    """One layer is collapsed on rank 1 alone, the other nowhere."""
-    run = run_labels(config)
-    inputs = {
-        series("ess_monitor_layer_condition", {**target(config, rank), "layer": layer, "condition": "collapsed"}): held(
-            (float(rank == 1 and layer == _LARGE), _UNTIL)
-        )
-        for rank in (0, 1)
-        for layer in (_SMALL, _LARGE)
-    }
-    inputs |= {series("ess_monitor_layers", target(config, rank)): held((2, _UNTIL)) for rank in (0, 1)}
-    condition = {"layer": _SMALL, "condition": "collapsed"}
+    """Rank by rank: one layer unknown and healthy, one healthy and collapsed, one unknown on both."""
+    run, metric = run_labels(config), "run_layer:ess_monitor_layer_condition:max"
+    on_ranks = {_SMALL: ("unknown", "healthy"), _LARGE: ("healthy", "collapsed"), "attention": ("unknown", "unknown")}
+    inputs, expected = {}, {}
+    for layer, conditions in on_ranks.items():
+        for condition in ("unknown", "healthy", "collapsed"):
+            labels = {"layer": layer, "condition": condition}
+            expected[braces({**run, **labels})] = float(condition in conditions)
+            for rank, now in enumerate(conditions):
+                there = series("ess_monitor_layer_condition", {**target(config, rank), **labels})
+                inputs[there] = held((float(condition == now), _UNTIL))
     return RecordCase(
-        "a layer that is collapsed on one rank is collapsed, once",
+        "a layer that is collapsed on one rank is collapsed, once, and one that nobody judges is not counted",
         inputs,
         300,
         {
-            "run_layer:ess_monitor_layer_condition:max": {
-                braces({**run, **condition}): 0,
-                braces({**run, **condition, "layer": _LARGE}): 1,
-            },
+            metric: expected,
             "run:ess_monitor_layers_collapsed:count": {braces(run): 1},
             "run:ess_monitor_layers_collapsed:ratio": {braces(run): 0.5},
         },

@@ -9,7 +9,7 @@ from ess_monitor.alerts.rules.base import duration
 
 def run_cases(config: AlertsConfig) -> tuple[AlertCase, ...]:
     """Every alert of the group, silent, firing and resolved."""
-    return (_stalled(config), _finished(config), _down(config))
+    return (_stalled(config), _never_started(config), _slow_start(config), _finished(config), _down(config))
 
 
 def humanized(seconds: int) -> str:
@@ -37,12 +37,7 @@ def _stalled(config: AlertsConfig) -> AlertCase:
     values = f"{_steps_until(config, hangs, steps_again - hangs - GRID)} {counting(GRID, 600, steps_again)}"
 
     def firing(at: int) -> Firing:
-        return Firing(
-            of_rank,
-            "Run wla-7 does not step",
-            f"Rank 1 of run wla-7 ended its last step {humanized(at - hangs)} ago, more than "
-            f"{duration(config.stalled_seconds)}, and says that it is running.",
-        )
+        return _does_not_step(config, at - hangs)
 
     return AlertCase(
         "rank 1 hangs while it says that it is running, then steps again; rank 0 goes on",
@@ -55,6 +50,57 @@ def _stalled(config: AlertsConfig) -> AlertCase:
             series("ess_monitor_run_status", {**target(config, 0), "status": "running"}): held((1, steps_again + 600)),
         },
         {fires - GRID: (), fires: (firing(fires),), steps_again - GRID: (firing(steps_again - GRID),), steps_again: ()},
+    )
+
+
+def _does_not_step(config: AlertsConfig, seconds: int) -> Firing:
+    return Firing(
+        target(config, 1),
+        "Run wla-7 does not step",
+        f"Rank 1 of run wla-7 has not ended a step for {humanized(seconds)}, and says that it goes on. Allowed are "
+        f"{duration(config.stalled_seconds)} between two steps and {duration(config.start_seconds)} before the first.",
+    )
+
+
+def _starting(config: AlertsConfig, started: int, steps: int, until: int) -> dict[str, str]:
+    """Rank 1 says from the beginning that it was started, and takes its first step at `steps`."""
+    of_rank = target(config, 1)
+    return {
+        series("ess_monitor_run_start_timestamp_seconds", of_rank): held((started, until)),
+        series("ess_monitor_run_status", {**of_rank, "status": "starting"}): held((1, steps), (0, until - steps)),
+        series("ess_monitor_run_status", {**of_rank, "status": "running"}): held((0, steps), (1, until - steps)),
+        series("ess_monitor_last_step_timestamp_seconds", of_rank): (
+            f"_x{steps // GRID} {counting(GRID, until - steps, steps)}"
+        ),
+    }
+
+
+def _never_started(config: AlertsConfig) -> AlertCase:
+    started = 15
+    fires = on_grid(started + config.start_seconds + 1) + 60
+    steps = fires + 300
+    return AlertCase(
+        "rank 1 hangs before its first step, then takes it",
+        "RunStalled",
+        "critical",
+        _starting(config, started, steps, steps + 600),
+        {
+            fires - GRID: (),
+            fires: (_does_not_step(config, fires - started),),
+            steps - GRID: (_does_not_step(config, steps - GRID - started),),
+            steps: (),
+        },
+    )
+
+
+def _slow_start(config: AlertsConfig) -> AlertCase:
+    steps = on_grid(config.start_seconds) - GRID
+    return AlertCase(
+        "a slow start is no hang, and the time that it took does not count later",
+        "RunStalled",
+        "critical",
+        _starting(config, 15, steps, steps + 1200),
+        {steps: (), steps + 300: (), steps + 1200 - GRID: ()},
     )
 
 

@@ -124,7 +124,7 @@ def _alerts() -> Placed:
         "What fires now",
         "Each has a runbook of its name, with queries for the diagnosis. Alerts that Grafana manages itself are not "
         "here but under Alerting.",
-        [f'max by (alertname, severity, run_id, rank, layer, exporter) (ALERTS{{{_RUNS}, alertstate="firing"}})'],
+        [f'max by (alertname, severity, run_id, rank, layer, exporter, part) (ALERTS{{{_RUNS}, alertstate="firing"}})'],
         [
             Column("severity", "Severity"),
             Column("alertname", "Alert"),
@@ -132,6 +132,7 @@ def _alerts() -> Placed:
             Column("rank", "Rank"),
             Column("layer", "Layer"),
             Column("exporter", "Exporter"),
+            Column("part", "Part"),
         ],
         hidden=("Value", "Value #A"),
         height=8,

@@ -156,15 +156,22 @@ def number(
     return Placed(panel.build(), width, height)
 
 
-def states(title: str, why: str, query: Query, *, width: int = 12, height: int = 8) -> Placed:
-    """Conditions over time, a band each."""
+def states(
+    title: str,
+    why: str,
+    *queries: Query,
+    width: int = 12,
+    height: int = 8,
+    names: Mapping[str, tuple[str, str]] = CONDITION_NAMES,
+) -> Placed:
+    """Conditions over time, or what else numbers stand for, a band each."""
     panel = statetimeline.Panel()
     panel.title(title)
     panel.description(why)
     panel.unit("short")
     panel.datasource(SOURCE)
-    panel.targets([query.built("A")])
-    panel.mappings([_names(CONDITION_NAMES)])
+    panel.targets([query.built(chr(ord("A") + index)) for index, query in enumerate(queries)])
+    panel.mappings([_names(names)])
     panel.show_value(common.VisibilityMode.NEVER)
     panel.merge_values(True)
     panel.legend(_legend())

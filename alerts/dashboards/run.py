@@ -193,13 +193,14 @@ def _autopilot() -> tuple[Placed, ...]:
         rows_of(
             "Alerts on this run",
             "What fires now; each has a runbook of its name.",
-            [f'max by (alertname, severity, rank, layer, exporter) (ALERTS{{{RUN}, alertstate="firing"}})'],
+            [f'max by (alertname, severity, rank, layer, exporter, part) (ALERTS{{{RUN}, alertstate="firing"}})'],
             [
                 Column("severity", "Severity"),
                 Column("alertname", "Alert"),
                 Column("rank", "Rank"),
                 Column("layer", "Layer"),
                 Column("exporter", "Exporter"),
+                Column("part", "Part"),
             ],
             hidden=("Value", "Value #A"),
             width=8,

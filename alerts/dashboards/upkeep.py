@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ess_monitor.alerts.dashboards.parts import Placed, Query, lines
+from ess_monitor.alerts.dashboards.parts import GREEN, RED, Placed, Query, lines, states
 
 
 def ranks(run: str) -> tuple[Placed, ...]:
@@ -45,6 +45,19 @@ def ranks(run: str) -> tuple[Placed, ...]:
 def upkeep(run: str) -> tuple[Placed, ...]:
     """What the monitor costs on the run, and whether its measurements arrive."""
     return (
+        states(
+            "What works",
+            "Parts of the monitor, its sinks and its layers, the worst rank of each. What is off stays off until a new "
+            "monitor is attached or the run is resumed; the log has the reason.",
+            Query(f"min by (part) (ess_monitor_part_enabled{{{run}}})", "{{part}}"),
+            Query(f"min by (exporter) (ess_monitor_exporter_enabled{{{run}}})", "sink {{exporter}}"),
+            Query(
+                f"min(ess_monitor_layers_enabled{{{run}}} >= bool ess_monitor_layers{{{run}}})",
+                "every layer",
+            ),
+            width=24,
+            names={"1": ("works", GREEN), "0": ("off", RED)},
+        ),
         lines(
             "Overhead",
             "Time of the monitor over time of the steps, by rank. Dashed is the budget, which the interval between "
@@ -132,7 +145,7 @@ def upkeep(run: str) -> tuple[Placed, ...]:
         ),
         lines(
             "Samples per scrape",
-            "What a rank costs Prometheus. Nine for every layer, and some 150.",
+            "What a rank costs Prometheus. Nine for every layer, and some 160.",
             "short",
             Query(f"scrape_samples_scraped{{{run}}}", "rank {{rank}}"),
             width=8,

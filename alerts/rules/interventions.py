@@ -17,14 +17,17 @@ def _failing(config: AlertsConfig) -> Alert:
     return Alert(
         "InterventionFailing",
         f"""
-        max by (job, run_id, action) (
-          increase(ess_monitor_interventions_total{{job="{config.job}", outcome="failed"}}[15m])
+        max by (job, run_id, action, outcome) (
+          increase(ess_monitor_interventions_total{{job="{config.job}", outcome=~"failed|rolled_back"}}[15m])
         ) > 0
         """,
         "warning",
-        "The autopilot of run {{ $labels.run_id }} has given up on a layer",
-        "Within the last 15 minutes {{ $labels.action }} came to the end of its ladder or of the budget, and the layer "
-        "is still collapsed. The layer is not tried again: a person has to look.",
+        'An intervention in run {{ $labels.run_id }} has {{ if eq $labels.outcome "failed" }}failed'
+        "{{ else }}been rolled back{{ end }}",
+        "Within the last 15 minutes {{ $labels.action }} "
+        '{{ if eq $labels.outcome "failed" }}did not bring its layer back, or could not be carried on'
+        "{{ else }}was undone, as the loss broke{{ end }}. A person has to look: the event log names the layer and "
+        "the reason.",
         "max, not sum: every rank of a run counts the same action.",
         f"{config.runbook_base_url}/{PREFIX}InterventionFailing.md",
     )

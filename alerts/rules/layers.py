@@ -48,9 +48,12 @@ def _utilization(config: AlertsConfig) -> tuple[Record, ...]:
             f"""
             max by (job, run_id, layer) (ess_monitor_state_utilization_ratio{{{job}}})
             -
-            min by (job, run_id, layer) (ess_monitor_state_utilization_ratio{{{job}}})
+            min by (job, run_id, layer) (
+              ess_monitor_state_utilization_min_ratio{{{job}}} or ess_monitor_state_utilization_ratio{{{job}}}
+            )
             """,
-            "How far apart the ranks are in a layer.",
+            "How far apart the ranks are in a layer, at least. Ranks that exchange their readings export the mean and "
+            "the smallest, from which the largest is not less than the mean; others export their own.",
         ),
     )
 
@@ -74,9 +77,13 @@ def _conditions(config: AlertsConfig) -> tuple[Record, ...]:
             f"""
             {COLLAPSED_COUNT}{{{job}}}
             /
-            max by (job, run_id) (ess_monitor_layers{{{job}}})
+            count by (job, run_id) (
+              max by (job, run_id, layer) ({CONDITION}{{{job}, condition!="unknown"}}) == 1
+            )
             """,
-            "Their share of all measured layers, those that are spared or not judged yet included.",
+            "Their share of the layers that a rank has judged. Layers of which nothing can be said, those of softmax "
+            "attention and a first one that is spared, say nothing here either; a model of two layers or a hybrid one "
+            "could else never pass one half.",
         ),
     )
 
@@ -118,8 +125,8 @@ def _alerts(config: AlertsConfig) -> tuple[Alert, ...]:
             f"{COLLAPSED_RATIO}{{{job}}} > {config.most_layers_ratio:g}",
             "critical",
             "Most layers of run {{ $labels.run_id }} have collapsed",
-            "{{ $value | humanizePercentage }} of the layers of run {{ $labels.run_id }} are collapsed, more than "
-            f"{percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, "
+            "{{ $value | humanizePercentage }} of the judged layers of run {{ $labels.run_id }} are collapsed, more "
+            f"than {percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, "
             "initialisation or precision.",
             "Takes the place of the alerts on single layers (inhibition in alertmanager.yml).",
             url("MostLayersCollapsed"),
@@ -140,9 +147,9 @@ def _alerts(config: AlertsConfig) -> tuple[Alert, ...]:
             f"{RANGE}{{{job}}} > {config.divergence_ratio:g}",
             "warning",
             "Ranks of run {{ $labels.run_id }} disagree about layer {{ $labels.layer }}",
-            "The utilisation of layer {{ $labels.layer }} differs by {{ $value | humanizePercentage }} between two "
-            f"ranks, more than {percent(config.divergence_ratio)}. Replicas of one model should agree: compare their "
-            "data and their weights.",
+            "The utilisation of layer {{ $labels.layer }} differs by at least {{ $value | humanizePercentage }} "
+            f"between two ranks, more than {percent(config.divergence_ratio)}. Replicas of one model should agree: "
+            "compare their data and their weights.",
             "Replicas hold the same weights, so a lasting gap is one of data, or of weights that parted ways.",
             url("RankDivergence"),
             config.divergence_for_seconds,

@@ -11,7 +11,14 @@ _TARGET = "job, instance, run_id, rank"
 
 def monitor(config: AlertsConfig) -> Group:
     """The group of rules on the monitor's own work."""
-    rules = (_overhead(config), _stale(config), _costly(config), _errors(config), _cardinality(config))
+    rules = (
+        _overhead(config),
+        _stale(config),
+        _off(config),
+        _costly(config),
+        _errors(config),
+        _cardinality(config),
+    )
     return Group("ess_monitor.monitor", rules)
 
 
@@ -51,6 +58,45 @@ def _stale(config: AlertsConfig) -> Alert:
         "has no time of its last measurement; there the start of the run counts.",
         f"{config.runbook_base_url}/{PREFIX}MeasurementStale.md",
         300,
+    )
+
+
+def _off(config: AlertsConfig) -> Alert:
+    job = f'job="{config.job}"'
+    # `index` gives "" for a label that a series does not have, whatever the evaluator does with `$labels.part` then.
+    summary = (
+        '{{ with index $labels "part" }}Part {{ . }} of the monitor is off'
+        '{{ else }}{{ with index $labels "exporter" }}Exporter {{ . }} is off'
+        "{{ else }}Layers are no longer measured{{ end }}{{ end }} in run {{ $labels.run_id }}"
+    )
+    of_a_part = (
+        '{{ if eq . "diagnosis" }}layers are measured and no longer judged: conditions are the last known ones'
+        '{{ else if eq . "intervention" }}the autopilot does nothing more: what it has attached stays as it is'
+        '{{ else if eq . "export" }}the sinks get no more measurements; the endpoint goes on'
+        "{{ else }}no more measurements come in: sizes and conditions are the last known ones{{ end }}"
+    )
+    of_the_rest = (
+        '{{ with index $labels "exporter" }}the exporter {{ . }} gets no more measurements; the others do'
+        '{{ else }}{{ printf "%.0f" $value }} of the layers failed again and again and were given up: their sizes and '
+        "conditions are the last known ones{{ end }}"
+    )
+    return Alert(
+        "PartOff",
+        f"""
+        ess_monitor_part_enabled{{{job}}} == 0
+        or
+        ess_monitor_exporter_enabled{{{job}}} == 0
+        or
+        ess_monitor_layers{{{job}}} - ess_monitor_layers_enabled{{{job}}} > 0
+        """,
+        "warning",
+        summary,
+        f'On rank {{{{ $labels.rank }}}} {{{{ with index $labels "part" }}}}{of_a_part}{{{{ else }}}}{of_the_rest}'
+        "{{ end }}. The training goes on. It stays so for the rest of this run: the log has the reason, and a new "
+        "monitor or a resumed run turns it on again.",
+        "Without waiting: what has turned itself off after five failures in a row does not come back. A part, an "
+        "exporter or, without a label of its own, the number of layers given up.",
+        f"{config.runbook_base_url}/{PREFIX}PartOff.md",
     )
 
 
@@ -97,7 +143,7 @@ def _cardinality(config: AlertsConfig) -> Alert:
         'Rank {{ $labels.rank }} of run {{ $labels.run_id }} exports {{ printf "%.0f" $value }} samples',
         f"A scrape of {{{{ $labels.instance }}}} holds more than {config.samples_per_scrape} samples. Prometheus pays "
         "for each of them; measure fewer layers.",
-        "A layer costs nine series, everything else together some 150.",
+        "A layer costs nine series, everything else together some 160.",
         f"{config.runbook_base_url}/{PREFIX}CardinalityHigh.md",
         600,
     )

@@ -20,16 +20,26 @@ def run(config: AlertsConfig) -> Group:
             Alert(
                 "RunStalled",
                 f"""
-                time() - ess_monitor_last_step_timestamp_seconds{{{job}}} > {config.stalled_seconds}
-                and on (job, instance, run_id, rank)
-                ess_monitor_run_status{{{job}, status="running"}} == 1
+                (
+                  time() - ess_monitor_last_step_timestamp_seconds{{{job}}} > {config.stalled_seconds}
+                  and on (job, instance, run_id, rank)
+                  ess_monitor_run_status{{{job}, status="running"}} == 1
+                )
+                or
+                (
+                  time() - ess_monitor_run_start_timestamp_seconds{{{job}}} > {config.start_seconds}
+                  and on (job, instance, run_id, rank)
+                  ess_monitor_run_status{{{job}, status="starting"}} == 1
+                )
                 """,
                 "critical",
                 "Run {{ $labels.run_id }} does not step",
-                "Rank {{ $labels.rank }} of run {{ $labels.run_id }} ended its last step "
-                f"{{{{ $value | humanizeDuration }}}} ago, more than {duration(config.stalled_seconds)}, and says that "
-                "it is running.",
-                "A process that hangs still answers scrapes: the endpoint has a thread of its own.",
+                "Rank {{ $labels.rank }} of run {{ $labels.run_id }} has not ended a step for "
+                "{{ $value | humanizeDuration }}, and says that it goes on. Allowed are "
+                f"{duration(config.stalled_seconds)} between two steps and {duration(config.start_seconds)} before the "
+                "first.",
+                "A process that hangs still answers scrapes: the endpoint has a thread of its own. Until the first "
+                "step, a run is starting and has no time of a last one.",
                 f"{config.runbook_base_url}/{PREFIX}RunStalled.md",
                 60,
             ),

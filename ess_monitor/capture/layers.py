@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture.libraries import library_of, versions_of
 from ess_monitor.capture.registry import find_spec, why_refused
 from ess_monitor.capture.spec import CaptureSpec
@@ -48,6 +49,7 @@ class LayerFilter(BaseModel):
 
     def matches(self, name: str) -> bool:
         """True when the layer called `name` is to be measured."""
+        checks.instance("name", name, str, hint="the dotted name of a module")
         return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
 
 
@@ -58,6 +60,18 @@ class Layer:
     name: str
     module: nn.Module
     spec: CaptureSpec
+
+
+def check_model(model: nn.Module, name: str = "model") -> nn.Module:
+    """`model`, or `ConfigError` where it is none."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name}: {checks.type_of(model)} is not a torch.nn.Module; pass the trained {name}")
+    return model
+
+
+def _filter(layers: LayerFilter | None) -> LayerFilter:
+    hint = 'LayerFilter(include=("blocks.*",)), or None for every layer'
+    return checks.optional("layers", layers, LayerFilter, hint=hint) or LayerFilter()
 
 
 def clean_name(name: str) -> str:
@@ -132,7 +146,7 @@ def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
         ConfigError: an include or exclude pattern matches no layer of the model (a typing error would otherwise mean
             that nothing, or too much, is watched in silence).
     """
-    layers = layers or LayerFilter()
+    model, layers = check_model(model), _filter(layers)
     found = [Layer(clean_name(name), module, spec) for name, module, spec in _walk(model) if spec is not None]
     names = [layer.name for layer in found]
     for pattern in (*layers.include, *layers.exclude):
@@ -146,7 +160,7 @@ def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
 
 def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[LayerInfo, ...]:
     """What `describe` says of every sequence mixer of the model, measured or skipped, in model order."""
-    layers = layers or LayerFilter()
+    model, layers = check_model(model), _filter(layers)
     infos = []
     for raw_name, module, spec in _walk(model):
         name, cls = clean_name(raw_name), type(module).__name__

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos, skipped_of_libraries
 from ess_monitor.capture.sampler import CaptureConfig, Captured, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
@@ -56,6 +57,7 @@ def capture_pass(
     config: CaptureConfig = EVERYTHING,
 ) -> tuple[Captured, ...]:
     """Run `model(*inputs, **named_inputs)` once and return every layer's narrowed operator, in model order."""
+    checks.instance("config", config, CaptureConfig)
     found = require_layers(model, layers)
     sampler = Sampler(found, config.model_copy(update={"source": "validation"}))
     sampler.arm()

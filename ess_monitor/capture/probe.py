@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ess_monitor import checks
+from ess_monitor.capture.layers import check_model
 from ess_monitor.capture.operators import evaluating
 from ess_monitor.errors import CaptureError
 
@@ -29,9 +31,13 @@ class TokenProbe:
 
     Raises:
         CaptureError: the model has no embedding.
+        ConfigError: `model` is none, or a number is out of range.
     """
 
     def __init__(self, model: nn.Module, samples: int, *, seed: int = 0) -> None:
+        check_model(model)
+        samples = checks.whole("samples", samples, 1)
+        seed = checks.whole("seed", seed, -(2**62), 2**62)
         embeddings = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
         if not embeddings:
             raise CaptureError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture.families import FAMILIES
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import CaptureError
@@ -33,9 +34,15 @@ people's layers know them by the names in their code, and import no library."""
 
 def add_spec(layer: type[nn.Module], spec: CaptureSpec) -> None:
     """Register `spec` for `layer` and its sub-classes, replacing an earlier one."""
-    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-        raise CaptureError(f"layer: {layer!r} is not a torch.nn.Module class; pass the class, not an instance")
+    _check_layer(layer)
     _SPECS[layer] = spec
+
+
+def _check_layer(layer: type[nn.Module]) -> None:
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        raise CaptureError(
+            f"layer: {checks.shown(layer)} is not a torch.nn.Module class; pass the class, not an instance"
+        )
 
 
 def register_capture(
@@ -56,6 +63,9 @@ def register_capture(
         operator: what `describe` calls it, usually the class name of the operator you return.
         state_capacity: TSS per channel from the module, for `describe`; the reading itself takes it from the operator.
         channels: number of independent operators from the module, for `describe`.
+
+    Raises:
+        CaptureError: `layer` is no module class, or something that should be a function is none.
 
     Example:
         >>> import torch
@@ -80,7 +90,14 @@ def register_capture(
         8
     """
 
+    _check_layer(layer)
+    checks.instance("operator", operator, str, hint="the name of an operator's class", error=CaptureError)
+    for name, given in (("state_capacity", state_capacity), ("channels", channels)):
+        if given is not None:
+            checks.function(name, given, hint="of the module, or None", error=CaptureError)
+
     def decorate(build: Read) -> Read:
+        checks.function("build", build, hint="(module, args, kwargs, output) -> Operator", error=CaptureError)
         extra: dict[str, Any] = {}
         if state_capacity is not None:
             extra["state_capacity"] = state_capacity

@@ -8,8 +8,9 @@ model runs eagerly, because compiled code does not see hooks that were attached 
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,10 +19,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture.eager import EagerStance
 from ess_monitor.capture.layers import Layer
 from ess_monitor.capture.sites import Call, Watch
 from ess_monitor.ess import Operator
+
+logger = logging.getLogger("ess_monitor")
 
 
 class CaptureConfig(BaseModel):
@@ -60,6 +64,8 @@ class CaptureFailure:
 
     layer: Layer
     error: str
+    cause: Exception | None = None
+    """Without its traceback, whose frames would keep the activations of the step."""
 
 
 def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
@@ -73,10 +79,26 @@ def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
     return tuple(sorted({(turn + k * total // take) % total for k in range(take)}))
 
 
+def part_of(count: int, share: float) -> int:
+    """`share` of `count`, and at least one.
+
+    >>> part_of(4, 1.0), part_of(5, 0.5), part_of(4, 0.0)
+    (4, 2, 1)
+    """
+    return max(1, int(count * share))
+
+
 class Sampler:
     """Arms, collects and removes the hooks of one sample.
 
-    `clock` counts the seconds that the hooks add to the training step (`capture_seconds`).
+    Args:
+        layers: to read, in model order.
+        config: how much of each.
+        off: names of the layers that are left alone; looked at whenever a sample is armed.
+        share: of the samples and heads that `config` asks for, 0 for one of each; asked whenever a sample is armed.
+            None leaves all layers alone for one sample.
+        on_operator: called with each operator that was taken.
+        clock: counts the seconds that the hooks add to the training step (`capture_seconds`).
     """
 
     def __init__(
@@ -84,12 +106,22 @@ class Sampler:
         layers: tuple[Layer, ...],
         config: CaptureConfig,
         *,
+        off: Container[str] = (),
+        share: Callable[[], float | None] = lambda: 1.0,
         on_operator: Callable[[Captured], Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.layers = layers
-        self.config = config
+        self.layers = checks.several("layers", layers, Layer, hint="find_layers(model)")
+        self.config = checks.instance("config", config, CaptureConfig)
+        for name, function in (("share", share), ("clock", clock)):
+            checks.function(name, function)
         self.capture_seconds = 0.0
+        self.asked: tuple[str, ...] = ()
+        """Layers that the sample under way, or the last one, was armed for."""
+        self.share = 1.0
+        """The share that this sample takes of them."""
+        self._armed = False
+        self._off, self._ask_share = off, share
         self._on_operator = on_operator
         self._clock = clock
         self.turn = 0
@@ -101,17 +133,25 @@ class Sampler:
     @property
     def armed(self) -> bool:
         """True between `arm` and `collect`."""
-        return bool(self._watches)
+        return self._armed
 
     def arm(self) -> None:
         """Attach the hooks for the next forward pass. Arming twice is harmless."""
-        if self._watches:
+        if self._armed:
             return
         self._taken.clear()
         self.capture_seconds = 0.0
-        self._eager.begin()
-        for layer in self.layers:
-            self._watches.append(layer.spec.site.watch(layer.module, after=partial(self._see, layer)))
+        share = self._ask_share()
+        layers = () if share is None else tuple(layer for layer in self.layers if layer.name not in self._off)
+        self.asked, self.share = tuple(layer.name for layer in layers), share or 0.0
+        if layers:
+            self._eager.begin()
+        self._armed = True
+        for layer in layers:
+            try:
+                self._watches.append(layer.spec.site.watch(layer.module, after=partial(self._see, layer)))
+            except Exception as error:
+                self._taken[layer.name] = _failure(layer, error)
 
     def collect(self) -> tuple[Captured | CaptureFailure, ...]:
         """Remove the hooks and hand over what the forward pass gave, in model order."""
@@ -124,6 +164,7 @@ class Sampler:
 
     def remove(self) -> None:
         """Remove the hooks. Nothing of ours is left in the model."""
+        self._armed = False
         self._eager.end()
         while self._watches:
             self._watches.pop().remove()
@@ -137,7 +178,7 @@ class Sampler:
             if taken is not None:
                 self._taken[layer.name] = taken
         except Exception as error:
-            self._taken[layer.name] = CaptureFailure(layer, f"{type(error).__name__}: {error}")
+            self._taken[layer.name] = _failure(layer, error)
         self.capture_seconds += self._clock() - started
 
     def _wanted(self, module: nn.Module) -> bool:
@@ -149,14 +190,25 @@ class Sampler:
             whole = layer.spec.build(call)
             if whole is None:
                 return None
-            heads = rotate_heads(whole.heads, self.config.heads, self.turn)
+            most = whole.heads if self.config.heads is None else min(self.config.heads, whole.heads)
+            heads = rotate_heads(whole.heads, part_of(most, self.share), self.turn)
+            samples = part_of(min(self.config.samples, whole.batch), self.share)
             length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
-            few = whole.select(samples=slice(0, self.config.samples), heads=heads, length=length)
+            few = whole.select(samples=slice(0, samples), heads=heads, length=length)
             operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
         captured = Captured(layer, operator, heads, whole.heads)
         if self._on_operator is not None:
             self._on_operator(captured)
         return captured
+
+
+def _failure(layer: Layer, error: Exception) -> CaptureFailure:
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # an error whose text cannot be made
+        text = type(error).__name__
+    logger.debug("ess_monitor: layer %s could not be read", layer.name, exc_info=error)
+    return CaptureFailure(layer, text, error.with_traceback(None))
 
 
 def _device_type(call: Call) -> str:

@@ -102,10 +102,16 @@ class CallSite:
 
     def watch(self, layer: nn.Module, *, before: Before | None = None, after: After | None = None) -> Watch:
         """Stand at this site of `layer`. Exceptions of `before` and `after` go through to the layer's caller."""
-        return self._watch_ops(layer, before, after) if self.ops else self._watch_module(layer, before, after)
+        watch = Watch()
+        try:
+            (self._watch_ops if self.ops else self._watch_module)(watch, layer, before, after)
+        except BaseException:
+            watch.remove()
+            raise
+        return watch
 
-    def _watch_module(self, layer: nn.Module, before: Before | None, after: After | None) -> Watch:
-        module, watch = layer.get_submodule(self.path), Watch()
+    def _watch_module(self, watch: Watch, layer: nn.Module, before: Before | None, after: After | None) -> None:
+        module = layer.get_submodule(self.path)
         if module is not layer:
             _Entered(layer).watch(watch)
         if before is not None:
@@ -122,16 +128,13 @@ class CallSite:
                 tell(Call(layer, module, "", args, kwargs, output, layer_kwargs=_kwargs_of(layer)))
 
             watch.add(module.register_forward_hook(_Hook(hook), with_kwargs=True).remove)
-        return watch
 
-    def _watch_ops(self, layer: nn.Module, before: Before | None, after: After | None) -> Watch:
-        watch = Watch()
+    def _watch_ops(self, watch: Watch, layer: nn.Module, before: Before | None, after: After | None) -> None:
         _Entered(layer).watch(watch)
         for op in self.ops:
             listener = _OpListener(layer, op.name, before, after)
             for namespace in op.namespaces:
                 watch.add(add_listener(namespace, op.name, listener, op.make))
-        return watch
 
 
 _UNDER_WAY: list[tuple[nn.Module, object, dict[str, Any]]] = []

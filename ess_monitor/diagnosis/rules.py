@@ -26,6 +26,9 @@ fills a small state by construction, and a WLA of TSS 4 solved MQAR at utilisati
 is a fact about the task that the operator does not show.
 
 A layer whose TSS grows with the position (softmax attention) is not judged: its TSS is no design choice.
+
+The first of several layers is not called collapsed (`spare_first_layer`). Where another one would look collapsed its
+verdict is unknown.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ess_monitor import checks
 from ess_monitor.diagnosis.thresholds import DiagnosisConfig
 from ess_monitor.records import Condition, Reading
 
@@ -80,6 +84,9 @@ def judge(reading: Reading, context: Context, config: DiagnosisConfig) -> Verdic
         >>> judge(reading, learned, DiagnosisConfig(metric="accuracy", metric_solved=0.9)).condition
         'healthy'
     """
+    checks.instance("reading", reading, Reading)
+    checks.instance("context", context, Context)
+    checks.instance("config", config, DiagnosisConfig)
     utilization = attainable_utilization(reading)
     if utilization is None:
         return None
@@ -179,8 +186,6 @@ def _saturated(reading: Reading, context: Context, config: DiagnosisConfig) -> V
 
 
 def _collapsed(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
-    if context.first_of_several and config.spare_first_layer:
-        return None
     retention = reading.retention_ratio
     collapsed = context.previous == "collapsed"
     line = config.collapsed_recovers_above if collapsed else config.collapsed_below
@@ -194,6 +199,11 @@ def _collapsed(reading: Reading, utilization: float, context: Context, config: D
     bound = starved_line if starved else line
     if utilization >= bound:
         return None
+    if context.first_of_several and config.spare_first_layer:
+        # Not collapsed, as it may be right to use so little; and not healthy, as nobody has seen that it is.
+        return Verdict(
+            "unknown", f"utilisation {utilization:.2f} is below {bound:g}, which may be right in a first layer"
+        )
     if not collapsed and (is_rising(context.utilizations, config) or task_improves(context.metrics, config)):
         # A saturated layer has to leave its condition first: there is no suspicion while there is a finding.
         return Verdict(

@@ -17,6 +17,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ess_monitor import checks
+
 
 class DiagnosisConfig(BaseModel):
     """Thresholds of the diagnosis.
@@ -159,6 +161,7 @@ def thresholds(config: DiagnosisConfig) -> dict[str, float]:
         >>> thresholds(DiagnosisConfig())["collapsed.upper"]
         0.3
     """
+    checks.instance("config", config, DiagnosisConfig)
     return {
         "collapsed.upper": config.collapsed_below,
         "collapsed.recovery": config.collapsed_recovers_above,

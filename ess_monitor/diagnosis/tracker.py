@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ess_monitor import checks
 from ess_monitor.diagnosis.rules import Context, Verdict, attainable_utilization, judge
 from ess_monitor.diagnosis.thresholds import DiagnosisConfig
 from ess_monitor.errors import CheckpointError
@@ -26,7 +27,8 @@ class Tracker:
     towards the streak and cannot complete it. Readings that are not `ok`, or that cannot be judged, neither count nor
     break a streak. Memory is bounded: one window of numbers a layer and one for the task metric.
 
-    Every change is a `Finding`, with one exception: a layer that turns out healthy after the warm-up is not news.
+    Every change is a `Finding`, with one exception: between `unknown` and `healthy` there is no news. A layer turns out
+    healthy after the warm-up; a first layer that uses little, and may be right to, is not called anything.
 
     Example:
         >>> reading = Reading(step=0, layer="mixer", status="ok", length=64, state_capacity=16, attainable_size=16,
@@ -39,7 +41,7 @@ class Tracker:
     """
 
     def __init__(self, config: DiagnosisConfig | None = None) -> None:
-        self.config = config if config is not None else DiagnosisConfig()
+        self.config = checks.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
         self._layers: dict[str, _Layer] = {}
         self._metrics: deque[float] = deque(maxlen=self._metric_window)
 
@@ -56,7 +58,9 @@ class Tracker:
             metrics: metrics of the training loop. A value that is absent or not finite leaves the last known one valid.
             step: optimizer step of the measurement.
         """
-        readings = tuple(readings)
+        readings = checks.several("readings", readings, Reading)
+        checks.instance("metrics", metrics, Mapping, hint="metric name -> number")
+        step = checks.whole("step", step, 0)
         for reading in readings:
             self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
         self._take_metric(metrics)
@@ -188,7 +192,7 @@ class _LayerState(_State):
     name: str
     condition: Condition
     candidate: Condition
-    streak: int = Field(ge=0)
+    streak: int = Field(ge=0, le=2**63 - 1)
     utilizations: list[float]
 
 
@@ -201,7 +205,7 @@ class _TrackerState(_State):
 
 
 def _is_no_news(previous: Condition, verdict: Verdict) -> bool:
-    return previous == "unknown" and verdict.condition == "healthy"
+    return {previous, verdict.condition} <= {"unknown", "healthy"}
 
 
 def _first_problem(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 
 Aggregation = Literal["average", "total", "minimum"]
@@ -44,13 +45,19 @@ def aggregate(
         >>> aggregate(ess), aggregate(ess, "total", channels_per_head=8), aggregate(ess, "minimum", position=0)
         (tensor(2.), tensor(32.), tensor(1.))
     """
-    if ess.dim() != 3:
-        raise OperatorError(f"ess has shape {tuple(ess.shape)}, expected (batch, heads, positions).")
-    if over not in get_args(Aggregation):
-        raise OperatorError(f"over={over!r} must be one of {', '.join(get_args(Aggregation))}.")
+    checks.tensor("ess", ess, "(batch, heads, positions)", (3,), error=OperatorError)
+    if not isinstance(over, str) or over not in get_args(Aggregation):
+        raise OperatorError(f"over={checks.shown(over)} must be one of {', '.join(get_args(Aggregation))}.")
+    checks.whole("channels_per_head", channels_per_head, 1, error=OperatorError)
     if position is not None:
-        ess = ess[..., position, None]
+        size = ess.shape[2]
+        if not size:
+            raise OperatorError("ess has no position to take; pass position=None, or measure at one position at least.")
+        hint = f"ess has {size} positions, and a negative index counts from the end"
+        ess = ess[..., checks.whole("position", position, -size, size - 1, hint=hint, error=OperatorError), None]
     if over == "minimum":
+        if 0 in ess.shape[:2]:
+            raise OperatorError(f"ess has shape {tuple(ess.shape)}; the smallest of nothing is not defined.")
         return ess.amin((0, 1)).mean()
     if over == "total":
         return ess.sum(1).mean() * channels_per_head
@@ -60,10 +67,15 @@ def aggregate(
 def midpoint_index(positions: Sequence[int], length: int) -> int:
     """Index of the position nearest to length // 2, where H_i is largest.
 
+    Raises:
+        OperatorError: `positions` is empty or holds something else than whole numbers, or `length` is not one.
+
     Example:
         >>> midpoint_index([16, 32, 48], 64)
         1
     """
+    checks.whole("length", length, 1, error=OperatorError)
+    positions = checks.wholes("positions", positions, -checks.LARGEST, error=OperatorError)
     if not positions:
         raise OperatorError("positions is empty; a sequence needs at least two tokens to have a position.")
     return min(range(len(positions)), key=lambda p: abs(positions[p] - length // 2))

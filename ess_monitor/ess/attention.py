@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.base import Operator
 from ess_monitor.ess.fields import (
@@ -66,6 +66,9 @@ class SoftmaxAttention(Operator):
     def __post_init__(self) -> None:
         check_floating("q", self.q, "(batch, heads, length, dim)", 4)
         check_floating("k", self.k, "(batch, key heads, length, dim)", 4)
+        for name, tensor in (("mask", self.mask), ("sinks", self.sinks)):
+            if tensor is not None:
+                checks.instance(name, tensor, Tensor, hint="None stands for no such thing", error=OperatorError)
         check_same_device(q=self.q, k=self.k, mask=self.mask, sinks=self.sinks)
         if self.q.shape[2:] != self.k.shape[2:] or self.heads % self.k.shape[1]:
             raise OperatorError(
@@ -73,10 +76,12 @@ class SoftmaxAttention(Operator):
                 "number of key heads must divide the number of heads."
             )
         common_size("samples", q=self.q.shape[0], k=self.k.shape[0])
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise OperatorError(f"scale={self.scale!r} must be a finite number, or None for dim**-0.5.")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise OperatorError(f"softcap={self.softcap!r} must be a positive number, or None for no cap.")
+        if self.scale is not None:
+            scale = checks.real("scale", self.scale, hint="None stands for dim**-0.5", error=OperatorError)
+            object.__setattr__(self, "scale", scale)
+        if self.softcap is not None:
+            softcap = checks.real("softcap", self.softcap, above=0, hint="None stands for no cap", error=OperatorError)
+            object.__setattr__(self, "softcap", softcap)
         if self.mask is not None:
             self._check_mask(self.mask)
         if self.sinks is not None:
@@ -112,7 +117,7 @@ class SoftmaxAttention(Operator):
         return True
 
     def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return torch.tensor(positions, dtype=torch.float32).to(self.device, non_blocking=True)
+        return torch.tensor(self._checked(positions), dtype=torch.float32).to(self.device, non_blocking=True)
 
     def finite(self) -> Tensor:
         finite = all_finite(self.q) & self._per_head(all_finite(self.k))

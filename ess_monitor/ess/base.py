@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor, result_dtype
 from ess_monitor.ess.positions import check_positions
@@ -56,7 +57,11 @@ class Operator(ABC):
 
     @abstractmethod
     def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        """Theoretically realisable state-size (TSS) per channel at each position: (positions,), floating."""
+        """Theoretically realisable state-size (TSS) per channel at each position: (positions,), floating.
+
+        Raises:
+            OperatorError: A position is outside 1..L-1.
+        """
 
     @abstractmethod
     def materialize(self) -> Tensor:
@@ -92,6 +97,9 @@ class Operator(ABC):
         """Where the tensors are."""
         return self.tensors[0].device
 
+    def _checked(self, positions: Sequence[int]) -> tuple[int, ...]:
+        return check_positions(positions, self.length)
+
     @torch.no_grad()
     def singular_values(self, positions: Sequence[int]) -> Tensor:
         """Singular values of H_i at each of `positions`.
@@ -112,7 +120,7 @@ class Operator(ABC):
             >>> DenseOperator(T).singular_values([2])  # H_2 = [[3, 4]]
             tensor([[[[5.]]]])
         """
-        checked = check_positions(positions, self.length)
+        checked = self._checked(positions)
         dtype = result_dtype(*(tensor.dtype for tensor in self.tensors))
         if not checked:
             return torch.zeros((self.batch, self.heads, 0, 0), dtype=dtype, device=self.device)
@@ -124,7 +132,12 @@ class Operator(ABC):
         return torch.where(exists, values, 0.0).masked_fill_(broken, torch.nan).to(dtype)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same operator with `function` applied to every tensor (detach, clone, move)."""
+        """The same operator with `function` applied to every tensor (detach, clone, move).
+
+        Raises:
+            OperatorError: `function` is none, or what it gives does not form the operator.
+        """
+        checks.function("function", function, error=OperatorError)
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changed = {name: function(value) for name, value in fields.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **changed)
@@ -143,15 +156,31 @@ class Operator(ABC):
         Raises:
             OperatorError: A selection is empty, repeats an index or leaves the range.
         """
-        if length is not None and not 1 <= length <= self.length:
-            raise OperatorError(f"length={length} must be in 1..{self.length}, the tokens that the operator has.")
+        if length is not None:
+            hint = "the tokens that the operator has"
+            length = checks.whole("length", length, 1, self.length, hint=hint, error=OperatorError)
         return self._narrow(_chosen("samples", samples, self.batch), _chosen("heads", heads, self.heads), length)
 
 
 def _chosen(name: str, selection: slice | Sequence[int] | None, size: int) -> Sequence[int] | None:
     if selection is None:
         return None
-    chosen = range(size)[selection] if isinstance(selection, slice) else [int(index) for index in selection]
+    chosen: Sequence[int]
+    if isinstance(selection, slice):
+        try:
+            chosen = range(size)[selection]
+        except (TypeError, ValueError):  # a start that is no number, or a step of 0
+            raise OperatorError(f"{name}={checks.shown(selection)} must be a slice of whole numbers.") from None
+    else:
+        chosen = checks.wholes(name, selection, -checks.LARGEST, error=OperatorError)
     if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size:
-        raise OperatorError(f"{name}={selection!r} must name different indices in 0..{size - 1}, at least one.")
+        raise OperatorError(
+            f"{name}={checks.shown(selection)} must name different indices in 0..{size - 1}, at least one."
+        )
     return chosen
+
+
+def check_operator(operator: Operator) -> None:
+    """Raise `OperatorError` unless `operator` is one."""
+    hint = "capture_operators(model, ...) gives those of a model"
+    checks.instance("operator", operator, Operator, hint=hint, error=OperatorError)

@@ -10,9 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor
-from ess_monitor.ess.positions import check_positions
+from ess_monitor.ess.positions import LONGEST, check_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ def ess_bounds(
         block_size: Rows of T per token, d.
 
     Raises:
-        OperatorError: `positions` are not ascending or out of range, or `ess` has another number of positions.
+        OperatorError: `positions` are not ascending or out of range, `ess` has another number of positions, or
+            `capacity` is neither one number nor one per position.
 
     Example:
         >>> bounds = ess_bounds([4, 8], torch.tensor([4.0, 2.0]), 12, capacity=4)
@@ -62,18 +64,21 @@ def ess_bounds(
         >>> bounds.upper
         tensor([1., 2., 3., 4., 4., 4., 3., 2., 3., 2., 1.])
     """
+    length = checks.whole("length", length, 1, LONGEST, error=OperatorError)
+    block_size = checks.whole("block_size", block_size, 1, LONGEST, error=OperatorError)
     checked = check_positions(positions, length)
+    checks.tensor("ess", ess, "(..., positions)", range(1, 65), error=OperatorError)
     if any(later <= earlier for earlier, later in pairwise(checked)):
         raise OperatorError(f"positions={list(positions)} must be ascending, without repetition; sort them with `ess`.")
     if ess.shape[-1:] != (len(checked),):
         raise OperatorError(
-            f"ess has shape {tuple(ess.shape)}, expected (..., {len(checked)}): one entry per position."
+            f"ess has shape {tuple(ess.shape)}, expected (..., {len(checked)}): one entry for each of positions."
         )
     device = ess.device
     place = torch.arange(1, length, device=device)
     limit = (block_size * torch.minimum(place, length - place)).to(ess.dtype)
     if capacity is not None:
-        limit = torch.minimum(limit, torch.as_tensor(capacity, dtype=ess.dtype, device=device))
+        limit = torch.minimum(limit, _capacity(capacity, length, ess))
     # ESS is 0 before the first position and after the last: sentinels there give the geometric bound.
     known = torch.nn.functional.pad(ess, (1, 1))
     anchors = (0, *checked, length)
@@ -87,3 +92,16 @@ def ess_bounds(
         upper = torch.minimum(upper, known[..., index] + reach)
         lower = torch.maximum(lower, known[..., index] - reach)
     return Bounds(lower, upper, lower.mean(-1), upper.mean(-1))
+
+
+def _capacity(capacity: float | Tensor, length: int, ess: Tensor) -> Tensor:
+    if not isinstance(capacity, Tensor):
+        return ess.new_full((), checks.real("capacity", capacity, low=0, error=OperatorError))
+    if capacity.is_complex() or tuple(capacity.shape) not in ((), (1,), (length - 1,)):
+        raise OperatorError(
+            f"capacity is {checks.shown(capacity)}; pass one number, or a real tensor of shape ({length - 1},): one "
+            "per position 1..length-1."
+        )
+    if capacity.is_meta != ess.is_meta:
+        raise OperatorError(f"capacity is on {capacity.device} and ess on {ess.device}; move them to one device.")
+    return capacity.to(ess)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.base import Operator
 from ess_monitor.ess.fields import (
@@ -23,6 +24,7 @@ from ess_monitor.ess.fields import (
 )
 from ess_monitor.ess.hankel import hankel_singular_values, toeplitz
 from ess_monitor.ess.linalg import result_dtype
+from ess_monitor.ess.positions import LONGEST
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,10 +63,9 @@ class Convolution(Operator):
 
     def __post_init__(self) -> None:
         check_floating("kernel", self.kernel, _KERNEL, 3)
-        if self.length < 0:
-            raise OperatorError(f"length={self.length} must be at least 1, or 0 for the number of taps.")
-        if self.length == 0:
-            object.__setattr__(self, "length", self.kernel.shape[2])
+        hint = "0 stands for the number of taps"
+        length = checks.whole("length", self.length, 0, LONGEST, hint=hint, error=OperatorError)
+        object.__setattr__(self, "length", length or self.kernel.shape[2])
 
     @property
     def batch(self) -> int:
@@ -79,7 +80,7 @@ class Convolution(Operator):
         return self.kernel.shape[2] >= self.length
 
     def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return _fir_capacity(self.kernel.shape[2], positions, self.device)
+        return _fir_capacity(self.kernel.shape[2], self._checked(positions), self.device)
 
     def finite(self) -> Tensor:
         return all_finite(self.kernel)
@@ -150,7 +151,7 @@ class GatedConvolution(Operator):
         return self.kernel.shape[2] >= self.length
 
     def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return _fir_capacity(self.kernel.shape[2], positions, self.device)
+        return _fir_capacity(self.kernel.shape[2], self._checked(positions), self.device)
 
     def finite(self) -> Tensor:
         finite = all_finite(self.b) & all_finite(self.kernel) & all_finite(self.c)

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ess_monitor.ess.base import Operator
+from ess_monitor import checks
+from ess_monitor.errors import OperatorError
+from ess_monitor.ess.base import Operator, check_operator
 from ess_monitor.ess.delta import DeltaRecurrence
 from ess_monitor.ess.delta_gramian import mean_diagonal, transition_product
+from ess_monitor.ess.fields import check_same_device
 from ess_monitor.ess.linalg import result_dtype, working_dtype
 from ess_monitor.ess.metrics import tolerance_ess
 from ess_monitor.ess.recurrence import DiagonalRecurrence
@@ -27,6 +30,7 @@ def decay_product_norm(operator: Operator) -> Tensor | None:
         >>> decay_product_norm(DiagonalRecurrence(torch.zeros(1, 1, 1, 1), ones, ones))
         tensor([[2.]])
     """
+    check_operator(operator)
     if isinstance(operator, DeltaRecurrence):
         product = transition_product(operator.transitions, operator.batch, operator.heads)
         return _per_operator(operator, torch.linalg.matrix_norm(product))
@@ -55,6 +59,7 @@ def mean_decay(operator: Operator) -> Tensor | None:
         >>> mean_decay(DiagonalRecurrence(torch.full((1, 1, 1, 1), 0.5).log(), ones, ones))
         tensor([[0.5000]])
     """
+    check_operator(operator)
     if isinstance(operator, DeltaRecurrence):
         return _per_operator(operator, mean_diagonal(operator.transitions))
     if not isinstance(operator, DiagonalRecurrence):
@@ -77,6 +82,7 @@ def retention(operator: Operator, positions: Sequence[int], tau: float = 1e-3) -
         OperatorError: A position is out of range.
         ConfigError: `tau` is negative or not a number.
     """
+    check_operator(operator)
     ess = tolerance_ess(operator.singular_values(positions), tau)
     undecayed = operator.without_decay()
     if undecayed is None:
@@ -91,10 +97,22 @@ def retention_ratio(ess: Tensor, undecayed_ess: Tensor) -> Tensor:
     Both 0 gives 1: there is nothing to remember, so the decay costs nothing. An operator that has memory only because
     of its decay counts against a memory of 1, which keeps the ratio finite and at least 1.
 
+    Raises:
+        OperatorError: the two are no floating tensors, or do not broadcast to one shape.
+
     Example:
         >>> retention_ratio(torch.tensor([3.0, 0.0, 2.0]), torch.tensor([4.0, 0.0, 0.0]))
         tensor([0.7500, 1.0000, 2.0000])
     """
+    for name, tensor in (("ess", ess), ("undecayed_ess", undecayed_ess)):
+        checks.tensor(name, tensor, "(...)", range(65), error=OperatorError)
+    check_same_device(ess=ess, undecayed_ess=undecayed_ess)
+    try:
+        torch.broadcast_tensors(ess, undecayed_ess)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise OperatorError(
+            f"ess has shape {tuple(ess.shape)} and undecayed_ess {tuple(undecayed_ess.shape)}; they must broadcast."
+        ) from None
     nothing = (ess == 0) & (undecayed_ess == 0)
     return (ess / undecayed_ess.clamp(min=1.0)).masked_fill(nothing, 1.0)
 

@@ -75,6 +75,7 @@ class DeltaRecurrence(Operator):
             >>> held.singular_values([2]).round(decimals=4)
             tensor([[[[4., 0.]]]])
         """
+        check_floating("b", b, "(batch, heads, length, state)", 4)
         return cls(log_decay, b.new_ones((1, 1, 1)), b, c, left=left, right=right)
 
     def __post_init__(self) -> None:
@@ -132,7 +133,7 @@ class DeltaRecurrence(Operator):
         return Transitions(self.log_decay, self.beta[..., None], self.k, self.left, self.right)
 
     def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return torch.full((len(positions),), float(self.state_size), device=self.device)
+        return torch.full((len(self._checked(positions)),), float(self.state_size), device=self.device)
 
     def finite(self) -> Tensor:
         # A log decay of -inf is a decay of 0 and legal.

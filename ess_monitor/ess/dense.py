@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.base import Operator
 from ess_monitor.ess.fields import check_floating, first, pairs, per_head, take
@@ -44,12 +45,12 @@ class DenseOperator(Operator):
     def __post_init__(self) -> None:
         shape = "(d L, d L), (heads, d L, d L) or (batch, heads, d L, d L)"
         if not isinstance(self.T, Tensor) or self.T.dim() not in (2, 3, 4):
-            given = tuple(self.T.shape) if isinstance(self.T, Tensor) else type(self.T).__name__
-            raise OperatorError(f"T is {given}, expected {shape}.")
+            raise OperatorError(f"T is {checks.shown(self.T)}, expected one of shape {shape}.")
         object.__setattr__(self, "T", self.T[(None,) * (4 - self.T.dim())])
         check_floating("T", self.T, shape, 4)
+        checks.whole("block_size", self.block_size, 1, error=OperatorError)
         rows, columns = self.T.shape[2:]
-        if rows != columns or self.block_size < 1 or rows % self.block_size:
+        if rows != columns or rows % self.block_size:
             raise OperatorError(
                 f"T has {rows} x {columns} entries and block_size={self.block_size}; T must be square and block_size a "
                 "divisor of its size, from 1 up."
@@ -72,7 +73,7 @@ class DenseOperator(Operator):
         return True
 
     def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        capacity = [float(self.block_size * i) for i in positions]
+        capacity = [float(self.block_size * i) for i in self._checked(positions)]
         return torch.tensor(capacity).to(self.device, non_blocking=True)
 
     def finite(self) -> Tensor:

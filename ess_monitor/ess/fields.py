@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor
 
@@ -14,7 +15,7 @@ from ess_monitor.ess.linalg import index_tensor
 def check_floating(name: str, tensor: Tensor, expected: str, dimensions: int) -> None:
     """Raise `OperatorError` unless `tensor` is a real floating tensor with that many dimensions, none of them empty."""
     if not isinstance(tensor, Tensor):
-        raise OperatorError(f"{name} is a {type(tensor).__name__}; pass a floating tensor of shape {expected}.")
+        raise OperatorError(f"{name} is {checks.shown(tensor)}; pass a floating tensor of shape {expected}.")
     if not tensor.is_floating_point():
         raise OperatorError(f"{name} has dtype {tensor.dtype}; pass a real floating tensor of shape {expected}.")
     if tensor.dim() != dimensions or 0 in tensor.shape:

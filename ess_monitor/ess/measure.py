@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ess_monitor.ess.base import Operator
+from ess_monitor import checks
+from ess_monitor.ess.base import Operator, check_operator
 from ess_monitor.ess.decay import decay_product_norm, mean_decay
 from ess_monitor.ess.metrics import check_tolerance, entropy_ess, tolerance_ess
 
@@ -48,8 +49,8 @@ def measure(
         retention: Also measure the operator with A := I; doubles the cost of a recurrence.
 
     Raises:
-        OperatorError: A position is out of range.
-        ConfigError: `tolerance` is negative or not a number.
+        OperatorError: `operator` is none, or a position is out of range.
+        ConfigError: `tolerance` is negative or not a number, or `retention` is no flag.
 
     Example:
         >>> features = torch.eye(4).expand(1, 1, 4, 4)
@@ -58,7 +59,9 @@ def measure(
         >>> measured.tolerance_ess, measured.state_capacity
         (tensor([[[2.]]]), tensor([4.]))
     """
-    check_tolerance(tolerance)
+    check_operator(operator)
+    tolerance = check_tolerance(tolerance, "tolerance")
+    checks.flag("retention", retention)
     values = operator.singular_values(positions)
     undecayed = operator.without_decay() if retention else None
     return Measured(

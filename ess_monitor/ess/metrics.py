@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ess_monitor.errors import ConfigError
+from ess_monitor import checks
+from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import working_dtype
 
 
@@ -26,12 +25,14 @@ def tolerance_ess(singular_values: Tensor, tau: float = 1e-3) -> Tensor:
 
     Raises:
         ConfigError: `tau` is negative or not a number.
+        OperatorError: `singular_values` is no floating tensor of one dimension at least.
 
     Example:
         >>> tolerance_ess(torch.tensor([[3.0, 0.5, 1e-3, 0.0]]))
         tensor([2.])
     """
-    check_tolerance(tau)
+    tau = check_tolerance(tau)
+    _check_values(singular_values)
     count = (singular_values > tau).sum(-1).to(singular_values.dtype)
     return count.masked_fill_(~singular_values.isfinite().all(-1), torch.nan)
 
@@ -48,10 +49,14 @@ def entropy_ess(singular_values: Tensor) -> Tensor:
     Returns:
         (...), from 1 to rank; 0 for a zero operator. NaN where a singular value is NaN or infinite.
 
+    Raises:
+        OperatorError: `singular_values` is no floating tensor of one dimension at least.
+
     Example:
         >>> entropy_ess(torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 0.0]]))
         tensor([2., 0.])
     """
+    _check_values(singular_values)
     if singular_values.shape[-1] == 0:
         return singular_values.new_zeros(singular_values.shape[:-1])
     values = singular_values.to(working_dtype(singular_values.device))
@@ -63,7 +68,10 @@ def entropy_ess(singular_values: Tensor) -> Tensor:
     return size.masked_fill_(zero.squeeze(-1), 0.0).to(singular_values.dtype)
 
 
-def check_tolerance(tau: float) -> None:
-    """Raise `ConfigError` unless `tau` is a finite number from 0 up."""
-    if not (math.isfinite(tau) and tau >= 0):
-        raise ConfigError(f"tau={tau!r} must be a finite number from 0 up; the paper uses 1e-3.")
+def check_tolerance(tau: float, name: str = "tau") -> float:
+    """`tau`, or `ConfigError` where it is no finite number from 0 up."""
+    return checks.real(name, tau, low=0, hint="the paper uses 1e-3")
+
+
+def _check_values(singular_values: Tensor) -> None:
+    checks.tensor("singular_values", singular_values, "(..., rank)", range(1, 65), error=OperatorError)

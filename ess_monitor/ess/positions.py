@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Literal
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
+
+LONGEST = 2**31 - 1
+"""Tokens of the longest sequence: what indices of 32 bits reach, which a kernel may use."""
 
 
 def operator_positions(length: int, positions: Literal["midpoint", "all"] | int) -> tuple[int, ...]:
@@ -29,26 +32,25 @@ def operator_positions(length: int, positions: Literal["midpoint", "all"] | int)
         >>> operator_positions(128, 3)
         (32, 64, 96)
     """
-    if length < 1:
-        raise OperatorError(f"length={length} must be at least 1; a sequence needs a token.")
+    length = checks.whole("length", length, 1, LONGEST, hint="a sequence needs a token", error=OperatorError)
     if positions == "midpoint":
         return (length // 2,) if length > 1 else ()
     if positions == "all":
         return tuple(range(1, length))
-    if isinstance(positions, bool) or not isinstance(positions, int) or positions < 1:
-        raise OperatorError(f"positions={positions!r} must be 'midpoint', 'all' or a number of positions from 1 up.")
-    if positions >= length - 1:
+    number = checks.whole("positions", positions, 1, hint="or 'midpoint', or 'all'", error=OperatorError)
+    if number >= length - 1:
         return tuple(range(1, length))
-    parts = positions + 1
+    parts = number + 1
     return tuple((2 * k * length + parts) // (2 * parts) for k in range(1, parts))
 
 
 def check_positions(positions: Sequence[int], length: int) -> tuple[int, ...]:
     """`positions` as integers, or `OperatorError` when one is outside 1..length-1."""
-    checked = tuple(index(position) for position in positions)
+    checked = checks.wholes("positions", positions, -checks.LARGEST, error=OperatorError)
     for position in checked:
         if not 1 <= position < length:
             raise OperatorError(
-                f"position {position} must be in 1..{length - 1} for length {length}; use operator_positions()."
+                f"positions: position {position} must be in 1..{length - 1} for length {length}; "
+                "use operator_positions()."
             )
     return checked

@@ -98,7 +98,7 @@ class DiagonalRecurrence(Operator):
         return False
 
     def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return torch.full((len(positions),), float(self.state_size), device=self.device)
+        return torch.full((len(self._checked(positions)),), float(self.state_size), device=self.device)
 
     def finite(self) -> Tensor:
         # A log decay of -inf is a decay of 0 and legal.

@@ -17,6 +17,7 @@ from ess_monitor.records import (
     ACTIONS,
     CONDITIONS,
     OUTCOMES,
+    PARTS,
     PHASES,
     RUN_STATUSES,
     HistogramData,
@@ -29,6 +30,8 @@ _LAYER_GAUGES = (
     ("effective_size", "Effective state-size of a layer at the last measurement, in state dimensions per channel."),
     ("utilization_ratio", "Effective state-size over capacity of a layer, 0 to 1."),
     ("retention_ratio", "Effective state-size of a layer over that of the same layer without decay."),
+    ("utilization_min_ratio", "Smallest utilization of a layer over the ranks that measure; absent with one rank."),
+    ("worst_rank", "Rank on which it was smallest; absent with one rank."),
 )
 _EMPTY = HistogramData(bounds=(), counts=())
 
@@ -179,6 +182,30 @@ def _about_the_monitor(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
         "measurement_interval_steps",
         "Steps between measurements, after the overhead budget has stretched them.",
         {(): now.interval_steps},
+    )
+    health = now.health
+    yield counter(
+        "part_failures",
+        "Failures of a part of the monitor.",
+        {(part,): health.part_failures_total.get(part, 0) for part in PARTS},
+        labels=("part",),
+    )
+    yield gauge(
+        "part_enabled",
+        "1 while a part of the monitor works, 0 when it has turned itself off.",
+        {(part,): float(part not in health.parts_off) for part in PARTS},
+        labels=("part",),
+    )
+    yield gauge(
+        "layers_enabled",
+        "Layers that have not been given up after failures.",
+        {(): sum(layer.name not in health.layers_off for layer in run.layers)},
+    )
+    yield gauge(
+        "exporter_enabled",
+        "1 while an exporter works, 0 when it has turned itself off.",
+        {(name,): float(name not in health.exporters_off) for name in now.export_errors_total},
+        labels=("exporter",),
     )
     yield counter(
         "export_errors",

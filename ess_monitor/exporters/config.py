@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from ess_monitor import checks
+from ess_monitor.errors import ConfigError
 from ess_monitor.exporters.base import Exporter
 from ess_monitor.exporters.event_log import EventLogConfig, EventLogExporter
 from ess_monitor.exporters.log import LogConfig, LogExporter
@@ -38,6 +40,9 @@ ExporterConfig = Annotated[AnyConfig, Field(discriminator="kind"), BeforeValidat
 def build_exporter(config: AnyConfig) -> Exporter:
     """The exporter of these settings, not started yet.
 
+    Raises:
+        ConfigError: `config` is no settings of an exporter.
+
     Example:
         >>> build_exporter(EventLogConfig(path="events.jsonl")).name
         'event_log'
@@ -57,3 +62,7 @@ def build_exporter(config: AnyConfig) -> Exporter:
             return TerminalExporter(config)
         case LogConfig():
             return LogExporter(config)
+    raise ConfigError(
+        f"config: {checks.type_of(config)} is no settings of an exporter; pass settings such as "
+        "PrometheusConfig(port=0), or give names and mappings to MonitorConfig(exporters=...)"
+    )

@@ -16,6 +16,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ess_monitor import checks
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters.events import (
     ActionEvent,
@@ -60,8 +61,8 @@ class EventLogExporter:
 
     def __init__(self, config: EventLogConfig | None = None, clock: Callable[[], float] = time.time) -> None:
         self.name = "event_log"
-        self.config = config or EventLogConfig()
-        self._clock = clock
+        self.config = checks.optional("config", config, EventLogConfig) or EventLogConfig()
+        self._clock = checks.function("clock", clock)
         self._file: LineFile | None = None
         self._run: RunInfo | None = None
         self._snapshot: Callable[[], Snapshot] | None = None

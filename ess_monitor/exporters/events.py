@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ess_monitor import checks
+from ess_monitor.errors import ConfigError
 from ess_monitor.exporters.line_file import rotated_path
 from ess_monitor.records import SCHEMA_VERSION, Action, Finding, Measurement, RunInfo, Snapshot
 
@@ -16,7 +18,7 @@ MAX_LINE_BYTES = 16 * 2**20
 
 
 class _EventBase(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Exactly this version: a line of another schema is a foreign line and never half understood.
     schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
@@ -74,9 +76,9 @@ def encode_event(event: Event) -> bytes:
 class EventReader(Iterator[Event]):
     """Iterates over the events of a log, skipping what is not an event of this schema.
 
-    Skipped are a torn line (the process or the disk stopped in the middle of it), lines of another schema version, and
-    anything else that does not validate or is longer than `MAX_LINE_BYTES`; blank lines are not counted. The files are
-    read as a stream.
+    Skipped are a torn line (the process or the disk stopped in the middle of it), one of another schema version, one
+    with a number that is not finite, one longer than `MAX_LINE_BYTES`, and anything else that does not validate.
+    Blank lines are not counted. The files are read as a stream.
 
     Args:
         paths: the parts of the log, oldest first.
@@ -122,6 +124,7 @@ def read_event_log(path: str | Path, *, rotated: bool = False) -> EventReader:
         An iterator of events; its `skipped_lines` counts the lines that were no event.
 
     Raises:
+        ConfigError: `path` names no file, or `rotated` no flag.
         OSError: with the first event, when the file cannot be opened.
 
     Example:
@@ -137,7 +140,11 @@ def read_event_log(path: str | Path, *, rotated: bool = False) -> EventReader:
         ...     [(event.event, event.run) for event in events], events.skipped_lines
         ([('run_started', 'demo')], 1)
     """
+    checks.instance("path", path, (str, Path), hint="the file of an event log")
+    checks.flag("rotated", rotated)
     path = Path(path)
+    if not path.name:
+        raise ConfigError(f"path={checks.shown(str(path))} names no file; give the event log itself.")
     older = rotated_path(path)
     if not rotated or not older.exists():
         return EventReader(path)

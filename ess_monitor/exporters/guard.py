@@ -34,6 +34,12 @@ class Guard:
         self._off = False
         self._closed = False
         self._said: set[str] = set()
+        self._pending: BaseException | None = None
+
+    @property
+    def open(self) -> bool:
+        """False once the exporter is off."""
+        return not self._off
 
     @property
     def errors(self) -> int:
@@ -61,6 +67,7 @@ class Guard:
         """Count an error of `export`; turn the exporter off when it was one too many."""
         with self._lock:
             self._errors += 1
+            self._pending = self._pending or error.with_traceback(None)
         self._consecutive += 1
         self._say_once(
             "error",
@@ -75,6 +82,12 @@ class Guard:
                 f"{_describe(error)}. Its further measurements are dropped and counted (export_dropped_total). "
                 f"{_BACK_ON}",
             )
+
+    def take_error(self) -> BaseException | None:
+        """The first error of `export` since the last call, without its traceback."""
+        with self._lock:
+            pending, self._pending = self._pending, None
+        return pending
 
     def drop(self, count: int, why: str = "") -> None:
         """Count measurements that will not be exported; `why` is logged the first time."""

@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
-from ess_monitor.errors import ConfigError, ExporterError
-from ess_monitor.exporters.base import Exporter
+from ess_monitor import checks
+from ess_monitor.errors import ExporterError
+from ess_monitor.exporters.base import Exporter, check_exporters
 from ess_monitor.exporters.guard import Guard, logger
 from ess_monitor.exporters.worker import Worker
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
@@ -52,10 +53,10 @@ class ExporterHub:
         max_consecutive_errors: int = 5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        for argument, value in (("queue_length", queue_length), ("max_consecutive_errors", max_consecutive_errors)):
-            if value < 1:
-                raise ConfigError(f"{argument}={value} must be at least 1")
-        exporters = tuple(exporters)
+        queue_length = checks.whole("queue_length", queue_length, 1, 2**20)
+        max_consecutive_errors = checks.whole("max_consecutive_errors", max_consecutive_errors, 1)
+        checks.function("clock", clock)
+        exporters = check_exporters(exporters)
         names = _unique_names([exporter.name for exporter in exporters])
         self._guards = tuple(
             Guard(name, exporter, max_consecutive_errors) for name, exporter in zip(names, exporters, strict=True)
@@ -80,6 +81,16 @@ class ExporterHub:
     def dropped(self) -> dict[str, int]:
         """Measurements that were never exported, per exporter."""
         return {guard.name: guard.dropped for guard in self._guards}
+
+    @property
+    def off(self) -> tuple[str, ...]:
+        """Exporters that have been turned off."""
+        return tuple(guard.name for guard in self._guards if not guard.open)
+
+    def take_errors(self) -> dict[str, BaseException]:
+        """The first error of each exporter since the last call."""
+        found = {guard.name: guard.take_error() for guard in self._guards}
+        return {name: error for name, error in found.items() if error is not None}
 
     @property
     def queue_lengths(self) -> dict[str, int]:

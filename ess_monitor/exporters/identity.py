@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ess_monitor import checks
 from ess_monitor.errors import ExporterError
 from ess_monitor.records import RunInfo
 
@@ -50,6 +51,11 @@ class RunIdentity:
     local_rank: int = 0
     """Position on its machine."""
 
+    def __post_init__(self) -> None:
+        checks.instance("run_id", self.run_id, str)
+        checks.whole("rank", self.rank, 0)
+        checks.whole("local_rank", self.local_rank, 0)
+
     def takes_part(self, ranks: Ranks) -> bool:
         """True where this process is one of `ranks`.
 
@@ -69,10 +75,11 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 def configs_of_rank(configs: Iterable[ConfigT], rank: int, local_rank: int) -> tuple[ConfigT, ...]:
     """The exporters that this process runs: by `ranks` where there is such a setting, on rank 0 otherwise."""
+    checked: tuple[ConfigT, ...] = checks.several("configs", configs, BaseModel, hint="settings such as LogConfig()")  # type: ignore[arg-type]
     here = RunIdentity("", rank, local_rank)
     return tuple(
         config
-        for config in configs
+        for config in checked
         if here.takes_part(config.ranks if isinstance(config, IdentifiedConfig) else "zero")
     )
 

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ess_monitor.errors import ExporterError
+from ess_monitor import checks
+from ess_monitor.errors import ConfigError, ExporterError
 from ess_monitor.exporters.auth import Gate, load_credentials
 from ess_monitor.exporters.discovery import FileSdEntry, advertised_target
 from ess_monitor.exporters.endpoint import Endpoint
@@ -51,8 +52,10 @@ class PrometheusExporter:
         identity: RunIdentity | None = None,
     ) -> None:
         self.name = "prometheus"
-        self.config = config or PrometheusConfig()
-        self.identity = identity
+        self.config = checks.optional("config", config, PrometheusConfig) or PrometheusConfig()
+        if registry is not None and (isinstance(registry, type) or not hasattr(registry, "register")):
+            raise ConfigError(f"registry: {checks.type_of(registry)} is no CollectorRegistry; None makes a fresh one")
+        self.identity = checks.optional("identity", identity, RunIdentity)
         """Run and rank; known once the exporter has started."""
         self._registry = registry
         self._lock = threading.Lock()  # the end may come from the training thread and from the lingering one

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from ess_monitor import checks
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters.auth import AuthConfig, Credentials, load_credentials
 from ess_monitor.exporters.exposition import new_registry, snapshot_collector
@@ -65,8 +66,8 @@ class PushgatewayExporter:
 
     def __init__(self, config: PushgatewayConfig | None = None, identity: RunIdentity | None = None) -> None:
         self.name = "pushgateway"
-        self.config = config or PushgatewayConfig()
-        self.identity = identity
+        self.config = checks.optional("config", config, PushgatewayConfig) or PushgatewayConfig()
+        self.identity = checks.optional("identity", identity, RunIdentity)
         """Run and rank; known once the exporter has started."""
         self._credentials: Credentials | None = None
         self._run: RunInfo | None = None
@@ -122,7 +123,7 @@ class PushgatewayExporter:
             )
         except urllib.error.HTTPError as error:
             with error:
-                reason = error.read(500).decode("utf-8", "replace").strip()
+                reason = self._without_credentials(error.read(500).decode("utf-8", "replace").strip())
             raise ExporterError(f"pushgateway.url={self.config.url!r} answered {error.code}: {reason}") from None
 
     def _knock(self) -> None:
@@ -142,6 +143,11 @@ class PushgatewayExporter:
         except (OSError, ValueError) as error:
             problem = f"does not answer ({type(error).__name__}: {error}). Set the address of a Pushgateway that runs"
         raise ExporterError(f"pushgateway.url={self.config.url!r} {problem}, or leave it out of `exporters`.")
+
+    def _without_credentials(self, answer: str) -> str:
+        """A proxy that is set to explain itself answers with the request, headers and all."""
+        secret = None if self._credentials is None else self._credentials.value.get_secret_value()
+        return answer.replace(secret, "...") if secret else answer
 
     def _headers(self) -> dict[str, str]:
         return {} if self._credentials is None else {"Authorization": self._credentials.header}

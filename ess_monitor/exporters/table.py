@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ess_monitor import checks
 from ess_monitor.records import Action, ActionOutcome, Condition, LayerInfo, Measurement, Reading
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
         >>> render_table(Measurement(step=7, timestamp_seconds=0.0, readings=(reading,), conditions={})).row_count
         1
     """
+    checks.instance("measurement", measurement, Measurement)
+    layers = checks.several("layers", layers, LayerInfo, hint="those of RunInfo.layers")
     from rich import box
     from rich.table import Table
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ess_monitor.errors import ExporterError
+from ess_monitor import checks
+from ess_monitor.errors import ConfigError, ExporterError
 from ess_monitor.exporters.layout import custom_scalars_layout
 from ess_monitor.exporters.markdown import action_table, finding_markdown
 from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, layer_tag, loss_name, metric_tag, scalars
@@ -69,7 +70,9 @@ class TensorBoardExporter:
     def __init__(self, config: TensorBoardConfig | None = None, writer: Any = None) -> None:
         self.name = "tensorboard"
         self.inline = writer is not None
-        self.config = config or TensorBoardConfig()
+        self.config = checks.optional("config", config, TensorBoardConfig) or TensorBoardConfig()
+        if writer is not None and (isinstance(writer, type) or not hasattr(writer, "add_scalar")):
+            raise ConfigError(f"writer: {checks.type_of(writer)} is no SummaryWriter; None opens one below log_dir")
         self._injected = writer
         self._writer: Any = None
         self._pictures: dict[str, History] = {}

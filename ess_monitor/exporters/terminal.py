@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ess_monitor import checks
 from ess_monitor.exporters.table import render_actions, render_findings, render_table
 from ess_monitor.records import LayerInfo, Measurement, RunInfo, RunStatus, Snapshot
 
@@ -57,9 +58,9 @@ class TerminalExporter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = "terminal"
-        self.config = config or TerminalConfig()
-        self._write = write if write is not None else _write_to_stderr
-        self._clock = clock
+        self.config = checks.optional("config", config, TerminalConfig) or TerminalConfig()
+        self._write = _write_to_stderr if write is None else checks.function("write", write, hint="such as print")
+        self._clock = checks.function("clock", clock)
         self._layers: tuple[LayerInfo, ...] = ()
         self._last_written_seconds: float | None = None
         self._pending: Measurement | None = None

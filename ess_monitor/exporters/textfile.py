@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import field_validator
 
+from ess_monitor import checks
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters.atomic_file import replace_file
 from ess_monitor.exporters.exposition import new_registry, snapshot_collector
@@ -53,8 +54,8 @@ class TextfileExporter:
 
     def __init__(self, config: TextfileConfig | None = None, identity: RunIdentity | None = None) -> None:
         self.name = "textfile"
-        self.config = config or TextfileConfig()
-        self.identity = identity
+        self.config = checks.optional("config", config, TextfileConfig) or TextfileConfig()
+        self.identity = checks.optional("identity", identity, RunIdentity)
         """Run and rank; known once the exporter has started."""
         self.path: Path | None = None
         """The file, with run and rank filled in; None before the start."""

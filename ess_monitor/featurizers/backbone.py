@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.featurizers.decoder import LastTokenDecoder
+from ess_monitor.featurizers.heads import LARGEST_SIZE
 from ess_monitor.featurizers.norm import RMSNorm
 from ess_monitor.featurizers.registry import build_mixer, check_options, options_of
+
+_INDICES = (torch.int64, torch.int32)  # what an embedding takes
 
 
 class BackboneConfig(BaseModel):
@@ -27,21 +32,21 @@ class BackboneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=2**31 - 1)
     """Tokens of the task, special ones among them."""
-    width: int = Field(default=32, ge=1)
+    width: int = Field(default=32, ge=1, le=LARGEST_SIZE)
     """Channels. 32 is enough for vocabularies of tens; the paper sweeps 64 to 512."""
-    depth: int = Field(default=2, ge=1)
+    depth: int = Field(default=2, ge=1, le=LARGEST_SIZE)
     """Blocks of one sequence and one channel mixer. The paper's nets have two: recall needs a pair of layers."""
     featurizer: str | tuple[str, ...] = "gla"
     """A key of `FEATURIZERS` for all blocks, or one per block for a hybrid."""
-    num_heads: int = Field(default=2, ge=1)
+    num_heads: int = Field(default=2, ge=1, le=LARGEST_SIZE)
     """Heads of the head-based featurizers; must divide the width."""
-    state_size: int = Field(default=16, ge=1)
+    state_size: int = Field(default=16, ge=1, le=LARGEST_SIZE)
     """TSS per channel of every mixer. The default is the width per head, which is the paper's expansion of 1."""
     mlp: Literal["swiglu", "mlp"] = "swiglu"
     """Channel mixer: gated with SiLU, or two layers with GELU."""
-    mlp_factor: int = Field(default=2, ge=1)
+    mlp_factor: int = Field(default=2, ge=1, le=LARGEST_SIZE)
     """Hidden width of the channel mixer as a multiple of the width."""
     decoder: Literal["every_token", "last_token"] = "every_token"
     """Logits of a position from its own features, or all of them from the last position's: the compression task."""
@@ -83,6 +88,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
+        checks.instance("config", config, BackboneConfig, hint="Backbone(BackboneConfig(vocab_size=...))")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         # Vectors of norm 1. In the collapse setting (WLA, beta 1) larger ones (torch: entries of variance 1) let most
@@ -99,9 +105,14 @@ class Backbone(nn.Module):
         Raises:
             OperatorError: `tokens` has another shape or is not of integers.
         """
-        if tokens_BL.dim() != 2 or tokens_BL.is_floating_point():
+        if (
+            not isinstance(tokens_BL, Tensor)
+            or tokens_BL.dim() != 2
+            or tokens_BL.dtype not in _INDICES
+            or not tokens_BL.shape[1]
+        ):
             raise OperatorError(
-                f"tokens has shape {tuple(tokens_BL.shape)} and dtype {tokens_BL.dtype}, expected integers of shape "
+                f"tokens is {checks.shown(tokens_BL)}; expected integers (torch.int64 or torch.int32) of shape "
                 "(batch, length). To feed features, call `backbone.blocks[i].mixer` with (batch, length, width)."
             )
         x_BLD = self.embedding(tokens_BL)

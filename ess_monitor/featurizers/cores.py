@@ -6,9 +6,13 @@ a forward pass can be observed (a forward hook) or changed (a forward pre-hook).
 
 from __future__ import annotations
 
+import sys
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ess_monitor import checks
+from ess_monitor.errors import OperatorError
 from ess_monitor.featurizers.scan import diagonal_scan
 
 
@@ -39,5 +43,21 @@ class CausalSoftmax(nn.Module):
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """y = T v, (batch, heads, length, values); q and k (batch, heads, length, state)."""
+        """y = T v, (batch, heads, length, values); q and k (batch, heads, length, state).
+
+        Raises:
+            OperatorError: the shapes do not fit together. Dtypes and devices are torch's to judge, as under autocast.
+        """
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() != 4:
+                raise OperatorError(
+                    f"{name} is {checks.shown(tensor)}; pass a floating tensor of shape (batch, heads, length, dim)."
+                )
+        if q.shape != k.shape or q.shape[:3] != v.shape[:3] or 0 in (*q.shape, *v.shape):
+            raise OperatorError(
+                f"q has shape {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}; q and k must be equal, and "
+                "v but for its last dimension, with no empty one."
+            )
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not abs(scale) <= sys.float_info.max:
+            raise OperatorError(f"scale={checks.shown(scale)} must be a finite number, usually dim**-0.5.")
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.errors import ConfigError
+from ess_monitor import checks
 from ess_monitor.featurizers.cores import DiagonalScan
-from ess_monitor.featurizers.heads import HeadFeatures, HeadReadout, split_heads, state_per_head
+from ess_monitor.featurizers.heads import LARGEST_SIZE, HeadFeatures, HeadReadout, split_heads, state_per_head
 
 
 class LowRankGate(nn.Module):
@@ -25,10 +25,8 @@ class LowRankGate(nn.Module):
 
     def __init__(self, width: int, num_heads: int, state: int, *, rank: int, bias_std: float) -> None:
         super().__init__()
-        if rank < 1:
-            raise ConfigError(f"gate_rank={rank} must be at least 1; the paper uses 16.")
-        if not bias_std >= 0:
-            raise ConfigError(f"gate_bias_std={bias_std} must be at least 0 (0 starts the bias at zero).")
+        rank = checks.whole("gate_rank", rank, 1, LARGEST_SIZE, hint="the paper uses 16")
+        bias_std = checks.real("gate_bias_std", bias_std, low=0, hint="0 starts the bias at zero")
         self.num_heads = num_heads
         self.down = nn.Linear(width, rank, bias=False)
         self.up = nn.Linear(rank, num_heads * state)
@@ -79,8 +77,7 @@ class GLA(nn.Module):
         gate_bias_std: float = 0.5,
     ) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ConfigError(f"beta={beta} must be greater than 0; the paper uses 16.")
+        beta = checks.real("beta", beta, above=0, hint="the paper uses 16")
         state = state_per_head(width, num_heads, expand_k)
         self.num_heads = num_heads
         self.state_capacity = state
@@ -140,8 +137,7 @@ class GLAS6(nn.Module):
         gate_bias_std: float = 0.5,
     ) -> None:
         super().__init__()
-        if not alpha > 0:
-            raise ConfigError(f"alpha={alpha} must be greater than 0; 1 is S6's own decay, the paper uses 1000.")
+        alpha = checks.real("alpha", alpha, above=0, hint="1 is S6's own decay, the paper uses 1000")
         state = state_per_head(width, num_heads, expand_k)
         self.num_heads = num_heads
         self.state_capacity = state

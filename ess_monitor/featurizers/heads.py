@@ -10,27 +10,31 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.errors import ConfigError
+from ess_monitor import checks
+from ess_monitor.errors import ConfigError, OperatorError
 from ess_monitor.featurizers.norm import RMSNorm
+
+LARGEST_SIZE = 2**20
+"""Of a width, a state, a number of heads: far above any layer, and products of two still count in 64 bits."""
 
 
 def state_per_head(width: int, num_heads: int, expand_k: float) -> int:
     """expand_k width / num_heads: the state dimensions of a head, which is also its TSS per channel.
 
     Raises:
-        ConfigError: a value is not positive, heads do not divide the width, or the state is not a whole number.
+        ConfigError: a value is no positive number, heads do not divide the width, or the state is not a whole number.
 
     Example:
         >>> state_per_head(width=32, num_heads=2, expand_k=0.5)
         8
     """
-    for name, value in (("width", width), ("num_heads", num_heads), ("expand_k", expand_k)):
-        if not value > 0:
-            raise ConfigError(f"{name}={value} must be greater than 0.")
+    width = checks.whole("width", width, 1, LARGEST_SIZE)
+    num_heads = checks.whole("num_heads", num_heads, 1, LARGEST_SIZE)
+    expand_k = checks.real("expand_k", expand_k, above=0, high=LARGEST_SIZE)
     if width % num_heads:
         raise ConfigError(f"num_heads={num_heads} must divide width={width}; take a divisor of {width}.")
     state = expand_k * width / num_heads
-    if abs(state - round(state)) > 1e-6 or round(state) < 1:
+    if abs(state - round(state)) > 1e-6 or not 1 <= round(state) <= LARGEST_SIZE:
         raise ConfigError(
             f"expand_k={expand_k} gives {state:g} state dimensions per head (expand_k width / num_heads = "
             f"{expand_k} * {width} / {num_heads}); it must be a whole number of at least 1. "
@@ -48,8 +52,7 @@ class HeadFeatures(nn.Module):
 
     def __init__(self, width: int, num_heads: int, state: int, *, query_scale: float, bias_std: float) -> None:
         super().__init__()
-        if not bias_std >= 0:
-            raise ConfigError(f"qk_bias_std={bias_std} must be at least 0 (0 starts the biases at zero).")
+        bias_std = checks.real("qk_bias_std", bias_std, low=0, hint="0 starts the biases at zero")
         self.num_heads = num_heads
         self.query_scale = query_scale
         self.q = nn.Linear(width, num_heads * state)
@@ -60,6 +63,7 @@ class HeadFeatures(nn.Module):
 
     def forward(self, u_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, H, L, N), (B, H, L, N), (B, H, L, V)."""
+        check_features(u_BLD, self.v.in_features)
         q, k, v = (split_heads(project(u_BLD), self.num_heads) for project in (self.q, self.k, self.v))
         return q * self.query_scale, k, v
 
@@ -80,6 +84,15 @@ class HeadReadout(nn.Module):
         """(B, L, D)."""
         merged: Tensor = self.out(self.norm(y_BHLV).transpose(1, 2).flatten(2))
         return merged
+
+
+def check_features(u: Tensor, width: int) -> None:
+    """Raise `OperatorError` unless `u` is a floating (batch, length, width). Dtype and device are torch's to judge:
+    autocast and FSDP still change them on the way to the parameters."""
+    if not isinstance(u, Tensor) or not u.is_floating_point() or u.dim() != 3 or u.shape[2] != width or 0 in u.shape:
+        raise OperatorError(
+            f"u is {checks.shown(u)}; pass floating features of shape (batch, length, {width}), none of them empty."
+        )
 
 
 def split_heads(x_BLD: Tensor, num_heads: int) -> Tensor:
@@ -104,10 +117,10 @@ class Rotary(nn.Module):
     def __init__(self, state: int, *, base: float) -> None:
         super().__init__()
         if state % 2:
-            raise ConfigError(f"the state size per head is {state}; rotary positions turn pairs, so it must be even.")
-        if not base > 1:
-            raise ConfigError(f"rope_base={base} must be greater than 1; 10 suits tens of tokens, 10000 thousands.")
-        self.base = base
+            raise ConfigError(
+                f"expand_k: the state size per head is {state}; rotary positions turn pairs, so it must be even."
+            )
+        self.base = checks.real("rope_base", base, above=1, hint="10 suits tens of tokens, 10000 thousands")
 
     def forward(self, x_BHLN: Tensor) -> Tensor:
         """Same shape and dtype."""

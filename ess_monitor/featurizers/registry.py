@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.errors import ConfigError
 from ess_monitor.featurizers.gated import GLA, GLAS6
+from ess_monitor.featurizers.heads import LARGEST_SIZE
 from ess_monitor.featurizers.linear import LA, WLA
 from ess_monitor.featurizers.s6 import S6
 from ess_monitor.featurizers.softmax import SA
@@ -37,12 +39,13 @@ def build_mixer(name: str, width: int, num_heads: int, state_size: int, **option
         >>> [build_mixer(name, 32, 2, 8).state_capacity for name in ("la", "wla", "gla", "sa", "s6", "gla_s6")]
         [8, 8, 8, None, 8, 8]
     """
+    options_of(name)
     check_options((name,), options)
     if name == "s6":
         return S6(width, state_size=state_size, **options)
-    for size, value in (("width", width), ("num_heads", num_heads), ("state_size", state_size)):
-        if value < 1:
-            raise ConfigError(f"{size}={value} must be at least 1.")
+    width = checks.whole("width", width, 1, LARGEST_SIZE)
+    num_heads = checks.whole("num_heads", num_heads, 1, LARGEST_SIZE)
+    state_size = checks.whole("state_size", state_size, 1, LARGEST_SIZE)
     return FEATURIZERS[name](width, num_heads, expand_k=state_size * num_heads / width, **options)
 
 
@@ -56,8 +59,8 @@ def options_of(name: str) -> frozenset[str]:
         >>> sorted(options_of("wla"))
         ['beta', 'qk_bias_std']
     """
-    if name not in FEATURIZERS:
-        raise ConfigError(f"featurizer {name!r} is unknown; take one of {', '.join(FEATURIZERS)}.")
+    if not isinstance(name, str) or name not in FEATURIZERS:
+        raise ConfigError(f"featurizer {checks.shown(name)} is unknown; take one of {', '.join(FEATURIZERS)}.")
     return frozenset(inspect.signature(FEATURIZERS[name].__init__).parameters) - _SIZES
 
 
@@ -71,6 +74,10 @@ def check_options(names: Collection[str], options: Collection[str]) -> None:
         ...
         ess_monitor.errors.ConfigError: option 'alpha' belongs to none of wla; their options are beta, qk_bias_std.
     """
+    names = checks.several("names", names, str, hint="names of featurizers")
+    if not names:
+        raise ConfigError(f"names is empty; take at least one of {', '.join(FEATURIZERS)}.")
+    options = checks.several("options", options, str, hint="names of options")
     known = frozenset[str]().union(*(options_of(name) for name in names))
     for option in sorted(options):
         if option not in known:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.errors import ConfigError
+from ess_monitor import checks
 from ess_monitor.featurizers.cores import DiagonalScan
+from ess_monitor.featurizers.heads import LARGEST_SIZE, check_features
 from ess_monitor.featurizers.norm import RMSNorm
 
 
@@ -35,7 +36,7 @@ class S6(nn.Module):
         state_capacity: TSS per channel, n.
 
     Raises:
-        ConfigError: a size is less than 1.
+        ConfigError: a size is no whole number from 1 up.
 
     Example:
         >>> S6(32, state_size=8)(torch.randn(4, 20, 32)).shape
@@ -44,9 +45,8 @@ class S6(nn.Module):
 
     def __init__(self, width: int, *, state_size: int = 16) -> None:
         super().__init__()
-        for name, value in (("width", width), ("state_size", state_size)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} must be at least 1.")
+        width = checks.whole("width", width, 1, LARGEST_SIZE)
+        state_size = checks.whole("state_size", state_size, 1, LARGEST_SIZE)
         self.num_heads = width
         self.state_capacity = state_size
         self.b = nn.Linear(width, state_size, bias=False)
@@ -60,6 +60,7 @@ class S6(nn.Module):
 
     def forward(self, u_BLE: Tensor) -> Tensor:
         """(batch, length, width) to the same shape."""
+        check_features(u_BLE, self.delta.in_features)
         delta_BEL1 = F.softplus(self.delta(u_BLE)).mT[..., None]
         b_BELN = delta_BEL1 * self.b(u_BLE)[:, None]
         c_BELN = self.c(u_BLE)[:, None].expand_as(b_BELN)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.featurizers.chunked import chunked_scan, chunked_sum
 from ess_monitor.featurizers.stepped import stepped_scan
@@ -30,7 +31,7 @@ def diagonal_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
         (B, H, L, V) in the dtype of `v`.
 
     Raises:
-        OperatorError: the shapes do not fit together.
+        OperatorError: the shapes do not fit together, or something else than floating tensors of one device was given.
 
     Equals the recurrence S_t = diag(exp log_decay_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t.
 
@@ -41,21 +42,29 @@ def diagonal_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
     """
     _check(q, k, v, log_decay)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        q_BHLN, k_BHLN, v_BHLV = (_precise(x) for x in (q, k, v))
+        dtype = _precise(q, k, v, log_decay)
+        q_BHLN, k_BHLN, v_BHLV = (x.to(dtype) for x in (q, k, v))
         if log_decay is None:
             y_BHLV = chunked_sum(q_BHLN, k_BHLN, v_BHLV)
         elif v.shape[-1] == 1:
-            y_BHLV = stepped_scan(q_BHLN, k_BHLN, v_BHLV, _precise(log_decay))
+            y_BHLV = stepped_scan(q_BHLN, k_BHLN, v_BHLV, log_decay.to(dtype))
         else:
-            y_BHLV = chunked_scan(q_BHLN, k_BHLN, v_BHLV, _precise(log_decay))
+            y_BHLV = chunked_scan(q_BHLN, k_BHLN, v_BHLV, log_decay.to(dtype))
         return y_BHLV.to(v.dtype)
 
 
-def _precise(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _precise(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
+        if tensor is None and name == "log_decay":
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise OperatorError(f"{name} is {checks.shown(tensor)}; pass a real floating tensor.")
+        if tensor.device != q.device:
+            raise OperatorError(f"{name} is on {tensor.device} and q on {q.device}; move them to one device.")
     if q.dim() != 4 or 0 in q.shape:
         raise OperatorError(
             f"q has shape {tuple(q.shape)}, expected (batch, heads, length, state), none of them empty."

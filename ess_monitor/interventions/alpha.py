@@ -7,15 +7,16 @@ a copy of both is kept, so that the change can be taken back.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture import AlphaHandle, find_layers
+from ess_monitor.capture.layers import check_model
 from ess_monitor.errors import CaptureError, ConfigError
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -63,9 +64,8 @@ def rescale_alpha(
         >>> round(layer.log_alpha.exp().item(), 3)
         100.0
     """
-    if not (math.isfinite(factor) and factor > 0):
-        raise ConfigError(f"factor: {factor} given; it must be a finite number above 0, for example 100")
-    handle = handle or _handle_of(layer)
+    factor = checks.real("factor", factor, above=0, hint="for example 100")
+    handle = _handle_for(layer, handle)
     tensor = handle.of(layer)
     state = _state_of(tensor, optimizer)
     copy = AlphaCopy(tensor.detach().clone(), {name: _copied(value) for name, value in state.items()})
@@ -89,7 +89,8 @@ def restore_alpha(
     Raises:
         CaptureError: the layer has nothing that scales its decay.
     """
-    tensor = (handle or _handle_of(layer)).of(layer)
+    checks.instance("copy", copy, AlphaCopy, hint="what rescale_alpha returned")
+    tensor = _handle_for(layer, handle).of(layer)
     state = _state_of(tensor, optimizer)
     with torch.no_grad():
         tensor.copy_(copy.tensor)
@@ -114,8 +115,7 @@ def _forget(state: dict[str, Any], tensor: torch.Tensor) -> None:
 
 def _state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str, Any]:
     """The state of `tensor` in the optimizer that trains it; empty for a buffer or before the first step."""
-    optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else optimizer or ()
-    for candidate in optimizers:
+    for candidate in check_optimizers(optimizer):
         if tensor in candidate.state:
             state: dict[str, Any] = candidate.state[tensor]
             return state
@@ -124,6 +124,27 @@ def _state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str, Any]:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def check_optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers of a run as a tuple, or `ConfigError` where one is something else.
+
+    Wrappers (Accelerate's, Fabric's) are no sub-classes; they are known by their `state`.
+    """
+    if optimizer is None:
+        return ()
+    given = (optimizer,) if hasattr(optimizer, "state") else checks.listed("optimizer", optimizer)
+    for candidate in given:
+        if isinstance(candidate, type) or not isinstance(getattr(candidate, "state", None), Mapping):
+            raise ConfigError(
+                f"optimizer: {checks.shown(candidate)} is no torch optimizer; pass that of the run, or None"
+            )
+    return given
+
+
+def _handle_for(layer: nn.Module, handle: AlphaHandle | None) -> AlphaHandle:
+    check_model(layer, "layer")
+    return checks.optional("handle", handle, AlphaHandle) or _handle_of(layer)
 
 
 def _handle_of(layer: nn.Module) -> AlphaHandle:

@@ -9,10 +9,14 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture import capture_operators
 from ess_monitor.errors import ConfigError
 from ess_monitor.ess import operator_positions, tolerance_ess
 from ess_monitor.interventions.alpha import rescale_alpha, restore_alpha
+
+LARGEST_SIZE = 2**20
+"""Of a state, a width, a length, a batch: far above what can be measured before a training."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,26 @@ def advise_alpha(
         >>> advice.factor
         100.0
     """
-    sizes, ascending = tuple(state_sizes), tuple(sorted(factors))
+    checks.function("build", build, hint="state size -> layer")
+    sizes = checks.wholes("state_sizes", state_sizes, 1, LARGEST_SIZE)
+    ascending = _ascending(factors)
+    width = checks.whole("width", width, 1, LARGEST_SIZE)
+    batch = checks.whole("batch", batch, 1, LARGEST_SIZE)
+    seed = checks.whole("seed", seed, 0)
+    tolerance = checks.real("tolerance", tolerance, low=0)
+    if length is not None:
+        length = checks.whole("length", length, 1, LARGEST_SIZE)
     length = 4 * max(sizes, default=0) if length is None else length
     _check(sizes, ascending, length, margin)
     columns = [_initial_ess(build, n, ascending, (batch, length, width), seed, tolerance) for n in sizes]
     table = tuple(zip(*columns, strict=True))
     rising = (factor for factor, row in zip(ascending, table, strict=True) if _rises(sizes, row, margin))
     return AlphaAdvice(sizes, ascending, table, margin, next(rising, None))
+
+
+def _ascending(factors: Sequence[float]) -> tuple[float, ...]:
+    given = checks.listed("factors", factors, hint="numbers above 0")
+    return tuple(sorted(checks.real("factors", factor, above=0) for factor in given))
 
 
 def _initial_ess(
@@ -115,5 +132,4 @@ def _check(sizes: tuple[int, ...], factors: tuple[float, ...], length: int, marg
         raise ConfigError(
             f"length: {length} given; at least {2 * max(sizes)}, twice the largest state, or the length caps the ESS"
         )
-    if not 0 < margin <= 1:
-        raise ConfigError(f"margin: {margin} given; above 0 and at most 1, for example 0.5")
+    checks.real("margin", margin, above=0, high=1, hint="for example 0.5")

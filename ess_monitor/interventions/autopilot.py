@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ess_monitor import checks
 from ess_monitor.capture import Layer
 from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.config import AutopilotConfig
-from ess_monitor.interventions.treatment import Treatment, TreatmentState, can_be_treated, remedy_of
+from ess_monitor.interventions.treatment import OnFailure, Treatment, TreatmentState, can_be_treated, remedy_of
 from ess_monitor.records import Action, ActionOutcome, Condition, Finding, Reading
 
 _STATE_VERSION = 1
@@ -27,7 +28,7 @@ _STATE_VERSION = 1
 class _State(BaseModel):
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
-    spent: int = Field(ge=0)
+    spent: int = Field(ge=0, le=2**63 - 1)
     given_up: list[str]
     told: dict[str, bool]
     treatments: list[TreatmentState]
@@ -41,6 +42,7 @@ class Autopilot:
         layers: the measured layers, in model order.
         retention_below: retention under which the decay is to blame (that of the diagnosis).
         grad_scale: what the loss is multiplied with before backward (loss scale, 1 / accumulation steps).
+        on_failure: told when a regulariser fails in a forward or backward pass, in the thread of the pass.
     """
 
     def __init__(
@@ -50,11 +52,16 @@ class Autopilot:
         *,
         retention_below: float = 0.75,
         grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
+        on_failure: OnFailure = lambda message, error: None,
     ) -> None:
-        self.config = config
+        self.config = checks.instance("config", config, AutopilotConfig)
+        layers = checks.several("layers", layers, Layer, hint="find_layers(model)")
+        checks.real("retention_below", retention_below, low=0)
+        checks.function("grad_scale", grad_scale)
         self._layers = {layer.name: layer for layer in layers}
         self._retention_below = retention_below
         self._grad_scale = grad_scale
+        self._on_failure = on_failure
         self._treatments: dict[str, Treatment] = {}
         self._spent = 0
         self._given_up: set[str] = set()
@@ -101,7 +108,8 @@ class Autopilot:
         for name, condition in conditions.items():
             if condition != "collapsed":
                 self._told.pop(name, None)
-        actions = [
+        actions = self._lift_failed(step, latest)
+        actions += [
             self._advise_on_saturation(step, f, latest.get(f.layer)) for f in findings if f.condition == "saturated"
         ]
         broken = self._roll_back(step, loss, loss_broken, latest, optimizer)
@@ -117,6 +125,16 @@ class Autopilot:
             treatment.lift()
 
     # -- steps of a treatment -----------------------------------------------------------------------------------------
+
+    def _lift_failed(self, step: int, latest: Mapping[str, Reading]) -> list[Action]:
+        """The treatment stays, so that all ranks go on deciding alike: the next rung attaches a new regulariser."""
+        actions = []
+        for name, treatment in self._treatments.items():
+            error = treatment.lift_if_failed()
+            if error:
+                said = f"the regulariser failed ({error}) and is taken off until the next rung; gradients are unchanged"
+                actions.append(self._action(step, treatment, "failed", said, latest.get(name)))
+        return actions
 
     def _roll_back(
         self,
@@ -158,6 +176,8 @@ class Autopilot:
         optimizer: Optimizers,
     ) -> list[Action]:
         treatment = self._treatments[name]
+        if condition == "collapsed" and reading is None:
+            return []  # not measured: the last condition says nothing of now
         if condition == "collapsed":
             treatment.recovered_step = None
             if step - treatment.step < self.config.cooldown_steps:
@@ -270,7 +290,7 @@ class Autopilot:
         if self.budget_remaining == 0:
             return say("rejected", "the run's budget of actions is spent; raise autopilot.budget")
         self._spent += 1
-        treatment = Treatment(layer, remedy, finding, reading, self._grad_scale)
+        treatment = Treatment(layer, remedy, finding, reading, self._grad_scale, self._on_failure)
         treatment.start(step, rung, loss, optimizer)
         self._treatments[name] = treatment
         said = f"retention {retention:.2f} is below {self._retention_below:g}: {treatment.described}"
@@ -360,7 +380,8 @@ class Autopilot:
         self._spent = parsed.spent
         self._given_up, self._told = set(parsed.given_up), dict(parsed.told)
         self._treatments = {
-            t.layer: Treatment.from_state(self._layers[t.layer], t, self._grad_scale) for t in treatments
+            t.layer: Treatment.from_state(self._layers[t.layer], t, self._grad_scale, self._on_failure)
+            for t in treatments
         }
 
 

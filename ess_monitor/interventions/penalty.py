@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture import DecayHandle, Layer, LayerFilter, find_layers
 from ess_monitor.capture.handles import Behind
 from ess_monitor.capture.sites import Call, Watch
-from ess_monitor.errors import CaptureError
+from ess_monitor.errors import CaptureError, ConfigError
 from ess_monitor.interventions.regulariser import transition_penalty
 
 
@@ -97,7 +99,7 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
 
 
 def _with_decay(model: nn.Module, layers: LayerFilter | str | Sequence[str] | None) -> list[tuple[Layer, DecayHandle]]:
-    found = find_layers(model, None if layers is None else LayerFilter.model_validate(layers))
+    found = find_layers(model, None if layers is None else _filter(layers))
     having = [(layer, layer.spec.decay) for layer in found if layer.spec.decay is not None]
     lacking = [layer for layer in found if layer.spec.decay is None]
     if not having or (layers is not None and lacking):
@@ -107,3 +109,12 @@ def _with_decay(model: nn.Module, layers: LayerFilter | str | Sequence[str] | No
             "the identity; ess_monitor.describe(model) lists the layers with a decay handle"
         )
     return having
+
+
+def _filter(layers: LayerFilter | str | Sequence[str]) -> LayerFilter:
+    try:
+        return LayerFilter.model_validate(layers)
+    except ValidationError:
+        raise ConfigError(
+            f"layers: {checks.shown(layers)} given; pass a pattern, a list of patterns, or a LayerFilter"
+        ) from None

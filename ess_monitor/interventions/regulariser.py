@@ -16,18 +16,22 @@ biases, A_log, step-size projections.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ess_monitor import checks
 from ess_monitor.capture import DecayHandle, Transition
 from ess_monitor.capture.eager import compile_with, compile_without
 from ess_monitor.capture.handles import Behind
+from ess_monitor.capture.layers import check_model
 from ess_monitor.capture.sites import Arguments, Call, Watch
 from ess_monitor.errors import ConfigError
+
+Failed = Callable[[Exception], None]
+"""Is told of an error on the way."""
 
 _SMALLEST = 1e-12
 """Below this squared distance A is the identity: R has no direction there, and its gradient is taken as 0."""
@@ -50,11 +54,7 @@ def identity_penalty(log_decay: torch.Tensor) -> torch.Tensor:
         >>> identity_penalty(torch.full((2, 1, 8, 4), 0.5).log()).item()
         1.0
     """
-    if log_decay.dim() != 4:
-        raise ConfigError(
-            f"log_decay: shape {tuple(log_decay.shape)}; it must be (batch, heads, length, state), with size 1 where "
-            "it broadcasts"
-        )
+    _check_log_decay(log_decay)
     return transition_penalty(Transition(log_decay))
 
 
@@ -85,23 +85,40 @@ class _AddPenaltyGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, behind: Behind, strength: Callable[[], float | torch.Tensor], *tensors: torch.Tensor
+        ctx: Any,
+        behind: Behind,
+        strength: Callable[[], float | torch.Tensor | None],
+        failed: Failed | None,
+        *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(*tensors)
         # Not `behind` as it is: its tensors would be kept outside of saved_tensors, past the end of backward.
-        ctx.behind, ctx.strength = dataclasses.replace(behind, tensors=()), strength
+        ctx.behind, ctx.strength, ctx.failed = dataclasses.replace(behind, tensors=()), strength, failed
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        pulls = _penalty_gradients(ctx.behind, ctx.saved_tensors, needed)
-        strength = ctx.strength()
-        sums = (
-            grad + (strength * pull).to(grad.dtype) if pull is not None else None
-            for grad, pull in zip(grads, pulls, strict=True)
-        )
-        return (None, None, *sums)
+        needed = ctx.needs_input_grad[3:]
+        if ctx.failed is None:
+            return (None, None, None, *_pulled(ctx, grads, needed))
+        try:
+            sums = _pulled(ctx, grads, needed)
+        except Exception as error:  # nothing of ours may stop a backward pass
+            ctx.failed(error)
+            sums = tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+        return (None, None, None, *sums)
+
+
+def _pulled(ctx: Any, grads: tuple[torch.Tensor, ...], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
+    """The gradients with those of strength * R added; as they are where there is no strength any more."""
+    strength = ctx.strength()
+    if strength is None:
+        return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+    pulls = _penalty_gradients(ctx.behind, ctx.saved_tensors, needed)
+    return tuple(
+        grad + (strength * pull).to(grad.dtype) if pull is not None else None
+        for grad, pull in zip(grads, pulls, strict=True)
+    )
 
 
 def _penalty_gradients(
@@ -149,14 +166,33 @@ def add_penalty_gradient(
         strength: lambda times whatever the loss is multiplied with before backward (loss scale, 1 / accumulation
             steps); a callable is asked during backward.
     """
-    ask = strength if callable(strength) else lambda: strength
+    _check_log_decay(log_decay)
+    ask = checks.function("strength", strength) if callable(strength) else _constant(strength)
     return _with_gradient(Behind((log_decay,), lambda tensors: Transition(tensors[0])), ask)[0]
 
 
-def _with_gradient(behind: Behind, strength: Callable[[], float | torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _check_log_decay(log_decay: torch.Tensor) -> None:
+    shape = "(batch, heads, length, state), with size 1 where it broadcasts"
+    checks.tensor("log_decay", log_decay, shape, (4,), error=ConfigError)
+
+
+def _constant(strength: float | torch.Tensor) -> Callable[[], float | torch.Tensor]:
+    if isinstance(strength, torch.Tensor):
+        if strength.numel() != 1 or strength.is_complex() or strength.is_meta:
+            raise ConfigError(f"strength is {checks.shown(strength)}; pass one real number")
+        return lambda: strength.reshape(())
+    number = checks.real("strength", strength)
+    return lambda: number
+
+
+def _with_gradient(
+    behind: Behind, strength: Callable[[], float | torch.Tensor | None], failed: Failed | None = None
+) -> tuple[torch.Tensor, ...]:
     if not any(tensor.requires_grad for tensor in behind.tensors):
         return behind.tensors
-    result: tuple[torch.Tensor, ...] = _AddPenaltyGradient.apply(behind, strength, *behind.tensors)  # type: ignore[no-untyped-call]
+    result: tuple[torch.Tensor, ...] = _AddPenaltyGradient.apply(  # type: ignore[no-untyped-call]
+        behind, strength, failed, *behind.tensors
+    )
     return result
 
 
@@ -172,6 +208,8 @@ class IdentityPull:
         strength: lambda.
         grad_scale: what the loss is multiplied with before backward. 1 unless a loss scaler or gradient accumulation
             (1 / N) is at work.
+        on_failure: told of the first error in a forward or backward pass. The pass goes on as if nothing were attached:
+            activations and gradients are those of the training. Called in the thread of the pass.
 
     Raises:
         ConfigError: the strength is not a finite number above 0.
@@ -194,19 +232,29 @@ class IdentityPull:
         strength: float,
         *,
         grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
+        on_failure: Failed = lambda error: None,
     ) -> None:
-        if not (math.isfinite(strength) and strength > 0):
-            raise ConfigError(f"strength: {strength} given; lambda must be finite and above 0, for example 0.5")
-        self.strength = strength
+        check_model(layer, "layer")
+        checks.instance("handle", handle, DecayHandle, hint="find_layers(model)[i].spec.decay")
+        checks.function("grad_scale", grad_scale)
+        checks.function("on_failure", on_failure)
+        self.strength = checks.real("strength", strength, above=0, hint="lambda, for example 0.5")
         self._layer = layer
         self._handle = handle
         self._grad_scale = grad_scale
+        self._on_failure = on_failure
+        self._failure: Exception | None = None
         self._watch = Watch()
 
     @property
     def attached(self) -> bool:
         """True between `attach` and `detach`."""
         return self._watch.active
+
+    @property
+    def failure(self) -> Exception | None:
+        """The first error of a pass, without its traceback. From then on nothing is added to gradients."""
+        return self._failure
 
     def attach(self) -> None:
         """Stand in the forward pass. A second call does nothing."""
@@ -222,8 +270,21 @@ class IdentityPull:
     def _inject(self, call: Call) -> Arguments | None:
         if not self._layer.training:
             return None
-        behind = self._handle.read(call)
-        return None if behind is None else self._handle.write(call, _with_gradient(behind, self._scaled))
+        try:
+            behind = self._handle.read(call)
+            return None if behind is None else self._handle.write(call, self._standing_behind(behind))
+        except Exception as error:  # nothing of ours may stop a forward pass
+            self._failed(error)
+            return None
 
-    def _scaled(self) -> float | torch.Tensor:
-        return self.strength * self._grad_scale()
+    def _standing_behind(self, behind: Behind) -> tuple[torch.Tensor, ...]:
+        # After a failure too, until it is detached: a checkpointed forward pass must be the same when it is repeated.
+        return _with_gradient(behind, self._scaled, self._failed)
+
+    def _failed(self, error: Exception) -> None:
+        if self._failure is None:
+            self._failure = error.with_traceback(None)
+            self._on_failure(error)
+
+    def _scaled(self) -> float | torch.Tensor | None:
+        return None if self._failure is not None else self.strength * self._grad_scale()

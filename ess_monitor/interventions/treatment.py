@@ -15,6 +15,8 @@ from ess_monitor.records import Reading
 
 Remedy = Literal["pull_to_identity", "rescale_alpha"]
 GradScale = Callable[[], "float | torch.Tensor"]
+OnFailure = Callable[[str, Exception], None]
+"""Is told what failed, in words, and the error."""
 
 
 def remedy_of(layer: Layer) -> Remedy | None:
@@ -49,11 +51,11 @@ class TreatmentState(BaseModel):
     layer: str
     action: Remedy
     finding: str
-    rung: int = Field(ge=0)
+    rung: int = Field(ge=0, le=2**63 - 1)
     strength: FiniteFloat = Field(gt=0)
-    step: int = Field(ge=0)
-    first_step: int = Field(ge=0)
-    recovered_step: int | None
+    step: int = Field(ge=0, le=2**63 - 1)
+    first_step: int = Field(ge=0, le=2**63 - 1)
+    recovered_step: int | None = Field(ge=0, le=2**63 - 1)
     loss_at_start: FiniteFloat | None
     utilization_before: FiniteFloat | None
     retention_before: FiniteFloat | None
@@ -63,7 +65,15 @@ class TreatmentState(BaseModel):
 class Treatment:
     """A remedy on a layer, from its first rung to recovery, failure or roll-back."""
 
-    def __init__(self, layer: Layer, action: Remedy, finding: str, reading: Reading | None, scale: GradScale) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        action: Remedy,
+        finding: str,
+        reading: Reading | None,
+        scale: GradScale,
+        on_failure: OnFailure = lambda message, error: None,
+    ) -> None:
         self.layer = layer
         self.action: Remedy = action
         self.finding = finding
@@ -77,6 +87,7 @@ class Treatment:
         self.utilization_before = None if reading is None else reading.utilization_ratio
         self.retention_before = None if reading is None else reading.retention_ratio
         self._scale = scale
+        self._on_failure = on_failure
         self._pull: IdentityPull | None = None
         self._copy: AlphaCopy | None = None
 
@@ -97,6 +108,17 @@ class Treatment:
         self.rung += 1
         self.loss_at_start = loss if self.loss_at_start is None else self.loss_at_start
         self._apply(step, strength, optimizer)
+
+    def lift_if_failed(self) -> str:
+        """Leave the forward pass where the regulariser has failed in it, or behind it; the error, or nothing.
+
+        The next rung attaches a new one.
+        """
+        error = None if self._pull is None else self._pull.failure
+        if error is None:
+            return ""
+        self.lift()
+        return f"{type(error).__name__}: {error}"
 
     def lift(self) -> None:
         """Leave the forward pass; a rescaled alpha stays."""
@@ -123,8 +145,13 @@ class Treatment:
         self.lift()
         handle = self.layer.spec.decay
         assert handle is not None, "a layer without a decay handle has no pull"
-        self._pull = IdentityPull(self.layer.module, handle, self.strength, grad_scale=self._scale)
+        self._pull = IdentityPull(
+            self.layer.module, handle, self.strength, grad_scale=self._scale, on_failure=self._pull_failed
+        )
         self._pull.attach()
+
+    def _pull_failed(self, error: Exception) -> None:
+        self._on_failure(f"the regulariser on {self.layer.name}: {type(error).__name__}: {error}", error)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -145,9 +172,15 @@ class Treatment:
         }
 
     @classmethod
-    def from_state(cls, layer: Layer, state: TreatmentState, scale: GradScale) -> Treatment:
+    def from_state(
+        cls,
+        layer: Layer,
+        state: TreatmentState,
+        scale: GradScale,
+        on_failure: OnFailure = lambda message, error: None,
+    ) -> Treatment:
         """The treatment as it was, attached again."""
-        treatment = cls(layer, state.action, state.finding, None, scale)
+        treatment = cls(layer, state.action, state.finding, None, scale, on_failure)
         for name in (
             "rung",
             "strength",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ess_monitor import checks
 from ess_monitor.report.charts import Chart, Series, line_chart, x_ticks
 from ess_monitor.report.facts import run_facts
 from ess_monitor.report.heatmap import HeatRow, heat_map
@@ -50,6 +51,8 @@ def render_comparison(first: RunStory, second: RunStory) -> str:
     Returns:
         A whole document that needs nothing beside it.
     """
+    for name, story in (("first", first), ("second", second)):
+        checks.instance(name, story, RunStory, hint="load_story(path) reads one")
     stories = {"A": first, "B": second}
     opening, lines = differences(first, second)
     scale = steps_of(first, second)

@@ -7,10 +7,13 @@ from datetime import datetime, timezone
 from ess_monitor.records import PHASES
 from ess_monitor.report.charts import Chart, Series, line_chart
 from ess_monitor.report.parts import Table
-from ess_monitor.report.scales import Scale, number
+from ess_monitor.report.scales import Scale
 from ess_monitor.report.story import RunStory
 
 Facts = tuple[tuple[str, str], ...]
+
+_LONGEST_SECONDS = 1e10
+"""Three hundred years: what is longer was written by no clock."""
 
 
 def run_facts(story: RunStory) -> Facts:
@@ -40,17 +43,6 @@ def run_facts(story: RunStory) -> Facts:
     return tuple((name, value) for name, value in facts if value)
 
 
-def detector_facts(story: RunStory) -> Facts:
-    """The lines the diagnosis drew, and how often it changed its mind."""
-    lines = [(f"Line: {name}", number(value)) for name, value in story.info.thresholds.items()]
-    changes = [
-        ("Changes of condition", str(len(story.findings))),
-        ("Actions of the autopilot", str(len(story.actions))),
-    ]
-    taus = sorted({reading.tolerance for layer in story.layers for reading in story.ok(layer)[-1:]})
-    return (*lines, *changes, ("Tolerance of the ESS (tau)", ", ".join(map(number, taus)) or "unknown"))
-
-
 def overhead_facts(story: RunStory) -> Facts:
     """What the monitor cost."""
     facts = []
@@ -62,9 +54,6 @@ def overhead_facts(story: RunStory) -> Facts:
     if story.final is not None and story.final.step_seconds.count:
         steps = story.final.step_seconds
         facts.append(("Mean time of a training step", f"{1e3 * steps.total_seconds / steps.count:.1f} ms"))
-    if story.final is not None:
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in story.final.measurements_total.items())
-        facts.append(("Samples", counts or "none"))
     return tuple(facts)
 
 
@@ -98,7 +87,7 @@ def duration(seconds: float) -> str:
     >>> duration(42), duration(3700), duration(200000), duration(-1)
     ('42 s', '1 h 01 min', '2 d 7 h', 'unknown')
     """
-    if seconds < 0:
+    if not 0 <= seconds < _LONGEST_SECONDS:
         return "unknown"
     minutes, hours = int(seconds // 60), int(seconds // 3600)
     if hours >= 24:

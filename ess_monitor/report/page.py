@@ -7,9 +7,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ess_monitor import checks
 from ess_monitor.records import SCHEMA_VERSION
 from ess_monitor.report.cards import LayerCard, layer_card
-from ess_monitor.report.facts import detector_facts, overhead_chart, overhead_facts, overhead_table, run_facts
+from ess_monitor.report.detector import detector_facts, detector_table
+from ess_monitor.report.facts import overhead_chart, overhead_facts, overhead_table, run_facts
 from ess_monitor.report.heatmap import LEVELS, heat_map
 from ess_monitor.report.parts import (
     EVENTS_SHOWN,
@@ -20,8 +22,9 @@ from ess_monitor.report.parts import (
     ratio_table,
     steps_of,
 )
+from ess_monitor.report.quality import HELD_OUT, how_far_it_carries, judged_as_measured
 from ess_monitor.report.story import RunStory
-from ess_monitor.report.words import headline, paragraphs, timeline
+from ess_monitor.report.words import headline, layer_title, paragraphs, timeline
 
 LAYERS_OPEN = 16
 """With more layers than this only those with a finding or an action are shown at once; the others are folded away."""
@@ -44,6 +47,7 @@ def render_report(story: RunStory) -> str:
         >>> "&lt;script&gt;" in page, "<script" in page
         (True, False)
     """
+    checks.instance("story", story, RunStory, hint="load_story(path) reads one")
     scale = steps_of(story)
     events = event_rows(story)
     marks = markers(events, scale)
@@ -74,6 +78,10 @@ def render_report(story: RunStory) -> str:
         events_left_out=len(story.findings) + len(story.actions) - len(events),
         events_shown=EVENTS_SHOWN,
         detector=detector_facts(story),
+        detector_table=detector_table(story),
+        spared_layer="" if story.spared_layer is None else layer_title(story.spared_layer),
+        quality=HELD_OUT if judged_as_measured(story.info.diagnosis) else None,
+        quality_carries=how_far_it_carries(story.info.diagnosis),
         overhead=overhead_facts(story),
         overhead_table=overhead_table(story),
         overhead_chart=overhead_chart(story, scale),

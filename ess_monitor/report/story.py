@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from ess_monitor import checks
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Event, read_event_log
 from ess_monitor.exporters.events import ActionEvent, FindingEvent, MeasurementEvent, RunFinishedEvent, RunStartedEvent
@@ -80,6 +81,17 @@ class RunStory:
         names = list(dict.fromkeys(name for measurement in self.measurements for name in measurement.metrics))
         return tuple(sorted(names, key=lambda name: (name != "loss", "loss" not in name.lower())))
 
+    @property
+    def warmup_steps(self) -> int:
+        """Step from which readings were judged; 0 where the log does not tell."""
+        return int(self.info.diagnosis.get("warmup_steps") or 0)
+
+    @property
+    def spared_layer(self) -> str | None:
+        """The layer that is never called collapsed: the first of several that are judged, unless it was asked for."""
+        told = [layer for layer in self.layers if not self.layer(layer).uninformative]
+        return told[0] if len(told) > 1 and self.info.diagnosis.get("spare_first_layer") else None
+
     def layer(self, name: str) -> LayerInfo:
         """What was known of a layer at the start; a bare entry for one that was measured unannounced."""
         known = {layer.name: layer for layer in self.info.layers}
@@ -104,16 +116,24 @@ class RunStory:
         return before[-1] if before else None
 
 
-def find_event_log(path: Path) -> Path:
+def find_event_log(path: str | Path) -> Path:
     """The event log in a run's folder, or `path` itself where it is a file.
 
     Raises:
         ConfigError: there is none, or there are several and it is not clear which is meant.
     """
-    if path.is_file():
+    checks.instance("RUN_DIR", path, (str, Path), hint="the folder of a run, or its event log")
+    path = Path(path)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        is_file = is_folder = False
+    if is_file:
         return path
-    if not path.is_dir():
-        raise ConfigError(f"RUN_DIR: {path} does not exist; give the folder of a run, or its event log")
+    if not is_folder:
+        raise ConfigError(
+            f"RUN_DIR: {checks.shown(str(path))} does not exist; give the folder of a run, or its event log"
+        )
     files = sorted(file for pattern in _PART_SUFFIXES for file in path.rglob(pattern))
     logs = sorted({file.with_name(file.name.removesuffix(".1")) for file in files if _holds_events(file)})
     if not logs:
@@ -139,7 +159,7 @@ def load_story(path: str | Path) -> RunStory:
     Raises:
         ConfigError: there is no log, or it has no run in it.
     """
-    log = find_event_log(Path(path))
+    log = find_event_log(path)
     try:
         reader = read_event_log(log, rotated=True)
         story = _tell(log, reader)

@@ -193,6 +193,11 @@ def _not_judged(story: RunStory) -> Paragraph | None:
             reasons.append("its capacity grows with the position (softmax attention)")
         elif not story.ok(layer):
             reasons.append("it has no valid reading")
+        elif layer == story.spared_layer and story.ok(layer)[-1].step >= story.warmup_steps:
+            reasons.append(
+                "it uses little of its memory, which may be right in the first of several layers (it often looks back "
+                "one token only), so it is called neither healthy nor collapsed"
+            )
         else:
             reasons.append("the warm-up was not over, or there were too few measurements")
     seen = [

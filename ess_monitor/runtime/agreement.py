@@ -1,46 +1,289 @@
-"""One small exchange by which all ranks come to the same numbers.
+"""One small exchange by which all ranks come to the same numbers, and which nothing can make them wait for.
 
 Every rank measures its own data. A decision that changes the model must be the same everywhere, so at a step that all
-ranks know they exchange a few numbers each, over a process group of their own: the training's collectives keep their
-order.
+ranks know each posts a few numbers, and all read one verdict: what the posts come to, or that this sample is skipped.
+
+No collective is involved. A collective that one rank misses fails on the others at different times, and its group is
+broken from then on. Here posts and verdict are keys of the store that the processes met at when the run began. Its
+server does one thing after the other, and the verdict is set by whoever comes first (`compare_set`): once it is
+there, every rank reads the same, also one that comes late. The order of the training's collectives cannot change.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from datetime import timedelta
-from typing import Any
+import contextlib
+import queue
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
-import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from ess_monitor.runtime.guard import described, logger
+from ess_monitor.runtime.store import Store, store_of_the_run
+
+T = TypeVar("T")
+
+Fold = Callable[[Sequence[Sequence[float]]], Sequence[float]]
+"""What the posts, in the order of the measuring ranks, come to. Runs on the first rank only."""
+
+SKIPS_IN_A_ROW = 3
+"""After so many the exchange is off: something is wrong for good, and every further one would cost the limit again."""
+
+_MEASURING = 64
+"""Ranks that measure in a large run, unless something else is set."""
+_HARD_SHARE = 2.0
+"""Of the limit: how long the store itself may take to answer before it counts as lost."""
+_KEPT_VERDICTS = 8
+"""Verdicts that stay in the store. A rank cannot be that far behind: the training's own collectives hold it."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05
+"""Seconds between two looks at the store; doubled each time."""
+_PAUSE_OF_A_RANK = 5e-6
+"""Seconds a rank adds to everybody's first pause, so that thousands together do not flood the store's one thread."""
+
+_AGREED, _SKIPPED = b"agreed:", b"skipped:"
+
+
+class DistributedConfig(BaseModel):
+    """How the ranks of a distributed run measure together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ranks: Literal["zero", "all"] | PositiveInt | None = None
+    """Which ranks measure their own data: the first one, each, or so many, evenly spread. From two on, readings are
+    means over them, with the smallest utilisation and the rank it was seen on, agreed at the same step everywhere.
+    None: the first one as long as nothing is acted upon, because its data are a fair sample of a data-parallel run and
+    nobody waits for anybody; 64 of them, or all there are, in mode auto, where one rank's odd batch must not decide.
+    More than some dozens make the mean no better, and the store's host pays for each."""
+    limit_seconds: float = Field(default=5.0, gt=0, le=600)
+    """How long a rank waits for the others at an agreed step, before the sample is skipped on all of them. The
+    training's collectives have just brought the ranks together, so they differ by milliseconds; 5 s are a long pause of
+    the garbage collector or the file system, and 3 skips in a row (15 s) turn the exchange off."""
+
+
+def measuring_ranks(ranks: str | int | None, world_size: int, *, acts: bool) -> tuple[int, ...]:
+    """The ranks that measure, rank 0 always among them.
+
+    Args:
+        ranks: `DistributedConfig.ranks`.
+        world_size: how many there are.
+        acts: whether the autopilot may act.
+
+    Example:
+        >>> measuring_ranks(3, 8, acts=False), measuring_ranks(None, 8, acts=False)
+        ((0, 2, 5), (0,))
+        >>> len(measuring_ranks(None, 10_000, acts=True))
+        64
+    """
+    named = {"zero": 1, "all": world_size, None: _MEASURING if acts else 1}
+    count = min(world_size, ranks if isinstance(ranks, int) else named[ranks])
+    return tuple(k * world_size // count for k in range(count))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks read at an agreed step."""
+
+    values: tuple[float, ...] | None
+    """What the posts came to; None where the sample is skipped."""
+    reason: str = ""
+    """Why it is skipped."""
 
 
 class Agreement:
-    """Exchanges a vector of numbers with all ranks. Must be built, and `exchange` called, by every rank alike.
+    """The exchange, on one rank.
+
+    Every rank builds it, and calls `exchange` for the same steps. A rank that cannot reach the store any more skips on
+    its own, at once and for the rest of the run; the others then skip because it is late.
 
     Args:
-        timeout_seconds: a rank that is later than this makes `exchange` raise on the others.
+        store: reached by all ranks, and under these keys by nobody else.
+        rank: of this process.
+        world_size: how many ranks there are.
+        measuring: ranks that post; the others read the verdict only. The first one collects. By default all.
+        limit_seconds: how long to wait for the others.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> alone = Agreement(dist.HashStore(), rank=0, world_size=1)
+        >>> alone.exchange(100, [1.0, 2.0], lambda posts: [sum(column) for column in zip(*posts)]).values
+        (1.0, 2.0)
     """
 
-    def __init__(self, *, timeout_seconds: float = 60.0) -> None:
-        self.world_size = dist.get_world_size()
-        self._timeout = timedelta(seconds=timeout_seconds)
-        self._group: Any = dist.new_group(backend="gloo", timeout=self._timeout)
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        *,
+        measuring: Sequence[int] | None = None,
+        limit_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.measuring = tuple(range(world_size) if measuring is None else measuring)
+        self.limit_seconds = limit_seconds
+        self.skipped = 0
+        """Exchanges that were skipped."""
+        self._store = store
+        self._clock, self._sleep = clock, sleep
+        self._in_a_row = 0
+        self._off = ""
+        self._posted = ""
+        self._verdicts: deque[str] = deque()
 
-    def exchange(self, values: Sequence[float]) -> list[list[float]]:
-        """Every rank's values, by rank. NaN stands for a number that a rank does not have."""
-        mine = torch.tensor(list(values), dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everyone, mine, group=self._group)
-        return [values.tolist() for values in everyone]
+    @classmethod
+    def of_the_run(cls, measuring: Sequence[int] | None = None, *, limit_seconds: float = 5.0) -> Agreement:
+        """Over the store of `torch.distributed`'s default group; call it on every rank alike.
+
+        Raises:
+            ConfigError: the group has no store that can be used.
+        """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return cls(store_of_the_run(), rank, world_size, measuring=measuring, limit_seconds=limit_seconds)
+
+    @property
+    def off(self) -> bool:
+        """True once there are no more exchanges in this run; after the same one on all ranks that reach the store."""
+        return bool(self._off)
+
+    @property
+    def measures(self) -> bool:
+        """True where this rank posts numbers."""
+        return self.rank in self.measuring
+
+    def exchange(self, step: int, values: Sequence[float] | None, fold: Fold) -> Verdict:
+        """Post `values` and read the verdict. Takes the limit at most, twice that where the store hangs; never raises.
+
+        Args:
+            step: the agreed step; each only once.
+            values: this rank's numbers, as many on every rank; NaN for one it does not have. None where it does not
+                measure.
+            fold: makes one list of all of them.
+        """
+        if self._off:
+            return Verdict(None, self._off)
+        try:
+            # In a thread: a call of the store has no time limit of its own where the server's machine hangs.
+            answer = _within(_HARD_SHARE * self.limit_seconds, lambda: self._settle(step, values, fold))
+        except Exception as error:
+            self._turn_off(f"the run's store cannot be reached ({described(error)})")
+            self.skipped += 1
+            return Verdict(None, self._off)
+        if answer.startswith(_AGREED):
+            self._in_a_row = 0
+            numbers = answer[len(_AGREED) :]
+            return Verdict(struct.unpack(f"<{len(numbers) // 8}d", numbers))
+        return self._skip(answer.removeprefix(_SKIPPED).decode(errors="replace"))
+
+    # -- the verdict --------------------------------------------------------------------------------------------------
+
+    def _settle(self, step: int, values: Sequence[float] | None, fold: Fold) -> bytes:
+        """The verdict, as it is in the store."""
+        verdict = f"{step}/verdict"
+        posts = [f"{step}/{rank}" for rank in self.measuring]
+        collects = self.rank == self.measuring[0]
+        if collects:
+            self._tidy(verdict)
+        if not self._store.check([verdict]):  # one that comes late has nothing to add
+            if values is not None and self.measures:
+                self._post(f"{step}/{self.rank}", struct.pack(f"<{len(values)}d", *values))
+            deadline = self._clock() + self.limit_seconds
+            pause = _FIRST_PAUSE + _PAUSE_OF_A_RANK * self.world_size
+            longest = max(_LONGEST_PAUSE, 10 * pause)
+            while not self._store.check([verdict]):
+                if collects and self._store.check(posts):
+                    return self._store.compare_set(verdict, "", self._folded(posts, fold))
+                left = deadline - self._clock()
+                if left <= 0:
+                    return self._store.compare_set(verdict, "", _SKIPPED + self._who_is_late(posts).encode())
+                self._sleep(min(pause, left))
+                pause = min(2 * pause, longest)
+        return self._store.get(verdict)
+
+    def _folded(self, posts: list[str], fold: Fold) -> bytes:
+        try:
+            numbers = [self._store.get(key) for key in posts]
+            values = fold([struct.unpack(f"<{len(post) // 8}d", post) for post in numbers])
+            return _AGREED + struct.pack(f"<{len(values)}d", *values)
+        except ValueError as error:
+            why = f"the ranks' numbers do not fit together ({error}); give all ranks the same model and settings"
+            return _SKIPPED + why.encode()
+
+    def _who_is_late(self, posts: list[str]) -> str:
+        late = [rank for rank, key in zip(self.measuring, posts, strict=True) if not self._store.check([key])]
+        named = ", ".join(map(str, late[:8])) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
+        who = f"nothing came from rank {named}" if late else f"rank {self.measuring[0]} gave no verdict"
+        return f"{who} within {self.limit_seconds:g} s of rank {self.rank}"
+
+    # -- keys ---------------------------------------------------------------------------------------------------------
+
+    def _post(self, key: str, numbers: bytes) -> None:
+        before, self._posted = self._posted, key
+        if before:
+            self._delete(before)
+        self._store.set(key, numbers)
+
+    def _tidy(self, verdict: str) -> None:
+        self._verdicts.append(verdict)
+        if len(self._verdicts) > _KEPT_VERDICTS:
+            self._delete(self._verdicts.popleft())
+
+    def _delete(self, key: str) -> None:
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # a store that cannot; it keeps some bytes more
+            self._store.delete_key(key)
+
+    # -- skips --------------------------------------------------------------------------------------------------------
+
+    def _skip(self, reason: str) -> Verdict:
+        self.skipped += 1
+        self._in_a_row += 1
+        if self.skipped == 1:
+            logger.warning(
+                "ess_monitor: the ranks did not agree on a sample (%s); it is skipped on all of them, the training "
+                "goes on, further ones are counted",
+                reason,
+            )
+        if self._in_a_row >= SKIPS_IN_A_ROW:
+            self._turn_off(f"{SKIPS_IN_A_ROW} samples in a row were skipped, the last because {reason}")
+        return Verdict(None, reason)
+
+    def _turn_off(self, reason: str) -> None:
+        self._off = f"the exchange between the ranks is off: {reason}"
+        logger.warning(
+            "ess_monitor: rank %d: %s. For the rest of this run the autopilot does not act, and readings are those "
+            "of this rank alone. Attach a new monitor on all ranks, or resume from a checkpoint, to turn it on again.",
+            self.rank,
+            self._off,
+        )
 
 
-def agreed_mean(column: Sequence[float]) -> float:
-    """Mean over the ranks that have the number; NaN when none has.
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """The result of `work`, or what it raises.
 
-    >>> agreed_mean([1.0, float("nan"), 3.0])
-    2.0
+    Raises:
+        TimeoutError: it took longer. Its thread is left alone and does not keep the process.
     """
-    present = [value for value in column if not math.isnan(value)]
-    return math.fsum(present) / len(present) if present else math.nan
+    done: queue.SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, name="ess_monitor-agreement", daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]

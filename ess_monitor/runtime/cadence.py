@@ -7,6 +7,8 @@ from collections import deque
 from statistics import median
 from typing import Any
 
+from ess_monitor import checks
+
 _SMOOTHING = 0.5
 """Weight of the newest sample's cost in the running cost: costs change when shapes change, not from step to step."""
 
@@ -17,6 +19,12 @@ class Cadence:
     The interval is max(every_n_steps, cost / (budget * step time)): a sample that costs as much as ten training steps
     is taken every 1000 steps under a budget of 1 %; without a budget (None) the interval is `every_n_steps`. Step time
     is the median of the last intervals between steps, so that a validation epoch in between does not count as training.
+
+    Args:
+        every_n_steps: the shortest interval.
+        budget_ratio: share of the training time that the monitor may take; None for any.
+        locked: the interval changes with `resume` only, never with a cost that is known to this process alone.
+        window: steps whose time is looked at.
 
     Example:
         >>> cadence = Cadence(every_n_steps=10, budget_ratio=0.01)
@@ -30,7 +38,15 @@ class Cadence:
         (False, True)
     """
 
-    def __init__(self, every_n_steps: int, budget_ratio: float | None, *, window: int = 64) -> None:
+    def __init__(
+        self, every_n_steps: int, budget_ratio: float | None, *, locked: bool = False, window: int = 64
+    ) -> None:
+        every_n_steps = checks.whole("every_n_steps", every_n_steps, 1)
+        if budget_ratio is not None:
+            budget_ratio = checks.real(
+                "budget_ratio", budget_ratio, above=0, hint="or None: the interval never stretches"
+            )
+        window = checks.whole("window", window, 1, 2**20)
         self.every_n_steps = every_n_steps
         self.budget_ratio = budget_ratio
         self.cost_seconds = 0.0
@@ -39,6 +55,7 @@ class Cadence:
         """All time between steps so far."""
         self.next_step = 0
         self.interval_steps = every_n_steps
+        self._locked = locked
         self._steps: deque[float] = deque(maxlen=window)
         self._last_sample = -every_n_steps
         self._sample_cost = 0.0
@@ -49,6 +66,16 @@ class Cadence:
     def overhead_ratio(self) -> float:
         """Cost so far as a share of the time so far."""
         return self.cost_seconds / self.train_seconds if self.train_seconds > 0 else 0.0
+
+    @property
+    def wanted_steps(self) -> int:
+        """The interval that the costs so far ask for."""
+        cost = max(self._sample_cost, self._cost_since_sample)
+        stretched = 0
+        if cost > 0 and self._steps and self.budget_ratio is not None:
+            step_seconds = max(median(self._steps), 1e-9)
+            stretched = math.ceil(cost / (self.budget_ratio * step_seconds) - 1e-9)
+        return max(self.every_n_steps, stretched)
 
     def due(self, step: int) -> bool:
         """True when the forward pass after `step` optimizer steps is to be sampled."""
@@ -114,10 +141,6 @@ class Cadence:
             self._cost_since_sample = 0.0
 
     def _schedule(self) -> None:
-        cost = max(self._sample_cost, self._cost_since_sample)
-        stretched = 0
-        if cost > 0 and self._steps and self.budget_ratio is not None:
-            step_seconds = max(median(self._steps), 1e-9)
-            stretched = math.ceil(cost / (self.budget_ratio * step_seconds) - 1e-9)
-        self.interval_steps = max(self.every_n_steps, stretched)
+        if not self._locked:
+            self.interval_steps = self.wanted_steps
         self.next_step = self._last_sample + self.interval_steps

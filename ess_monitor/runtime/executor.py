@@ -16,6 +16,8 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ess_monitor import checks
+from ess_monitor.runtime.guard import described, logger
 from ess_monitor.runtime.lanes import Lane, Launched
 
 Tag = TypeVar("Tag")
@@ -44,6 +46,8 @@ class Task:
     ready: Any = None
     launched: Launched | None = None
     error: str = ""
+    cause: BaseException | None = None
+    """What `error` tells of, without its traceback, whose frames would keep the tensors."""
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Executor(Generic[Tag]):
     """Runs jobs on one daemon worker thread. The thread starts with the first job and ends with `close`."""
 
     def __init__(self, config: RuntimeConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.config = config
+        checks.function("clock", clock)
+        self.config = checks.instance("config", config, RuntimeConfig)
         self.dropped = 0
         self._clock = clock
         self._open: deque[Job[Tag]] = deque()
@@ -153,7 +158,9 @@ class Executor(Generic[Tag]):
                 try:
                     task.launched = task.lane.launch(task.ready, task.inputs, task.compute)
                 except BaseException as error:  # sys.exit() in there must not end the worker with a job that never ends
-                    task.error = f"{type(error).__name__}: {error}"
+                    task.error = described(error)
+                    logger.debug("ess_monitor: failure in the worker", exc_info=error)
+                    task.cause = error.with_traceback(None)
             with self._wake:
                 if job.state == "waiting":
                     job.state = "launched"

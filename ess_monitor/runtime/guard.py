@@ -1,19 +1,33 @@
 """Nothing of ours may stop a training run.
 
 A guarded block swallows the exceptions of one part of the monitor, counts them, logs the first one, and after repeated
-failures turns the part off and says once how to turn it on again.
+failures turns the part off and says once how to turn it on again. A strict guard also keeps the first one, to be raised
+where the training can see it.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+
+from ess_monitor import checks
+from ess_monitor.errors import PartError
 
 logger = logging.getLogger("ess_monitor")
 
 
 class Guard:
     """Protects the training from one part of the monitor.
+
+    Used as a block it stands around one unit of the part's work: `limit` failures in a row turn the part off, a unit
+    that ends well in between starts the count anew. Of blocks inside each other the outermost is the unit.
+
+    Args:
+        part: its name in log lines and metrics.
+        limit: blocks in a row.
+        strict: keep the first failure for `raise_pending`.
 
     Example:
         >>> guard = Guard("capture", limit=2)
@@ -23,14 +37,17 @@ class Guard:
         (0, True)
     """
 
-    def __init__(self, part: str, *, limit: int = 5) -> None:
-        self.part = part
-        self.limit = limit
+    def __init__(self, part: str, *, limit: int = 5, strict: bool = False) -> None:
+        self.part = checks.instance("part", part, str)
+        self.limit = checks.whole("limit", limit, 1)
         self.failures = 0
         """Failures so far."""
         self.last_error = ""
+        self._strict = strict
+        self._pending: PartError | None = None
         self._in_a_row = 0
-        self._before = 0
+        self._depth = 0
+        self._clean = True
         self._off = False
 
     @property
@@ -39,31 +56,65 @@ class Guard:
         return not self._off
 
     def __enter__(self) -> Guard:
-        self._before = self.failures
+        self._clean = self._clean or self._depth == 0
+        self._depth += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        self._depth -= 1
         if error is None:
-            if self.failures == self._before:
+            if self._depth == 0 and self._clean:
                 self._in_a_row = 0
             return False
-        if not isinstance(error, Exception):
-            return False
-        self.failed(f"{type(error).__name__}: {error}")
-        logger.debug("ess_monitor: failure of %s", self.part, exc_info=error)
-        return True
+        return self._swallow(error)
 
-    def failed(self, message: str) -> None:
-        """Count a failure that was met elsewhere (in the worker, for example)."""
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """A block around the beginning of a unit of work, whose end is another block.
+
+        A failure counts as any other; an end without one says nothing of the unit yet, and leaves the count in a row.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if not self._swallow(error):
+                raise
+
+    def count(self, message: str, cause: BaseException | None = None) -> None:
+        """Count a failure for which the part is not to blame as a whole: that of one layer, for example.
+
+        It is logged if it is the first, and never turns the part off. Safe to call from any thread.
+        """
         self.failures += 1
-        self._in_a_row += 1
         self.last_error = message
+        logger.debug("ess_monitor: failure of %s", self.part, exc_info=cause)
         if self.failures == 1:
             logger.warning(
                 "ess_monitor: %s failed (%s); the training goes on, further failures are counted", self.part, message
             )
+        if self._strict and self._pending is None:
+            self._pending = PartError(self.part, message)
+            self._pending.__cause__ = cause
+
+    def raise_pending(self) -> None:
+        """Raise the first failure since the last call, if the guard is strict and there was one.
+
+        Raises:
+            PartError: what failed, from its cause.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            raise pending
+
+    def _swallow(self, error: BaseException) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._clean = False
+        message = described(error)
+        self.count(message, error)
+        self._in_a_row += 1
         if self._in_a_row >= self.limit and not self._off:
             self._off = True
             logger.warning(
@@ -73,3 +124,16 @@ class Guard:
                 self.limit,
                 message,
             )
+        return True
+
+
+def described(error: BaseException) -> str:
+    """Type and text of an error; an error whose text cannot be made must not become the next one.
+
+    >>> described(ValueError("no"))
+    'ValueError: no'
+    """
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

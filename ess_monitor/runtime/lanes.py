@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ess_monitor import checks
+
 Tensors = Iterable[torch.Tensor]
 
 
@@ -63,8 +65,8 @@ class HostLane:
     """Computes in the calling (worker) thread."""
 
     def __init__(self, *, threads: int = 1, clock: Callable[[], float] = time.thread_time) -> None:
-        self._threads = threads
-        self._clock = clock
+        self._threads = checks.whole("threads", threads, 1, 2**16)
+        self._clock = checks.function("clock", clock)
         self._limited = False
 
     def ready(self) -> None:
@@ -168,6 +170,7 @@ class StreamLane:
 
 def lane_for(device: torch.device, *, threads: int) -> Lane:
     """The lane for tensors of `device`."""
+    checks.instance("device", device, torch.device, hint='torch.device("cpu")')
     if device.type in ("cpu", "meta"):
         return HostLane(threads=threads)
     return StreamLane(TorchStreams(device))

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ess_monitor import checks
+
 IGNORED = -100
 """Target of a position that is not asked: the `ignore_index` of torch's cross-entropy."""
 
@@ -19,9 +21,9 @@ class TaskConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    length: int = Field(default=64, ge=1)
+    length: int = Field(default=64, ge=1, le=2**31 - 1)
     """Tokens per sample; 64 is the shortest of the paper's sweep."""
-    samples: int = Field(default=128_000, ge=1)
+    samples: int = Field(default=128_000, ge=1, le=checks.LARGEST)
     """Size of the dataset. Samples are made when they are read, so a large number costs nothing. Table 1 trains on
     128 000 and tests on 6 400."""
     seed: int = 0
@@ -32,7 +34,7 @@ class SyntheticTask(Dataset[tuple[Tensor, Tensor]], ABC):
     """A map-style dataset of (inputs, targets), both (length,) int64. Sample i depends on the config and i alone."""
 
     def __init__(self, samples: int) -> None:
-        self._samples = samples
+        self._samples = checks.whole("samples", samples, 1)
 
     def __len__(self) -> int:
         return self._samples
@@ -54,14 +56,20 @@ class SyntheticTask(Dataset[tuple[Tensor, Tensor]], ABC):
         """The same samples stacked: (inputs, targets), both (batch, length) int64.
 
         Raises:
-            IndexError: there is no such sample.
+            IndexError: there is no such sample. Python's own error, by which a loop over a sequence ends.
+            ConfigError: an index is no whole number.
         """
-        index_B = torch.as_tensor(list(indices), dtype=torch.int64)
+        if isinstance(indices, Tensor) and indices.dim() == 1:
+            indices = indices.tolist()
+        indices = checks.wholes("indices", indices, -(2**63), 2**63 - 1)
+        index_B = torch.tensor(indices, dtype=torch.int64)
         index_B = torch.where(index_B < 0, index_B + self._samples, index_B)
         wrong = (index_B < 0) | (index_B >= self._samples)
         if wrong.any():
             first = int(wrong.nonzero()[0])
-            raise IndexError(f"index {list(indices)[first]} is out of range for a dataset of {self._samples} samples.")
+            raise IndexError(
+                f"indices: index {indices[first]} is out of range for a dataset of {self._samples} samples."
+            )
         return self._generate(index_B)
 
     @abstractmethod

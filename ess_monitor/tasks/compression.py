@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
 from ess_monitor.tasks.counter import random_bits
 
@@ -20,7 +21,7 @@ class CompressionConfig(TaskConfig):
         128000
     """
 
-    vocab_size: int = Field(default=16, ge=2)
+    vocab_size: int = Field(default=16, ge=2, le=2**31 - 1)
     """Tokens: the last one says "compress", the rest are content. The paper makes the task harder by more of them, from
     8 to 128; 16 is MAD's own default."""
 
@@ -45,6 +46,7 @@ class Compression(SyntheticTask):
     """
 
     def __init__(self, config: CompressionConfig) -> None:
+        checks.instance("config", config, CompressionConfig)
         super().__init__(config.samples)
         self.config = config
 

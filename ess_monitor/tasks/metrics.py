@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.errors import OperatorError
 from ess_monitor.tasks.base import IGNORED
 
@@ -20,7 +22,7 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
         A scalar tensor on the logits' device; NaN when no position is asked.
 
     Raises:
-        OperatorError: the shapes do not go together.
+        OperatorError: the shapes do not go together, or dtypes and devices are others.
 
     Example:
         >>> import torch
@@ -47,7 +49,14 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:
-    if logits.dim() < 2 or logits.shape[:-1] != targets.shape:
+    checks.tensor("logits", logits, "(..., vocab_size)", range(2, 65), error=OperatorError)
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        raise OperatorError(f"targets is {checks.shown(targets)}; pass token ids of dtype torch.int64.")
+    if targets.device != logits.device:
+        raise OperatorError(f"targets is on {targets.device} and logits on {logits.device}; move them to one device.")
+    if not logits.shape[-1]:
+        raise OperatorError(f"logits has shape {tuple(logits.shape)}; the vocabulary is empty.")
+    if logits.shape[:-1] != targets.shape:
         raise OperatorError(
             f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not go together; expected "
             "(..., vocab_size) and (...) with the same leading sizes."

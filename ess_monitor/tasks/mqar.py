@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
 from ess_monitor.tasks.counter import exponential, random_bits
 
@@ -24,9 +25,9 @@ class MQARConfig(TaskConfig):
           Value error, kv_pairs=8 needs length >= 4 * kv_pairs = 32, but length is 30; ...
     """
 
-    kv_pairs: int = Field(default=8, ge=1)
+    kv_pairs: int = Field(default=8, ge=1, le=2**31 - 1)
     """Pairs to remember, all asked for once; 8 is the easiest setting of the paper's sweep."""
-    vocab_size: int = Field(default=8192, ge=4)
+    vocab_size: int = Field(default=8192, ge=4, le=2**31 - 1)
     """Tokens: 0 fills, the rest of the first half are keys, the second half are values. 8192 in the paper."""
     power: float = Field(default=0.1, gt=0.0, le=1.0)
     """Exponent a of the distance law p(g) ~ g^(a - 1), the paper's "KV Dist. Const.": 1 is uniform, near 0 most queries
@@ -66,6 +67,7 @@ class MQAR(SyntheticTask):
     """
 
     def __init__(self, config: MQARConfig) -> None:
+        checks.instance("config", config, MQARConfig)
         super().__init__(config.samples)
         self.config = config
         places = (config.length - 2 * config.kv_pairs) // 2

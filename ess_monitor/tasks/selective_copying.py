@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ess_monitor import checks
 from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
 from ess_monitor.tasks.counter import random_bits
 
@@ -24,9 +25,9 @@ class SelectiveCopyingConfig(TaskConfig):
           Value error, tokens_to_copy=8 needs length > 2 * tokens_to_copy + 1 = 17, but length is 17; ...
     """
 
-    tokens_to_copy: int = Field(default=8, ge=1)
+    tokens_to_copy: int = Field(default=8, ge=1, le=2**31 - 1)
     """Tokens to remember in order; 8 is the easiest setting of the paper's sweep."""
-    vocab_size: int = Field(default=8192, ge=3)
+    vocab_size: int = Field(default=8192, ge=3, le=2**31 - 1)
     """Tokens: the last one says "copy now", the one before it is blank, the rest are content. 8192 in the paper."""
 
     @model_validator(mode="after")
@@ -54,6 +55,7 @@ class SelectiveCopying(SyntheticTask):
     """
 
     def __init__(self, config: SelectiveCopyingConfig) -> None:
+        checks.instance("config", config, SelectiveCopyingConfig)
         super().__init__(config.samples)
         self.config = config
 

@@ -20,7 +20,7 @@ from ess_monitor.alerts import AlertsConfig, export
 from ess_monitor.diagnosis import DiagnosisConfig, thresholds
 from ess_monitor.exporters import PrometheusConfig, PrometheusExporter, RunIdentity
 from ess_monitor.ledger import Ledger
-from ess_monitor.records import PHASES
+from ess_monitor.records import PHASES, HealthData
 from tests.exporters.helpers import action, finding, free_port, reading, run_info
 
 JOB, RUN_ID = "llm/train", "wla-7"
@@ -42,6 +42,8 @@ SETTINGS = AlertsConfig(
     samples_per_scrape=1,
 )
 """Everything that can fire soon does."""
+HEALTH = HealthData(parts_off=("capture",), exporters_off=("tensorboard",), layers_off=LAYERS[:1])
+"""What of the monitor is off on both ranks."""
 
 
 class Server(NamedTuple):
@@ -93,7 +95,7 @@ def run_in_trouble(targets: Path) -> Iterator[None]:
             _tick(ledger, rank, 1)
             config = PrometheusConfig(port=0, ranks="all", file_sd_dir=targets)
             exporter = PrometheusExporter(config, identity=RunIdentity(RUN_ID, rank, rank))
-            exporter.start(run, lambda ledger=ledger: ledger.snapshot(counted(), counted(), counted()))  # type: ignore[misc]
+            exporter.start(run, lambda ledger=ledger: ledger.snapshot(counted(), counted(), counted(), HEALTH))  # type: ignore[misc]
             stack.callback(exporter.stop)
         gone = [{"targets": [f"127.0.0.1:{free_port()}"], "labels": {"run_id": RUN_ID, "rank": "2"}}]
         (targets / f"{RUN_ID}-2.json").write_text(json.dumps(gone))

@@ -14,6 +14,7 @@ from ess_monitor.alerts import AlertsConfig, rule_groups
 from ess_monitor.alerts.cases import AlertCase, RecordCase, rule_cases
 from ess_monitor.alerts.rules import PREFIX, Alert, Record
 from ess_monitor.config import MonitorConfig
+from ess_monitor.records import PARTS
 from tests.alerts.helpers import ALERTS, DOCS, TARGET_LABELS, Served, expressions, problems, served, unknown_groupings
 
 RULES = [rule for group in rule_groups(AlertsConfig()) for rule in group.rules]
@@ -160,6 +161,12 @@ def test_an_alert_has_a_test_in_which_it_is_silent_just_before_it_fires_and_reso
         fires = [bool(firings) for _, firings in sorted(case.expected.items())]
         complete.append(fires[0] is False and True in fires and fires[-1] is False)
     assert any(complete)
+
+
+def test_every_part_of_the_monitor_has_a_test_of_what_is_said_when_it_is_off() -> None:
+    cases = [case for case in rule_cases(AlertsConfig())["monitor.yml"] if isinstance(case, AlertCase)]
+    off = {f.labels.get("part") for case in cases for firings in case.expected.values() for f in firings}
+    assert off - {None} == set(PARTS)
 
 
 def test_every_recording_rule_has_a_test() -> None:

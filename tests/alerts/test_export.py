@@ -55,7 +55,7 @@ def test_thresholds_reach_the_rules_and_where_the_runbooks_are_reaches_the_annot
     )["prometheus/ess_monitor.rules.yml"]
     rules = {rule.get("alert"): rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]}
     assert "> 5400" in rules["EssMonitorRunStalled"]["expr"]
-    assert "more than 1h30m" in rules["EssMonitorRunStalled"]["annotations"]["description"]
+    assert "1h30m between two steps" in rules["EssMonitorRunStalled"]["annotations"]["description"]
     assert rules["EssMonitorStateCollapsed"]["for"] == "1m30s"
     url = rules["EssMonitorStateCollapsed"]["annotations"]["runbook_url"]
     assert url == "https://wiki.example.org/ess/EssMonitorStateCollapsed.md"

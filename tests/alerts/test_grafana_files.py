@@ -36,7 +36,7 @@ def test_a_grafana_managed_alert_says_and_waits_as_that_of_prometheus(config: Al
     expected = _prometheus_rules(config)
     managed = {rule["title"]: rule for group in _managed(config)["groups"] for rule in group["rules"]}
     assert list(managed) == list(expected)
-    assert len(managed) == 14
+    assert len(managed) == 15
     for name, rule in managed.items():
         original = expected[name]
         assert rule["labels"] == original["labels"]
@@ -68,7 +68,7 @@ def test_a_grafana_managed_alert_needs_no_recording_rule_and_fires_on_any_value(
 def test_two_jobs_can_be_provisioned_side_by_side() -> None:
     first, second = _managed(AlertsConfig()), _managed(OTHER)
     uids = [rule["uid"] for content in (first, second) for group in content["groups"] for rule in group["rules"]]
-    assert len(set(uids)) == len(uids) == 28
+    assert len(set(uids)) == len(uids) == 30
     assert all(re.fullmatch(r"[a-z0-9-]{1,40}", uid) for uid in uids)
     folders = {group["folder"] for content in (first, second) for group in content["groups"]}
     assert folders == {"ESS Monitor", "ESS Monitor llm-train"}

@@ -7,10 +7,12 @@ import re
 import yaml
 
 from ess_monitor.alerts import AlertsConfig, render
+from ess_monitor.exporters.event_schema import event_schema
 from tests.alerts.dashboard_files import DASHBOARDS, panels, read
 from tests.alerts.helpers import ALERTS, DOCS
 
 ALERTS_PAGE = (DOCS / "alerts.md").read_text(encoding="utf-8")
+METRICS_PAGE = (DOCS / "metrics.md").read_text(encoding="utf-8")
 GRAFANA_PAGE = (DOCS / "grafana.md").read_text(encoding="utf-8")
 
 
@@ -33,6 +35,17 @@ def test_the_table_has_every_alert_with_its_runbook_waiting_time_and_severity() 
 def test_the_settings_are_all_there_with_their_defaults() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", ALERTS_PAGE.split("## Settings")[1], re.MULTILINE))
     assert rows == {name: str(value) for name, value in AlertsConfig().model_dump().items()}
+
+
+def test_the_glossary_says_of_every_metric_and_event_what_to_do() -> None:
+    meanings, actions = (
+        METRICS_PAGE.split(f"## {title}")[1].split("\n## ")[0] for title in ("Prometheus", "What to do about them")
+    )
+    first_cells = re.findall(r"^\| (`[^|]+`) \| [^|]+ \| [^|]+ \|$", actions, re.MULTILINE)
+    metrics = re.findall(r"^\| `(\w+)` \|", meanings, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(metrics)
+    events = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \|$", METRICS_PAGE.split("## Event log")[1], re.MULTILINE)
+    assert sorted(events) == sorted(event_schema()["discriminator"]["mapping"])
 
 
 def test_the_page_on_grafana_names_dashboards_panels_and_files_that_exist() -> None:

@@ -37,6 +37,7 @@ CONFIGS = {
         flapping_actions=2,
         ineffective_for_seconds=1000,
         stalled_seconds=5_000,
+        start_seconds=200,
         measurement_stale_seconds=100,
         overhead_ratio=0.5,
         overhead_for_seconds=100,
@@ -61,7 +62,7 @@ def exported(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_promtool_has_nothing_to_say_about_the_rules(exported: Path) -> None:
     answer = _run("promtool", "check", "rules", "--lint=all", "--lint-fatal", *exported.glob("prometheus/*.rules.yml"))
-    assert "SUCCESS: 23 rules found" in answer.stdout
+    assert "SUCCESS: 24 rules found" in answer.stdout
 
 
 def test_every_rule_passes_its_unit_tests(exported: Path) -> None:
@@ -75,8 +76,14 @@ def test_every_rule_passes_its_unit_tests(exported: Path) -> None:
     [
         ("for: 10m", "for: 11m", "layers.yml"),
         ("keep_firing_for: 5m", "keep_firing_for: 6m", "layers.yml"),
-        ('outcome="failed"', 'outcome="rolled_back"', "interventions.yml"),
+        ('outcome=~"failed|rolled_back"', 'outcome=~"rolled_back"', "interventions.yml"),
+        ('outcome=~"failed|rolled_back"', 'outcome=~"failed"', "interventions.yml"),
         ("> 900", "> 870", "run.yml"),
+        ("> 3600", "> 3570", "run.yml"),
+        (', condition!="unknown"', "", "layers.yml"),
+        ("ess_monitor_layers{", "2 * ess_monitor_layers{", "monitor.yml"),
+        ("ess_monitor_exporter_enabled{", 'ess_monitor_exporter_enabled{exporter="event_log", ', "monitor.yml"),
+        ('eq . "diagnosis"', 'eq . "export"', "monitor.yml"),
         ("has collapsed", "collapsed", "layers.yml"),
         ("by (job, run_id)", "by (job)", "records.yml"),
     ],
@@ -132,7 +139,7 @@ def test_run_and_rank_come_from_the_file_its_name_or_the_address(tmp_path: Path)
 def test_amtool_accepts_the_alertmanager_example(exported: Path) -> None:
     need("amtool", "prometheus-alertmanager")
     answer = _run("amtool", "check-config", exported / "alertmanager/alertmanager.yml")
-    assert "2 inhibit rules" in answer.stdout
+    assert "3 inhibit rules" in answer.stdout
 
 
 @pytest.mark.parametrize(
@@ -151,7 +158,9 @@ def test_an_alert_is_routed_by_its_severity(labels: str, receiver: str) -> None:
     assert answer.stdout.split() == [receiver]
 
 
-def test_a_rank_that_is_down_hides_its_alerts_and_a_collapsed_run_hides_its_layers(tmp_path: Path) -> None:
+def test_what_is_said_already_is_hidden_of_a_rank_that_is_down_a_collapsed_run_and_an_exporter_that_is_off(
+    tmp_path: Path,
+) -> None:
     need("prometheus-alertmanager", "prometheus-alertmanager")
 
     def alert(name: str, **labels: str) -> dict[str, Any]:
@@ -166,15 +175,24 @@ def test_a_rank_that_is_down_hides_its_alerts_and_a_collapsed_run_hides_its_laye
         alert("StateCollapsed", run_id="b", layer="x"),
         alert("StateCollapsed", run_id="a", layer="x"),
         alert("RunStalled", run_id="b", rank="1", instance="h:2"),
+        alert("PartOff", run_id="c", rank="0", exporter="event_log"),
+        alert("PartOff", run_id="c", rank="1", part="capture"),
+        alert("ExportErrors", run_id="c", rank="0", exporter="event_log"),
+        alert("ExportErrors", run_id="c", rank="0", exporter="tensorboard"),
+        alert("ExportErrors", run_id="c", rank="1", exporter="event_log"),
         {"labels": {"alertname": "DiskFull", "job": "ess_monitor", "run_id": "a", "rank": "1"}},
     ]
     with _alertmanager(tmp_path) as url:
         _http(f"{url}/api/v2/alerts", sent)
         hidden = _hidden(url, len(sent))
-    assert hidden == {("EssMonitorMeasurementStale", "a", "1"), ("EssMonitorStateCollapsed", "b", "")}
+    assert hidden == {
+        ("EssMonitorMeasurementStale", "a", "1", ""),
+        ("EssMonitorStateCollapsed", "b", "", ""),
+        ("EssMonitorExportErrors", "c", "0", "event_log"),
+    }
 
 
-def _hidden(url: str, count: int) -> set[tuple[str, str, str]]:
+def _hidden(url: str, count: int) -> set[tuple[str, ...]]:
     """The inhibited alerts, once every alert has been looked at; `inhibited=true` lists the hidden ones as well."""
     deadline = time.monotonic() + 30
     while True:
@@ -182,7 +200,7 @@ def _hidden(url: str, count: int) -> set[tuple[str, str, str]]:
         states = [alert["status"]["state"] for alert in alerts]
         if len(alerts) == count and "unprocessed" not in states:
             return {
-                (alert["labels"]["alertname"], alert["labels"]["run_id"], alert["labels"].get("rank", ""))
+                tuple(alert["labels"].get(label, "") for label in ("alertname", "run_id", "rank", "exporter"))
                 for alert in alerts
                 if alert["status"]["inhibitedBy"]
             }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ess_monitor import CaptureConfig, CaptureError, capture_operators
+from ess_monitor import CaptureConfig, CaptureError, OperatorError, capture_operators
 from ess_monitor.capture import Captured, CaptureFailure, CaptureSpec, Sampler, find_layers
 from ess_monitor.capture.registry import add_spec
 from ess_monitor.capture.sampler import rotate_heads
@@ -91,7 +91,7 @@ def test_hooks_are_there_only_while_armed(net: nn.Sequential) -> None:
 def test_an_exception_in_the_forward_pass_leaves_no_hook_after_collect(net: nn.Sequential) -> None:
     s = sampler(net)
     s.arm()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OperatorError):
         net(torch.randn(2, 16, 7))
     assert s.collect() == ()
     assert hooks_of(net) == 0
@@ -135,6 +135,57 @@ def test_a_layer_that_cannot_be_read_is_reported_and_the_others_are_taken() -> N
     assert isinstance(odd, CaptureFailure)
     assert odd.error == "ValueError: not today"
     assert isinstance(gla, Captured)
+
+
+def test_a_failure_says_what_was_raised_and_keeps_no_frame_of_the_forward_pass(
+    net: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampler, "_take", lambda *args: 1 / 0)
+    s = sampler(net)
+    s.arm()
+    net(torch.randn(2, 8, 16))
+    failure = s.collect()[0]
+    assert isinstance(failure, CaptureFailure)
+    assert isinstance(failure.cause, ZeroDivisionError)
+    assert failure.cause.__traceback__ is None
+
+
+def test_a_layer_that_is_off_is_left_alone_from_the_next_sample_on(net: nn.Sequential) -> None:
+    off: set[str] = set()
+    s = Sampler(find_layers(net), CaptureConfig(), off=off)
+    for expected in (("0", "1"), ("1",), ()):
+        s.arm()
+        assert s.armed
+        net(torch.randn(2, 8, 16))
+        assert tuple(item.layer.name for item in s.collect()) == s.asked == expected
+        off.add(str(len(off)))
+    assert hooks_of(net) == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "samples", "heads"), [(1.0, 4, 3), (0.5, 2, 1), (0.0, 1, 1)], ids=["whole", "half", "one of each"]
+)
+@pytest.mark.parametrize("batch", [4, 16])
+def test_a_share_of_what_there_is_is_taken(
+    net: nn.Sequential, batch: int, share: float, samples: int, heads: int
+) -> None:
+    s = Sampler(find_layers(net), CaptureConfig(samples=4, heads=3), share=lambda: share)
+    s.arm()
+    net(torch.randn(batch, 8, 16))
+    for item in s.collect():
+        assert isinstance(item, Captured)
+        assert (item.operator.batch, item.operator.heads) == (samples, heads)
+        assert len(item.heads) == heads
+
+
+def test_in_a_pause_nothing_is_attached_and_the_sample_is_armed_all_the_same(net: nn.Sequential) -> None:
+    s = Sampler(find_layers(net), CaptureConfig(), share=lambda: None)
+    s.arm()
+    assert s.armed
+    assert s.asked == ()
+    assert hooks_of(net) == 0
+    assert s.collect() == ()
+    assert not s.armed
 
 
 def test_capture_operators_leaves_modes_and_parameters_as_they_were(net: nn.Sequential) -> None:

@@ -191,3 +191,15 @@ def test_an_op_that_does_not_say_what_it_takes_is_not_seen_and_still_called(monk
     assert torch.equal(layer(X), 2 * X)
     watch.remove()
     assert seen == []
+
+
+def test_a_place_that_cannot_be_watched_leaves_nothing_behind() -> None:
+    layer = Mixer()
+    with pytest.raises(AttributeError):
+        CallSite(path="gone").watch(layer, after=lambda call: None)
+    namespace: dict[str, Any] = {}
+    with pytest.raises(KeyError):
+        CallSite(ops=(Op("gone", (namespace,)),)).watch(layer, after=lambda call: None)
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+    assert namespace == {}

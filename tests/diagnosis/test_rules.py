@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ess_monitor.diagnosis import Context, DiagnosisConfig, judge
-from ess_monitor.diagnosis.rules import attainable_utilization, full_state_utilization
+from ess_monitor.diagnosis.rules import attainable_utilization, full_state_utilization, is_rising, task_improves
 from ess_monitor.records import Reading, Status
 
 from .helpers import TASK, reading
@@ -151,7 +151,8 @@ def test_softmax_attention_is_not_judged(utilization: float) -> None:
 def test_the_first_of_several_layers_may_be_local() -> None:
     local = reading(0.15, 0.3, layer="mixer.0")
     first, config = Context(metrics=(0.2,), first_of_several=True), TASK
-    assert judge(local, first, config).condition == "healthy"  # type: ignore[union-attr]
+    assert judge(local, first, config).condition == "unknown", "nobody has seen that it is healthy"  # type: ignore[union-attr]
+    assert judge(reading(0.6, 0.9, layer="mixer.0"), first, config).condition == "healthy"  # type: ignore[union-attr]
     strict = config.model_copy(update={"spare_first_layer": False})
     assert judge(local, first, strict).condition == "collapsed"  # type: ignore[union-attr]
     full = reading(1.0, layer="mixer.0")
@@ -310,3 +311,45 @@ def test_a_layer_leaves_a_condition_on_another_line_than_it_enters(
 ) -> None:
     context = Context(previous=previous, metrics=metrics)  # type: ignore[arg-type]
     assert judge(reading(utilization, retention), context, TASK).condition == expected  # type: ignore[union-attr]
+
+
+def test_two_measurements_make_a_trend_and_one_does_not() -> None:
+    assert is_rising((0.1, 0.2), ALONE)
+    assert not is_rising((0.2,), ALONE)
+    assert task_improves((0.1, 0.6), TASK)
+    assert not task_improves((0.6,), TASK)
+
+
+@pytest.mark.parametrize(("attainable", "expected"), [(None, 0.75), (16.0, 0.75), (15.9, None)])
+def test_without_sizes_by_position_fullness_is_taken_where_the_geometry_caps_nothing(
+    attainable: float | None, expected: float | None
+) -> None:
+    one = Reading(step=0, layer="a", status="ok", length=64, state_capacity=16, effective_size=12.0)
+    assert full_state_utilization(one.model_copy(update={"attainable_size": attainable})) == expected
+
+
+@pytest.mark.parametrize(("utilization", "condition"), [(0.5, "saturated"), (0.499, "healthy")])
+def test_a_full_memory_stays_so_down_to_its_lower_line_included(utilization: float, condition: str) -> None:
+    config = DiagnosisConfig(metric="accuracy", metric_solved=0.95, saturated_recovers_below=0.5)
+    context = Context(previous="saturated", metrics=(0.5,) * 10)
+    verdict = judge(reading(utilization), context, config)
+    assert verdict is not None
+    assert verdict.condition == condition
+
+
+def test_a_healthy_layer_has_a_reason_too() -> None:
+    solved = judge(reading(0.2), plateau(0.97), TASK)
+    assert solved is not None
+    assert solved.reason == "utilisation 0.20, and the task is solved: accuracy reached 0.95"
+    usual = judge(reading(0.6), Context(), ALONE)
+    assert usual is not None
+    assert "0.60" in usual.reason
+
+
+def test_retention_is_named_as_too_low_only_where_it_decided() -> None:
+    by_use_alone, by_retention = (judge(reading(use, 0.5), plateau(0.3), TASK) for use in (0.1, 0.4))
+    assert by_use_alone is not None
+    assert by_retention is not None
+    assert "retention is 0.50" in by_use_alone.reason
+    assert "retention is 0.50, below" not in by_use_alone.reason
+    assert f"retention is 0.50, below {TASK.retention_below:g}" in by_retention.reason

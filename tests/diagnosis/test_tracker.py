@@ -79,7 +79,28 @@ def test_only_the_upper_layer_of_a_collapsed_run_is_reported() -> None:
     local = reading(0.16, 0.3, layer="mixer.0")
     run = Run(TASK).measure(local, COLLAPSED, accuracy=0.25, times=20)
     assert [finding.layer for finding in run.findings] == ["mixer.1"]
-    assert run.tracker.conditions == {"mixer.0": "healthy", "mixer.1": "collapsed"}
+    assert run.tracker.conditions == {"mixer.0": "unknown", "mixer.1": "collapsed"}
+
+
+HEALTHY = reading(0.6, 0.95)
+
+
+def test_a_first_layer_comes_and_goes_between_unknown_and_healthy_without_a_word() -> None:
+    low, used = reading(0.16, 0.3, layer="mixer.0"), reading(0.7, layer="mixer.0")
+    run = Run(TASK).measure(used, HEALTHY, accuracy=0.25, times=20)
+    assert run.condition("mixer.0") == "healthy"
+    run.measure(low, HEALTHY, accuracy=0.25, times=TASK.patience)
+    assert run.condition("mixer.0") == "unknown"
+    run.measure(used, HEALTHY, accuracy=0.25, times=TASK.patience)
+    assert run.condition("mixer.0") == "healthy"
+    assert run.findings == []
+
+
+def test_a_first_layer_that_was_full_and_uses_little_has_left_its_condition() -> None:
+    full, low = reading(1.0, layer="mixer.0"), reading(0.16, 0.3, layer="mixer.0")
+    run = Run(TASK).measure(full, HEALTHY, accuracy=0.25, times=40)
+    run.measure(low, HEALTHY, accuracy=0.25, times=10)
+    assert [(found.previous, found.condition) for found in run.findings][-1] == ("saturated", "unknown")
 
 
 def test_the_only_layer_of_a_model_is_not_spared() -> None:

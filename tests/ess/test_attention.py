@@ -189,7 +189,7 @@ def test_the_capacity_is_the_position_and_there_is_no_decay() -> None:
         ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(8, 7)}, "does not broadcast"),
         ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(1, 1, 1, 8, 8)}, "does not broadcast"),
         ((1, 4, 8, 3), (1, 4, 8, 3), {"mask": torch.ones(8, 8, dtype=torch.int)}, "pass bool"),
-        ((1, 4, 8, 3), (1, 4, 8, 3), {"softcap": 0.0}, "softcap=0.0 must be a positive number"),
+        ((1, 4, 8, 3), (1, 4, 8, 3), {"softcap": 0.0}, "softcap=0.0 must be a finite number above 0"),
         ((1, 4, 8, 3), (1, 4, 8, 3), {"sinks": torch.ones(4)}, "sinks has shape"),
         ((1, 4, 8, 3), (1, 4, 8, 3), {"sinks": torch.ones(1, 3, 1)}, "does not broadcast"),
     ],

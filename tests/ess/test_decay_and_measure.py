@@ -113,7 +113,7 @@ def test_measurements_that_require_gradients_have_none() -> None:
 
 def test_arguments_that_make_no_sense_are_refused() -> None:
     operator = _operator(torch.zeros(1, 1, 1, 1))
-    with pytest.raises(ConfigError, match="tau=-1"):
+    with pytest.raises(ConfigError, match="tolerance=-1"):
         measure(operator, [8], tolerance=-1)
     with pytest.raises(OperatorError, match="position 16"):
         measure(operator, [16])

@@ -76,3 +76,8 @@ def test_the_capacity_is_that_of_the_trivial_realisation() -> None:
 def test_matrices_that_are_no_operator_are_named(shape: tuple[int, ...], block_size: int, message: str) -> None:
     with pytest.raises(OperatorError, match=message):
         DenseOperator(torch.zeros(shape), block_size)
+
+
+def test_a_selection_keeps_the_blocks() -> None:
+    operator = DenseOperator(torch.randn(2, 2, 8, 8).tril(), block_size=2)
+    assert operator.select(samples=slice(0, 1), heads=(0,), length=4).block_size == 2

@@ -109,6 +109,13 @@ def test_measuring_reads_no_value_on_the_host(operator: Operator) -> None:
     assert measured.state_capacity.shape == (len(POSITIONS),)
 
 
+def test_capacities_are_floats_where_the_operator_is(operator: Operator) -> None:
+    elsewhere = operator.map(lambda tensor: tensor.to("meta"))
+    for one, device in ((operator, "cpu"), (elsewhere, "meta")):
+        capacity = one.state_capacity((1, 2))
+        assert (capacity.dtype, capacity.device.type, tuple(capacity.shape)) == (torch.float32, device, (2,))
+
+
 @pytest.mark.parametrize("positions", [(5,), POSITIONS])
 def test_inputs_are_left_as_they_were(operator: Operator, positions: Sequence[int]) -> None:
     before = [tensor.clone() for tensor in operator.tensors]

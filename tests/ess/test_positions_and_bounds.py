@@ -21,6 +21,13 @@ def test_a_number_of_positions_is_spread_evenly(length: int, count: int) -> None
     assert max(gaps) - min(gaps) <= 1
 
 
+@pytest.mark.parametrize("count", [9, 10])
+def test_as_many_positions_as_asked_for_up_to_all_but_one(count: int) -> None:
+    positions = operator_positions(12, count)
+    assert len(set(positions)) == count
+    assert set(positions) <= set(range(1, 12))
+
+
 def test_named_positions() -> None:
     assert operator_positions(9, "midpoint") == (4,)
     assert operator_positions(2, "midpoint") == (1,)
@@ -107,7 +114,7 @@ def test_a_nan_stays_with_its_own_operator() -> None:
 
 @pytest.mark.parametrize(
     ("positions", "columns", "message"),
-    [((4, 2), 2, "ascending"), ((2, 2), 2, "ascending"), ((2, 9), 2, r"1\.\.7"), ((2, 4), 3, "one entry per position")],
+    [((4, 2), 2, "ascending"), ((2, 2), 2, "ascending"), ((2, 9), 2, r"1\.\.7"), ((2, 4), 3, "one entry for each")],
 )
 def test_positions_that_do_not_fit_are_refused(positions: tuple[int, ...], columns: int, message: str) -> None:
     with pytest.raises(OperatorError, match=message):

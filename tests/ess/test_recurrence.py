@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess import DiagonalRecurrence, entropy_ess, linalg, tolerance_ess
+from ess_monitor.ess.recurrence import resets
 
 from . import reference
 
@@ -252,7 +253,7 @@ def test_tensors_that_are_not_floating_are_named() -> None:
     ones = torch.ones(1, 1, 4, 2)
     with pytest.raises(OperatorError, match=r"c has dtype torch\.int64"):
         DiagonalRecurrence(torch.zeros(1, 1, 1, 1), ones, ones.long())
-    with pytest.raises(OperatorError, match="log_decay is a float"):
+    with pytest.raises(OperatorError, match=r"log_decay is 0\.0; pass"):
         DiagonalRecurrence(0.0, ones, ones)  # type: ignore[arg-type]
 
 
@@ -276,3 +277,17 @@ def test_without_decay_packed_sequences_still_do_not_see_each_other() -> None:
     expected = torch.einsum("bhin,bhjn->bhij", c, b).tril()
     expected[:, :, 5:, :5] = 0
     torch.testing.assert_close(operator, expected)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_sequence_begins_where_nothing_is_kept_and_never_under_a_decay_that_is_the_same_everywhere(
+    length: int,
+) -> None:
+    fixed = torch.full((1, 2, 1, 4), -math.inf)
+    assert torch.equal(resets(fixed), torch.zeros(1, 2, 1, 1))
+    packed = torch.zeros(1, 1, length, 4)
+    packed[:, :, 1] = -math.inf
+    packed[:, :, -1, 0] = -math.inf  # one dimension alone begins nothing
+    expected = torch.zeros(1, 1, length, 1)
+    expected[:, :, 1] = -math.inf
+    assert torch.equal(resets(packed), expected)

@@ -57,6 +57,9 @@ def reading(layer: str = "blocks.0.mixer", step: int = 100, **fields: Any) -> Re
         "per_head": (3.0, 4.0, 4.0, 5.0),
         "heads": (0, 1, 2, 3),
         "per_position": (4.0, 4.0, 4.0),
+        "ranks": 2,
+        "utilization_min_ratio": 0.2,
+        "worst_rank": 1,
     }
     return Reading(step=step, layer=layer, **{**values, **fields})
 

@@ -106,7 +106,7 @@ def test_a_hub_starts_once() -> None:
 
 @pytest.mark.parametrize("argument", ["queue_length", "max_consecutive_errors"])
 def test_a_number_below_one_is_refused(argument: str) -> None:
-    with pytest.raises(ConfigError, match=f"{argument}=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=f"{argument}=0 must be a whole number from 1"):
         ExporterHub((), **{argument: 0})
 
 

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import ExporterHub, PrometheusConfig, PrometheusExporter
 from ess_monitor.ledger import Ledger
-from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, HistogramData, RunInfo, Snapshot
+from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, PARTS, HealthData, HistogramData, RunInfo, Snapshot
 
 from .helpers import ODD_LAYERS, PLAIN_LAYERS, RecordingExporter, action, free_port, reading, run_info, snapshot
 
@@ -201,6 +201,23 @@ def test_what_the_ledger_counts_is_scraped() -> None:
     assert _value(samples, "autopilot_enabled") == 1
 
 
+def test_what_has_failed_and_what_is_off_is_scraped() -> None:
+    health = HealthData(
+        part_failures_total={"capture": 7},
+        parts_off=("export",),
+        layers_off=(PLAIN_LAYERS[1], "not a layer of the run"),
+        exporters_off=("event_log",),
+    )
+    samples = _scrape(run_info(), snapshot(health=health, export_errors_total={"event_log": 5, "tensorboard": 0}))
+    assert {part: _value(samples, "part_failures_total", part=part) for part in PARTS} == {
+        part: 7 if part == "capture" else 0 for part in PARTS
+    }
+    assert [part for part in PARTS if not _value(samples, "part_enabled", part=part)] == ["export"]
+    assert _value(samples, "layers_enabled") == len(PLAIN_LAYERS) - 1
+    assert _value(samples, "exporter_enabled", exporter="event_log") == 0
+    assert _value(samples, "exporter_enabled", exporter="tensorboard") == 1
+
+
 def test_what_is_not_known_is_left_out_and_nothing_is_nan() -> None:
     bare = reading(effective_size=None, utilization_ratio=None, retention_ratio=None)
     broken = bare.model_copy(update={"state_capacity": math.nan})
@@ -229,12 +246,15 @@ def test_odd_layer_names_survive_as_they_are() -> None:
     assert found == {name or "root": float(k) for k, name in enumerate(ODD_LAYERS)}
 
 
-def test_a_layer_costs_nine_series_and_the_rest_stays_below_two_hundred() -> None:
+@pytest.mark.parametrize(("fields", "cost"), [({}, 11), ({"utilization_min_ratio": None, "worst_rank": None}, 9)])
+def test_a_layer_costs_nine_series_two_more_with_several_ranks_and_the_rest_stays_below_two_hundred(
+    fields: dict[str, None], cost: int
+) -> None:
     def series(count: int) -> int:
         layers = tuple(f"blocks.{k}" for k in range(count))
-        return len(_scrape(run_info(layers), snapshot(readings={name: reading(name) for name in layers})))
+        return len(_scrape(run_info(layers), snapshot(readings={name: reading(name, **fields) for name in layers})))
 
-    assert series(11) - series(10) == 9, "interventions are counted by kind, never by layer"
+    assert series(11) - series(10) == cost, "interventions are counted by kind, never by layer"
     assert series(0) < 200
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -214,6 +215,7 @@ def watch(
     edit: Edit | None = None,
     meanwhile: Callable[[int, Monitor], None] | None = None,
     build: Callable[[], nn.Module] = backbone,
+    steps: int = STEPS,
     data: Iterable[torch.Tensor] | None = None,
     bare_data: Iterable[torch.Tensor] | None = None,
     make_optimizer: Any = torch.optim.AdamW,
@@ -227,11 +229,13 @@ def watch(
         edit: a fault of the training itself.
         meanwhile: `(step, monitor)`, called after each step of the training that is watched.
         build: makes the model, always the same.
+        steps: of both trainings, where no data are given.
         data: a batch a step.
         bare_data: the same for the training that is not watched, where it has to be loaded in another way.
         make_optimizer: of both trainings.
         options: further arguments of `Monitor`.
     """
+    data = batches(steps) if data is None else data
     bare = data if bare_data is None else bare_data
     expected = train(build(), bare, edit=edit, make_optimizer=make_optimizer)
     model, sink = build(), Collecting()
@@ -250,3 +254,11 @@ def watch(
 def hooks_of(model: nn.Module) -> int:
     """Forward hooks anywhere in the model."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def no_thread_stays(before: list[threading.Thread]) -> bool:
+    """Whether every thread that was not there before ends by itself, within seconds."""
+    later = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in later:
+        thread.join(10.0)
+    return not any(thread.is_alive() for thread in later)

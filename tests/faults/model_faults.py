@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
+from ess_monitor import Monitor
+from ess_monitor.capture import Layer, Sampler
 from ess_monitor.ess import DiagonalRecurrence
 from tests.faults.harness import Injection, Outcome, backbone, case, watch
+
+
+def _wait(step: int, monitor: Monitor) -> None:
+    """For the worker, so that each sample is judged before the next one is armed but one."""
+    monitor.flush(30.0)
 
 
 @case("NaN is written into a weight of the second layer at step 5")
@@ -71,18 +79,49 @@ def _poisoned_activations(value: float) -> Outcome:
 
 
 @case("reading the layers' calls raises, at every sample")
-def layer_raises_in_capture(injection: Injection) -> Outcome:
+def layers_raise_in_capture(injection: Injection) -> Outcome:
     def explode(*args: object, **kwargs: object) -> None:
         raise RuntimeError("injected")
 
     injection.patch.setattr(DiagonalRecurrence, "select", explode)
-    run = watch()
+    run = watch(meanwhile=_wait, steps=14)
+    counts, health = run.snapshot.measurements_total, run.snapshot.health
     return Outcome(
         run.unchanged,
         {
-            "status failed": set(run.statuses) == {"failed"},
-            "failed measurements": run.snapshot.measurements_total["failed"] == len(run.sink.measurements) > 0,
-            "log": injection.said("capture failed (layer blocks.0.mixer: RuntimeError: injected)") == 1,
+            "status failed, why": set(run.statuses) == {"failed"}
+            and all("RuntimeError: injected" in r.message for m in run.sink.measurements for r in m.readings),
+            "five failed, then skipped": (counts["failed"], counts["ok"]) == (5, 0) and counts["skipped"] >= 1,
+            "part_failures_total": health.part_failures_total["capture"] == 10,
+            "layers_off": len(health.layers_off) == 2,
+            "log, once": injection.said("capture failed (layer blocks.0.mixer: RuntimeError: injected)") == 1
+            and injection.said("Attach a new monitor to turn it on again") == 1,
+        },
+    )
+
+
+@case("reading one layer's calls raises, at every sample")
+def one_layer_raises_in_capture(injection: Injection) -> Outcome:
+    original = Sampler._take
+
+    def take(self: Sampler, layer: Layer, call: Any) -> Any:
+        if layer.name == "blocks.1.mixer":
+            raise RuntimeError("injected")
+        return original(self, layer, call)
+
+    injection.patch.setattr(Sampler, "_take", take)
+    run = watch(meanwhile=_wait, steps=16)
+    of_it = [r for m in run.sink.measurements for r in m.readings if r.layer == "blocks.1.mixer"]
+    health = run.snapshot.health
+    return Outcome(
+        run.unchanged,
+        {
+            "five readings failed": [r.status for r in of_it] == ["failed"] * 5,
+            "the fifth says how to go on": "attach a new monitor to turn it on again" in of_it[-1].message,
+            "layers_off": health.layers_off == ("blocks.1.mixer",) and health.parts_off == (),
+            "log, once": injection.said("layer blocks.1.mixer failed in 5 samples in a row and is off") == 1,
+            "the other goes on": [r.status for m in run.sink.measurements for r in m.readings if r not in of_it]
+            == ["ok"] * 8,
         },
     )
 

@@ -1,15 +1,35 @@
-"""Processes that are killed and resumed."""
+"""Processes that are killed and resumed, and processes that load data."""
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch.utils.data import DataLoader
+
+from ess_monitor import Monitor
 from ess_monitor.exporters import read_event_log
-from tests.faults.harness import Injection, Outcome, backbone, batches, case, state_bytes, train
+from tests.faults.harness import (
+    STEPS,
+    Injection,
+    Outcome,
+    backbone,
+    batches,
+    case,
+    no_thread_stays,
+    state_bytes,
+    train,
+    watch,
+)
 from tests.faults.victim import LAST, TOTAL, resumable
 
 ROOT = Path(__file__).parents[2]
@@ -25,12 +45,21 @@ def terminated_and_resumed(injection: Injection) -> Outcome:
     return _ended_by(signal.SIGTERM, injection)
 
 
+@case("the process gets SIGINT (Ctrl-C) at a random moment and is resumed from its last checkpoint")
+def interrupted_and_resumed(injection: Injection) -> Outcome:
+    return _ended_by(signal.SIGINT, injection)
+
+
 def _ended_by(number: signal.Signals, injection: Injection) -> Outcome:
     command = [sys.executable, "-m", "tests.faults.victim", str(injection.folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    if number == signal.SIGINT:
+        pipes["stderr"] = subprocess.DEVNULL  # Python's traceback of it
     with subprocess.Popen(command, **pipes) as victim:  # type: ignore[call-overload]
-        for _ in range(random.SystemRandom().randint(1, LAST)):
+        dice = random.SystemRandom()
+        for _ in range(dice.randint(1, LAST)):
             victim.stdout.readline()
+        time.sleep(dice.uniform(0, 0.01))  # anywhere in a step
         victim.send_signal(number)
         victim.wait()
     model = resumable(injection.folder, TOTAL)
@@ -42,13 +71,79 @@ def _ended_by(number: signal.Signals, injection: Injection) -> Outcome:
             steps.append(event.data.step)
         if event.event == "run_finished":
             ends.append(event.data.status)
-    clean = number == signal.SIGTERM
+    clean = number != signal.SIGKILL
     return Outcome(
         train(bare := backbone(), batches(TOTAL)).endswith(state_bytes(model)) and state_bytes(bare) != b"",
         {
-            "ended by the signal": victim.returncode == (143 if clean else -number),
+            "ended by the signal": victim.returncode == (143 if number == signal.SIGTERM else -number),
             "both parts in one log": kinds.count("run_started") == 2 and events.skipped_lines <= 1,
             "how each ended": ends == (["failed", "finished"] if clean else ["finished"]),
             "samples on schedule": set(range(LAST, TOTAL, 2)) <= set(steps) and all(step % 2 == 0 for step in steps),
+        },
+    )
+
+
+@case("batches come from a forked worker of a DataLoader while the monitor's threads run")
+def data_loader_forks(injection: Injection) -> Outcome:
+    return _loaded("fork")
+
+
+@case("batches come from a spawned worker of a DataLoader while the monitor's threads run")
+def data_loader_spawns(injection: Injection) -> Outcome:
+    return _loaded("spawn")
+
+
+class _Late:
+    """Starts the worker when the monitor already runs: with the second step."""
+
+    def __init__(self, data: list[torch.Tensor], context: str) -> None:
+        self._data, self._context = data, context
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield self._data[0]
+        yield from DataLoader(
+            self._data[1:],  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=1,
+            multiprocessing_context=self._context,
+        )
+
+
+def _loaded(context: str) -> Outcome:
+    data, before = batches(), threading.enumerate()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        run = watch(data=_Late(data, context), bare_data=data)
+    return Outcome(
+        run.unchanged,
+        {
+            "every sample ok": run.sink.steps == list(range(0, STEPS, 2)) and set(run.statuses) == {"ok"},
+            "no thread stays": no_thread_stays(before),
+        },
+    )
+
+
+@case("a process is forked while the monitor's threads hold their locks, and closes its copy of the monitor")
+def forked_child_closes(injection: Injection) -> Outcome:
+    ended: list[int] = []
+
+    def meanwhile(step: int, monitor: Monitor) -> None:
+        if step != 5:
+            return
+        with monitor._measuring._executor._wake, monitor._ledger._lock, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # ends a child that hangs
+                monitor.close("failed")
+                os._exit(0)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    run = watch(meanwhile=meanwhile)
+    return Outcome(
+        run.unchanged,
+        {
+            "the child ends": ended == [0],
+            "the parent goes on": run.sink.steps == list(range(0, STEPS, 2)) and run.sink.closed == ["finished"],
         },
     )

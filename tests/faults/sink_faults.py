@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import http.server
 import io
 import os
 import socket
+import struct
+import threading
 from typing import Any
 
 from ess_monitor import ExporterError, Monitor, MonitorConfig
@@ -15,12 +18,15 @@ from ess_monitor.exporters import (
     EventLogExporter,
     PrometheusConfig,
     PrometheusExporter,
+    PushgatewayConfig,
+    PushgatewayExporter,
     TensorBoardConfig,
     TensorBoardExporter,
     line_file,
     read_event_log,
 )
-from tests.faults.harness import SETTINGS, Injection, Outcome, backbone, case, hooks_of, train, watch
+from tests.exporters.scraping import ask
+from tests.faults.harness import SETTINGS, Injection, Outcome, backbone, case, hooks_of, no_thread_stays, train, watch
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -46,7 +52,8 @@ def disk_full(injection: Injection) -> Outcome:
         {
             "export errors": run.snapshot.export_errors_total == {"collecting": 0, "event_log": 6},
             "log": injection.said("exporter 'event_log' failed: OSError: [Errno 28] No space left on device") == 1,
-            "turned off, once": injection.said("exporter 'event_log' is turned off after 5 errors") == 1,
+            "turned off, once": injection.said("exporter 'event_log' is turned off after 5 errors") == 1
+            and run.snapshot.health.exporters_off == ("event_log",),
             "what was written can be read": [e.event for e in events] == ["run_started", "measurement"],
             "other sinks go on": run.sink.steps == [0, 2, 4, 6, 8, 10],
         },
@@ -145,3 +152,108 @@ def two_runs_one_log_folder(injection: Injection) -> Outcome:
             "TensorBoard has both": len(list((injection.folder / "same").glob("events.out.tfevents.*"))) >= 2,
         },
     )
+
+
+@case("peers send endless and senseless requests during the whole training")
+def endpoint_flooded(injection: Injection) -> Outcome:
+    exporter = PrometheusExporter(PrometheusConfig(port=0))
+    over = threading.Event()
+    flooding: list[threading.Thread] = []
+
+    def flood(sent: bytes) -> None:
+        port = int(str(exporter.url).rpartition(":")[2].partition("/")[0])
+        peers: list[socket.socket] = []
+        while not over.wait(0.05):
+            with contextlib.suppress(OSError):
+                peers.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+                peers[-1].sendall(sent)
+            if len(peers) > 20:
+                peers.pop(0).close()
+        for peer in peers:
+            peer.close()
+
+    def meanwhile(step: int, monitor: Monitor) -> None:
+        if step == 0:
+            for sent in (b"GET /metrics HTTP/1.1\r\nx: ", b"GET /metrics HTTP/1.1\r\n\r\n", b"\0" * 4096, b""):
+                flooding.append(threading.Thread(target=flood, args=(sent,)))
+                flooding[-1].start()
+        if step in (6, 11):
+            answers.append(ask(exporter.url))
+
+    answers: list[Any] = []
+    try:
+        run = watch(exporters=(exporter,), meanwhile=meanwhile)
+    finally:
+        over.set()
+        for thread in flooding:
+            thread.join()
+    return Outcome(
+        run.unchanged,
+        {
+            "scrapes are answered": [a.status for a in answers] == [200, 200],
+            "with the present step": [b"last_step" in a.body for a in answers] == [True, True],
+            "nothing else stops": run.sink.steps == [0, 2, 4, 6, 8, 10],
+        },
+    )
+
+
+@case("Prometheus asks once, hangs up in the middle of the answer to its second request, and never comes again")
+def prometheus_gone(injection: Injection) -> Outcome:
+    exporter = PrometheusExporter(PrometheusConfig(port=0))
+    answers: list[Any] = []
+    before = threading.enumerate()
+
+    def meanwhile(step: int, monitor: Monitor) -> None:
+        if step == 2:
+            answers.append(ask(exporter.url))
+        if step == 4:
+            host, _, port = str(exporter.url).removeprefix("http://").partition("/")[0].rpartition(":")
+            with socket.create_connection((host, int(port)), timeout=5) as peer:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+                peer.sendall(b"GET /metrics HTTP/1.1\r\nHost: it\r\n\r\n")
+                peer.recv(1)
+
+    run = watch(exporters=(exporter,), meanwhile=meanwhile)
+    return Outcome(
+        run.unchanged,
+        {
+            "the first scrape is answered": [answer.status for answer in answers] == [200],
+            "measuring goes on": run.sink.steps == [0, 2, 4, 6, 8, 10],
+            "no error, nothing waits": set(run.snapshot.export_errors_total.values()) == {0}
+            and set(run.snapshot.export_queue_length.values()) == {0},
+            "no thread stays": no_thread_stays(before),
+        },
+    )
+
+
+@case("the Pushgateway that answered at the start is gone at the end")
+def pushgateway_gone(injection: Injection) -> Outcome:
+    gateway = http.server.HTTPServer(("127.0.0.1", 0), _Ready)
+    serving = threading.Thread(target=gateway.serve_forever)
+    serving.start()
+    exporter = PushgatewayExporter(PushgatewayConfig(url=f"http://127.0.0.1:{gateway.server_port}", timeout_seconds=1))
+
+    def meanwhile(step: int, monitor: Monitor) -> None:
+        if step == 5:
+            gateway.shutdown()
+            gateway.server_close()
+
+    run = watch(exporters=(exporter,), meanwhile=meanwhile)
+    serving.join()
+    return Outcome(
+        run.unchanged,
+        {
+            "export errors": run.monitor.snapshot().export_errors_total["pushgateway"] == 1,
+            "log": injection.said("exporter 'pushgateway' did not close cleanly") == 1,
+            "measuring goes on": run.sink.steps == [0, 2, 4, 6, 8, 10],
+        },
+    )
+
+
+class _Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing of it."""

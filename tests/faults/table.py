@@ -5,10 +5,28 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults import loop_faults, model_faults, process_faults, sink_faults, worker_faults
+from tests.faults import (
+    action_faults,
+    callback_faults,
+    loop_faults,
+    model_faults,
+    process_faults,
+    sink_faults,
+    soak,
+    worker_faults,
+)
 from tests.faults.harness import CASES, Case, Outcome, injecting
 
-MODULES = (model_faults, worker_faults, sink_faults, loop_faults, process_faults)
+MODULES = (
+    model_faults,
+    worker_faults,
+    sink_faults,
+    action_faults,
+    loop_faults,
+    process_faults,
+    callback_faults,
+    soak,
+)
 """Importing them registers their cases."""
 
 
@@ -26,7 +44,10 @@ def main() -> int:
         table.add_column(column)
     broken = 0
     for case in CASES:
-        outcome, _ = run(case)
+        try:
+            outcome, _ = run(case)
+        except Exception as error:
+            outcome = Outcome(unchanged=False, seen={f"{type(error).__name__}: {error}": False})
         held = outcome.unchanged and all(outcome.seen.values())
         broken += not held
         seen = "\n".join(where if there else f"[red]missing: {where}" for where, there in outcome.seen.items())

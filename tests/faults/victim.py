@@ -56,4 +56,5 @@ def resumable(folder: Path, last: int, *, say: bool = False) -> torch.nn.Module:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background ignores it
     resumable(Path(sys.argv[1]), LAST, say=True)

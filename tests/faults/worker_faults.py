@@ -10,7 +10,20 @@ from typing import Any
 import torch
 
 import ess_monitor.measuring as measuring
-from tests.faults.harness import Injection, Outcome, case, watch
+from ess_monitor import Monitor, MonitorConfig, PartError
+from tests.faults.harness import (
+    SETTINGS,
+    Injection,
+    Outcome,
+    backbone,
+    batches,
+    case,
+    hooks_of,
+    loss_of,
+    state_bytes,
+    train,
+    watch,
+)
 
 
 @case("torch.linalg.svdvals raises LinAlgError at every sample, and so does its stand-in, eigvalsh")
@@ -33,16 +46,68 @@ def SVD_does_not_converge(injection: Injection) -> Outcome:
 def worker_out_of_memory(injection: Injection) -> Outcome:
     error = torch.OutOfMemoryError("out of memory, tried to allocate 2.00 GiB")
     injection.patch.setattr(torch.linalg, "svdvals", _raising(error))
-    run = watch(meanwhile=lambda step, monitor: _wait(monitor))
-    counts = run.snapshot.measurements_total
+    run = watch(meanwhile=lambda step, monitor: _wait(monitor), steps=32)
+    counts, health = run.snapshot.measurements_total, run.snapshot.health
     return Outcome(
         run.unchanged,
         {
             "status failed, why": set(run.statuses) == {"failed"}
             and all(str(error) in r.message for m in run.sink.measurements for r in m.readings),
-            "failed, then skipped": counts["failed"] == 3 and counts["skipped"] == 3,
-            "log": injection.said("measurement failed (layer blocks.0.mixer: OutOfMemoryError: out of memory") == 1,
-            "turned off, once": injection.said("measurement failed 5 times in a row and is off") == 1,
+            "three failed, ten skipped, tried again": counts == {"ok": 0, "skipped": 12, "failed": 4},
+            "part_failures_total": health.part_failures_total["measurement"] == 8,
+            "log, each step once": injection.said("no memory to measure a sample") == 3,
+            "nothing is turned off": health.layers_off == health.parts_off == (),
+        },
+    )
+
+
+@case("the worker has no memory for more than two samples of a batch")
+def worker_short_of_memory(injection: Injection) -> Outcome:
+    original = measuring.compute
+
+    def compute(captured: Any, *args: Any) -> Any:
+        if captured.operator.batch > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(captured, *args)
+
+    injection.patch.setattr(measuring, "compute", compute)
+    run = watch(meanwhile=lambda step, monitor: _wait(monitor))
+    operators = [r.operators for m in run.sink.measurements for r in m.readings if r.status == "ok"]
+    return Outcome(
+        run.unchanged,
+        {
+            "one failed, then a smaller slice": run.statuses == ["failed"] * 2 + ["ok"] * 10 and set(operators) == {2},
+            "log": injection.said("the next samples take half of the samples and heads") == 1,
+        },
+    )
+
+
+@case("the worker computes nothing but errors, and strict=True")
+def strict_raises(injection: Injection) -> Outcome:
+    injection.patch.setattr(measuring, "compute", _raising(ValueError("injected")))
+    raised: list[PartError] = []
+    data, expected = batches(), train(backbone())
+    model, losses = backbone(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    monitor = Monitor(model, MonitorConfig.load(environment=False, **SETTINGS, strict=True))
+    monitor.start()
+    for tokens in data:
+        loss = loss_of(model, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        try:
+            monitor.step({"loss": loss})
+            monitor.flush(30.0)
+        except PartError as error:  # a loop that lets it through ends here
+            raised.append(error)
+    monitor.close("failed")
+    return Outcome(
+        expected.endswith(state_bytes(model)) and not hooks_of(model),
+        {
+            "PartError at a step": bool(raised) and raised[0].part == "measurement",
+            "from its cause": isinstance(raised[0].__cause__, ValueError),
         },
     )
 

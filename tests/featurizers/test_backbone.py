@@ -86,7 +86,8 @@ def test_sizes_that_do_not_go_together_are_refused_when_it_is_built() -> None:
 
 @pytest.mark.parametrize("tokens", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3)])
 def test_tokens_of_the_wrong_shape_or_type_are_refused(tokens: torch.Tensor) -> None:
-    with pytest.raises(OperatorError, match=r"expected integers of shape \(batch, length\)"):
+    expected = r"expected integers \(torch.int64 or torch.int32\) of shape \(batch, length\)"
+    with pytest.raises(OperatorError, match=expected):
         Backbone(BackboneConfig(vocab_size=11))(tokens)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +15,24 @@ LONG = hypothesis.settings.get_current_profile_name() == "long"
 """`HYPOTHESIS_PROFILE=long`, which `make fuzz` sets."""
 
 
+RAN: Counter[str] = Counter()
+"""Inputs that each test was given in this process."""
+
+
+def _counted(test: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(test)
+    def counted(*args: Any, **kwargs: Any) -> None:
+        RAN[test.__name__] += 1
+        test(*args, **kwargs)
+
+    return counted
+
+
 def fuzz(usual: int, long: int) -> Callable[[Any], Any]:
     """Give the test `usual` inputs in the suite, and `long` in the long profile."""
 
     def decorate(test: Any) -> Any:
+        test.hypothesis.inner_test = _counted(test.hypothesis.inner_test)
         limit = pytest.mark.timeout(3600 if LONG else 120)  # a reader that hangs is found by the clock
         return limit(hypothesis.settings(max_examples=long if LONG else usual)(test))
 
@@ -46,7 +62,8 @@ ODD_TEXT = st.sampled_from(
     ]
 )
 NUMBERS = st.one_of(
-    st.sampled_from([0, 1, -1, 2**31, 2**63, 2**64, 10**5000, True]),
+    st.sampled_from([0, 1, -1, 2**31, 2**63, 2**64, True]),
+    st.sampled_from([5000]).map(lambda digits: 10**digits),  # too long to be written out, here as elsewhere
     st.sampled_from([0.0, -0.0, 1e-320, 1e308, float("inf"), float("-inf"), float("nan")]),
     st.integers(-(2**70), 2**70),
     st.floats(),

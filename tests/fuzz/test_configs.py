@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from ess_monitor import ConfigError, MonitorConfig
 from ess_monitor.yaml_file import MAX_BYTES, MAX_DEPTH
 
-from .inputs import fuzz, is_short, mutated
+from .inputs import SCALARS, damaged, fuzz, is_short, mutated, nested
 
 TEXT = b"""\
 every_n_steps: 50
@@ -36,6 +40,21 @@ PIECES = [
 ]  # fmt: skip
 
 
+def settings_of(model: type[BaseModel]) -> list[str]:
+    return list(model.model_fields)
+
+
+NAMES = st.one_of(
+    st.sampled_from([*settings_of(MonitorConfig), "kind", "mode", "samples", "url", "auth", "path", "include"]),
+    st.text(max_size=4),
+)
+WHOLE: dict[str, Any] = yaml.safe_load(TEXT)
+SETTINGS = st.one_of(
+    st.dictionaries(NAMES, nested(names=NAMES), max_size=4),
+    damaged(WHOLE, nested(names=NAMES)).filter(lambda value: isinstance(value, dict)),
+)
+
+
 def write(folder: Path, content: bytes) -> Path:
     path = folder / "ess.yaml"
     path.write_bytes(content)
@@ -47,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("configs")
 
 
-@fuzz(usual=400, long=12_000)
+@fuzz(usual=250, long=8000)
 @given(content=st.one_of(mutated(TEXT, PIECES), st.lists(st.sampled_from(PIECES), max_size=30).map(b"".join)))
 @example(TEXT)
 def test_a_file_is_a_configuration_or_a_config_error(folder: Path, content: bytes) -> None:
@@ -58,6 +77,45 @@ def test_a_file_is_a_configuration_or_a_config_error(folder: Path, content: byte
     else:
         assert repr(config)
         assert MonitorConfig.model_validate_json(config.model_dump_json()) == config or "nan" in repr(config)
+
+
+@fuzz(usual=250, long=8000)
+@given(values=SETTINGS)
+@example({"every_n_steps": 10**5000, "tolerance": -(10**5000)})
+@example({f"setting_{k}": k for k in range(1000)})
+def test_settings_are_a_configuration_or_a_config_error(values: dict[str, Any]) -> None:
+    try:
+        MonitorConfig.load(environment=False, **{k: v for k, v in values.items() if k not in ("path", "environment")})
+    except ConfigError as error:
+        is_short(str(error), 10_000)
+
+
+VARIABLES = st.one_of(
+    st.sampled_from([name.upper() for name in settings_of(MonitorConfig)]),
+    st.sampled_from(["CAPTURE__SAMPLES", "CAPTURE__SAMPLES__X", "LAYERS__INCLUDE", "EXPORTERS__0__KIND", "__", ""]),
+    st.text(st.characters(codec="ascii", exclude_characters="=\0"), max_size=6),
+)
+JSON = nested(SCALARS.filter(lambda value: not isinstance(value, bytes) and value != 10**5000), names=NAMES).map(
+    json.dumps
+)
+TEXTS = st.one_of(
+    JSON, st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12), st.just("[" * 5000)
+)
+
+
+@fuzz(usual=250, long=8000)
+@given(variables=st.dictionaries(VARIABLES, TEXTS, max_size=3))
+@example({"EVERY_N_STEPS": "9" * 5000})
+@example({"EXPORTERS": '[{"kind": "prometheus", "port": ' + "9" * 5000 + "}]"})
+@example({"EXPORTERS": '[{"kind": "prometheus", "port": NaN}]'})
+def test_variables_of_the_environment_are_a_configuration_or_a_config_error(variables: dict[str, str]) -> None:
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in variables.items():
+            environment.setenv(f"ESS_MONITOR_{name}", value)
+        try:
+            MonitorConfig.load()
+        except ConfigError as error:
+            is_short(str(error), 10_000)
 
 
 def laughs(levels: int) -> str:

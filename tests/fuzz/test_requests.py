@@ -45,7 +45,7 @@ def check(request: Request) -> None:
     assert "0123" not in repr(request)
 
 
-@fuzz(usual=1200, long=55_000)
+@fuzz(usual=1200, long=70_000)
 @given(REQUESTS)
 @example(SCRAPE)
 @example(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 2000 + b"\r\n")

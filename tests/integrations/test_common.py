@@ -11,21 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore
 
 from ess_monitor import CheckpointError, ConfigError
 from ess_monitor.featurizers import GLA
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.integrations.step_loss import StepLoss
+from ess_monitor.runtime import Agreement
 
 
 def facts(**changes: object) -> LoopFacts:
     given = {"rank": 0, "local_rank": 0, "world_size": 1, "strategy": "s", "precision": "32", "grad_scale": lambda: 1.0}
     return LoopFacts(**{**given, **changes})  # type: ignore[arg-type]
-
-
-class FakeAgreement:
-    """Stands for the exchange; a real one is used in test_ranks.py."""
 
 
 class Silent:
@@ -36,19 +34,26 @@ class Silent:
     def close(self, status) -> None: ...
 
 
+@pytest.mark.parametrize("ranks", [None, "all"])
 @pytest.mark.parametrize("mode", ["off", "advise", "auto"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_other_ranks_measure_only_when_the_autopilot_may_act_and_do_not_export(
-    mode: str, rank: int, monkeypatch: pytest.MonkeyPatch
+def test_other_ranks_take_part_when_they_are_asked_or_the_autopilot_may_act_and_do_not_export(
+    mode: str, rank: int, ranks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ess_monitor.integrations.common.Agreement", FakeAgreement)
-    ess = CallbackBase(autopilot=mode, exporters=[Silent(), "terminal"])
+    # Stands for the process group's store; real ones are used in test_ranks.py.
+    monkeypatch.setattr("ess_monitor.monitor.agreement_of_the_run", lambda *given: Agreement(HashStore(), rank, 2))
+    ess = CallbackBase(autopilot=mode, exporters=[Silent(), "terminal"], distributed={"ranks": ranks})
     ess._open(GLA(16, 2), facts(rank=rank, world_size=2), lambda: [Silent()])
-    assert (ess.monitor is not None) == (rank == 0 or mode == "auto")
+    assert (ess.monitor is not None) == (rank == 0 or mode == "auto" or ranks == "all")
     if ess.monitor is not None:
         assert len(ess.monitor.exporters) == (0 if rank else 3)
-        assert isinstance(ess.monitor._agreement, FakeAgreement) == (mode == "auto")
-    ess._close("finished")
+        ess._close("finished")
+
+
+@pytest.mark.parametrize("settings", [{"autopilot": "auto"}, {"distributed": {"ranks": 2}}])
+def test_ranks_that_have_no_process_group_to_agree_over_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError, match=r"2 ranks are to agree, but torch.distributed knows 1; call init_process_gr"):
+        CallbackBase(**settings)._open(GLA(16, 2), facts(world_size=2), tuple)
 
 
 @pytest.mark.parametrize(("ranks", "exporting"), [("zero", {0}), ("local_zero", {0, 2}), ("all", {0, 1, 2, 3})])

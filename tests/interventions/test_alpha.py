@@ -204,7 +204,7 @@ def test_a_buffer_has_no_moments_to_reset() -> None:
 @pytest.mark.parametrize("factor", [0.0, -2.0, math.inf, math.nan])
 def test_a_factor_that_is_no_positive_number_is_an_error_and_changes_nothing(layer: nn.Module, factor: float) -> None:
     before = bits(dict(layer.state_dict()))
-    with pytest.raises(ConfigError, match=r"factor: .* finite number above 0"):
+    with pytest.raises(ConfigError, match=r"factor=.* finite number above 0"):
         rescale_alpha(layer, factor)
     assert bits(dict(layer.state_dict())) == before
 
@@ -266,10 +266,10 @@ def test_advice_repeats_itself_and_leaves_the_random_numbers_alone() -> None:
         ({"state_sizes": (8, 8)}, "state_sizes: .* at least two in ascending order"),
         ({"state_sizes": (8, 4)}, "state_sizes: .* at least two in ascending order"),
         ({"factors": ()}, "factors: none given"),
-        ({"factors": (0.0,)}, "factor: 0.0 given"),
+        ({"factors": (0.0,)}, "factors=0.0 must be a finite number above 0"),
         ({"length": 15}, "length: 15 given; at least 16"),
-        ({"margin": 0.0}, "margin: 0.0 given"),
-        ({"margin": 1.5}, "margin: 1.5 given"),
+        ({"margin": 0.0}, "margin=0.0 must be a finite number above 0"),
+        ({"margin": 1.5}, "margin=1.5 must be a finite number above 0"),
     ],
 )
 def test_advice_on_impossible_questions_is_an_error(arguments: dict[str, Any], message: str) -> None:

@@ -133,7 +133,7 @@ def test_a_decay_that_needs_no_gradient_is_handed_back_as_it_is() -> None:
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4), (1, 2, 3, 4, 5)])
 def test_a_decay_of_another_shape_is_an_error_that_names_the_axes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"log_decay: shape .* \(batch, heads, length, state\)"):
+    with pytest.raises(ConfigError, match=r"log_decay has shape .* \(batch, heads, length, state\)"):
         identity_penalty(torch.zeros(shape))
 
 
@@ -211,7 +211,7 @@ def test_a_model_under_a_pull_can_be_pickled_and_the_copy_is_free_of_it() -> Non
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, math.nan, INF])
 def test_a_strength_that_is_no_positive_number_is_an_error(strength: float) -> None:
-    with pytest.raises(ConfigError, match=r"strength: .* above 0"):
+    with pytest.raises(ConfigError, match=r"strength=.* above 0"):
         pull_on(backbone("gla"), strength)
 
 

@@ -219,12 +219,10 @@ def average_gradients(model: nn.Module) -> None:
 def one_rank(rank: int, world: int, port: int, featurizer: str, folder: str) -> None:
     import os
 
-    from ess_monitor.runtime import Agreement
-
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    loop = Loop(config("auto"), featurizer, rank=rank, agreement=Agreement(timeout_seconds=30), world_size=world)
+    loop = Loop(config("auto"), featurizer, rank=rank)
     loop.run(20, average=average_gradients)
     actions = [(a.step, a.layer, a.action, a.strength, a.outcome) for a in loop.monitor.actions]
     readings = [r.effective_size for r in loop.monitor.readings]

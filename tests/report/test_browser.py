@@ -27,6 +27,7 @@ addEventListener("load", () => {
     focusable: focusable.length, reached: reached.length, dark: matchMedia("(prefers-color-scheme: dark)").matches,
     ground: getComputedStyle(document.body).backgroundColor, title: document.title,
     plots: [...document.querySelectorAll(".plot > svg")].map(plot => plot.getBoundingClientRect().width),
+    rows: [...document.querySelectorAll(".scroll tbody th")].filter(e => e.checkVisibility()).map(e => e.clientHeight),
     strips: [...document.querySelectorAll(".heat td svg")].map(strip => strip.getBoundingClientRect().width),
   });
 });
@@ -75,6 +76,7 @@ def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browser, page:
     assert probe["plots"]
     assert min(probe["plots"]) > 150, "a chart too narrow to read"
     assert min(probe["strips"]) > 0.6 * min(width, 1100), "the heat map has the most of the page"
+    assert max(probe["rows"], default=0) < 120, "a name in a table is not broken letter by letter"
     assert probe["dark"] == (theme == "dark")
     channels = [int(value) for value in re.findall(r"\d+", probe["ground"])]
     assert max(channels) < 60 if theme == "dark" else min(channels) > 200

@@ -124,6 +124,16 @@ def test_layers_that_were_not_judged_are_explained() -> None:
     assert "ValueError: odd shape" in _about(story, "Readings without a size: failed").advice[0]
 
 
+def test_a_first_layer_that_uses_little_is_neither_said_to_be_healthy_nor_to_be_young() -> None:
+    settings = {"spare_first_layer": True, "warmup_steps": 100}
+    after = measurement(100, conditions={FIRST: "unknown", LAYERS[1]: "healthy"})
+    (seen,) = _about(_story([after], info=run_info(diagnosis=settings)), "Layers that were not judged").seen
+    assert seen.startswith(f"{FIRST}: It uses little of its memory, which may be right in the first of several layers")
+    before = measurement(99, conditions=dict.fromkeys(LAYERS, "unknown"))
+    (seen,) = _about(_story([before], info=run_info(diagnosis=settings)), "Layers that were not judged").seen
+    assert "the warm-up was not over" in seen.lower()
+
+
 @pytest.mark.parametrize("status", ["nonfinite", "too_short", "timed_out", "dropped"])
 def test_readings_without_a_size_are_counted_and_explained(status: str) -> None:
     bad = tuple(reading(FIRST, 100, status=status) for _ in range(3))

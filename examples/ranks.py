@@ -1,0 +1,105 @@
+"""What the two programs for several processes share: options, the model's fingerprint on every rank, the summary."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ess_monitor import Monitor
+
+BATCH = 32
+"""Of all ranks together, so that any number of them trains on the same amount of data."""
+
+SETTINGS: dict[str, Any] = {
+    "every_n_steps": 50,
+    "overhead_budget_ratio": 0.05,
+    "diagnosis": {"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 300},
+    "autopilot": "auto",
+}
+"""As in `make demo`: judged after 300 steps, believed after five measurements that agree, acted upon."""
+
+
+def options(description: str | None, out: str) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps")
+    parser.add_argument(
+        "--settings", type=json.loads, default={}, metavar="JSON", help="of the monitor, over the usual"
+    )
+    parser.add_argument("--no-monitor", action="store_true", help="the same training without a monitor")
+    parser.add_argument("--die", metavar="RANK:STEP", default="", help="that rank kills itself at that step")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the event log")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    arguments = parser.parse_args()
+    arguments.settings = {**SETTINGS, **arguments.settings}
+    return arguments
+
+
+class Steps:
+    """Times the steps, and dies where it was told to."""
+
+    def __init__(self, die: str, rank: int) -> None:
+        doomed, _, at = die.partition(":")
+        self._last_step = int(at) if die and int(doomed) == rank else None
+        self._before: float | None = None
+        self.seconds: list[float] = []
+
+    def ended(self, step: int) -> None:
+        """An optimizer step ended."""
+        now = time.perf_counter()
+        if self._before is not None:
+            self.seconds.append(now - self._before)
+        self._before = now
+        if step == self._last_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of all parameters and buffers, whole: two ranks that print the same one hold the same model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        digest.update(name.encode() + whole.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def summarise(
+    arguments: argparse.Namespace, model: nn.Module, steps: Steps, accuracy: float, monitor: Monitor | None
+) -> int:
+    """Called by every rank; rank 0 prints. 1 when the ranks' models or actions differ."""
+    actions = []
+    if monitor is not None:
+        actions = [f"{a.step} {a.layer} {a.action} {a.strength or ''} {a.outcome}" for a in monitor.actions]
+    mine = {
+        "fingerprint": fingerprint(model),
+        "actions": actions,
+        "step_seconds": statistics.median(steps.seconds),
+        "overhead_ratio": None if monitor is None else monitor.overhead_ratio,
+        "measurements": {} if monitor is None else dict(monitor.snapshot().measurements_total),
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    equal = len({one["fingerprint"] for one in everyone}) == 1
+    alike = all(one["actions"] == actions for one in everyone)
+    if dist.get_rank() == 0:
+        for rank, one in enumerate(everyone):
+            share = "no monitor" if monitor is None else f"monitor {one['overhead_ratio']:.2%} of the time"
+            print(f"rank {rank}: model {one['fingerprint']}, median step {1e3 * one['step_seconds']:.1f} ms, {share}")
+        print("\n".join(["actions:", *(f"  step {action}" for action in actions or ["none"])]))
+        print(f"accuracy {accuracy:.3f}; models {'equal' if equal else 'DIFFER'}", end="")
+        print(f", actions {'alike' if alike else 'DIFFER'} on {len(everyone)} ranks", flush=True)
+        if arguments.json is not None:
+            summary = {"ranks": everyone, "accuracy": accuracy, "equal": equal, "alike": alike}
+            arguments.json.write_text(json.dumps(summary, indent=2) + "\n")
+    return int(not (equal and alike))

@@ -1,0 +1,81 @@
+"""Public names that are not called with wrong values, and why."""
+
+from __future__ import annotations
+
+_RESULT = "a result that the package makes and others read"
+_ERROR = "an exception; its text is whatever it is raised with"
+_TYPE = "a type or a constant, nothing that is called"
+_PROTOCOL = "a protocol: what others implement"
+_ADAPTER = "made by an adapter in this package, once a layer's code is read; `register_capture` is the checked way in"
+_WORKER = "made by the monitor's own worker, of values that were checked before"
+
+EXEMPT: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "ess_monitor.CaptureError",
+            "ess_monitor.CheckpointError",
+            "ess_monitor.ConfigError",
+            "ess_monitor.EssMonitorError",
+            "ess_monitor.ExporterError",
+            "ess_monitor.NoLayersError",
+            "ess_monitor.OperatorError",
+            "ess_monitor.PartError",
+        ),
+        _ERROR,
+    ),
+    **dict.fromkeys(
+        (
+            "ess_monitor.Description",
+            "ess_monitor.Profile",
+            "ess_monitor.capture.CaptureFailure",
+            "ess_monitor.capture.Captured",
+            "ess_monitor.capture.Layer",
+            "ess_monitor.diagnosis.Verdict",
+            "ess_monitor.ess.Bounds",
+            "ess_monitor.ess.Measured",
+            "ess_monitor.interventions.AlphaAdvice",
+            "ess_monitor.interventions.AlphaCopy",
+            "ess_monitor.report.RunStory",
+            "ess_monitor.runtime.Verdict",
+        ),
+        _RESULT,
+    ),
+    **dict.fromkeys(
+        (
+            "ess_monitor.ess.Aggregation",
+            "ess_monitor.exporters.Event",
+            "ess_monitor.exporters.ExporterConfig",
+            "ess_monitor.featurizers.FEATURIZERS",
+            "ess_monitor.tasks.IGNORED",
+        ),
+        _TYPE,
+    ),
+    **dict.fromkeys(
+        ("ess_monitor.exporters.Exporter", "ess_monitor.runtime.Lane", "ess_monitor.runtime.Streams"), _PROTOCOL
+    ),
+    **dict.fromkeys(
+        (
+            "ess_monitor.capture.AlphaHandle",
+            "ess_monitor.capture.CaptureSpec",
+            "ess_monitor.capture.DecayHandle",
+            "ess_monitor.capture.Transition",
+        ),
+        _ADAPTER,
+    ),
+    **dict.fromkeys(
+        (
+            "ess_monitor.runtime.Job",
+            "ess_monitor.runtime.Launched",
+            "ess_monitor.runtime.StreamLane",
+            "ess_monitor.runtime.Task",
+            "ess_monitor.runtime.TorchStreams",
+            "ess_monitor.runtime.described",
+            "ess_monitor.runtime.is_out_of_memory",
+            "ess_monitor.runtime.measuring_ranks",
+        ),
+        _WORKER,
+    ),
+    "ess_monitor.diagnosis.Context": "made by the tracker from what it has observed",
+    "ess_monitor.ess.Operator": "abstract; what every operator inherits is called as `Operator.<method>`",
+    "ess_monitor.runtime.Agreement": "needs the processes of a run; the monitor builds it from a checked configuration",
+}

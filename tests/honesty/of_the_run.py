@@ -1,0 +1,126 @@
+"""`ess_monitor.exporters`, `ess_monitor.alerts`, `ess_monitor.report`, `ess_monitor.integrations`."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ess_monitor import alerts, exporters, report
+from ess_monitor.exporters.events import RunStartedEvent, encode_event
+from ess_monitor.integrations.common import CallbackBase
+from ess_monitor.ledger import Ledger
+
+from .case import Case
+from .data import MEASUREMENT, RUN, STORY
+
+FOLDER = Path(tempfile.gettempdir()) / "ess-monitor-honesty"
+"""Not made: what is refused writes nothing, and the calls that succeed write below folders of their own."""
+
+
+def _configs() -> list[Any]:
+    return [exporters.LogConfig(), exporters.PrometheusConfig(port=0), exporters.EventLogConfig()]
+
+
+def _hub(**given: Any) -> None:
+    hub = exporters.ExporterHub(**given)
+    hub.start(RUN, Ledger(["a"], wall_clock=lambda: 0.0).snapshot)
+    hub.export(MEASUREMENT)
+    hub.close("finished")
+
+
+def _logged(**given: Any) -> None:
+    exporter = exporters.LogExporter(**given)
+    exporter.start(RUN, Ledger(["a"], wall_clock=lambda: 0.0).snapshot)
+    exporter.export(MEASUREMENT)
+
+
+def _printed(**given: Any) -> None:
+    exporter = exporters.TerminalExporter(**{"write": lambda text: None, **given})
+    exporter.start(RUN, Ledger(["a"], wall_clock=lambda: 0.0).snapshot)
+    exporter.export(MEASUREMENT)
+    exporter.export(MEASUREMENT)
+
+
+def _recorded(**given: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        config = given.pop("config", None)
+        if config is None or isinstance(config, exporters.EventLogConfig):
+            config = exporters.EventLogConfig(path=Path(folder, "events.jsonl"))
+        exporter = exporters.EventLogExporter(config, **given)
+        exporter.start(RUN, Ledger(["a"], wall_clock=lambda: 0.0).snapshot)
+        exporter.export(MEASUREMENT)
+        exporter.close("finished")
+
+
+def _told(path: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "events.jsonl")
+        log.write_bytes(encode_event(RunStartedEvent(timestamp_seconds=0.0, run="demo", data=RUN)))
+        return report.load_story(log if path == FOLDER else path)
+
+
+def _exported(**given: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = given.pop("directory", FOLDER)
+        return alerts.export(folder if directory == FOLDER else directory, **given)
+
+
+EXPORTERS: dict[str, Case] = {
+    "AuthConfig": Case(exporters.AuthConfig, lambda: {"secret_env": "ESS_SECRET"}),
+    "EventLogConfig": Case(exporters.EventLogConfig),
+    "EventLogExporter": Case(_recorded),
+    "EventReader": Case(exporters.EventReader, exempt={"paths": "checked by `read_event_log`, which makes readers"}),
+    "ExporterHub": Case(_hub),
+    "LogConfig": Case(exporters.LogConfig),
+    "LogExporter": Case(_logged),
+    "PrometheusConfig": Case(exporters.PrometheusConfig),
+    "PrometheusExporter": Case(exporters.PrometheusExporter),
+    "PushgatewayConfig": Case(exporters.PushgatewayConfig),
+    "PushgatewayExporter": Case(exporters.PushgatewayExporter),
+    "RunIdentity": Case(exporters.RunIdentity, lambda: {"run_id": "demo"}),
+    "TensorBoardConfig": Case(exporters.TensorBoardConfig),
+    "TensorBoardExporter": Case(exporters.TensorBoardExporter),
+    "TerminalConfig": Case(exporters.TerminalConfig),
+    "TerminalExporter": Case(_printed),
+    "TextfileConfig": Case(exporters.TextfileConfig),
+    "TextfileExporter": Case(exporters.TextfileExporter),
+    "build_exporter": Case(exporters.build_exporter, lambda: {"config": exporters.LogConfig()}),
+    "configs_of_rank": Case(exporters.configs_of_rank, lambda: {"configs": _configs(), "rank": 0, "local_rank": 0}),
+    "read_event_log": Case(lambda **given: exporters.read_event_log(**given), lambda: {"path": "events.jsonl"}),
+    "render_table": Case(exporters.render_table, lambda: {"measurement": MEASUREMENT, "layers": RUN.layers}),
+    "scalars": Case(exporters.scalars, lambda: {"measurement": MEASUREMENT}),
+}
+
+ALERTS: dict[str, Case] = {
+    "AlertsConfig": Case(alerts.AlertsConfig),
+    "export": Case(_exported, lambda: {"directory": FOLDER}),
+    "render": Case(alerts.render, lambda: {"config": alerts.AlertsConfig()}),
+    "rule_groups": Case(alerts.rule_groups, lambda: {"config": alerts.AlertsConfig()}),
+}
+
+REPORT: dict[str, Case] = {
+    "find_event_log": Case(report.find_event_log, lambda: {"path": Path(__file__)}, named={"path": "RUN_DIR"}),
+    "load_story": Case(_told, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
+    "render_comparison": Case(report.render_comparison, lambda: {"first": STORY, "second": STORY}),
+    "render_report": Case(report.render_report, lambda: {"story": STORY}),
+}
+
+
+def callback(module: str) -> Callable[..., CallbackBase]:
+    made: Callable[..., CallbackBase] = importlib.import_module(module).ESSMonitorCallback
+    return made
+
+
+INTEGRATIONS: dict[str, dict[str, Case]] = {
+    name: {
+        "ESSMonitorCallback": Case(
+            callback(f"ess_monitor.integrations.{name}"),
+            lambda: {"config": {"every_n_steps": 5}},
+            named={"config": "config|setting"},
+        )
+    }
+    for name in ("lightning", "transformers", "fabric", "accelerate")
+}
