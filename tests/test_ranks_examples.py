@@ -11,22 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.eager import EAGER_DIAGNOSIS
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EAGER = {
-    # Everything counts as collapsed, at once and for good: what is tested is the acting, not the diagnosis.
     "every_n_steps": 4,
     "overhead_budget_ratio": None,
     "capture": {"heads": None},
-    "diagnosis": {
-        "collapsed_below": 0.9,
-        "collapsed_recovers_above": 0.95,
-        "retention_below": 0.98,
-        "retention_recovers_above": 0.99,
-        "warmup_steps": 0,
-        "patience": 1,
-        "metric": "accuracy",
-        "metric_solved": 0.99,
-    },
+    "diagnosis": EAGER_DIAGNOSIS,
     "autopilot": {"mode": "auto", "lag_steps": 2, "cooldown_steps": 8},
 }
 

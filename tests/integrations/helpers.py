@@ -15,20 +15,11 @@ from torch import nn
 from ess_monitor import Measurement
 from ess_monitor.exporters import read_event_log
 from ess_monitor.featurizers import Backbone, BackboneConfig
+from tests.eager import EAGER_DIAGNOSIS
 
 EAGER = {
     "capture": {"heads": None},
-    "diagnosis": {
-        # Everything counts as collapsed, at once and for good: what is tested is the acting, not the diagnosis.
-        "collapsed_below": 0.9,
-        "collapsed_recovers_above": 0.95,
-        "retention_below": 0.98,
-        "retention_recovers_above": 0.99,
-        "warmup_steps": 0,
-        "patience": 1,
-        "metric": "accuracy",
-        "metric_solved": 0.99,
-    },
+    "diagnosis": EAGER_DIAGNOSIS,
     "autopilot": {"mode": "auto", "lag_steps": 2, "cooldown_steps": 6, "loss": "loss"},
     "every_n_steps": 4,
 }

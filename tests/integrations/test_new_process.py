@@ -9,20 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.eager import EAGER_DIAGNOSIS
+
 pytest.importorskip("pytorch_lightning")
 
 SETTINGS = {
     "capture": {"heads": None},
-    "diagnosis": {
-        "collapsed_below": 0.9,
-        "collapsed_recovers_above": 0.95,
-        "retention_below": 0.98,
-        "retention_recovers_above": 0.99,
-        "warmup_steps": 0,
-        "patience": 1,
-        "metric": "val_accuracy",
-        "metric_solved": 0.99,
-    },
+    "diagnosis": {**EAGER_DIAGNOSIS, "metric": "val_accuracy"},
     "autopilot": {"mode": "auto", "lag_steps": 2, "cooldown_steps": 6, "loss": "loss"},
 }
 

@@ -20,18 +20,7 @@ from ess_monitor.capture import Sampler
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.records import Measurement
 from ess_monitor.runtime import Agreement
-
-EAGER = {
-    # Everything counts as collapsed, at once and for good: what is tested is the acting, not the diagnosis.
-    "collapsed_below": 0.9,
-    "collapsed_recovers_above": 0.95,
-    "retention_below": 0.98,
-    "retention_recovers_above": 0.99,
-    "warmup_steps": 0,
-    "patience": 1,
-    "metric": "accuracy",
-    "metric_solved": 0.99,
-}
+from tests.eager import EAGER_DIAGNOSIS
 
 
 def config(mode: str = "auto", **settings: Any) -> MonitorConfig:
@@ -40,7 +29,7 @@ def config(mode: str = "auto", **settings: Any) -> MonitorConfig:
         every_n_steps=4,
         overhead_budget_ratio=None,
         capture={"heads": None},
-        diagnosis=EAGER,
+        diagnosis=EAGER_DIAGNOSIS,
         autopilot={"mode": mode, "lag_steps": 2, "cooldown_steps": 8},
         **settings,
     )
