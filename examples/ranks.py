@@ -30,13 +30,15 @@ SETTINGS: dict[str, Any] = {
 """As in `make demo`: judged after 300 steps, believed after five measurements that agree, acted upon."""
 
 
-def options(description: str | None, out: str) -> argparse.Namespace:
+def options(description: str | None, out: str, strategies: tuple[str, ...] = ()) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1200, help="optimizer steps")
     parser.add_argument(
         "--settings", type=json.loads, default={}, metavar="JSON", help="of the monitor, over the usual"
     )
+    if strategies:
+        parser.add_argument("--strategy", choices=strategies, default=strategies[0])
     parser.add_argument("--no-monitor", action="store_true", help="the same training without a monitor")
     parser.add_argument("--die", metavar="RANK:STEP", default="", help="that rank kills itself at that step")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of the event log")

@@ -1,6 +1,7 @@
-"""A collapse found and treated under Lightning's DDP: every rank measures its own data, all of them act alike.
+"""A collapse found and treated under Lightning on several ranks: each measures its own data, all of them act alike.
 
-    torchrun --nproc-per-node 2 examples/ranks_lightning.py [--steps 1200] [--no-monitor] [--die RANK:STEP]
+    torchrun --nproc-per-node 2 examples/ranks_lightning.py [--strategy ddp|fsdp2] [--steps 1200] [--no-monitor]
+                                                            [--die RANK:STEP]
 
 The run is that of `make demo` (see recall.py), its batch shared among the ranks. At the end each rank's model is
 fingerprinted: after the interventions they must still be the same. `--no-monitor` trains the same without, for
@@ -18,10 +19,23 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.strategies import ModelParallelStrategy
 from ranks import BATCH, Steps, options, summarise
 from recall import Recall, RecallModule
+from torch.distributed.fsdp import fully_shard
 
 from ess_monitor.integrations.lightning import ESSMonitorCallback
+
+
+class Sharded(RecallModule):
+    """The same module, each block sharded by `fully_shard`."""
+
+    def configure_model(self) -> None:
+        """Called by `ModelParallelStrategy` once the mesh is there."""
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
 
 class Watch(pl.Callback):
@@ -37,7 +51,7 @@ class Watch(pl.Callback):
 
 def main() -> int:
     """Train, and compare the ranks."""
-    arguments = options(__doc__, "runs/ranks_lightning")
+    arguments = options(__doc__, "runs/ranks_lightning", strategies=("ddp", "fsdp2"))
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -51,10 +65,12 @@ def main() -> int:
             arguments.settings, table=False, exporters=[{"kind": "event_log", "path": str(events)}]
         )
         callbacks.append(ess)
+    sharded = arguments.strategy == "fsdp2"
+    strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1) if sharded else "ddp"
     trainer = pl.Trainer(
         max_steps=arguments.steps,
         accelerator="cpu",
-        strategy="ddp" if world > 1 else "auto",
+        strategy=strategy if world > 1 else "auto",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         num_nodes=world // int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         logger=False,
@@ -64,7 +80,7 @@ def main() -> int:
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    module = RecallModule(Recall(steps=arguments.steps * world, batch_size=BATCH // world))
+    module = (Sharded if sharded else RecallModule)(Recall(steps=arguments.steps * world, batch_size=BATCH // world))
     trainer.fit(module)
     if not dist.is_initialized():
         print("one process only; start it with: torchrun --nproc-per-node 2 " + sys.argv[0])

@@ -35,9 +35,14 @@ def torchrun(name: str, ranks: int, folder: Path, *more: str) -> subprocess.Comp
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("name", "ranks"), [("ranks_lightning.py", 2), ("ranks_fsdp2.py", 4)])
-def test_every_rank_holds_the_same_model_after_the_interventions(name: str, ranks: int, tmp_path: Path) -> None:
-    done = torchrun(name, ranks, tmp_path, "--json", str(tmp_path / "summary.json"))
+@pytest.mark.parametrize(
+    ("name", "ranks", "more"),
+    [("ranks_lightning.py", 2, []), ("ranks_lightning.py", 2, ["--strategy", "fsdp2"]), ("ranks_fsdp2.py", 4, [])],
+)
+def test_every_rank_holds_the_same_model_after_the_interventions(
+    name: str, ranks: int, more: list[str], tmp_path: Path
+) -> None:
+    done = torchrun(name, ranks, tmp_path, "--json", str(tmp_path / "summary.json"), *more)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["equal"], summary["alike"]) == (True, True)
