@@ -110,7 +110,7 @@ class Ballot:
             spread = {"ranks": int(count), "utilization_min_ratio": _value(least)}
             who = {"worst_rank": None if math.isnan(worst) else int(worst)}
             readings.append(base.model_copy(update={**changes, **spread, **who, "status": "ok", "message": ""}))
-        agreed = Evidence(evidence.step, tuple(readings), numbers, frozenset(broken), evidence.errors)
+        agreed = Evidence(evidence.step, tuple(readings), numbers, frozenset(broken))
         return agreed, int(values[0])
 
 

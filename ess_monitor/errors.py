@@ -64,3 +64,15 @@ def _part_error(part: str, text: str) -> PartError:
     error = PartError(part, "")
     error.args = (text,)
     return error
+
+
+def described(error: BaseException) -> str:
+    """Type and text of an error; an error whose text cannot be made must not become the next one.
+
+    >>> described(ValueError("no"))
+    'ValueError: no'
+    """
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

@@ -19,8 +19,6 @@ class Evidence:
     metrics: dict[str, float] = field(default_factory=dict)
     nonfinite: frozenset[str] = frozenset()
     """Metrics that were NaN or infinite."""
-    errors: tuple[str, ...] = ()
-    """What went wrong in the worker."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from ess_monitor.errors import PartError
+from ess_monitor.errors import PartError, described
 from ess_monitor.exporters import ExporterHub
 from ess_monitor.records import PARTS, HealthData, Part
 from ess_monitor.runtime import Breaker, Guard, Portion
@@ -70,7 +70,7 @@ class Health:
         for guard in self.guards.values():
             guard.raise_pending()
         for name, error in hub.take_errors().items():
-            raise PartError("export", f"exporter {name!r} failed: {type(error).__name__}: {error}") from error
+            raise PartError("export", f"exporter {name!r} failed: {described(error)}") from error
 
     def data(self, hub: ExporterHub) -> HealthData:
         """As it is shown in a snapshot."""

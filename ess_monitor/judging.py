@@ -12,7 +12,7 @@ from ess_monitor.exporters import ExporterHub
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.ledger import Ledger
-from ess_monitor.records import Action, Condition, Finding, Measurement, Outcome, Part, Phase, Reading
+from ess_monitor.records import MEASURED, Action, Condition, Finding, Measurement, Outcome, Part, Phase, Reading
 from ess_monitor.runtime import Cadence, Guard
 
 _KEPT = 1000
@@ -118,7 +118,7 @@ class Judge:
         self.readings.update({reading.layer: reading for reading in evidence.readings})
         self.findings = (*self.findings, *findings)[-_KEPT:]
         outcome: Outcome = "failed" if evidence.readings else "skipped"
-        if any(reading.status in ("ok", "nonfinite", "too_short") for reading in evidence.readings):
+        if any(reading.status in MEASURED for reading in evidence.readings):
             outcome = "ok"
         self._ledger.measured(outcome, evidence.readings, findings, self.conditions)
         return findings

@@ -13,11 +13,9 @@ from ess_monitor.evidence import Evidence
 from ess_monitor.health import Health
 from ess_monitor.ledger import Ledger
 from ess_monitor.readings import compute, lost_reading, positions_of
-from ess_monitor.records import Phase
+from ess_monitor.records import MEASURED, Phase
 from ess_monitor.runtime import Executor, Job, Lane, Task, is_out_of_memory
 from ess_monitor.samples import Metrics, Sample, read, split_metrics
-
-_MEASURED = ("ok", "nonfinite", "too_short")
 
 
 class Measuring:
@@ -122,7 +120,7 @@ class Measuring:
             if name in failed:
                 self._health.guards["measurement"].count(f"layer {name}: {failed[name]}", causes[name])
         lacking = {name for name, cause in causes.items() if is_out_of_memory(cause)}
-        measured = {r.layer for r in evidence.readings if r.status in _MEASURED}
+        measured = {r.layer for r in evidence.readings if r.status in MEASURED}
         if lacking:
             portion.lacked(sample.share)
         elif measured:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ess_monitor.capture import Captured, CaptureFailure
+from ess_monitor.errors import described
 from ess_monitor.evidence import Evidence
 from ess_monitor.readings import lost_reading, reading
 from ess_monitor.records import Reading
@@ -51,9 +52,8 @@ def split_metrics(metrics: Metrics) -> tuple[dict[str, float], dict[str, torch.T
 
 
 def read(job: Job[Sample], layers: tuple[str, ...], tolerance: float) -> Evidence:
-    """What a finished job says: readings in the order of `layers`, metrics, and the errors of tasks that failed."""
+    """What a finished job says: readings in the order of `layers`, and metrics."""
     sample, readings, metrics = job.tag, list(job.tag.lost), dict(job.tag.metrics)
-    errors = []
     for captured, positions, task in zip(sample.taken, sample.positions, job.tasks, strict=False):
         name = captured.layer.name
         if job.state == "abandoned":
@@ -65,8 +65,7 @@ def read(job: Job[Sample], layers: tuple[str, ...], tolerance: float) -> Evidenc
                 readings.append(reading(sample.step, captured, positions, tolerance, task.launched.results))
                 continue
             except Exception as problem:
-                error = f"{type(problem).__name__}: {problem}"
-        errors.append(f"layer {name}: {error}")
+                error = described(problem)
         readings.append(lost_reading(sample.step, name, "failed", error))
     for task in job.tasks[len(sample.taken) :]:
         if task.launched is not None and task.launched.done():
@@ -74,4 +73,4 @@ def read(job: Job[Sample], layers: tuple[str, ...], tolerance: float) -> Evidenc
     readings.sort(key=lambda r: layers.index(r.layer))
     broken = frozenset(name for name, value in metrics.items() if not math.isfinite(value))
     finite = {name: value for name, value in metrics.items() if name not in broken}
-    return Evidence(sample.step, tuple(readings), finite, broken, tuple(errors))
+    return Evidence(sample.step, tuple(readings), finite, broken)

@@ -23,6 +23,7 @@ from ess_monitor import checks
 from ess_monitor.capture.eager import EagerStance
 from ess_monitor.capture.layers import Layer
 from ess_monitor.capture.sites import Call, Watch
+from ess_monitor.errors import described
 from ess_monitor.ess import Operator
 
 logger = logging.getLogger("ess_monitor")
@@ -203,12 +204,8 @@ class Sampler:
 
 
 def _failure(layer: Layer, error: Exception) -> CaptureFailure:
-    try:
-        text = f"{type(error).__name__}: {error}"
-    except Exception:  # an error whose text cannot be made
-        text = type(error).__name__
     logger.debug("ess_monitor: layer %s could not be read", layer.name, exc_info=error)
-    return CaptureFailure(layer, text, error.with_traceback(None))
+    return CaptureFailure(layer, described(error), error.with_traceback(None))
 
 
 def _device_type(call: Call) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor import checks
-from ess_monitor.diagnosis.rules import Context, Verdict, attainable_utilization, judge
+from ess_monitor.diagnosis.rules import Context, Verdict, judge
 from ess_monitor.diagnosis.thresholds import DiagnosisConfig
 from ess_monitor.errors import CheckpointError
-from ess_monitor.records import Condition, Finding, Reading
+from ess_monitor.records import Condition, Finding, Reading, attainable_utilization
 
 STATE_VERSION = 1
 """Version of `Tracker.state_dict`; raised when its fields change."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from ess_monitor.errors import described
 from ess_monitor.exporters.base import Exporter
 from ess_monitor.records import Measurement, RunStatus
 
@@ -71,7 +72,7 @@ class Guard:
         self._consecutive += 1
         self._say_once(
             "error",
-            f"exporter {self.name!r} failed: {_describe(error)}. The training goes on; further errors are only counted "
+            f"exporter {self.name!r} failed: {described(error)}. The training goes on; further errors are only counted "
             f"(export_errors_total), and {self._max_consecutive_errors} in a row turn this exporter off.",
         )
         if self._consecutive >= self._max_consecutive_errors and not self._off:
@@ -79,7 +80,7 @@ class Guard:
             self._say_once(
                 "off",
                 f"exporter {self.name!r} is turned off after {self._consecutive} errors in a row, the last one "
-                f"{_describe(error)}. Its further measurements are dropped and counted (export_dropped_total). "
+                f"{described(error)}. Its further measurements are dropped and counted (export_dropped_total). "
                 f"{_BACK_ON}",
             )
 
@@ -114,7 +115,7 @@ class Guard:
             logger.warning(
                 "exporter %r did not close cleanly: %s. What it had not yet written may be lost.",
                 self.name,
-                _describe(error),
+                described(error),
             )
 
     def _say_once(self, topic: str, message: str) -> None:
@@ -123,10 +124,3 @@ class Guard:
                 return
             self._said.add(topic)
         logger.warning("%s", message)
-
-
-def _describe(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # an error whose own text cannot be made must not become the next error
-        return type(error).__name__

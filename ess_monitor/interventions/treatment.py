@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from ess_monitor.capture import Layer
+from ess_monitor.errors import described
 from ess_monitor.interventions.alpha import AlphaCopy, Optimizers, rescale_alpha, restore_alpha
 from ess_monitor.interventions.regulariser import IdentityPull
 from ess_monitor.records import Reading
@@ -118,7 +119,7 @@ class Treatment:
         if error is None:
             return ""
         self.lift()
-        return f"{type(error).__name__}: {error}"
+        return described(error)
 
     def lift(self) -> None:
         """Leave the forward pass; a rescaled alpha stays."""
@@ -151,7 +152,7 @@ class Treatment:
         self._pull.attach()
 
     def _pull_failed(self, error: Exception) -> None:
-        self._on_failure(f"the regulariser on {self.layer.name}: {type(error).__name__}: {error}", error)
+        self._on_failure(f"the regulariser on {self.layer.name}: {described(error)}", error)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""

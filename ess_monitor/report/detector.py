@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from ess_monitor.records import Condition, Finding, Measurement, Reading
+from ess_monitor.records import (
+    Condition,
+    Finding,
+    Measurement,
+    Reading,
+    attainable_utilization,
+    full_state_utilization,
+)
 from ess_monitor.report.facts import Facts
 from ess_monitor.report.parts import Table
 from ess_monitor.report.scales import number
@@ -38,30 +45,6 @@ def detector_table(story: RunStory) -> Table | None:
         ("layer", "judged", *(title for title, _ in sides), "raised", "cleared", "first finding"),
         tuple(_row(story, layer, [lies for _, lies in sides]) for layer in story.layers),
     )
-
-
-def attainable_utilization(reading: Reading) -> float | None:
-    """The share of what the sequence allows, which is what the diagnosis judges; None where it judges nothing."""
-    attainable = reading.attainable_size if reading.attainable_size is not None else reading.state_capacity
-    if reading.status != "ok" or reading.capacity_grows or reading.effective_size is None or not attainable:
-        return None
-    return reading.effective_size / attainable
-
-
-def full_state_utilization(reading: Reading) -> float | None:
-    """The share of the state at the positions where the sequence could fill it; None where it nowhere could."""
-    capacity = reading.state_capacity
-    if not capacity or reading.effective_size is None:
-        return None
-    if not reading.positions or len(reading.per_position) != len(reading.positions):
-        short = reading.attainable_size is not None and reading.attainable_size < capacity * (1 - 1e-6)
-        return None if short else reading.effective_size / capacity
-    sizes = [
-        size
-        for position, size in zip(reading.positions, reading.per_position, strict=True)
-        if min(position, reading.length - position) >= capacity
-    ]
-    return sum(sizes) / len(sizes) / capacity if sizes else None
 
 
 def _sides(story: RunStory) -> list[tuple[str, Callable[[Reading], bool]]]:

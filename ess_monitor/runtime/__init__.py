@@ -4,7 +4,7 @@ from ess_monitor.runtime.agreement import Agreement, DistributedConfig, Verdict,
 from ess_monitor.runtime.breaker import Breaker
 from ess_monitor.runtime.cadence import Cadence
 from ess_monitor.runtime.executor import Executor, Job, RuntimeConfig, Task
-from ess_monitor.runtime.guard import Guard, described
+from ess_monitor.runtime.guard import Guard
 from ess_monitor.runtime.lanes import HostLane, Lane, Launched, StreamLane, Streams, TorchStreams, lane_for
 from ess_monitor.runtime.portion import Portion, is_out_of_memory
 
@@ -26,7 +26,6 @@ __all__ = [
     "Task",
     "TorchStreams",
     "Verdict",
-    "described",
     "is_out_of_memory",
     "lane_for",
     "measuring_ranks",

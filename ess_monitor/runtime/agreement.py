@@ -24,7 +24,8 @@ from typing import Literal, TypeVar
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from ess_monitor.runtime.guard import described, logger
+from ess_monitor.errors import described
+from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.store import Store, store_of_the_run
 
 T = TypeVar("T")

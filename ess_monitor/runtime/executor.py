@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor import checks
-from ess_monitor.runtime.guard import described, logger
+from ess_monitor.errors import described
+from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.lanes import Lane, Launched
 
 Tag = TypeVar("Tag")

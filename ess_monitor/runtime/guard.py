@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from ess_monitor import checks
-from ess_monitor.errors import PartError
+from ess_monitor.errors import PartError, described
 
 logger = logging.getLogger("ess_monitor")
 
@@ -125,15 +125,3 @@ class Guard:
                 message,
             )
         return True
-
-
-def described(error: BaseException) -> str:
-    """Type and text of an error; an error whose text cannot be made must not become the next one.
-
-    >>> described(ValueError("no"))
-    'ValueError: no'
-    """
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
-        return type(error).__name__

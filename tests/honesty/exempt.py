@@ -69,7 +69,6 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.runtime.StreamLane",
             "ess_monitor.runtime.Task",
             "ess_monitor.runtime.TorchStreams",
-            "ess_monitor.runtime.described",
             "ess_monitor.runtime.is_out_of_memory",
             "ess_monitor.runtime.measuring_ranks",
         ),
