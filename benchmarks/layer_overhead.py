@@ -10,6 +10,12 @@ watched step is compared with the bare one beside it, on two clocks: the wall's,
 processor time, which does not count while others run. Given are the median over many pairs and its 95 % interval by
 order statistics (sign test), which asks nothing of the noise's shape; and the time inside `monitor.step` itself.
 
+A thousand such pairs still tell no less than some 0.4 %. So a second set of pairs makes what is looked for larger: a
+watched step calls `monitor.step` once behind each of the 24 layers, and a 24th of the difference is what one call
+adds, what it does to the training's caches included. Between two calls lies a millisecond of the model's work, so a
+call finds its own code and data in the caches more often than at the end of a step. Both are timed directly, and the
+difference of the two is added to the interval's upper end: "at most".
+
 A sample is taken every few steps of a second run, and the sampled step compared with those that are not.
 """
 
@@ -36,8 +42,8 @@ from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.records import PHASES
 
 LAYERS, LENGTH = 24, 64
-PAIRS = 1000
-"""Of a watched and a bare step."""
+PAIRS = 600
+"""Of a watched and a bare step, in each set."""
 SAMPLES, STEPS = 24, 6
 """Samples, and steps that are not sampled after each."""
 MAX_OVERHEAD = 0.002
@@ -55,9 +61,13 @@ class StandingBy:
     watched: list[Timing] = field(default_factory=list)
     bare: list[Timing] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)
-    """Seconds inside `monitor.step`."""
+    """Seconds inside one `monitor.step`."""
     hooks: int = 0
     """Forward hooks in the model between two samples."""
+
+    def differences(self, clock: int) -> list[float]:
+        """What the calls of one step add to it by each pair, in seconds of that clock."""
+        return [a[clock] - b[clock] for a, b in zip(self.watched, self.bare, strict=True)]
 
 
 @dataclass
@@ -101,21 +111,36 @@ class Training:
         self.model = build().train()
         self._batch = batch
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self._at_the_end = True
+        self._monitor: Monitor | None = None
+        self._calls: list[float] = []
         self.step(None)  # allocations and caches
 
+    def call_behind_every_layer(self) -> None:
+        """Instead of at the end of a step. Bare steps get the same hooks."""
+        layers = next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS)
+        for layer in layers:
+            layer.register_forward_hook(lambda *_: self._call({}))
+        self._at_the_end = False
+
+    def _call(self, metrics: dict[str, torch.Tensor]) -> None:
+        called = time.perf_counter()
+        if self._monitor is not None:
+            self._monitor.step(metrics, optimizer=self._optimizer)
+        self._calls.append(time.perf_counter() - called)
+
     def step(self, monitor: Monitor | None) -> tuple[Timing, float]:
-        """One step; its time, and the part of it inside `monitor.step`."""
+        """One step; its time, and that of its calls."""
+        self._monitor, self._calls = monitor, []
         tokens = torch.randint(1, 256, (self._batch, LENGTH))
         wall, cpu = time.perf_counter(), time.thread_time()
         loss = self.model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-        called = time.perf_counter()
-        if monitor is not None:
-            monitor.step({"loss": loss}, optimizer=self._optimizer)
-        end = time.perf_counter()
-        return (end - wall, time.thread_time() - cpu), end - called
+        if self._at_the_end:
+            self._call({"loss": loss})
+        return (time.perf_counter() - wall, time.thread_time() - cpu), sum(self._calls)
 
 
 @contextmanager
@@ -142,24 +167,26 @@ def measured_by(monitor: Monitor) -> None:
         raise RuntimeError(f"{len(readings)} of {LAYERS} layers were measured; {wrong[:1]}")
 
 
-def standing_by(build: Callable[[], nn.Module], batch: int, pairs: int = PAIRS) -> StandingBy:
-    """Steps with and without a monitor that takes no sample."""
+def standing_by(build: Callable[[], nn.Module], batch: int, *, calls: int = 1, pairs: int = PAIRS) -> StandingBy:
+    """Steps with and without a monitor that takes no sample, called once a step or as often as there are layers."""
     training, found = Training(build, batch), StandingBy()
     with Monitor(training.model, MonitorConfig(every_n_steps=10**6)) as monitor:
         training.step(monitor)
         measured_by(monitor)
+        if calls > 1:
+            training.call_behind_every_layer()
         with undisturbed():
             for pair in range(pairs):
                 for watched in (True, False) if pair % 2 else (False, True):
                     timing, call = training.step(monitor if watched else None)
                     (found.watched if watched else found.bare).append(timing)
                     if watched:
-                        found.calls.append(call)
+                        found.calls.append(call / calls)
                 if pair % 50 == 49:
                     gc.collect()
         if len(monitor.findings) or monitor.armed:
             raise RuntimeError("the monitor took a sample while it was to stand by")
-        found.hooks = hooks_of(training.model)
+        found.hooks = hooks_of(training.model) - (0 if calls == 1 else LAYERS)
     return found
 
 
@@ -192,22 +219,30 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[outer], ordered[n - 1 - outer]
 
 
-def unarmed_row(name: str, found: StandingBy) -> tuple[dict[str, Any], list[str]]:
+def unarmed_row(name: str, found: StandingBy, repeated: StandingBy) -> tuple[dict[str, Any], list[str]]:
     """What the monitor costs while nothing is sampled, and what is wrong with that."""
     step = statistics.median(wall for wall, _ in found.bare)
+    call, behind_a_layer = statistics.median(found.calls), statistics.median(repeated.calls)
     row: dict[str, Any] = {"model": name, "pairs": len(found.bare), "bare step, ms": 1e3 * step}
     failures = []
     for clock, label in enumerate(("wall", "processor")):
         usual = statistics.median(timing[clock] for timing in found.bare)
-        differences = [(a[clock] - b[clock]) / usual for a, b in zip(found.watched, found.bare, strict=True)]
-        median, low, high = median_and_interval(differences)
-        row[f"{label}, median"], row[f"{label}, 95 %"] = f"{median:+.3%}", f"{low:+.3%} to {high:+.3%}"
-        if low > MAX_OVERHEAD:
-            failures.append(f"{name}: an unsampled step costs {median:+.2%} ({label}), at least {low:+.2%}")
-    share = statistics.median(found.calls) / step
-    row |= {"monitor.step, us": 1e6 * share * step, "of a step": f"{share:.3%}", "hooks": found.hooks}
-    if share > MAX_OVERHEAD:
-        failures.append(f"{name}: monitor.step takes {share:.2%} of a step, target at most {MAX_OVERHEAD:.1%}")
+        for pairs, calls in ((found, 1), (repeated, LAYERS)):
+            shares = [difference / calls / usual for difference in pairs.differences(clock)]
+            median, low, high = median_and_interval(shares)
+            row[f"{label}, by {calls}"] = f"{median:+.3%} ({low:+.3%} to {high:+.3%})"
+            if low > MAX_OVERHEAD:
+                failures.append(f"{name}: an unsampled step costs {median:+.2%} ({label}), at least {low:+.2%}")
+        at_most = high + (call - behind_a_layer) / step  # by the many calls, which can tell
+        row[f"{label}, at most"] = f"{at_most:.3%}"
+        if at_most > MAX_OVERHEAD:
+            failures.append(f"{name}: an unsampled step costs up to {at_most:.2%} ({label}), not {MAX_OVERHEAD:.1%}")
+    row |= {
+        "call, us": 1e6 * call,
+        "of a step": f"{call / step:.3%}",
+        "behind a layer, us": 1e6 * behind_a_layer,
+        "hooks": found.hooks,
+    }
     if found.hooks:
         failures.append(f"{name}: {found.hooks} hooks are in the model although nothing is sampled")
     return row, failures
@@ -254,11 +289,18 @@ def quiet() -> Iterator[None]:
 def unarmed() -> Result:
     """Steps that are not sampled."""
     with quiet():
-        found = [unarmed_row(name, standing_by(*model)) for name, model in MODELS.items()]
+        found = [
+            unarmed_row(name, standing_by(*model), standing_by(*model, calls=LAYERS)) for name, model in MODELS.items()
+        ]
     return Result(
         f"A step that is not sampled, with a monitor and without; {_METHOD}",
         [row for row, _ in found],
-        ["wall, processor: paired differences; monitor.step is all of the monitor that runs in such a step"],
+        [
+            "wall, processor: what one call adds, median of the paired differences and its 95 % interval, as a share "
+            "of a bare step",
+            f"by 1: one call a step; by {LAYERS}: one behind every layer, and a {LAYERS}th of the difference",
+            "call: monitor.step at the end of a step, timed directly; all of the monitor that runs in such a step",
+        ],
         [failure for _, failures in found for failure in failures],
     )
 
