@@ -6,18 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from ess_monitor.diagnosis import DiagnosisConfig, rules
-from ess_monitor.records import Reading
+from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.report import load_story, render_report
-from ess_monitor.report.detector import (
-    attainable_utilization,
-    detector_facts,
-    detector_table,
-    full_state_utilization,
-)
+from ess_monitor.report.detector import detector_facts, detector_table
 from ess_monitor.report.quality import HELD_OUT, MEASURED_WITH, judged_as_measured
 from ess_monitor.report.story import RunStory
 
@@ -170,43 +162,3 @@ def test_the_name_of_the_task_metric_is_text(tmp_path: Path) -> None:
 
 def test_a_real_run_writes_its_settings_down(real_log: Path) -> None:
     assert load_story(real_log).info.diagnosis == DiagnosisConfig().model_dump()
-
-
-SIZES = st.floats(0.0, 64.0)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    length=st.integers(2, 128),
-    positions=st.lists(st.integers(1, 127), max_size=4),
-    capacity=st.none() | st.floats(0.0, 64.0),
-    attainable=st.none() | SIZES,
-    size=st.none() | SIZES,
-    sizes=st.lists(SIZES, max_size=4),
-    status=st.sampled_from(["ok", "nonfinite"]),
-    grows=st.booleans(),
-)
-def test_a_reading_lies_where_the_diagnosis_sees_it(
-    length: int,
-    positions: list[int],
-    capacity: float | None,
-    attainable: float | None,
-    size: float | None,
-    sizes: list[float],
-    status: Any,
-    grows: bool,
-) -> None:
-    one = Reading(
-        step=0,
-        layer="m",
-        status=status,
-        length=length,
-        positions=tuple(positions),
-        state_capacity=capacity,
-        attainable_size=attainable,
-        effective_size=size,
-        per_position=tuple(sizes),
-        capacity_grows=grows,
-    )
-    assert attainable_utilization(one) == rules.attainable_utilization(one)
-    assert full_state_utilization(one) == rules.full_state_utilization(one)
