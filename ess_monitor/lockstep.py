@@ -7,14 +7,14 @@ Where ranks measure together they agree at that step, and the interval to the ne
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ess_monitor.ballot import Ballot
 from ess_monitor.config import MonitorConfig
 from ess_monitor.evidence import Evidence
-from ess_monitor.records import Phase
+from ess_monitor.records import Part, Phase
 from ess_monitor.runtime import Agreement, Cadence, Guard
 
 
@@ -42,7 +42,7 @@ class Lockstep:
         layers: names of the measured layers.
         cadence: held from a sample to its judgement.
         source: what gives the evidence.
-        guard: around the wait for it.
+        guards: that of the worker is around the wait for it, that of the agreement counts the samples skipped.
         agreement: the exchange with the other ranks; None where this process decides alone.
         spent: told how long the exchange took.
     """
@@ -53,7 +53,7 @@ class Lockstep:
         layers: Sequence[str],
         cadence: Cadence,
         source: Source,
-        guard: Guard,
+        guards: Mapping[Part, Guard],
         agreement: Agreement | None,
         *,
         spent: Callable[[Phase, float], None],
@@ -62,7 +62,7 @@ class Lockstep:
         self._lag = config.autopilot.lag_steps
         self._cadence = cadence
         self._source = source
-        self._guard = guard
+        self._guards = guards
         self._agreement = agreement
         self._spent, self._clock = spent, clock
         metrics = [name for name in (config.autopilot.loss, config.diagnosis.metric) if name is not None]
@@ -123,6 +123,7 @@ class Lockstep:
             # Waiting for others is a cost of the monitor: the budget stretches the interval where ranks come apart.
             self._spent("measure", self._clock() - started)
             if verdict.values is None:
+                self._skipped(self._agreement, verdict.reason)
                 return Skipped(evidence.step, verdict.reason)
             evidence, interval = self._ballot.read(evidence, verdict.values)
             self._interval = interval
@@ -143,11 +144,21 @@ class Lockstep:
         self._judge_at = state["judge_at"]
         self._evidence = None if state["evidence"] is None else Evidence.from_state(state["evidence"])
 
+    def _skipped(self, agreement: Agreement, reason: str) -> None:
+        guard = self._guards["agreement"]
+        guard.count(f"a sample is skipped on all ranks: {reason}")
+        if agreement.off:
+            guard.turn_off(
+                f"rank {agreement.rank}: {agreement.reason}. The autopilot does not act any more, and readings are "
+                "those of this rank alone. Attach a new monitor on all ranks, or resume from a checkpoint, to turn it "
+                "on again."
+            )
+
     def _read(self) -> Evidence:
         """Wait for the sample under way. One that is lost becomes evidence without readings."""
         taken_at = max(0, (self._judge_at or 0) - self._lag)
         if self._agreement is None or self._agreement.measures:
-            with self._guard:
+            with self._guards["worker"]:
                 evidence = self._source.take()
                 while evidence is not None and evidence.step < taken_at:  # one that was given up, and came after all
                     evidence = self._source.take()

@@ -147,7 +147,7 @@ class Monitor:
                 self.layers,
                 self._cadence,
                 self._measuring,
-                self._guards["worker"],
+                self._guards,
                 agreement or agreement_of_the_run(self.config, world_size),
                 spent=self._judge.spent,
                 clock=clock,

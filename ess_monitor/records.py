@@ -29,8 +29,8 @@ RunStatus = Literal["starting", "running", "finished", "failed"]
 Phase = Literal["capture", "measure", "diagnose", "intervene", "export"]
 """What the monitor's own time went into."""
 
-Part = Literal["capture", "worker", "measurement", "diagnosis", "intervention", "export"]
-"""A part of the monitor that fails, and is turned off, by itself."""
+Part = Literal["capture", "worker", "measurement", "agreement", "diagnosis", "intervention", "export"]
+"""A part of the monitor that fails, and is turned off, by itself. agreement: between the ranks of a distributed run."""
 
 Outcome = Literal["ok", "skipped", "failed"]
 """How a sampled step ended: measured, not measured by choice (queue full, nothing captured,
@@ -58,7 +58,7 @@ ACTION_OUTCOMES: tuple[ActionOutcome, ...] = (
 CONDITIONS: tuple[Condition, ...] = ("unknown", "healthy", "saturated", "collapsed")
 RUN_STATUSES: tuple[RunStatus, ...] = ("starting", "running", "finished", "failed")
 PHASES: tuple[Phase, ...] = ("capture", "measure", "diagnose", "intervene", "export")
-PARTS: tuple[Part, ...] = ("capture", "worker", "measurement", "diagnosis", "intervention", "export")
+PARTS: tuple[Part, ...] = ("capture", "worker", "measurement", "agreement", "diagnosis", "intervention", "export")
 OUTCOMES: tuple[Outcome, ...] = ("ok", "skipped", "failed")
 MEASURED: tuple[Status, ...] = ("ok", "nonfinite", "too_short")
 """A reading with one of these was taken and computed, whatever came of it."""
@@ -275,7 +275,7 @@ class HealthData(Record):
     """What of the monitor itself has failed, and what has turned itself off because of it."""
 
     part_failures_total: dict[Part, int] = {}
-    """Failures of each part, those of single layers and of the worker included."""
+    """Failures of each part, those of single layers and of the worker included; skipped samples of the agreement."""
     parts_off: tuple[Part, ...] = ()
     """Parts that are off for the rest of the run, after failures in a row."""
     layers_off: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ess_monitor.capture import Layer, Sampler, TokenProbe
+from ess_monitor.capture import Layer, Sampler, TokenProbe, find_layers
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError
 from ess_monitor.health import Health
@@ -14,6 +14,7 @@ from ess_monitor.lockstep import Lockstep
 from ess_monitor.measuring import Measuring
 from ess_monitor.records import Phase
 from ess_monitor.runtime import Cadence
+from ess_monitor.runtime.guard import logger
 from ess_monitor.samples import Metrics
 
 _UNSEEN_STEPS = 3  # without a forward pass in training: up to here taken for an evaluation, then it is said
@@ -49,6 +50,9 @@ class Sampling:
         self._cadence, self._measuring, self._lockstep = cadence, measuring, lockstep
         self._spent, self._clock = spent, clock
         self._armed_at = self._unseen = 0
+        self._model, self._filter = model, config.layers
+        self._known = {id(layer.module) for layer in layers}
+        self._modules = _modules_of(model)
 
     @property
     def turn(self) -> int:
@@ -84,6 +88,7 @@ class Sampling:
             with self._guard.beginning():
                 self._armed_at = step
                 self._sampler.arm()
+                self._name_new_layers()
         self.armed = self._sampler.armed
         if self._exchanges:
             self.armed, self._armed_at = True, step
@@ -98,6 +103,21 @@ class Sampling:
                 self._send(metrics)
         if self._exchanges and self._lockstep is not None and not self._lockstep.waiting:
             self._taken()
+
+    def _name_new_layers(self) -> None:
+        """Say once which layers came into the model after the monitor: they are in no reading that could say so."""
+        modules = _modules_of(self._model)
+        if modules == self._modules:
+            return
+        self._modules = modules
+        new = [x for x in find_layers(self._model) if id(x.module) not in self._known and self._filter.matches(x.name)]
+        if new:
+            self._known |= {id(layer.module) for layer in new}
+            logger.warning(
+                "ess_monitor: layer %s came into the model after the monitor was attached, and is not measured. "
+                "Attach a new monitor to measure it.",
+                ", ".join(layer.name for layer in new),
+            )
 
     @property
     def _open(self) -> bool:
@@ -141,3 +161,7 @@ class Sampling:
                 self.disarm(metrics)
             if not known:
                 raise CaptureError("no module was called with integer tokens (batch, length) as its only tensor")
+
+
+def _modules_of(model: nn.Module) -> tuple[int, ...]:
+    return tuple(map(id, model.modules()))

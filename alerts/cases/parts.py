@@ -13,6 +13,7 @@ _LOST: Mapping[str, str] = {
     "capture": _NOTHING_COMES_IN,
     "worker": _NOTHING_COMES_IN,
     "measurement": _NOTHING_COMES_IN,
+    "agreement": "the ranks do not agree any more: each reads itself alone, and the autopilot does not act",
     "diagnosis": "layers are measured and no longer judged: conditions are the last known ones",
     "intervention": "the autopilot does nothing more: what it has attached stays as it is",
     "export": "the sinks get no more measurements; the endpoint goes on",

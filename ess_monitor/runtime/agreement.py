@@ -25,7 +25,6 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from ess_monitor.errors import described
-from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.store import Store, store_of_the_run
 
 T = TypeVar("T")
@@ -156,6 +155,11 @@ class Agreement:
         return bool(self._off)
 
     @property
+    def reason(self) -> str:
+        """Why it is off; empty while it is on."""
+        return self._off
+
+    @property
     def measures(self) -> bool:
         """True where this rank posts numbers."""
         return self.rank in self.measuring
@@ -175,7 +179,7 @@ class Agreement:
             # In a thread: a call of the store has no time limit of its own where the server's machine hangs.
             answer = _within(_HARD_SHARE * self.limit_seconds, lambda: self._settle(step, values, fold))
         except Exception as error:
-            self._turn_off(f"the run's store cannot be reached ({described(error)})")
+            self._off = f"the run's store cannot be reached ({described(error)})"
             self.skipped += 1
             return Verdict(None, self._off)
         if answer.startswith(_AGREED):
@@ -246,24 +250,9 @@ class Agreement:
     def _skip(self, reason: str) -> Verdict:
         self.skipped += 1
         self._in_a_row += 1
-        if self.skipped == 1:
-            logger.warning(
-                "ess_monitor: the ranks did not agree on a sample (%s); it is skipped on all of them, the training "
-                "goes on, further ones are counted",
-                reason,
-            )
         if self._in_a_row >= SKIPS_IN_A_ROW:
-            self._turn_off(f"{SKIPS_IN_A_ROW} samples in a row were skipped, the last because {reason}")
+            self._off = f"{SKIPS_IN_A_ROW} samples in a row were skipped, the last because {reason}"
         return Verdict(None, reason)
-
-    def _turn_off(self, reason: str) -> None:
-        self._off = f"the exchange between the ranks is off: {reason}"
-        logger.warning(
-            "ess_monitor: rank %d: %s. For the rest of this run the autopilot does not act, and readings are those "
-            "of this rank alone. Attach a new monitor on all ranks, or resume from a checkpoint, to turn it on again.",
-            self.rank,
-            self._off,
-        )
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

@@ -98,6 +98,16 @@ class Guard:
             self._pending = PartError(self.part, message)
             self._pending.__cause__ = cause
 
+    def turn_off(self, why: str) -> None:
+        """Turn the part off for the rest of the run, and say so once.
+
+        Args:
+            why: the reason, and how it is turned on again; sentences.
+        """
+        if not self._off:
+            self._off = True
+            logger.warning("ess_monitor: %s is off for the rest of this run: %s", self.part, why)
+
     def raise_pending(self) -> None:
         """Raise the first failure since the last call, if the guard is strict and there was one.
 
@@ -115,13 +125,9 @@ class Guard:
         message = described(error)
         self.count(message, error)
         self._in_a_row += 1
-        if self._in_a_row >= self.limit and not self._off:
-            self._off = True
-            logger.warning(
-                "ess_monitor: %s failed %d times in a row and is off for the rest of this run; "
-                "the last error was: %s. Attach a new monitor to turn it on again.",
-                self.part,
-                self.limit,
-                message,
+        if self._in_a_row >= self.limit:
+            self.turn_off(
+                f"it failed {self.limit} times in a row, the last error was: {message}. "
+                "Attach a new monitor to turn it on again."
             )
         return True

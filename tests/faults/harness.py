@@ -21,6 +21,8 @@ from ess_monitor.exporters import Exporter
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.records import RunInfo, RunStatus, Snapshot
 
+ROOT = Path(__file__).parents[2]
+"""Where a process of its own is started."""
 STEPS = 12
 SETTINGS: dict[str, Any] = {
     "every_n_steps": 2,

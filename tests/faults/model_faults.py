@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -11,7 +14,7 @@ from torch import nn
 from ess_monitor import Monitor
 from ess_monitor.capture import Layer, Sampler
 from ess_monitor.ess import DiagonalRecurrence
-from tests.faults.harness import Injection, Outcome, backbone, case, watch
+from tests.faults.harness import ROOT, Injection, Outcome, backbone, case, watch
 
 
 def _wait(step: int, monitor: Monitor) -> None:
@@ -179,3 +182,28 @@ def dtype_changed(injection: Injection) -> Outcome:
     # Without memory: moments in single precision would be a fault of the loop.
     run = watch(edit=edit, make_optimizer=torch.optim.SGD)
     return Outcome(run.unchanged, {"goes on, status ok": set(run.statuses) == {"ok"} and len(run.sink.steps) == 6})
+
+
+@case("the model moves to a second device (simulated) at step 5, and back at step 9")
+def device_changed(injection: Injection) -> Outcome:
+    # A process of its own: what torch is told of a device stays for good.
+    command = [sys.executable, "-m", "tests.faults.second_device"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    return Outcome(**json.loads(run.stdout))
+
+
+@case("a block is added to the model at step 5")
+def layer_added(injection: Injection) -> Outcome:
+    def edit(step: int, model: nn.Module) -> None:
+        if step == 5:
+            torch.manual_seed(5)
+            model.blocks.append(backbone().blocks[0])  # type: ignore[union-attr, operator]
+
+    run = watch(edit=edit)
+    return Outcome(
+        run.unchanged,
+        {
+            "the others go on, status ok": set(run.statuses) == {"ok"} and len(run.sink.steps) == 6,
+            "log, once": injection.said("layer blocks.2.mixer came into the model after the monitor was attached") == 1,
+        },
+    )

@@ -11,7 +11,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader
 from ess_monitor import Monitor
 from ess_monitor.exporters import read_event_log
 from tests.faults.harness import (
+    ROOT,
     STEPS,
     Injection,
     Outcome,
@@ -31,8 +31,6 @@ from tests.faults.harness import (
     watch,
 )
 from tests.faults.victim import LAST, TOTAL, resumable
-
-ROOT = Path(__file__).parents[2]
 
 
 @case("the process gets SIGKILL at a random step and is resumed from its last checkpoint")

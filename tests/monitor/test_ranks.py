@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from ess_monitor import ConfigError, Monitor, MonitorConfig
+from ess_monitor import ConfigError, Monitor, MonitorConfig, PartError
 from ess_monitor.capture import Sampler
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.records import Measurement
@@ -187,15 +187,32 @@ def test_a_late_rank_makes_all_skip_the_sample_and_all_stay_at_the_same_steps() 
     assert skipped.actions == ()
 
 
-def test_ranks_that_no_longer_agree_leave_the_model_alone_and_go_on_measuring() -> None:
+def test_ranks_that_no_longer_agree_leave_the_model_alone_and_go_on_measuring(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     rank = Rank(config(), 0, Agreement(dist.HashStore(), 0, 2, limit_seconds=0.02)).run(30)
     snapshot = rank.monitor.snapshot()
+    assert snapshot.health.parts_off == ("agreement",)
+    assert snapshot.health.part_failures_total["agreement"] == 3
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "agreement failed (a sample is skipped on all ranks: nothing came from rank 1 within 0.02 s" in said[0]
+    assert "agreement is off for the rest of this run: rank 0: 3 samples in a row were skipped" in said[1]
+    assert "Attach a new monitor on all ranks" in said[1]
     assert snapshot.measurements_total["skipped"] == 3
     assert snapshot.measurements_total["ok"] >= 3
     assert not snapshot.autopilot_enabled
     assert rank.monitor.actions == ()
     assert rank.monitor.readings[0].ranks == 1
     rank.monitor.close()
+
+
+def test_a_strict_monitor_raises_at_the_first_sample_that_the_ranks_do_not_agree_on() -> None:
+    rank = Rank(config(strict=True), 0, Agreement(dist.HashStore(), 0, 2, limit_seconds=0.02))
+    with pytest.raises(PartError, match=r"agreement.*nothing came from rank 1"):
+        rank.run(30)
+    assert rank.monitor.snapshot().last_step == 2, "the step at which the first sample is judged"
+    rank.monitor.close("failed")
 
 
 def test_the_interval_is_the_longest_that_a_rank_wants_until_they_agree_again() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import random
@@ -93,14 +92,12 @@ def test_whatever_the_delays_all_ranks_read_the_same_verdict(
     assert all(result == reached[0] for result in reached)
 
 
-def test_a_rank_that_comes_late_reads_that_the_others_went_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_that_comes_late_reads_that_the_others_went_on() -> None:
     store = dist.HashStore()
     early, late = Agreement(store, 0, 2, limit_seconds=0.1), Agreement(store, 1, 2, limit_seconds=PATIENT)
-    with caplog.at_level(logging.WARNING, "ess_monitor"):
-        first = early.exchange(7, [1.0], sums)
+    first = early.exchange(7, [1.0], sums)
     assert first.values is None
     assert first.reason == "nothing came from rank 1 within 0.1 s of rank 0"
-    assert "rank 1 within 0.1 s" in caplog.text
     assert late.exchange(7, [1.0], sums) == first
     assert not store.check(["7/1"]), "a late rank has nothing to add"
     again = in_threads([lambda: early.exchange(9, [1.0], sums), lambda: late.exchange(9, [2.0], sums)])
@@ -108,9 +105,7 @@ def test_a_rank_that_comes_late_reads_that_the_others_went_on(caplog: pytest.Log
     assert (early.skipped, late.skipped, early.off, late.off) == (1, 1, False, False)
 
 
-def test_after_skips_in_a_row_all_ranks_turn_the_exchange_off_and_nobody_waits_again(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_after_skips_in_a_row_all_ranks_turn_the_exchange_off_and_nobody_waits_again() -> None:
     store, sleeps = dist.HashStore(), []
 
     def sleep(seconds: float) -> None:
@@ -122,7 +117,7 @@ def test_after_skips_in_a_row_all_ranks_turn_the_exchange_off_and_nobody_waits_a
         assert not alone.off
         alone.exchange(step, [1.0], sums)
     assert alone.off
-    assert "Attach a new monitor on all ranks" in caplog.text
+    assert alone.reason.startswith(f"{SKIPS_IN_A_ROW} samples in a row were skipped, the last because nothing came")
     waited = len(sleeps)
     assert alone.exchange(99, [1.0], sums).values is None
     assert len(sleeps) == waited

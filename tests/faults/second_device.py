@@ -1,0 +1,181 @@
+"""A training that moves to a second device and back, on a machine that has none. A process of its own.
+
+    python -m tests.faults.second_device
+
+Prints the outcome as JSON. The device's tensors say that they are on `second:0`, and torch takes it for an accelerator;
+what is to be computed with them is computed on the CPU, by the same kernels, so that results can be compared bit by
+bit. As on a real device, tensors of both do not go together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from ess_monitor.runtime import HostLane, Launched
+from tests.faults.harness import Outcome, batches, watch
+
+SECOND = "second"
+AWAY, BACK = 5, 9
+"""Steps at which the model moves."""
+_COPIES = ("aten::copy_", "aten::_to_copy")
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on the second device, and the one on the CPU that it really is."""
+
+    host: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, host: torch.Tensor) -> Elsewhere:
+        made: Elsewhere = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            host.size(),
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=f"{SECOND}:0",
+        )
+        made.host = host
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["host"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Mapping[str, torch.Tensor], *_: Any) -> Elsewhere:
+        return Elsewhere(inner["host"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {})
+
+
+class SecondDevice(TorchDispatchMode):
+    """Inside the block, in this thread, the second device can be named."""
+
+    def __init__(self) -> None:
+        _register()
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, kwargs or {})
+
+
+class _Backend:
+    """What torch asks the module of a device."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        """It draws with the CPU's generator."""
+
+
+@cache
+def _register() -> None:
+    """Tell torch of the device; for the rest of the process."""
+    _setup_privateuseone_for_python_backend("second", backend_module=_Backend())
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    there = any(isinstance(tensor, Elsewhere) for tensor in tensors)
+    name = func._schema.name
+    if there and name not in _COPIES and any(not isinstance(t, Elsewhere) and t.dim() for t in tensors):
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+    if kwargs.get("device") is not None:
+        there = torch.device(kwargs["device"]).type == SECOND
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    elif name == "aten::copy_":
+        there = isinstance(args[0], Elsewhere)
+    host_args, host_kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.host, (args, kwargs))
+    result = func(*host_args, **host_kwargs)
+    if func._schema.is_mutable and isinstance(args[0], Elsewhere) and result is host_args[0]:
+        return args[0]
+    return tree_map_only(torch.Tensor, Elsewhere, result) if there else result
+
+
+class SecondLane:
+    """Runs at once what it is given, and brings its results to the host."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self._host = HostLane()
+
+    def ready(self) -> None:
+        """Copies are complete when they return."""
+
+    def launch(
+        self, ready: Any, inputs: Iterable[torch.Tensor], compute: Callable[[], dict[str, torch.Tensor]]
+    ) -> Launched:
+        """In the worker thread, which has to know the second device too."""
+        self.launches += 1
+        if not all(isinstance(tensor, Elsewhere) for tensor in inputs):
+            raise RuntimeError("the second device was given tensors of the first")
+
+        def on_second() -> dict[str, torch.Tensor]:
+            with SecondDevice():
+                return {name: tensor.to("cpu") for name, tensor in compute().items()}
+
+        return self._host.launch(ready, inputs, on_second)
+
+
+def moved() -> Outcome:
+    """A model that is on the second device for some steps."""
+    lanes = {"cpu": HostLane(), SECOND: SecondLane()}
+
+    def edit(step: int, model: nn.Module) -> None:
+        if step in (AWAY, BACK):
+            model.to(SECOND if step == AWAY else "cpu")
+
+    def data() -> Iterator[torch.Tensor]:
+        for step, tokens in enumerate(batches()):
+            yield tokens.to(SECOND if AWAY <= step < BACK else "cpu")
+
+    # Without memory: moments that stay behind would be a fault of the loop.
+    with SecondDevice():
+        run = watch(
+            edit=edit,
+            data=data(),
+            bare_data=data(),
+            make_optimizer=torch.optim.SGD,
+            lanes=lambda device: lanes[device.type],
+        )
+    return Outcome(
+        run.unchanged,
+        {
+            "goes on, status ok": set(run.statuses) == {"ok"} and run.sink.steps == [0, 2, 4, 6, 8, 10],
+            "samples 6 and 8, two layers and a loss each, on the second": lanes[SECOND].launches == 6,
+        },
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(asdict(moved())))
