@@ -1,4 +1,4 @@
-# make demo | observability | test | coverage | faults | fuzz | audit | check | bench | docs | clean
+# make demo | observability | test | coverage | mutation | faults | fuzz | audit | check | bench | docs | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="-k ess -x" is passed on to pytest.
 
 PYTHON ?= python3
@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEV := $(VENV)/.installed
 DOCS := $(VENV)/.installed-docs
 AUDIT := $(VENV)/audit/bin/pip-audit
+MUTMUT := $(VENV)/mutmut
 
 # Its layers are read in the tests. Without its CUDA extension, and without what only that extension needs.
 ifeq ($(shell uname),Linux)
@@ -16,7 +17,7 @@ MAMBA_SSM := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install --
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo observability test coverage faults fuzz audit check bench docs clean
+.PHONY: help demo observability test coverage mutation faults fuzz audit check bench docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -33,6 +34,10 @@ test: $(DEV)
 # Lines and branches; takes half as long again.
 coverage: $(DEV)
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+# A quarter of an hour. mutmut has a folder of its own, so that its dependencies are none of ours.
+mutation: $(DEV) $(MUTMUT)
+	PYTHONPATH=$(MUTMUT) $(BIN)/python .ci/mutation.py $(ARGS)
 
 faults: $(DEV)
 	$(BIN)/python -m tests.faults
@@ -74,6 +79,9 @@ $(DEV): pyproject.toml constraints.txt
 $(AUDIT):
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip --quiet --disable-pip-version-check install pip-audit==2.10.1
+
+$(MUTMUT):
+	$(PIP) install --target $@ mutmut==3.8.1
 
 $(DOCS): $(DEV)
 	$(PIP) install --constraint constraints.txt --editable '.[docs]'
