@@ -71,8 +71,8 @@ def _off(config: AlertsConfig) -> Alert:
     )
     of_a_part = (
         '{{ if eq . "diagnosis" }}layers are measured and no longer judged: conditions are the last known ones'
-        '{{ else if eq . "agreement" }}the ranks do not agree any more: each reads itself alone, and the autopilot does '
-        "not act"
+        '{{ else if eq . "agreement" }}the ranks do not agree any more: each reads itself alone, and the autopilot '
+        "does not act"
         '{{ else if eq . "intervention" }}the autopilot does nothing more: what it has attached stays as it is'
         '{{ else if eq . "export" }}the sinks get no more measurements; the endpoint goes on'
         "{{ else }}no more measurements come in: sizes and conditions are the last known ones{{ end }}"
