@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ess_monitor.capture.raised import when_raised
+
 
 class StepLoss:
-    """Listens to a model's training passes from its construction until `take`.
+    """Listens to a model's training passes from its construction until `take`, or until one of them raises.
 
     The Trainer of transformers takes the loss from the model's output, `output["loss"]` or `output[0]`, and hands it to
     no callback. What is kept here are the same tensors; nothing waits for the device.
@@ -30,6 +32,7 @@ class StepLoss:
         self._losses: list[torch.Tensor] = []
         self._shared_count = False
         self._handle = model.register_forward_hook(self._listen, with_kwargs=True)
+        self._forget = when_raised(model, self._leave)
 
     def take(self) -> torch.Tensor | None:
         """Stop listening. The loss of the step; None when the model did not return one.
@@ -37,11 +40,15 @@ class StepLoss:
         Micro-batches are averaged, unless the model was told how many tokens the whole step has: then each loss is a
         share, and the step's is their sum.
         """
-        self._handle.remove()
+        self._leave()
         if not self._losses:
             return None
         losses = torch.stack([loss.reshape(()) for loss in self._losses])
         return losses.sum() if self._shared_count else losses.mean()
+
+    def _leave(self) -> None:
+        self._handle.remove()
+        self._forget()
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):

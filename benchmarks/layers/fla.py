@@ -99,11 +99,11 @@ def both(
 
 
 CASES = (
-    *both("gla.GatedLinearAttention", num_heads=2, expand_k=1.0),
+    *both("gla.GatedLinearAttention", scaled=True, num_heads=2, expand_k=1.0),
     *both("gla.GatedLinearAttention", note="grouped k", pulled=False, num_heads=2, num_kv_heads=1, expand_k=1.0),
     *both("hgrn2.HGRN2Attention", expand_ratio=8),
     *both("hgrn2.HGRN2Attention", note="short convolution", pulled=False, expand_ratio=8, use_short_conv=True),
-    *both("simple_gla.SimpleGatedLinearAttention", num_heads=2),
+    *both("simple_gla.SimpleGatedLinearAttention", scaled=True, num_heads=2),
     *both("multiscale_retention.MultiScaleRetention", pulled=False, width=32, num_heads=2),
     *both("linear_attn.LinearAttention", pulled=False, num_heads=2),
     *both(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import torch
 
 _COMPILER = "torch._dynamo"
-"""Imported by the first torch.compile of a process, and slow to import: without it nothing is compiled."""
+"""Imported by the first torch.compile, or optimizer, of a process."""
+
+_HOLDERS: list[object] = []
+_HELD: list[Any] = []
+"""The stance before the first holder came, while there is one. Process-wide, as the stance itself is."""
+_LOCK = threading.Lock()
 
 
 class EagerStance:
@@ -16,21 +22,28 @@ class EagerStance:
 
     Compiled code stays as it is and is used again afterwards, without another compilation. What was compiled rounds
     differently from what was written: a sampled step of a compiled model can differ in the last bits.
+
+    Several may hold it and end in any order: the last one to end brings the stance before the first one back. Set
+    whether or not anything is compiled yet: a model that is compiled while a sample is armed is not traced with hooks.
     """
 
-    def __init__(self) -> None:
-        self._stance: Any = None
-
     def begin(self) -> None:
-        """Let compiled code stand aside, if there can be any. A second call does nothing."""
-        if self._stance is None and _COMPILER in sys.modules and hasattr(torch.compiler, "set_stance"):
-            self._stance = torch.compiler.set_stance("force_eager")
+        """Let compiled code stand aside. A second call does nothing."""
+        with _LOCK:
+            if any(other is self for other in _HOLDERS):
+                return
+            if not _HOLDERS:
+                _HELD.append(torch.compiler.set_stance("force_eager"))
+            _HOLDERS.append(self)
 
     def end(self) -> None:
-        """Back to the stance before. A second call does nothing."""
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        """Back to the stance before, when nobody else holds this one. A second call does nothing."""
+        with _LOCK:
+            if not any(other is self for other in _HOLDERS):
+                return
+            _HOLDERS[:] = [other for other in _HOLDERS if other is not self]
+            if not _HOLDERS:
+                _HELD.pop().__exit__(None, None, None)
 
 
 _SEEING = {"skip_nnmodule_hook_guards": False, "trace_autograd_ops": True}

@@ -63,23 +63,46 @@ class DecayHandle:
 
 @dataclass(frozen=True)
 class AlphaHandle:
-    """A parameter or buffer that scales the whole log-decay: log A = -rate(t) * (what the input decides)."""
+    """What scales the whole log-decay: log A = -rate(t) * (what the input decides), of a parameter or buffer t; or a
+    plain number that log A is divided by."""
 
     tensor: str
     """Its name below the layer."""
     sign: float = 1.0
     """+1: raising the tensor raises the decay rate (A_log). -1: it lowers the rate (log alpha)."""
-    form: Literal["exp", "softplus"] = "exp"
-    """What makes a rate of sign * t."""
+    form: Literal["exp", "softplus", "divisor"] = "exp"
+    """What makes a rate of sign * t. divisor: a number, an attribute of the layer, whose inverse is the rate."""
+
+    @property
+    def is_number(self) -> bool:
+        """True for an attribute that is no tensor: it is not trained, and in no state_dict."""
+        return self.form == "divisor"
 
     def of(self, layer: nn.Module) -> torch.Tensor:
-        """The tensor itself."""
+        """The tensor itself; of a number one that holds it, in float64 or int64."""
+        owner, name = self._place(layer)
+        found: torch.Tensor | float = getattr(owner, name)
+        if isinstance(found, torch.Tensor):
+            return found
+        return torch.tensor(found, dtype=torch.float64 if isinstance(found, float) else torch.int64)
+
+    def put(self, layer: nn.Module, value: torch.Tensor) -> None:
+        """Write the value in place."""
+        if self.is_number:
+            owner, name = self._place(layer)
+            setattr(owner, name, value.item())
+        else:
+            with torch.no_grad():
+                self.of(layer).copy_(value)
+
+    def _place(self, layer: nn.Module) -> tuple[nn.Module, str]:
         owner, _, name = self.tensor.rpartition(".")
-        found: torch.Tensor = getattr(layer.get_submodule(owner), name)
-        return found
+        return layer.get_submodule(owner), name
 
     def divided(self, tensor: torch.Tensor, factor: float) -> torch.Tensor:
         """What the tensor has to be for a rate that is smaller by `factor`."""
+        if self.form == "divisor":
+            return tensor.double() * factor
         if self.form == "exp":
             return tensor - self.sign * math.log(factor)
         rate = nn.functional.softplus(self.sign * tensor.double()) / factor

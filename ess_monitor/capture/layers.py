@@ -111,12 +111,18 @@ def _owner(name: str) -> str | None:
     return name.rpartition(".")[0] if name else None
 
 
+def _is_below(name: str, prefixes: list[str]) -> bool:
+    return any(name.startswith(prefix + ".") or prefix == "" for prefix in prefixes)
+
+
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | None]]:
     """Every outermost module that can be read, and every innermost one that only looks like a mixer, in model order.
 
-    A convolution is a part of the mixer that holds it, not one beside it.
+    What can be read inside of a module whose own code calls an op is one of its own: the op is not what it does. A
+    convolution is a part of the mixer that holds it, not one beside it.
     """
     inside: list[str] = []
+    around: list[str] = []
     modules = list(model.named_modules())
     lookalikes = {name for name, module in modules if _looks_like_mixer(module)}
     specs = {name: spec for name, module in modules if (spec := find_spec(module)) is not None}
@@ -127,12 +133,13 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | None
     lookalikes -= parts
     readable = specs.keys() - parts
     for name, module in modules:
-        if any(name.startswith(prefix + ".") or prefix == "" for prefix in inside):
+        if _is_below(name, inside):
             continue
-        if name in readable:
-            inside.append(name)
+        part = _is_below(name, around)
+        if name in readable and not (part and isinstance(module, nn.Conv1d)):
+            (around if specs[name].site.ops else inside).append(name)
             yield name, module, specs[name]
-        elif name in lookalikes:
+        elif name in lookalikes and not part:
             below = name + "." if name else ""
             nested = (other for other in lookalikes | readable if other != name and other.startswith(below))
             if not any(nested):
@@ -189,3 +196,14 @@ def skipped_of_libraries(model: nn.Module) -> tuple[str, ...]:
     """Why mixers of libraries that are known are skipped, once a class: a new version may have moved a name."""
     skipped = ((name, module) for name, module, spec in _walk(model) if spec is None and library_of(module) is not None)
     return tuple({type(module): f"{clean_name(name)}: {_why_skipped(module)}" for name, module in skipped}.values())
+
+
+def all_moved(model: nn.Module) -> bool:
+    """Whether the model has mixers, all of libraries that are known, and none calls an op of a name that is known.
+
+    What is refused for a reason of its own is not meant: no version of its library could be read.
+    """
+    mixers = [(module, spec) for _, module, spec in _walk(model)]
+    return bool(mixers) and all(
+        spec is None and library_of(module) is not None and why_refused(module) is None for module, spec in mixers
+    )

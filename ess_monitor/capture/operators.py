@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ess_monitor import checks
-from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos, skipped_of_libraries
+from ess_monitor.capture.layers import Layer, LayerFilter, all_moved, find_layers, layer_infos, skipped_of_libraries
 from ess_monitor.capture.sampler import CaptureConfig, Captured, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
@@ -20,8 +20,21 @@ EVERYTHING = CaptureConfig(samples=2**31, heads=None, max_length=None, source="v
 """No crop at all."""
 
 
-def require_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[Layer, ...]:
-    """`find_layers`, or `NoLayersError` with what was found and what to do."""
+logger = logging.getLogger("ess_monitor")
+
+
+def require_layers(
+    model: nn.Module, layers: LayerFilter | None = None, *, in_training: bool = False
+) -> tuple[Layer, ...]:
+    """`find_layers`, or `NoLayersError` with what was found and what to do.
+
+    A version of a library that moved all the names is no reason to stop a training: in one, the layers are then none,
+    and a warning says why.
+    """
+    if in_training and all_moved(model):
+        reasons = "; ".join(f"skipped: {reason}" for reason in skipped_of_libraries(model))
+        logger.warning("%s. Nothing in %s can be measured: this run has no readings", reasons, type(model).__name__)
+        return ()
     found = find_layers(model, layers)
     if not found:
         skipped = "; ".join(f"{info.name} ({info.module}): {info.reason}" for info in layer_infos(model, layers))
@@ -31,7 +44,7 @@ def require_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple
             "Use ess_monitor.describe(model) for the list, or teach your layer with ess_monitor.register_capture."
         )
     for reason in skipped_of_libraries(model):
-        logging.getLogger("ess_monitor").warning("skipped: %s", reason)
+        logger.warning("skipped: %s", reason)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ess_monitor import checks
@@ -46,7 +47,12 @@ class TokenProbe:
             )
         self._vocabulary = max(m.num_embeddings for m in embeddings.values())
         prefixes = {name.rsplit(".", k)[0] for name in embeddings for k in range(1, name.count(".") + 1)} | {""}
-        self._above = [m for name, m in model.named_modules() if name in prefixes and name not in embeddings]
+        self._above = [
+            m
+            for name, m in model.named_modules()
+            # One rank probes alone: in a call through DDP it would send buffers that no other rank takes.
+            if name in prefixes and name not in embeddings and not _distributes(m)
+        ]
         self._samples = samples
         self._seed = seed
         self._handles: list[RemovableHandle] = []
@@ -101,3 +107,7 @@ class TokenProbe:
         else:
             kwargs = {**kwargs, names[0]: None}
         self._call = call
+
+
+def _distributes(module: nn.Module) -> bool:
+    return any(isinstance(part, DistributedDataParallel) for part in module.modules())

@@ -22,8 +22,9 @@ from torch import nn
 from ess_monitor import checks
 from ess_monitor.capture.eager import EagerStance
 from ess_monitor.capture.layers import Layer
+from ess_monitor.capture.raised import when_raised
 from ess_monitor.capture.sites import Call, Watch
-from ess_monitor.errors import described
+from ess_monitor.errors import CaptureError, described
 from ess_monitor.ess import Operator
 
 logger = logging.getLogger("ess_monitor")
@@ -89,12 +90,21 @@ def part_of(count: int, share: float) -> int:
     return max(1, int(count * share))
 
 
+_AGAIN = (
+    "calls its op more than once in one forward pass, so that its y is not T u with the T of one of the calls; give "
+    "each call a module of its own, or leave the layer out with `layers`"
+)
+
+
 class Sampler:
     """Arms, collects and removes the hooks of one sample.
 
     Args:
         layers: to read, in model order.
         config: how much of each.
+        model: that they are part of. A forward pass of it that raises ends the sample at once, so that nothing stays
+            attached when nobody comes to collect it; the sample is lost, and the next one can be armed. None leaves all
+            attached until `collect` or `remove`.
         off: names of the layers that are left alone; looked at whenever a sample is armed.
         share: of the samples and heads that `config` asks for, 0 for one of each; asked whenever a sample is armed.
             None leaves all layers alone for one sample.
@@ -107,6 +117,7 @@ class Sampler:
         layers: tuple[Layer, ...],
         config: CaptureConfig,
         *,
+        model: nn.Module | None = None,
         off: Container[str] = (),
         share: Callable[[], float | None] = lambda: 1.0,
         on_operator: Callable[[Captured], Any] | None = None,
@@ -114,6 +125,7 @@ class Sampler:
     ) -> None:
         self.layers = checks.several("layers", layers, Layer, hint="find_layers(model)")
         self.config = checks.instance("config", config, CaptureConfig)
+        self._model = checks.optional("model", model, nn.Module)
         for name, function in (("share", share), ("clock", clock)):
             checks.function(name, function)
         self.capture_seconds = 0.0
@@ -122,6 +134,7 @@ class Sampler:
         self.share = 1.0
         """The share that this sample takes of them."""
         self._armed = False
+        self._forget: Callable[[], None] | None = None
         self._off, self._ask_share = off, share
         self._on_operator = on_operator
         self._clock = clock
@@ -130,6 +143,8 @@ class Sampler:
         self._watches: list[Watch] = []
         self._eager = EagerStance()
         self._taken: dict[str, Captured | CaptureFailure] = {}
+        self._first: dict[str, tuple[int, int]] = {}
+        """When the call that was taken was made: in which forward call of the layer, and when it ended."""
 
     @property
     def armed(self) -> bool:
@@ -141,6 +156,7 @@ class Sampler:
         if self._armed:
             return
         self._taken.clear()
+        self._first.clear()
         self.capture_seconds = 0.0
         share = self._ask_share()
         layers = () if share is None else tuple(layer for layer in self.layers if layer.name not in self._off)
@@ -148,6 +164,8 @@ class Sampler:
         if layers:
             self._eager.begin()
         self._armed = True
+        if layers and self._model is not None:
+            self._forget = when_raised(self._model, self._abort)
         for layer in layers:
             try:
                 self._watches.append(layer.spec.site.watch(layer.module, after=partial(self._see, layer)))
@@ -169,18 +187,44 @@ class Sampler:
         self._eager.end()
         while self._watches:
             self._watches.pop().remove()
+        if self._forget is not None:
+            self._forget()
+            self._forget = None
+
+    def _abort(self) -> None:
+        logger.debug("ess_monitor: the forward pass raised, and its sample is lost")
+        self.remove()
+        self._taken.clear()
 
     def _see(self, layer: Layer, call: Call) -> None:
-        if layer.name in self._taken or not self._wanted(layer.module):
+        if not self._wanted(layer.module):
             return
         started = self._clock()
         try:
-            taken = self._take(layer, call)
-            if taken is not None:
-                self._taken[layer.name] = taken
+            if layer.name not in self._taken:
+                taken = self._take(layer, call)
+                if taken is not None:
+                    self._taken[layer.name] = taken
+                    self._first[layer.name] = (call.entry, call.ended)
+            elif self._again(layer, call):
+                self._taken[layer.name] = _failure(layer, CaptureError(_AGAIN))
         except Exception as error:
             self._taken[layer.name] = _failure(layer, error)
         self.capture_seconds += self._clock() - started
+
+    def _again(self, layer: Layer, call: Call) -> bool:
+        """Whether a layer calls its op once more after what was taken: what it applies is then not that one's T.
+
+        Another forward call of the layer is none of that (it is shared, or a checkpoint computes it again), nor is the
+        end of an op that made the call which was taken, nor a call that is not the one meant.
+        """
+        if not isinstance(self._taken[layer.name], Captured):
+            return False
+        entry, ended = self._first[layer.name]
+        if not call.entry or call.entry != entry or call.began < ended:
+            return False
+        with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
+            return layer.spec.build(call) is not None
 
     def _wanted(self, module: nn.Module) -> bool:
         """A validation pass between two training steps must not be taken for a training batch."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,11 @@ class Call:
     """What the call returned; None before it."""
     layer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the layer's own call (attention masks, packing), where that is not the call itself."""
+    entry: int = 0
+    """Of an op: which forward call of the layer made it."""
+    began: int = 0
+    ended: int = 0
+    """Of an op: when the call was made and when it returned, counted over all of them. One op may call another."""
 
 
 Before = Callable[[Call], "Arguments | None"]
@@ -137,13 +143,14 @@ class CallSite:
                 watch.add(add_listener(namespace, op.name, listener, op.make))
 
 
-_UNDER_WAY: list[tuple[nn.Module, object, dict[str, Any]]] = []
-"""The watched layers whose forward is running, innermost last: (layer, who noted it, keyword arguments)."""
+_UNDER_WAY: list[tuple[nn.Module, object, dict[str, Any], int]] = []
+"""The watched layers whose forward is running, innermost last: (layer, who noted it, keyword arguments, number)."""
+_COUNT = itertools.count(1)
 
 
 def _kwargs_of(layer: nn.Module) -> dict[str, Any]:
     """Keyword arguments of the innermost call of `layer` that is under way."""
-    return next((kwargs for entered, _, kwargs in reversed(_UNDER_WAY) if entered is layer), {})
+    return next((kwargs for entered, _, kwargs, _ in reversed(_UNDER_WAY) if entered is layer), {})
 
 
 class _Entered:
@@ -160,7 +167,7 @@ class _Entered:
         watch.add(self.forget)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _UNDER_WAY.append((self._layer, self, kwargs))
+        _UNDER_WAY.append((self._layer, self, kwargs, next(_COUNT)))
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for k in range(len(_UNDER_WAY) - 1, -1, -1):
@@ -189,14 +196,23 @@ class _OpListener:
             named = named_arguments(signature, args, kwargs)
         except (TypeError, ValueError):  # a builtin that does not say what it takes: nothing to read, and not our call
             return proceed(args, kwargs)
-        call = Call(layer=self._layer, module=self._layer, op=self._name, kwargs=named, layer_kwargs=_UNDER_WAY[-1][2])
+        _, _, layer_kwargs, entry = _UNDER_WAY[-1]
+        call = Call(
+            layer=self._layer,
+            module=self._layer,
+            op=self._name,
+            kwargs=named,
+            layer_kwargs=layer_kwargs,
+            entry=entry,
+            began=next(_COUNT),
+        )
         if self._before is not None:
             changed = self._before(call)
             if changed is not None:
                 args, kwargs = with_named_arguments(signature, args, kwargs, changed[1])
         output = proceed(args, kwargs)
         if self._after is not None:
-            self._after(dataclasses.replace(call, output=output))
+            self._after(dataclasses.replace(call, output=output, ended=next(_COUNT)))
         return output
 
 

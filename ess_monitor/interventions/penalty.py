@@ -21,6 +21,7 @@ class Penalties:
     """What `collect_penalties` saw: R = mean ||A_t - I||_F of every layer that was called."""
 
     def __init__(self) -> None:
+        self._watched: tuple[str, ...] = ()
         # Kept as they pass and made into R only here: what is computed inside a checkpointed layer would have to be
         # computed again in its recomputation, when the hooks may be gone.
         self._seen: dict[str, list[Behind]] = {}
@@ -38,10 +39,17 @@ class Penalties:
         """Sum of R over the layers: multiply with lambda and add to the loss.
 
         Raises:
-            CaptureError: no layer was called yet, or one of them has no graph, so that the term would do nothing.
+            CaptureError: not every layer was seen, or one of them has no graph, so that the term would do nothing, or
+                less than it says.
         """
-        if not self._seen:
-            raise CaptureError("penalties: no layer was called inside the block; run the forward pass in it first")
+        unseen = [name for name in self._watched if name not in self._seen]
+        if unseen or not self._seen:
+            raise CaptureError(
+                f"penalties: {unseen or 'no layer'} not seen inside the block; run the forward pass in it first. Code "
+                "that was compiled before shows no calls: attach an IdentityPull, with which it is compiled anew, or "
+                'run this forward pass under torch.compiler.set_stance("force_eager"). Of layers that a forward pass '
+                "may leave out, name the others with `layers`, or add up per_layer"
+            )
         if self._without_graph:
             raise CaptureError(
                 f"penalties: {sorted(self._without_graph)} ran without gradients, so the penalty would move nothing. "
@@ -70,7 +78,8 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
             layers works best (section 4.2, appendix D.3).
 
     Raises:
-        CaptureError: a named layer has no decay that could be pulled (LA and SA have none), or no layer at all has one.
+        CaptureError: a named layer has no decay that could be pulled (LA and SA have none), or no layer at all has one;
+            from `total()`, a layer was not seen: compiled code shows no calls.
         ConfigError: a pattern matches no layer.
 
     Example:
@@ -82,7 +91,9 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
         >>> list(penalties.per_layer)
         ['1']
     """
-    penalties, graph_expected = Penalties(), torch.is_grad_enabled()
+    chosen, graph_expected = _with_decay(model, layers), torch.is_grad_enabled()
+    penalties = Penalties()
+    penalties._watched = tuple(layer.name for layer, _ in chosen)
 
     def watch(layer: Layer, handle: DecayHandle) -> Watch:
         def keep(call: Call) -> None:
@@ -93,7 +104,7 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
         return handle.site.watch(layer.module, before=keep)
 
     with ExitStack() as hooks:
-        for layer, handle in _with_decay(model, layers):
+        for layer, handle in chosen:
             hooks.callback(watch(layer, handle).remove)
         yield penalties
 

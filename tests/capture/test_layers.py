@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ess_monitor import ConfigError, LayerFilter, Monitor, NoLayersError, capture_operators, describe
+from ess_monitor import ConfigError, LayerFilter, Monitor, MonitorConfig, NoLayersError, capture_operators, describe
 from ess_monitor.capture import find_layers
 from ess_monitor.featurizers import FEATURIZERS, GLA, LA, SA, WLA, build_mixer
 
@@ -78,6 +82,49 @@ def test_what_cannot_be_measured_is_listed_with_the_reason() -> None:
     assert "register_capture(FancyAttention)" in attention.reason
 
 
+def test_a_mixer_inside_of_a_module_that_calls_an_op_itself_is_a_layer_of_its_own() -> None:
+    class Hybrid(nn.Module):
+        """Attention in its own code, beside a mixer that it holds; the convolution in front is a part of it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = nn.Sequential(nn.Conv1d(16, 16, 4, padding=3, groups=16))
+            self.qkv = nn.Linear(16, 48)
+            self.ssm = GLA(16, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.front(x.mT)[..., : x.shape[1]].mT
+            q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+            return self.ssm(x) + F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+
+    net, x = nn.Sequential(Hybrid()), torch.randn(1, 8, 16)
+    assert [(i.name, i.operator) for i in describe(net).layers] == [
+        ("0", "SoftmaxAttention"),
+        ("0.ssm", "DiagonalRecurrence"),
+    ]
+    found = capture_operators(net, x)
+    inner = capture_operators(net[0].ssm, net[0].front(x.mT)[..., :8].mT)["model"]
+    torch.testing.assert_close(found["0.ssm"].materialize(), inner.materialize())
+    assert type(found["0"]).__name__ == "SoftmaxAttention"
+
+
+def test_an_op_in_a_function_beside_the_class_is_not_found_unless_the_class_is_called_like_a_mixer() -> None:
+    class MyAttention(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return attend(super().forward(x))
+
+    class Block(MyAttention):
+        """The same, called otherwise."""
+
+    [info] = describe(nn.ModuleList([MyAttention(16, 16), Block(16, 16)])).layers
+    assert (info.name, info.supported) == ("0", False)
+    assert "register_capture(MyAttention)" in info.reason
+
+
+def attend(x: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
 def test_layers_left_out_by_the_filter_are_listed_as_such() -> None:
     infos = describe(model(), layers=LayerFilter(include=("0.*",))).layers
     assert [(i.name, i.supported) for i in infos] == [("0.mixer", True), ("1.mixer", False), ("2.mixer", False)]
@@ -126,3 +173,73 @@ def test_a_library_that_moved_a_name_gives_a_reason_with_versions_and_a_warning(
     assert [record.getMessage() for record in caplog.records if record.name == "ess_monitor"] == [
         f"skipped: backbone.layers.1.mixer: {moved.reason}"
     ]
+
+
+@pytest.fixture
+def moved_mamba(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """All of whose mixers are those of a version that calls its scan by another name."""
+    pytest.importorskip("transformers")
+    from benchmarks.layers.mamba import hf
+    from ess_monitor.capture.adapters import mamba
+
+    for name in list(mamba._OPS):
+        monkeypatch.delitem(mamba._OPS, name)
+    torch.manual_seed(0)
+    return hf("Mamba", state_size=4)[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers": ["backbone.*"]}, {"capture": {"source": "random_tokens"}}])
+@pytest.mark.parametrize("mode", ["advise", "auto"])
+def test_a_library_that_moved_every_name_is_warned_of_once_and_the_training_goes_on(
+    moved_mamba: nn.Module, mode: str, settings: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = MonitorConfig.load(every_n_steps=2, autopilot={"mode": mode, "lag_steps": 1}, strict=True, **settings)
+    with Monitor(moved_mamba, config) as monitor:
+        bare = trained(copy.deepcopy(moved_mamba))
+        losses = trained(moved_mamba, lambda loss: monitor.step({"loss": loss}))
+        with monitor.sample():
+            moved_mamba(torch.arange(16)[None])
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in moved_mamba.modules())
+        assert monitor.flush() == monitor.layers == ()
+        monitor.load_state_dict(monitor.state_dict())
+        assert monitor.snapshot().steps_total == 4
+        assert set(monitor.snapshot().measurements_total.values()) == {0}
+    assert losses == bare
+    [record] = [record for record in caplog.records if record.name == "ess_monitor"]
+    assert record.getMessage().startswith("skipped: backbone.layers.1.mixer: MambaMixer calls no op of a known name")
+    assert record.getMessage().endswith("Nothing in MambaForCausalLM can be measured: this run has no readings")
+
+
+def trained(net: nn.Module, after: Callable[[torch.Tensor], object] = lambda loss: None) -> list[float]:
+    """The losses of four steps."""
+    optimizer, losses = torch.optim.SGD(net.parameters(), lr=0.1), []
+    for _ in range(4):
+        loss = net(torch.arange(16)[None]).logits.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after(loss)
+        losses.append(loss.item())
+    return losses
+
+
+def test_what_is_asked_for_once_is_an_error_also_where_a_library_moved_every_name(moved_mamba: nn.Module) -> None:
+    with pytest.raises(NoLayersError, match="calls no op of a known name"):
+        capture_operators(moved_mamba, torch.arange(16)[None])
+
+
+def test_a_monitor_of_layers_that_are_refused_or_unknown_beside_moved_ones_is_an_error(moved_mamba: nn.Module) -> None:
+    with pytest.raises(NoLayersError):
+        Monitor(nn.ModuleList([moved_mamba, nn.LSTM(4, 4)]))
+    with pytest.raises(NoLayersError, match="causal"):
+        Monitor(encoder())
+
+
+def encoder() -> nn.Module:
+    """Of a known library, refused for a reason that no version changes."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    return transformers.BertModel(config)

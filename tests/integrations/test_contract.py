@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks.layers.mamba import hf
 from ess_monitor import CheckpointError, ConfigError, MonitorConfig
+from ess_monitor.capture.adapters import mamba
 from ess_monitor.interventions import identity_penalty
 from tests.integrations.helpers import (
     BATCHES,
@@ -90,6 +92,31 @@ def test_exporters_get_a_reading_of_every_layer_at_every_sampled_step(loop: str,
         assert {r.status for r in measurement.readings} == {"ok"}
     assert sink.closed == ["finished"]
     assert sink.run.world_size == 1
+
+
+class HFMamba(LanguageModel):
+    """Of mixers that one version of transformers knows how to name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = hf("Mamba", state_size=4, hidden_size=8, tie_word_embeddings=False)[0]
+        self.model.register_forward_hook(lambda model, args, output: output.logits)
+
+
+def test_a_library_that_moved_every_name_of_a_model_does_not_stop_its_training(
+    loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in list(mamba._OPS):
+        monkeypatch.delitem(mamba._OPS, name)
+    ess = callback(loop, **EAGER)
+    losses = train(loop, tmp_path, ess, steps=5, model=HFMamba()).losses
+    assert losses == train(loop, tmp_path / "bare", steps=5, model=HFMamba()).losses
+    assert ess.monitor.layers == ess.monitor.actions == ()
+    assert ess.monitor.snapshot().steps_total == 5
+    told = [r.getMessage() for r in caplog.records if r.name == "ess_monitor" and r.levelname == "WARNING"]
+    assert len(told) == 1
+    assert "MambaMixer calls no op of a known name (transformers" in told[0]
 
 
 def test_the_loss_of_the_sampled_step_reaches_the_diagnosis(loop: str, tmp_path: Path) -> None:

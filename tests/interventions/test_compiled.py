@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.layers.mamba import hf
 from ess_monitor.capture import find_layers
+from ess_monitor.errors import CaptureError
 from ess_monitor.featurizers import GLA
 from ess_monitor.interventions import IdentityPull, collect_penalties
 
@@ -87,3 +88,24 @@ def test_gradients_are_those_of_the_added_term_and_the_compiler_is_left_as_it_wa
     loss(called).backward()
     after = gradients(model)
     assert max(((after[n] - e).norm() / e.norm().clamp_min(1e-9)).item() for n, e in bare.items()) < 1e-5
+
+
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)  # as it is, also where another test left a pull attached
+def test_a_penalty_of_compiled_layers_is_an_error_and_the_way_out_that_it_names_gives_all_of_it() -> None:
+    """Half of it in silence would be another training."""
+    model, loss = module_site()
+    with collect_penalties(model) as expected:
+        loss(model)
+    model[0].compile(backend="eager")
+    loss(model)
+    with collect_penalties(model) as penalties:
+        loss(model)
+    with pytest.raises(CaptureError, match=r"\['0'\] not seen.*IdentityPull.*set_stance\(\"force_eager\"\)"):
+        penalties.total()
+    with collect_penalties(model) as penalties, torch.compiler.set_stance("force_eager"):
+        loss(model)
+    assert torch.equal(penalties.total(), expected.total())
+    penalties.total().backward()
+    found = gradients(model)
+    expected.total().backward()
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients(model).items())

@@ -97,7 +97,16 @@ def test_a_pattern_that_matches_no_layer_is_an_error() -> None:
 
 
 def test_a_total_before_any_forward_pass_is_an_error() -> None:
-    with collect_penalties(backbone("gla")) as penalties, pytest.raises(CaptureError, match="no layer was called"):
+    with collect_penalties(backbone("gla")) as penalties, pytest.raises(CaptureError, match="not seen"):
+        penalties.total()
+
+
+def test_a_layer_that_was_not_called_is_named_and_never_left_out_in_silence() -> None:
+    model = backbone("gla")
+    with collect_penalties(model) as penalties:
+        model.blocks[0].mixer(torch.randn(2, 6, 16))
+    assert list(penalties.per_layer) == ["blocks.0.mixer"]
+    with pytest.raises(CaptureError, match=rf"\['{LAST}'\] not seen"):
         penalties.total()
 
 

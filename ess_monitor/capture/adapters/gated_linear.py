@@ -247,6 +247,13 @@ def _alpha(layer: nn.Module) -> AlphaHandle | None:
     return AlphaHandle(bias, 1.0) if bias in dict(layer.named_parameters()) else None
 
 
+def _normaliser(layer: nn.Module) -> AlphaHandle | None:
+    """log A = logsigmoid(gate) / a number of the layer (GLA, simple GLA). A clamp behind it does not scale with it."""
+    number = getattr(layer, "gate_logit_normalizer", None)
+    divides = isinstance(number, (int, float)) and getattr(layer, "clamp_min", None) is None
+    return AlphaHandle("gate_logit_normalizer", form="divisor") if divides else None
+
+
 _OPS: dict[str, Build] = {
     "chunk_gla": gla,
     "fused_recurrent_gla": gla,
@@ -269,6 +276,7 @@ FAMILIES.append(
         state_capacity=_state_capacity,
         channels=lambda layer: attribute(layer, "num_heads"),
         decay=_decay,
+        alpha=_normaliser,
         refuses=_refuses,
     )
 )
