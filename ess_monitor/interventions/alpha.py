@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def rescale_alpha(
     Before training this is the initialisation of section 4.1; in mid-training also pass the optimizer, whose moments of
     exactly this parameter are reset (Adam's averages and step count, SGD's momentum).
 
+    In fla's GLA and simple GLA alpha is a plain number, `gate_logit_normalizer`. It is in no state_dict: rescale again
+    after the layer is built anew and its weights are loaded.
+
     Args:
         layer: a layer with an alpha handle: GLA-S6, S6.
         factor: above 1 pulls A towards I, below 1 away from it.
@@ -55,7 +59,7 @@ def rescale_alpha(
 
     Raises:
         ConfigError: the factor is not a finite number above 0.
-        CaptureError: the layer has nothing that scales its decay.
+        CaptureError: the layer has nothing that scales its decay, or no parameter or buffer for it.
 
     Example:
         >>> from ess_monitor.featurizers import GLAS6
@@ -67,10 +71,15 @@ def rescale_alpha(
     factor = checks.real("factor", factor, above=0, hint="for example 100")
     handle = _handle_for(layer, handle)
     tensor = handle.of(layer)
+    if not (handle.is_number or lasts(layer, tensor)):
+        raise CaptureError(
+            f"layer: {handle.tensor} of {type(layer).__name__} is no parameter or buffer, so a change would not last "
+            "(flattened by FSDP, or computed from others); with FSDP set use_orig_params=True, or call fully_shard"
+        )
     state = _state_of(tensor, optimizer)
     copy = AlphaCopy(tensor.detach().clone(), {name: _copied(value) for name, value in state.items()})
     with torch.no_grad():
-        tensor.copy_(handle.divided(tensor, factor))
+        handle.put(layer, handle.divided(tensor, factor))
     _forget(state, tensor)
     return copy
 
@@ -90,10 +99,11 @@ def restore_alpha(
         CaptureError: the layer has nothing that scales its decay.
     """
     checks.instance("copy", copy, AlphaCopy, hint="what rescale_alpha returned")
-    tensor = _handle_for(layer, handle).of(layer)
+    handle = _handle_for(layer, handle)
+    tensor = handle.of(layer)
     state = _state_of(tensor, optimizer)
     with torch.no_grad():
-        tensor.copy_(copy.tensor)
+        handle.put(layer, copy.tensor)
         if not copy.moments:
             _forget(state, tensor)
         for name, value in copy.moments.items():
@@ -101,6 +111,16 @@ def restore_alpha(
                 state[name].copy_(value)  # in place: the optimizer keeps its tensors, and their device
             elif name in state:
                 state[name] = value
+
+
+def lasts(layer: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter or buffer. What FSDP hangs up in the place of one is a view into freed memory."""
+    return any(tensor is own for own in chain(layer.parameters(), layer.buffers()))
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a rank holds only its part of the tensor: a DTensor (FSDP2), or a piece of FSDP's flat parameter."""
+    return hasattr(tensor, "device_mesh") or hasattr(tensor, "_fsdp_flattened")
 
 
 def _forget(state: dict[str, Any], tensor: torch.Tensor) -> None:

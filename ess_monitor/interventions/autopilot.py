@@ -19,7 +19,14 @@ from ess_monitor.capture import Layer
 from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.config import AutopilotConfig
-from ess_monitor.interventions.treatment import OnFailure, Treatment, TreatmentState, can_be_treated, remedy_of
+from ess_monitor.interventions.treatment import (
+    OnFailure,
+    Treatment,
+    TreatmentState,
+    can_be_treated,
+    obstacle,
+    remedy_of,
+)
 from ess_monitor.records import Action, ActionOutcome, Condition, Finding, Reading
 
 _STATE_VERSION = 1
@@ -150,15 +157,12 @@ class Autopilot:
             out_of_band = limit is not None and loss is not None and loss > limit
             if not (broken or out_of_band):
                 continue
-            treatment.undo(optimizer)
+            outcome, done = treatment.take_back(optimizer)
             del self._treatments[name]
             self._given_up.add(name)
             why = "the loss is not finite" if broken else f"the loss of {loss:.4g} passed {limit:.4g}"
-            actions.append(
-                self._action(
-                    step, treatment, "rolled_back", f"{why}: taken back, and not tried again", latest.get(name)
-                )
-            )
+            said = f"{why}: {done}, and not tried again"
+            actions.append(self._action(step, treatment, outcome, said, latest.get(name)))
         return actions
 
     def _loss_limit(self, treatment: Treatment) -> float | None:
@@ -282,8 +286,9 @@ class Autopilot:
                 f"the decay is not to blame ({kept}), so no intervention would help: look at features, data "
                 "(few distinct tokens cap the rank) and position information",
             )
-        if remedy is None:
-            return say("rejected", f"{layer.spec.operator} of this layer has no handle on its decay")
+        refusal = obstacle(layer, remedy)
+        if remedy is None or refusal:
+            return say("rejected", refusal)
         rung = self._rungs(remedy)[0]
         if self.config.mode == "advise":
             return say("dry_run", f"mode auto would apply {remedy} at {rung:g} here")

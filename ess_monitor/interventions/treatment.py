@@ -9,10 +9,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from ess_monitor.capture import Layer
-from ess_monitor.errors import described
-from ess_monitor.interventions.alpha import AlphaCopy, Optimizers, rescale_alpha, restore_alpha
+from ess_monitor.errors import CheckpointError, described
+from ess_monitor.interventions.alpha import (
+    AlphaCopy,
+    Optimizers,
+    is_sharded,
+    lasts,
+    rescale_alpha,
+    restore_alpha,
+)
 from ess_monitor.interventions.regulariser import IdentityPull
-from ess_monitor.records import Reading
+from ess_monitor.records import ActionOutcome, Reading
 
 Remedy = Literal["pull_to_identity", "rescale_alpha"]
 GradScale = Callable[[], "float | torch.Tensor"]
@@ -22,10 +29,11 @@ OnFailure = Callable[[str, Exception], None]
 
 def remedy_of(layer: Layer) -> Remedy | None:
     """What a layer's handles allow. A layer with an alpha is stuck in its arange: rescaling it helps where it stands;
-    one with a gate alone is pulled."""
-    if layer.spec.alpha is not None:
+    one with a gate alone is pulled, and so is one whose alpha is a number, with which no weights are saved."""
+    alpha, decay = layer.spec.alpha, layer.spec.decay
+    if alpha is not None and not (alpha.is_number and decay is not None):
         return "rescale_alpha"
-    return "pull_to_identity" if layer.spec.decay is not None else None
+    return "pull_to_identity" if decay is not None else None
 
 
 def can_be_treated(layer: Layer | None, action: Remedy) -> bool:
@@ -33,6 +41,20 @@ def can_be_treated(layer: Layer | None, action: Remedy) -> bool:
     if layer is None:
         return False
     return (layer.spec.alpha if action == "rescale_alpha" else layer.spec.decay) is not None
+
+
+def obstacle(layer: Layer, remedy: Remedy | None) -> str:
+    """Why the layer cannot be treated, in words, or nothing."""
+    if remedy is None:
+        return f"{layer.spec.operator} of this layer has no handle on its decay"
+    alpha = layer.spec.alpha
+    if remedy != "rescale_alpha" or alpha is None or alpha.is_number:
+        return ""
+    if not lasts(layer.module, alpha.of(layer.module)):
+        return (
+            f"{alpha.tensor} is no parameter or buffer here (FSDP with use_orig_params=False?), it cannot be rescaled"
+        )
+    return ""
 
 
 class CopyState(BaseModel):
@@ -60,6 +82,8 @@ class TreatmentState(BaseModel):
     loss_at_start: FiniteFloat | None
     utilization_before: FiniteFloat | None
     retention_before: FiniteFloat | None
+    factor: FiniteFloat | None = Field(default=None, gt=0)
+    number: FiniteFloat | None = Field(default=None, gt=0)
     copy_before: CopyState | None = Field(alias="copy")
 
 
@@ -91,6 +115,11 @@ class Treatment:
         self._on_failure = on_failure
         self._pull: IdentityPull | None = None
         self._copy: AlphaCopy | None = None
+        """Before the first rung."""
+        self._copy_is_part = False
+        """Of a sharded alpha the copy is this rank's part: good in this process, and not saved."""
+        self._factor: float | None = 1.0
+        """By which alpha has been multiplied, over all rungs; None if the state did not say."""
 
     @property
     def described(self) -> str:
@@ -127,18 +156,37 @@ class Treatment:
             self._pull.detach()
             self._pull = None
 
-    def undo(self, optimizer: Optimizers) -> None:
-        """Take everything back."""
+    def take_back(self, optimizer: Optimizers) -> tuple[ActionOutcome, str]:
+        """Undo everything, and tell how that ended: it never raises."""
+        try:
+            self._undo(optimizer)
+        except Exception as error:
+            self._on_failure(f"taking back {self.action} on {self.layer.name}: {described(error)}", error)
+            return "failed", f"it could not be taken back ({described(error)}), a person must look"
+        return "rolled_back", "taken back"
+
+    def _undo(self, optimizer: Optimizers) -> None:
+        """From the copy bit for bit. Without one by the factor: up to rounding in alpha's dtype, with what training has
+        changed since then, and the optimizer's memory of it cleared."""
         self.lift()
-        if self._copy is not None:
-            restore_alpha(self.layer.module, self._copy, optimizer=optimizer, handle=self.layer.spec.alpha)
+        if self.action != "rescale_alpha":
+            return
+        module, handle = self.layer.module, self.layer.spec.alpha
+        if self._copy is not None and (self._copy_is_part or self._fits(self._copy.tensor)):
+            restore_alpha(module, self._copy, optimizer=optimizer, handle=handle)
+        elif self._factor is not None:
+            rescale_alpha(module, 1 / self._factor, optimizer=optimizer, handle=handle)
+        else:
+            raise CheckpointError("the state that was resumed from has no copy of this alpha, and no factor")
 
     def _apply(self, step: int, strength: float, optimizer: Optimizers) -> None:
         self.step, self.strength = step, strength
         if self.action == "rescale_alpha":
             handle = self.layer.spec.alpha
             copy = rescale_alpha(self.layer.module, strength, optimizer=optimizer, handle=handle)
-            self._copy = self._copy or copy  # roll-back goes to the very beginning
+            if self.rung == 0:  # roll-back goes to the very beginning
+                self._copy, self._copy_is_part = copy, handle is not None and is_sharded(handle.of(self.layer.module))
+            self._factor = None if self._factor is None else self._factor * strength
         else:
             self._attach()
 
@@ -155,8 +203,8 @@ class Treatment:
         self._on_failure(f"the regulariser on {self.layer.name}: {described(error)}", error)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        copy = self._copy
+        """Plain values and whole tensors: of a sharded alpha the factor alone, which is the same on all ranks."""
+        copy = None if self._copy_is_part else self._copy
         return {
             "layer": self.layer.name,
             "action": self.action,
@@ -170,7 +218,24 @@ class Treatment:
             "utilization_before": self.utilization_before,
             "retention_before": self.retention_before,
             "copy": None if copy is None else {"tensor": copy.tensor, "moments": copy.moments},
+            **({} if self._factor is None else {"factor": self._factor}),
+            **({} if self._number is None else {"number": self._number}),
         }
+
+    @property
+    def _number(self) -> float | None:
+        """What alpha is now, where it is a number: the model's own state does not have it."""
+        alpha = self.layer.spec.alpha
+        if self.action != "rescale_alpha" or alpha is None or not alpha.is_number:
+            return None
+        return float(alpha.of(self.layer.module))
+
+    def _fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a saved copy, which is of a whole alpha, is one of what is here."""
+        if self.layer.spec.alpha is None:
+            return False
+        alpha = self.layer.spec.alpha.of(self.layer.module)
+        return alpha.shape == tensor.shape and not is_sharded(alpha)
 
     @classmethod
     def from_state(
@@ -193,8 +258,11 @@ class Treatment:
             "retention_before",
         ):
             setattr(treatment, name, getattr(state, name))
-        if state.copy_before is not None:
+        treatment._factor = state.factor
+        if state.copy_before is not None and not is_sharded(state.copy_before.tensor):
             treatment._copy = AlphaCopy(state.copy_before.tensor, dict(state.copy_before.moments))
+        if state.number is not None and treatment._number is not None and layer.spec.alpha is not None:
+            layer.spec.alpha.put(layer.module, torch.tensor(state.number, dtype=torch.float64))
         if treatment.action == "pull_to_identity":
             treatment._attach()
         return treatment

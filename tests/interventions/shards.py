@@ -1,0 +1,141 @@
+"""Two processes with a sharded alpha, a checkpoint that rank 0 writes alone, and who resumes from it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ess_monitor.capture import find_layers
+from ess_monitor.records import Condition
+
+from .pilots import FIRST, LAST, Run
+
+WORLD_SIZE = 2
+ILL: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
+WAYS = ("fsdp2", "fsdp1")
+
+
+class ShardedRun(Run):
+    """A run over the ranks of the process group, or in one process without any."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("s6")
+        self.called: Any = self.model
+        if how == "fsdp2":
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            for block in self.model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        elif how.startswith("fsdp1"):
+            device, own = torch.device("cpu"), how == "fsdp1"
+            self.called = FullyShardedDataParallel(self.model, device_id=device, use_orig_params=own)
+        self.optimizer = torch.optim.Adam(self.called.parameters(), lr=1e-2)
+        self.pilot = self.new_pilot()
+
+    @property
+    def alpha(self) -> Tensor:
+        """What this rank holds of it."""
+        held: Tensor = find_layers(self.model)[-1].module.A_log  # type: ignore[assignment]
+        return held.to_local() if isinstance(held, DTensor) else held
+
+    def train_once(self) -> None:
+        """One optimizer step."""
+        self.called(torch.arange(12).view(2, 6)).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def moments(self) -> list[Tensor]:
+        """The optimizer's of alpha, as far as this rank holds them."""
+        state = self.optimizer.state[find_layers(self.model)[-1].module.A_log]  # type: ignore[index]
+        return [v.to_local().clone() if isinstance(v, DTensor) else v.clone() for v in state.values()]
+
+    def roll_back(self) -> dict[str, Any]:
+        """What comes of it."""
+        said = [action.outcome for action in self.measure(ILL, loss=99.0)]
+        return {"said": said, "alpha": self.alpha.detach().clone(), "moments": self.moments()}
+
+
+def group(folder: str, name: str, rank: int, size: int) -> None:
+    """Join the process group of that name."""
+    meeting = (Path(folder) / name).as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+
+
+def in_two(how: str, rank: int, folder: str) -> dict[str, Any]:
+    """Treated over two rungs and taken back; and treated, saved by rank 0, resumed by both, and taken back."""
+    found: dict[str, Any] = {}
+    for resume in (False, True):
+        run = ShardedRun(how)
+        run.train_once()
+        before, moments = run.alpha.detach().clone(), run.moments()
+        if how == "fsdp2":
+            # The tests may gather; what is tested may not.
+            found["whole before"] = find_layers(run.model)[-1].module.A_log.full_tensor().detach()  # type: ignore[operator]
+        run.measure(ILL, times=3)
+        if resume:
+            if how == "fsdp2":
+                found["whole after"] = find_layers(run.model)[-1].module.A_log.full_tensor().detach()  # type: ignore[operator]
+            if rank == 0:
+                torch.save(run.pilot.state_dict(), Path(folder) / f"{how}.state")
+            dist.barrier()
+            run.pilot = run.new_pilot()
+            run.pilot.load_state_dict(torch.load(Path(folder) / f"{how}.state", weights_only=True))
+        treated = run.alpha.detach().clone()
+        key = "resumed" if resume else "same process"
+        found[key] = {"before": before, "moments before": moments, "treated": treated, **run.roll_back()}
+    return found
+
+
+def from_whole_copy(how: str) -> dict[str, Any]:
+    """What a run that is not sharded has saved, resumed and taken back by a sharded one."""
+    plain, run = ShardedRun("plain"), ShardedRun(how)
+    run.train_once()
+    before = run.alpha.detach().clone()
+    run.measure(ILL)
+    plain.measure(ILL)
+    run.pilot = run.new_pilot()
+    run.pilot.load_state_dict(plain.pilot.state_dict())
+    return {"before": before, **run.roll_back()}
+
+
+def in_one(how: str, folder: str, treated: Tensor) -> dict[str, Any]:
+    """What rank 0 of two has saved, resumed and taken back by one process."""
+    run = ShardedRun(how)
+    run.train_once()
+    with torch.no_grad():
+        run.alpha.copy_(treated)
+    run.pilot.load_state_dict(torch.load(Path(folder) / "fsdp2.state", weights_only=True))
+    return run.roll_back()
+
+
+def observe(rank: int, folder: str) -> None:
+    """Save what this rank sees to `folder`/rank.pt."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    group(folder, "two", rank, WORLD_SIZE)
+    try:
+        found: dict[str, Any] = {how: in_two(how, rank, folder) for how in WAYS}
+        found["from a whole copy"] = {how: from_whole_copy(how) for how in WAYS}
+        flat = ShardedRun("fsdp1 flat")
+        found["flat"] = [(a.action, a.outcome, a.message) for a in flat.measure(ILL)]
+        dist.barrier()  # a rank that leaves while the other still talks to it can abort
+    finally:
+        dist.destroy_process_group()
+    if rank == 0:
+        group(folder, "one", 0, 1)
+        found["one"] = {how: in_one(how, folder, found["fsdp2"]["whole after"]) for how in ("plain", "fsdp2")}
+        dist.destroy_process_group()
+    torch.save(found, Path(folder) / f"{rank}.pt")
