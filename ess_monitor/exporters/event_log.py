@@ -109,13 +109,11 @@ class EventLogExporter:
             self._file = self._run = self._snapshot = None
 
     def _write(self, event: Event) -> None:
-        if self._file is None or self._run is None:
+        file, run = self._file, self._run
+        if file is None or run is None:
             return
-        line = encode_event(event)
-        if self._file.size + len(line) > self.config.max_bytes:
-            self._file.rotate()
-            self._file.write(self._started_line(self._run))  # each file can be read without the other
-        self._file.write(line)
+        # Each file can be read without the other: it begins with the run, also where another process has begun it.
+        file.write(encode_event(event), max_bytes=self.config.max_bytes, heading=lambda: self._started_line(run))
 
     def _started_line(self, run: RunInfo) -> bytes:
         return encode_event(RunStartedEvent(timestamp_seconds=self._clock(), run=run.run_name, data=run))

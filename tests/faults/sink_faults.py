@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import threading
+from pathlib import Path
 from typing import Any
 
 from ess_monitor import ExporterError, Monitor, MonitorConfig
@@ -25,8 +26,21 @@ from ess_monitor.exporters import (
     line_file,
     read_event_log,
 )
+from ess_monitor.exporters.events import MeasurementEvent
 from tests.exporters.scraping import ask
-from tests.faults.harness import SETTINGS, Injection, Outcome, backbone, case, hooks_of, no_thread_stays, train, watch
+from tests.faults.harness import (
+    SETTINGS,
+    Injection,
+    Outcome,
+    backbone,
+    batches,
+    case,
+    hooks_of,
+    loss_of,
+    no_thread_stays,
+    train,
+    watch,
+)
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -152,6 +166,55 @@ def two_runs_one_log_folder(injection: Injection) -> Outcome:
             "TensorBoard has both": len(list((injection.folder / "same").glob("events.out.tfevents.*"))) >= 2,
         },
     )
+
+
+@case("two runs with the same event log, which is rotated again and again while both write")
+def two_runs_one_rotated_log(injection: Injection) -> Outcome:
+    config = EventLogConfig(path=injection.folder / "events.jsonl", max_bytes=8192)
+    older = injection.folder / "events.jsonl.1"
+    deleted: list[tuple[str, int]] = []
+    sizes: list[int] = []
+    real = os.replace
+
+    def replace(*paths: Any) -> None:
+        deleted.extend(_measured(older))
+        sizes.append(config.path.stat().st_size)
+        real(*paths)
+
+    injection.patch.setattr(line_file.os, "replace", replace)
+    first_model = backbone("s6")
+    # It writes seldom: between two of its lines the file is renamed more than once.
+    seldom = MonitorConfig.load(environment=False, **{**SETTINGS, "run_name": "other", "every_n_steps": 6})
+    with Monitor(first_model, seldom, exporters=[EventLogExporter(config)]) as other:
+
+        def meanwhile(step: int, monitor: Monitor) -> None:
+            loss = loss_of(first_model, batches()[step])
+            loss.backward()
+            for running in (monitor, other):  # one after the other: what a rotation deletes is read before
+                running.flush()
+            other.step({"loss": loss})
+            other.flush()
+
+        often = {"run_name": "watched", "every_n_steps": 1}
+        run = watch(settings=often, exporters=(EventLogExporter(config),), meanwhile=meanwhile)
+    counts = [sum(snapshot.export_errors_total.values()) for snapshot in (run.snapshot, other.snapshot())]
+    left = [*_measured(older), *_measured(config.path)]
+    expected = [*(("watched", step) for step in range(12)), ("other", 0), ("other", 6)]
+    return Outcome(
+        run.unchanged,
+        {
+            "rotated, by design without its oldest lines": len(deleted) > 0,
+            "no other line is lost": sorted(deleted + left) == sorted(expected),
+            "no part is larger than its limit": max(*sizes, config.path.stat().st_size) <= 8192,
+            "no export error": counts == [0, 0],
+        },
+    )
+
+
+def _measured(path: Path) -> list[tuple[str, int]]:
+    """Run and step of the measurements in a log, if it is there."""
+    events = list(read_event_log(path)) if path.exists() else []
+    return [(event.run, event.data.step) for event in events if isinstance(event, MeasurementEvent)]
 
 
 @case("peers send endless and senseless requests during the whole training")
