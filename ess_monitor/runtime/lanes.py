@@ -14,6 +14,8 @@ names for cuda, xpu and others), which tests replace by a simulated one.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -61,22 +63,57 @@ class Lane(Protocol):
         """On the worker thread: run `compute` and start the way of its results to the host."""
 
 
+_LIMITING = threading.Lock()
+"""Held while torch's number of threads for new threads is not the training's."""
+if hasattr(os, "register_at_fork"):
+    # A child begins neither in that moment, with the wrong number, nor with a lock that nobody will release.
+    os.register_at_fork(before=_LIMITING.acquire, after_in_parent=_LIMITING.release, after_in_child=_LIMITING.release)
+
+
+def limit_this_thread(threads: int) -> None:
+    """`torch.set_num_threads` for the calling thread alone.
+
+    torch keeps the number per thread, but it also keeps the last one that any thread has set, and gives it to each
+    thread that asks or computes for the first time. A thread that ends at once therefore reads that number before and
+    sets it again after; it is there already, so that the time between is as short as it can be.
+    """
+    read, limited = threading.Event(), threading.Event()
+
+    def restore() -> None:
+        before = torch.get_num_threads()
+        read.set()
+        limited.wait()
+        torch.set_num_threads(before)
+
+    # The first call in a thread takes over the number for new threads; a later one would undo the limit.
+    torch.get_num_threads()
+    with _LIMITING:
+        restoring = threading.Thread(target=restore, name="ess-monitor-threads", daemon=True)
+        restoring.start()
+        try:
+            read.wait()
+            torch.set_num_threads(threads)
+        finally:
+            limited.set()
+            restoring.join()
+
+
 class HostLane:
     """Computes in the calling (worker) thread."""
 
     def __init__(self, *, threads: int = 1, clock: Callable[[], float] = time.thread_time) -> None:
         self._threads = checks.whole("threads", threads, 1, 2**16)
         self._clock = checks.function("clock", clock)
-        self._limited = False
+        self._limited = threading.local()
 
     def ready(self) -> None:
         """Copies on the host are complete when they return."""
 
     def launch(self, ready: Any, inputs: Tensors, compute: Callable[[], dict[str, torch.Tensor]]) -> Launched:
-        """Compute now. The thread limit is that of this thread alone: torch keeps it per thread."""
-        if not self._limited:
-            torch.set_num_threads(self._threads)
-            self._limited = True
+        """Compute now. The thread limit is that of this thread alone, and set in its first call."""
+        if not getattr(self._limited, "done", False):
+            limit_this_thread(self._threads)
+            self._limited.done = True
         started = self._clock()
         results = compute()
         seconds = (self._clock() - started) * self._threads
