@@ -1,9 +1,9 @@
-"""A long run: steps that do nothing but tell the monitor, which samples a forward pass now and then.
+"""A long run: small steps of a training, of which the monitor samples one now and then, beside the same one unwatched.
 
     python -m tests.faults.soak [--steps 100000] [--json FILE]
 
 Prints what the process holds at the start, in the middle and at the end, and ends with 1 when something grew beyond its
-limit between the middle and the end.
+limit between the middle and the end, or when losses or parameters are not those of the unwatched training, bit for bit.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
 import json
 import os
+import struct
 import sys
 import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -27,7 +30,17 @@ from rich.table import Table
 from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.exporters import EventLogConfig, EventLogExporter, PrometheusConfig, PrometheusExporter
 from tests.exporters.scraping import ask
-from tests.faults.harness import SETTINGS, Injection, Outcome, backbone, batches, case, hooks_of, state_bytes
+from tests.faults.harness import (
+    SETTINGS,
+    Injection,
+    Outcome,
+    backbone,
+    batches,
+    case,
+    hooks_of,
+    loss_of,
+    state_bytes,
+)
 
 SHORT = 4_000
 """Steps of the case in the table."""
@@ -79,7 +92,7 @@ class Report:
     scrapes: int
     seconds: float
     unchanged: bool
-    """The model is what it was, and nothing hangs on it."""
+    """Losses and parameters are those of the training without the monitor, bit for bit; the model has no hooks left."""
 
     @property
     def problems(self) -> list[str]:
@@ -90,24 +103,61 @@ class Report:
             found.append(f"a file of the log has {self.end.log_bytes} bytes")
         if self.measured < self.samples:
             found.append(f"{self.measured} of {self.samples} samples were measured")
-        return found if self.unchanged else [*found, "the model was changed"]
+        return found if self.unchanged else [*found, "the training was changed"]
+
+
+class Training:
+    """A regression that is trained at every step, and the model that is sampled, which is trained when it is.
+
+    The data are drawn from torch's own generator, so that a monitor which draws from it changes them.
+    """
+
+    def __init__(self) -> None:
+        self.model = backbone()
+        self._weight = torch.zeros(4, requires_grad=True)
+        self._tokens = batches(1)[0]
+        self._optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-2)
+        self._seen = hashlib.sha256()
+        torch.manual_seed(2)
+
+    def step(self, *, whole: bool) -> float:
+        """Train the regression and, of a `whole` step, the model too; the loss."""
+        loss = (torch.randn(4).dot(self._weight) - 1).square()  # never learnt: each draw is seen to the end
+        if whole:
+            loss = loss + loss_of(self.model, self._tokens)
+        loss.backward()
+        with torch.no_grad():  # by hand: an optimizer takes three times as long as the rest of such a step
+            self._weight.sub_(cast(torch.Tensor, self._weight.grad), alpha=1e-2)
+        self._weight.grad = None
+        if whole:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        value = loss.item()
+        self._seen.update(struct.pack("d", value))
+        return value
+
+    def digest(self) -> str:
+        """Of all losses and of the parameters as they are."""
+        seen = self._seen.copy()
+        seen.update(self._weight.detach().numpy().tobytes())
+        seen.update(state_bytes(self.model))
+        return seen.hexdigest()
 
 
 def run(folder: Path, steps: int) -> Report:
     """Take so many steps, a sample every 100 of a long run, and a scrape with every tenth sample."""
     every = max(20, steps // 1000)
-    path, model, (tokens, *_) = folder / "events.jsonl", backbone(), batches(1)
-    before, began, scrapes, largest = state_bytes(model), time.monotonic(), 0, 0
+    path, training, began, scrapes, largest = folder / "events.jsonl", Training(), time.monotonic(), 0, 0
     endpoint = PrometheusExporter(PrometheusConfig(port=0))
     sinks = [EventLogExporter(EventLogConfig(path=path, max_bytes=MAX_LOG_BYTES)), endpoint]
     config = MonitorConfig.load(environment=False, **{**SETTINGS, "every_n_steps": every})
     marks = {steps // 10: None, steps // 2: None, steps: None}
+    whole = bytearray(steps + 1)  # the steps that were sampled, in memory that does not grow
     figures: list[Figures] = []
-    with Monitor(model, config, exporters=sinks) as monitor:
+    with Monitor(training.model, config, exporters=sinks) as monitor:
         for step in range(1, steps + 1):
-            if monitor.armed:
-                model(tokens)
-            monitor.step({"loss": 1.0})
+            whole[step] = monitor.armed
+            monitor.step({"loss": training.step(whole=bool(whole[step]))})
             if step % every == 1:
                 monitor.flush()
                 largest = max(largest, _largest(folder))
@@ -117,7 +167,10 @@ def run(folder: Path, steps: int) -> Report:
                 monitor.flush()
                 figures.append(Figures.of_now(step, largest))
         counts = monitor.snapshot().measurements_total
-    unchanged = state_bytes(model) == before and not hooks_of(model)
+    bare = Training()
+    for step in range(1, steps + 1):
+        bare.step(whole=bool(whole[step]))
+    unchanged = training.digest() == bare.digest() and not hooks_of(training.model)
     seconds = time.monotonic() - began
     return Report(*figures, sum(counts.values()), counts["ok"], scrapes, seconds, unchanged)  # type: ignore[misc]
 

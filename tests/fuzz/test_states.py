@@ -37,6 +37,7 @@ def treatment(action: str) -> dict[str, Any]:
     return {
         "layer": "model", "action": action, "finding": "low", "rung": 0, "strength": 0.5, "step": 3, "first_step": 3,
         "recovered_step": None, "loss_at_start": 1.0, "utilization_before": 0.1, "retention_before": 0.5, "copy": saved,
+        "factor": 10.0,
     }  # fmt: skip
 
 
