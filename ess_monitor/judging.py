@@ -83,10 +83,9 @@ class Judge:
             self.spent("export", self._clock() - intervened)
 
     def skip(self, step: int, reason: str) -> None:
-        """A sample that the ranks did not agree on is counted and shown, and nothing follows from it."""
+        """A sample that the ranks did not agree on is counted and shown; `reason` says where and why."""
         with self._guards["measurement"]:
-            why = f"skipped on all ranks: {reason}"
-            lost = tuple(Reading(step=step, layer=name, status="dropped", message=why) for name in self._layers)
+            lost = tuple(Reading(step=step, layer=name, status="dropped", message=reason) for name in self._layers)
             self.readings.update({reading.layer: reading for reading in lost})
             self._ledger.measured("skipped", lost)
             self.report_autopilot()

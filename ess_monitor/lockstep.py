@@ -15,13 +15,13 @@ from ess_monitor.ballot import Ballot
 from ess_monitor.config import MonitorConfig
 from ess_monitor.evidence import Evidence
 from ess_monitor.records import Part, Phase
-from ess_monitor.runtime import Agreement, Cadence, Guard
+from ess_monitor.runtime import Agreement, Cadence, Guard, Verdict
 
 
 class Source(Protocol):
     """Where samples are measured."""
 
-    def take(self) -> Evidence | None:
+    def take(self, timeout_seconds: float | None = None) -> Evidence | None:
         """Wait for the oldest sample, up to a limit; None when nothing is under way."""
 
 
@@ -32,6 +32,7 @@ class Skipped:
     step: int
     """Step of the sample."""
     reason: str
+    """Where it is skipped, and why."""
 
 
 class Lockstep:
@@ -102,10 +103,10 @@ class Lockstep:
         """True when the sample is to be judged now."""
         return self._judge_at is not None and step >= self._judge_at
 
-    def read_ahead(self) -> None:
+    def read_ahead(self, timeout_seconds: float | None = None) -> None:
         """What is under way goes with the checkpoint."""
         if self._judge_at is not None and self._evidence is None:
-            self._evidence = self._read()
+            self._evidence = self._read(timeout_seconds)
 
     def conclude(self) -> Evidence | Skipped:
         """What is to be judged, the same on all ranks; the next sample is scheduled."""
@@ -123,8 +124,7 @@ class Lockstep:
             # Waiting for others is a cost of the monitor: the budget stretches the interval where ranks come apart.
             self._spent("measure", self._clock() - started)
             if verdict.values is None:
-                self._skipped(self._agreement, verdict.reason)
-                return Skipped(evidence.step, verdict.reason)
+                return Skipped(evidence.step, self._skipped(self._agreement, verdict))
             evidence, interval = self._ballot.read(evidence, verdict.values)
             self._interval = interval
             return evidence
@@ -141,27 +141,31 @@ class Lockstep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
+        self._interval = self._cadence.interval_steps
         self._judge_at = state["judge_at"]
         self._evidence = None if state["evidence"] is None else Evidence.from_state(state["evidence"])
 
-    def _skipped(self, agreement: Agreement, reason: str) -> None:
+    def _skipped(self, agreement: Agreement, verdict: Verdict) -> str:
         guard = self._guards["agreement"]
-        guard.count(f"a sample is skipped on all ranks: {reason}")
+        where = "on all ranks" if verdict.everywhere else f"on rank {agreement.rank} alone, the others may go on"
+        reason = f"skipped {where}: {verdict.reason}"
+        guard.count(f"a sample is {reason}")
         if agreement.off:
             guard.turn_off(
                 f"rank {agreement.rank}: {agreement.reason}. The autopilot does not act any more, and readings are "
                 "those of this rank alone. Attach a new monitor on all ranks, or resume from a checkpoint, to turn it "
                 "on again."
             )
+        return reason
 
-    def _read(self) -> Evidence:
+    def _read(self, timeout_seconds: float | None = None) -> Evidence:
         """Wait for the sample under way. One that is lost becomes evidence without readings."""
         taken_at = max(0, (self._judge_at or 0) - self._lag)
         if self._agreement is None or self._agreement.measures:
             with self._guards["worker"]:
-                evidence = self._source.take()
+                evidence = self._source.take(timeout_seconds)
                 while evidence is not None and evidence.step < taken_at:  # one that was given up, and came after all
-                    evidence = self._source.take()
+                    evidence = self._source.take(timeout_seconds)
                 if evidence is not None:
                     return evidence
         return Evidence(taken_at, ())

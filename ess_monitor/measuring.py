@@ -37,6 +37,8 @@ class Measuring:
         self._health = health
         self._spent = spent
         self._executor: Executor[Sample] = Executor(config.runtime)
+        self._late = 0
+        """Samples in a row that were given up."""
 
     def __len__(self) -> int:
         """Samples under way."""
@@ -76,6 +78,8 @@ class Measuring:
         sample = Sample(step, good, positions, tuple(lost), numbers, share, failures)
         if not self._health.guards["measurement"].open or not self._executor.submit(sample, tasks):
             why = "the measurement queue was full; raise every_n_steps or runtime.queue_length"
+            if self._executor.stuck:
+                why = "the worker is still busy with an earlier sample, which was given up"
             self._ledger.measured("skipped", [lost_reading(step, item.layer.name, "dropped", why) for item in good])
 
     def poll(self) -> list[Evidence]:
@@ -86,14 +90,15 @@ class Measuring:
         """Wait for everything under way."""
         return [self._read(job) for job in self._executor.drain(timeout_seconds)]
 
-    def take(self) -> Evidence | None:
-        """Wait for the oldest sample, up to the runtime's timeout; None when nothing is under way."""
-        job = self._executor.take(self._config.runtime.timeout_seconds)
+    def take(self, timeout_seconds: float | None = None) -> Evidence | None:
+        """Wait for the oldest sample, up to the runtime's timeout or a shorter one; None when nothing is under way."""
+        longest = self._config.runtime.timeout_seconds
+        job = self._executor.take(longest if timeout_seconds is None else min(timeout_seconds, longest))
         return None if job is None else self._read(job)
 
-    def close(self) -> None:
-        """End the worker."""
-        self._executor.close()
+    def close(self, timeout_seconds: float) -> None:
+        """End the worker; wait for its thread so long, and 2 s at most."""
+        self._executor.close(min(2.0, timeout_seconds))
 
     def _task(self, captured: Captured, positions: tuple[int, ...]) -> Task:
         operator = captured.operator
@@ -103,10 +108,26 @@ class Measuring:
     def _read(self, job: Job[Sample]) -> Evidence:
         cost = sum(task.launched.cost_seconds() for task in job.tasks if task.launched and task.launched.done())
         self._spent("measure", cost)
+        self._count_late(job)
         evidence = read(job, self._layers, self._config.tolerance)
         said = self._diagnose_itself(job, evidence)
         readings = tuple(r.model_copy(update={"message": said.get(r.layer, r.message)}) for r in evidence.readings)
         return replace(evidence, readings=readings) if said else evidence
+
+    def _count_late(self, job: Job[Sample]) -> None:
+        """A sample that is given up may have held the training up, so after some in a row the worker is off."""
+        if job.state != "abandoned":
+            self._late = 0
+            return
+        self._late += 1
+        guard = self._health.guards["worker"]
+        guard.count(f"a sample was given up: {job.error}")
+        if self._late >= guard.limit:
+            guard.turn_off(
+                f"{self._late} samples in a row were given up, the last because it was {job.error}. Take smaller ones "
+                "(capture.samples, capture.heads, positions) or allow more time, and attach a new monitor to turn it "
+                "on again."
+            )
 
     def _diagnose_itself(self, job: Job[Sample], evidence: Evidence) -> dict[str, str]:
         """Tell the monitor's health how this sample went; what is to be said of layers that are off now."""

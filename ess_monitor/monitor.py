@@ -61,7 +61,8 @@ class Monitor:
         agreement: the exchange between the ranks; by default over the process group's store, where one is needed.
 
     Raises:
-        NoLayersError: when nothing in the model can be measured.
+        NoLayersError: when nothing in the model can be measured; where only a library's version is to blame, a warning
+            is logged instead, and the monitor measures nothing.
         ConfigError: when a layer pattern matches nothing, or the model is split in a way that cannot be measured.
         ExporterError: at `start`, when a sink that was asked for cannot be opened.
 
@@ -113,7 +114,7 @@ class Monitor:
         self._tracker = Tracker(self.config.diagnosis)
         self._health = Health(strict=self.config.strict)
         self._guards = self._health.guards
-        self._layers = require_layers(model, self.config.layers)
+        self._layers = require_layers(model, self.config.layers, in_training=True)
         self._ledger = Ledger((layer.name for layer in self._layers), wall_clock=wall_clock)
         self._autopilot = Autopilot(
             self.config.autopilot,
@@ -188,24 +189,25 @@ class Monitor:
         self._judge.hub.start(run, self.snapshot)
         self._running = True
         # One rank is a fair sample of a data-parallel run, unless its readings are asked for.
-        self._samples = here.rank == 0 or self._lockstep is not None or bool(built or self._exporters)
-        if self.config.capture.source == "train" and self.sample_due:
-            self.arm()
-        self._sampling.watch()
+        asked = here.rank == 0 or self._lockstep is not None or bool(built or self._exporters)
+        self._samples = asked and bool(self._layers)
+        self._arm_if_due()
+        if self._layers:
+            self._sampling.watch()
 
     def close(self, status: RunStatus = "finished", *, timeout_seconds: float = 5.0) -> None:
         """Take the hooks away, bring in what is under way, close the exporters. A second call does nothing."""
         timeout_seconds = check_end(status, timeout_seconds)
-        if not self._running or self._health.forked:
+        if not self._alive:
             return
         self._running = False
         self._sampling.stop()
         with self._guards["worker"]:
             if self._lockstep is not None:
-                self._lockstep.read_ahead()
+                self._lockstep.read_ahead(timeout_seconds)
             else:
                 self._finish(self._measuring.drain(timeout_seconds))
-            self._measuring.close()
+            self._measuring.close(timeout_seconds)
         self._autopilot.close()
         self._ledger.set_status(status)
         self._judge.hub.close(status)
@@ -224,7 +226,7 @@ class Monitor:
                 rescales. Needed in mode auto for layers with an alpha that is trained.
             step: optimizer steps so far, where the caller's own count differs from the number of calls.
         """
-        if not self._running:
+        if not self._alive:
             return
         now = self._clock()
         seconds = None if self._last_call is None or now < self._last_call else now - self._last_call
@@ -258,12 +260,13 @@ class Monitor:
 
     def arm(self) -> None:
         """Sample the next forward pass. `step` does this by itself when training batches are the source."""
-        if self._running:
+        if self._alive and self._layers:
             self._sampling.arm(self._step)
 
     def disarm(self, metrics: Metrics | None = None) -> None:
         """Remove the hooks and send what they took to be measured."""
-        self._sampling.disarm(metrics)
+        if not self._health.forked:
+            self._sampling.disarm(metrics)
 
     @contextmanager
     def sample(self, metrics: Metrics | None = None) -> Iterator[None]:
@@ -277,11 +280,14 @@ class Monitor:
     def flush(self, timeout_seconds: float = 60.0) -> tuple[Reading, ...]:
         """Wait for the samples under way and return the latest reading of every layer."""
         timeout_seconds = check_timeout(timeout_seconds)
-        if self._lockstep is not None:
-            if self._lockstep.waiting:
+        if self._health.forked:
+            return self.readings
+        with self._guards["worker"]:
+            if self._lockstep is None:
+                self._finish(self._measuring.drain(timeout_seconds))
+            elif self._lockstep.waiting:
+                self._lockstep.read_ahead(timeout_seconds)
                 self._conclude(self._lockstep)
-        else:
-            self._finish(self._measuring.drain(timeout_seconds))
         self._health.raise_pending(self._judge.hub)
         return self.readings
 
@@ -365,8 +371,19 @@ class Monitor:
         elif checked["cadence"]["held"]:
             # Saved by a run in lockstep, which this one is not: nothing will be judged that could release the cadence.
             self._cadence.resume(checked["cadence"]["interval_steps"])
+        self._sampling.forget()  # of a monitor that runs already: that sample was due in the run before
+        self._arm_if_due()
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _alive(self) -> bool:
+        """False before the start and after the end, and in a forked child."""
+        return self._running and not self._health.forked
+
+    def _arm_if_due(self) -> None:
+        if self.config.capture.source == "train" and self.sample_due:
+            self.arm()
 
     def _finish(self, finished: list[Evidence]) -> None:
         for evidence in finished:

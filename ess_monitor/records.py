@@ -41,9 +41,9 @@ ActionKind = Literal["pull_to_identity", "rescale_alpha", "advise"]
 
 ActionOutcome = Literal["applied", "dry_run", "rejected", "failed", "rolled_back", "recovered", "released"]
 """How it ended. applied: done. dry_run: would have been done (mode advise, or advice that nobody but a person can
-follow). rejected: not done, for the reason given. failed: the ladder came to its end without a recovery, or the
-regulariser itself failed. rolled_back: taken back because the loss broke. recovered: the layer is healthy again.
-released: the regulariser was taken off."""
+follow). rejected: not done, for the reason given. failed: the ladder came to its end without a recovery, the
+regulariser itself failed, or what was done could not be taken back. rolled_back: taken back because the loss broke.
+recovered: the layer is healthy again. released: the regulariser was taken off."""
 
 ACTIONS: tuple[ActionKind, ...] = ("pull_to_identity", "rescale_alpha", "advise")
 ACTION_OUTCOMES: tuple[ActionOutcome, ...] = (

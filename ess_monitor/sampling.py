@@ -43,7 +43,7 @@ class Sampling:
         self.armed = False
         """True while the next forward pass is to be sampled."""
         off, share = health.layers.off, health.portion.next
-        self._sampler = Sampler(layers, config.capture, off=off, share=share, clock=clock)
+        self._sampler = Sampler(layers, config.capture, model=model, off=off, share=share, clock=clock)
         self._source = config.capture.source
         self._probe = TokenProbe(model, config.capture.samples) if self._source == "random_tokens" else None
         self._guard, self._worker = health.guards["capture"], health.guards["worker"]
@@ -70,10 +70,14 @@ class Sampling:
 
     def stop(self) -> None:
         """Leave the model."""
-        self.armed = False
-        self._sampler.remove()
+        self.forget()
         if self._probe is not None:
             self._probe.unwatch()
+
+    def forget(self) -> None:
+        """Take the hooks away, and what they took."""
+        self.armed = False
+        self._sampler.remove()
 
     def begin(self, step: int, metrics: Metrics | None) -> None:
         """A sample is due after `step` optimizer steps. Validation batches are announced by the loop itself."""
@@ -83,7 +87,9 @@ class Sampling:
             self._send_probe(self._probe, step, metrics)
 
     def arm(self, step: int) -> None:
-        """Sample the next forward pass."""
+        """Sample the next forward pass; not while the one before is still to be judged at its step."""
+        if self._lockstep is not None and self._lockstep.waiting:
+            return
         if self._open and (self._lockstep is None or self._lockstep.measures):
             with self._guard.beginning():
                 self._armed_at = step

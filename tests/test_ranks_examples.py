@@ -37,7 +37,7 @@ def torchrun(name: str, ranks: int, folder: Path, *more: str) -> subprocess.Comp
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("name", "ranks", "more"),
-    [("ranks_lightning.py", 2, []), ("ranks_lightning.py", 2, ["--strategy", "fsdp2"]), ("ranks_fsdp2.py", 4, [])],
+    [("ranks_lightning.py", 4, []), ("ranks_lightning.py", 2, ["--strategy", "fsdp2"]), ("ranks_fsdp2.py", 4, [])],
 )
 def test_every_rank_holds_the_same_model_after_the_interventions(
     name: str, ranks: int, more: list[str], tmp_path: Path

@@ -24,7 +24,8 @@ from typing import Literal, TypeVar
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from ess_monitor.errors import described
+from ess_monitor import checks
+from ess_monitor.errors import ConfigError, described
 from ess_monitor.runtime.store import Store, store_of_the_run
 
 T = TypeVar("T")
@@ -74,12 +75,18 @@ def measuring_ranks(ranks: str | int | None, world_size: int, *, acts: bool) -> 
         world_size: how many there are.
         acts: whether the autopilot may act.
 
+    Raises:
+        ConfigError: an argument is none of these.
+
     Example:
         >>> measuring_ranks(3, 8, acts=False), measuring_ranks(None, 8, acts=False)
         ((0, 2, 5), (0,))
         >>> len(measuring_ranks(None, 10_000, acts=True))
         64
     """
+    world_size, acts = checks.whole("world_size", world_size, 1), checks.flag("acts", acts)
+    if not (ranks is None or (isinstance(ranks, str) and ranks in ("zero", "all"))):
+        ranks = checks.whole("ranks", ranks, 1, hint='"zero", "all" and None are allowed too')
     named = {"zero": 1, "all": world_size, None: _MEASURING if acts else 1}
     count = min(world_size, ranks if isinstance(ranks, int) else named[ranks])
     return tuple(k * world_size // count for k in range(count))
@@ -93,6 +100,8 @@ class Verdict:
     """What the posts came to; None where the sample is skipped."""
     reason: str = ""
     """Why it is skipped."""
+    everywhere: bool = True
+    """False where this rank does not know what the others read."""
 
 
 class Agreement:
@@ -107,6 +116,9 @@ class Agreement:
         world_size: how many ranks there are.
         measuring: ranks that post; the others read the verdict only. The first one collects. By default all.
         limit_seconds: how long to wait for the others.
+
+    Raises:
+        ConfigError: an argument is none of these.
 
     Example:
         >>> import torch.distributed as dist
@@ -126,10 +138,15 @@ class Agreement:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.measuring = tuple(range(world_size) if measuring is None else measuring)
-        self.limit_seconds = limit_seconds
+        if isinstance(store, type) or not hasattr(store, "compare_set"):
+            hint = "give one of torch.distributed's, or use Agreement.of_the_run"
+            raise ConfigError(f"store: {checks.type_of(store)} is no store with compare_set; {hint}.")
+        self.world_size = checks.whole("world_size", world_size, 1)
+        self.rank = checks.whole("rank", rank, 0, self.world_size - 1)
+        self.measuring = _distinct(measuring, self.world_size)
+        self.limit_seconds = checks.real("limit_seconds", limit_seconds, above=0.0)
+        checks.function("clock", clock)
+        checks.function("sleep", sleep)
         self.skipped = 0
         """Exchanges that were skipped."""
         self._store = store
@@ -137,6 +154,7 @@ class Agreement:
         self._in_a_row = 0
         self._off = ""
         self._posted = ""
+        self._last_step, self._generation = -1, 0
         self._verdicts: deque[str] = deque()
 
     @classmethod
@@ -168,20 +186,23 @@ class Agreement:
         """Post `values` and read the verdict. Takes the limit at most, twice that where the store hangs; never raises.
 
         Args:
-            step: the agreed step; each only once.
+            step: the agreed step. One that is not after the last one begins a new pass over these steps, on all ranks.
             values: this rank's numbers, as many on every rank; NaN for one it does not have. None where it does not
                 measure.
             fold: makes one list of all of them.
         """
         if self._off:
             return Verdict(None, self._off)
+        if step <= self._last_step:  # the run went back to a checkpoint: what was said of these steps does not count
+            self._generation += 1
+        self._last_step = step
         try:
             # In a thread: a call of the store has no time limit of its own where the server's machine hangs.
             answer = _within(_HARD_SHARE * self.limit_seconds, lambda: self._settle(step, values, fold))
         except Exception as error:
             self._off = f"the run's store cannot be reached ({described(error)})"
             self.skipped += 1
-            return Verdict(None, self._off)
+            return Verdict(None, self._off, everywhere=False)
         if answer.startswith(_AGREED):
             self._in_a_row = 0
             numbers = answer[len(_AGREED) :]
@@ -192,14 +213,15 @@ class Agreement:
 
     def _settle(self, step: int, values: Sequence[float] | None, fold: Fold) -> bytes:
         """The verdict, as it is in the store."""
-        verdict = f"{step}/verdict"
-        posts = [f"{step}/{rank}" for rank in self.measuring]
+        these = f"{self._generation}/{step}"
+        verdict = f"{these}/verdict"
+        posts = [f"{these}/{rank}" for rank in self.measuring]
         collects = self.rank == self.measuring[0]
         if collects:
             self._tidy(verdict)
         if not self._store.check([verdict]):  # one that comes late has nothing to add
             if values is not None and self.measures:
-                self._post(f"{step}/{self.rank}", struct.pack(f"<{len(values)}d", *values))
+                self._post(f"{these}/{self.rank}", struct.pack(f"<{len(values)}d", *values))
             deadline = self._clock() + self.limit_seconds
             pause = _FIRST_PAUSE + _PAUSE_OF_A_RANK * self.world_size
             longest = max(_LONGEST_PAUSE, 10 * pause)
@@ -214,13 +236,15 @@ class Agreement:
         return self._store.get(verdict)
 
     def _folded(self, posts: list[str], fold: Fold) -> bytes:
+        numbers = [self._store.get(key) for key in posts]
         try:
-            numbers = [self._store.get(key) for key in posts]
             values = fold([struct.unpack(f"<{len(post) // 8}d", post) for post in numbers])
             return _AGREED + struct.pack(f"<{len(values)}d", *values)
         except ValueError as error:
             why = f"the ranks' numbers do not fit together ({error}); give all ranks the same model and settings"
-            return _SKIPPED + why.encode()
+        except Exception as error:
+            why = f"the ranks' numbers could not be brought together ({described(error)})"
+        return _SKIPPED + why.encode()
 
     def _who_is_late(self, posts: list[str]) -> str:
         late = [rank for rank, key in zip(self.measuring, posts, strict=True) if not self._store.check([key])]
@@ -253,6 +277,18 @@ class Agreement:
         if self._in_a_row >= SKIPS_IN_A_ROW:
             self._off = f"{SKIPS_IN_A_ROW} samples in a row were skipped, the last because {reason}"
         return Verdict(None, reason)
+
+
+def _distinct(measuring: Sequence[int] | None, world_size: int) -> tuple[int, ...]:
+    if measuring is None:
+        return tuple(range(world_size))
+    hint = "give the ranks that post, in ascending order"
+    if not isinstance(measuring, (list, tuple, range)) or not measuring:
+        raise ConfigError(f"measuring={checks.shown(measuring)} must be a list of ranks; {hint}.")
+    ranks = tuple(checks.whole("measuring", rank, 0, world_size - 1, hint=hint) for rank in measuring)
+    if list(ranks) != sorted(set(ranks)):
+        raise ConfigError(f"measuring={checks.shown(measuring)} must name each rank once; {hint}.")
+    return ranks
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

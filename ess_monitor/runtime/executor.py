@@ -37,7 +37,7 @@ class RuntimeConfig(BaseModel):
     """A sample that is not done by then is given up with status timed_out."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """A computation on tensors of one device."""
 
@@ -51,7 +51,7 @@ class Task:
     """What `error` tells of, without its traceback, whose frames would keep the tensors."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job(Generic[Tag]):
     """One sample: a task per layer, and whatever the caller wants back with it."""
 
@@ -77,6 +77,8 @@ class Executor(Generic[Tag]):
         self._clock = clock
         self._open: deque[Job[Tag]] = deque()
         self._todo: deque[Job[Tag]] = deque()
+        self._running: Job[Tag] | None = None
+        """What the worker computes."""
         self._wake = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -84,9 +86,15 @@ class Executor(Generic[Tag]):
     def __len__(self) -> int:
         return len(self._open)
 
+    @property
+    def stuck(self) -> bool:
+        """True while the worker is still busy with a job that was given up."""
+        running = self._running
+        return running is not None and running.state == "abandoned"
+
     def submit(self, tag: Tag, tasks: list[Task]) -> bool:
-        """Queue a job; False when the queue is full or closed, and the job is dropped and counted."""
-        if self._closing or len(self._open) >= self.config.queue_length:
+        """Queue a job; False when the queue is full or closed, or the worker stuck: the job is dropped and counted."""
+        if self._closing or self.stuck or len(self._open) >= self.config.queue_length:
             self.dropped += 1
             return False
         job = Job(tag, tasks, submitted=self._clock())
@@ -135,6 +143,9 @@ class Executor(Generic[Tag]):
 
     def _give_up(self, job: Job[Tag], why: str) -> None:
         job.state, job.error = "abandoned", why
+        with self._wake:
+            if job in self._todo:  # behind one that hangs: what it has captured is not needed any more
+                self._todo.remove(job)
 
     def close(self, timeout_seconds: float = 2.0) -> None:
         """End the worker; a job that hangs in it is left behind in its daemon thread."""
@@ -152,18 +163,23 @@ class Executor(Generic[Tag]):
                     self._wake.wait()
                 if self._closing:
                     return
-                job = self._todo.popleft()
-            for task in job.tasks:
-                if job.state == "abandoned":
-                    break
-                try:
-                    task.launched = task.lane.launch(task.ready, task.inputs, task.compute)
-                except BaseException as error:  # sys.exit() in there must not end the worker with a job that never ends
-                    task.error = described(error)
-                    logger.debug("ess_monitor: failure in the worker", exc_info=error)
-                    task.cause = error.with_traceback(None)
+                job = self._running = self._todo.popleft()
+            self._launch(job)
             with self._wake:
                 if job.state == "waiting":
                     job.state = "launched"
                 job.finished = True
+                self._running = None
                 self._wake.notify_all()
+            del job  # what it has captured is not kept until the next sample
+
+    def _launch(self, job: Job[Tag]) -> None:
+        for task in job.tasks:
+            if job.state == "abandoned":
+                break
+            try:
+                task.launched = task.lane.launch(task.ready, task.inputs, task.compute)
+            except BaseException as error:  # sys.exit() in there must not end the worker with a job that never ends
+                task.error = described(error)
+                logger.debug("ess_monitor: failure in the worker", exc_info=error)
+                task.cause = error.with_traceback(None)

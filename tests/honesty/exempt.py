@@ -70,11 +70,9 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.runtime.Task",
             "ess_monitor.runtime.TorchStreams",
             "ess_monitor.runtime.is_out_of_memory",
-            "ess_monitor.runtime.measuring_ranks",
         ),
         _WORKER,
     ),
     "ess_monitor.diagnosis.Context": "made by the tracker from what it has observed",
     "ess_monitor.ess.Operator": "abstract; what every operator inherits is called as `Operator.<method>`",
-    "ess_monitor.runtime.Agreement": "needs the processes of a run; the monitor builds it from a checked configuration",
 }

@@ -6,6 +6,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch.distributed import HashStore
 
 import ess_monitor
 from ess_monitor import Monitor, capture, diagnosis, interventions, runtime
@@ -218,6 +219,10 @@ def _executed(**given: Any) -> None:
 
 
 RUNTIME: dict[str, Case] = {
+    "Agreement": Case(
+        runtime.Agreement,
+        lambda: {"store": HashStore(), "rank": 0, "world_size": 2, "measuring": [0, 1], "limit_seconds": 1.0},
+    ),
     "Breaker": Case(runtime.Breaker),
     "Cadence": Case(runtime.Cadence, lambda: {"every_n_steps": 10, "budget_ratio": 0.1}),
     "Executor": Case(_executed, lambda: {"config": runtime.RuntimeConfig()}),
@@ -225,6 +230,7 @@ RUNTIME: dict[str, Case] = {
     "HostLane": Case(lambda **given: runtime.HostLane(**given).launch(None, (), dict), lambda: {"threads": 1}),
     "RuntimeConfig": PACKAGE["RuntimeConfig"],
     "DistributedConfig": Case(runtime.DistributedConfig),
+    "measuring_ranks": Case(runtime.measuring_ranks, lambda: {"ranks": 3, "world_size": 8, "acts": False}),
     "Portion": Case(runtime.Portion),
     "lane_for": Case(runtime.lane_for, lambda: {"device": torch.device("cpu"), "threads": 1}),
 }

@@ -1,4 +1,4 @@
-"""Two processes: both measure, both act alike, one reports."""
+"""Several processes: all measure, all act alike, one reports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -14,9 +15,9 @@ from tests.integrations.helpers import EAGER, LanguageModel, callback, measureme
 LOOPS = ("accelerate", "transformers")
 
 
-def one_rank(rank: int, port: int, folder: Path) -> None:
+def one_rank(rank: int, world: int, port: int, folder: Path) -> None:
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
     )
     torch.set_num_threads(1)
     results = {}
@@ -31,18 +32,20 @@ def one_rank(rank: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_act_alike_and_one_reports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_act_alike_and_one_reports(world: int, tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(one_rank, args=(port, tmp_path), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    mp.spawn(one_rank, args=(world, port, tmp_path), nprocs=world)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for loop in LOOPS:
-        a, b = (results[loop] for results in ranks)
-        assert a["actions"] == b["actions"]
+        a, *others = (results[loop] for results in ranks)
         assert a["actions"], f"{loop}: nothing was done, so nothing was compared"
-        assert a["sizes"] == b["sizes"]
-        for name, value in a["model"].items():
-            assert torch.equal(value, b["model"][name]), (loop, name)
+        for b in others:
+            assert a["actions"] == b["actions"]
+            assert a["sizes"] == b["sizes"]
+            for name, value in a["model"].items():
+                assert torch.equal(value, b["model"][name]), (loop, name)
         assert [m.step for m in measurements(tmp_path / f"{loop}-0.jsonl")] == [0, 4]
-        assert not (tmp_path / f"{loop}-1.jsonl").exists()
+        assert not any((tmp_path / f"{loop}-{rank}.jsonl").exists() for rank in range(1, world))

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -258,7 +259,7 @@ class TestStrict:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_that_closes_the_monitor_waits_for_no_lock_of_the_parent() -> None:
+def test_a_forked_child_that_goes_on_training_and_closes_the_monitor_waits_for_no_lock_of_the_parent() -> None:
     with Monitor(backbone(), config_with()) as monitor:
         sampled(monitor, 1)
         held, release = threading.Event(), threading.Event()
@@ -274,6 +275,10 @@ def test_a_forked_child_that_closes_the_monitor_waits_for_no_lock_of_the_parent(
         child = os.fork()
         if child == 0:
             signal.alarm(10)  # a child that hangs is ended by it
+            monitor.arm()
+            monitor.step({"loss": 1.0})
+            monitor.disarm()
+            monitor.flush()
             monitor.close()
             os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -299,6 +304,84 @@ def test_a_worker_that_is_off_gets_no_more_samples(monkeypatch: pytest.MonkeyPat
         assert part.part_failures_total["worker"] == 5, "what is off goes on failing"
     assert hooked[0]
     assert not hooked[-1]
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_a_worker_whose_samples_are_given_up_one_after_the_other_is_off(
+    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, seconds = measuring.compute, 0.05
+
+    def slow(*args: Any) -> Any:
+        time.sleep(seconds)
+        return original(*args)
+
+    monkeypatch.setattr(measuring, "compute", slow)
+    settings = config_with(
+        capture={"source": "train"},
+        runtime={"timeout_seconds": 0.01},
+        every_n_steps=2,
+        autopilot={"mode": mode, "lag_steps": 1},
+    )
+    with Monitor(backbone(), settings) as monitor:
+        for _ in range(200):
+            monitor.model(torch.arange(96).reshape(4, 24) % 16)
+            monitor.step({"loss": 1.0})
+            if not monitor._measuring._executor.stuck and "worker" in monitor.snapshot().health.parts_off:
+                break
+            time.sleep(0.01)
+        health = monitor.snapshot().health
+        assert health.parts_off == ("worker",)
+        assert health.part_failures_total["worker"] == 5
+        assert sum("5 samples in a row were given up" in r.getMessage() for r in caplog.records) == 1
+        for _ in range(4):
+            monitor.model(torch.arange(96).reshape(4, 24) % 16)
+            monitor.step({"loss": 1.0})
+        assert len(monitor._measuring) == 0
+        time.sleep(2 * seconds)
+
+
+def test_a_worker_that_hangs_holds_a_run_in_lockstep_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(measuring, "compute", lambda *args: gate.wait(60) and {})
+    settings = config_with(
+        capture={"source": "train"},
+        runtime={"timeout_seconds": 0.5},
+        every_n_steps=2,
+        autopilot={"mode": "auto", "lag_steps": 1},
+    )
+    waits = []
+    with Monitor(backbone(), settings) as one:
+        for _ in range(20):
+            one.model(torch.arange(96).reshape(4, 24) % 16)
+            started = time.monotonic()
+            one.step({"loss": 1.0})
+            waits.append(time.monotonic() - started)
+        assert sum(wait > 0.4 for wait in waits) == 1
+        assert one.snapshot().health.part_failures_total["worker"] == 1
+        gate.set()
+
+
+def test_close_and_flush_wait_no_longer_than_they_are_told_in_lockstep(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(measuring, "compute", lambda *args: gate.wait(60) and {})
+    settings = config_with(
+        capture={"source": "train"},
+        runtime={"timeout_seconds": 60},
+        every_n_steps=20,
+        autopilot={"mode": "auto", "lag_steps": 9},
+    )
+    for end in (Monitor.close, Monitor.flush):
+        monitor = Monitor(backbone(), settings)
+        monitor.start()
+        monitor.model(torch.arange(96).reshape(4, 24) % 16)
+        monitor.step({"loss": 1.0})
+        assert len(monitor._measuring) == 1
+        started = time.monotonic()
+        end(monitor, timeout_seconds=0.1)
+        assert time.monotonic() - started < 30
+        monitor.close(timeout_seconds=0.1)
+    gate.set()
 
 
 def test_an_export_that_is_off_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,28 @@ def test_a_strict_monitor_raises_at_the_first_sample_that_the_ranks_do_not_agree
     rank.monitor.close("failed")
 
 
+def test_steps_that_are_done_again_in_one_process_are_agreed_on_again() -> None:
+    ranks = ranks_of(2, config("advise", distributed={"ranks": "all"}))
+    sizes: list[list[Any]] = [[], []]
+
+    def back_and_forth(rank: Rank) -> None:
+        state = rank.run(3).monitor.state_dict()
+        sizes[rank.rank].append(rank.run(4).facts()["sizes"])
+        rank.monitor.load_state_dict(state)
+        sizes[rank.rank].append(rank.run(4).facts()["sizes"])  # the same steps, with a model that has learnt since
+
+    threads = [threading.Thread(target=back_and_forth, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for rank in ranks:
+        rank.monitor.close()
+    assert sizes[0] == sizes[1]
+    assert sizes[0][0] != sizes[0][1]
+    assert ranks[0].facts()["outcomes"]["skipped"] == 0
+
+
 def test_the_interval_is_the_longest_that_a_rank_wants_until_they_agree_again() -> None:
     settings = config("advise", distributed={"ranks": "all"})
     ranks = ranks_of(2, settings)

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ess_monitor import ConfigError, MonitorConfig
-from ess_monitor.runtime import Agreement, measuring_ranks
+from ess_monitor.runtime import Agreement
 from ess_monitor.runtime.agreement import SKIPS_IN_A_ROW
 from ess_monitor.runtime.store import own_connection, store_of_the_run
 
@@ -105,6 +104,43 @@ def test_a_rank_that_comes_late_reads_that_the_others_went_on() -> None:
     assert (early.skipped, late.skipped, early.off, late.off) == (1, 1, False, False)
 
 
+def test_steps_that_are_done_again_are_agreed_on_again() -> None:
+    store = dist.HashStore()
+    ranks = [Agreement(store, rank, 2) for rank in range(2)]
+
+    def both(step: int, value: float) -> list[Any]:
+        return in_threads([lambda a=a: a.exchange(step, [value], sums).values for a in ranks])
+
+    assert both(100, 1.0) == [(2.0,)] * 2
+    assert both(200, 2.0) == [(4.0,)] * 2
+    assert both(100, 3.0) == [(6.0,)] * 2, "back at a checkpoint: what was said before does not count"
+    assert both(200, 4.0) == [(8.0,)] * 2
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("x"), OverflowError("x"), ValueError("x")])
+def test_numbers_that_cannot_be_brought_together_skip_the_sample_on_all_ranks(error: Exception) -> None:
+    def fold(posts: Any) -> list[float]:
+        raise error
+
+    store = dist.HashStore()
+    ranks = [Agreement(store, rank, 2) for rank in range(2)]
+    verdicts = in_threads([lambda a=a: a.exchange(100, [1.0], fold) for a in ranks])
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[0].everywhere
+    assert "the ranks' numbers" in verdicts[0].reason
+    assert not ranks[0].off
+
+
+def test_a_rank_that_loses_the_store_does_not_speak_for_the_others() -> None:
+    class Gone(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("connection reset")
+
+    verdict = Agreement(Gone(), 1, 2).exchange(100, [1.0], sums)
+    assert verdict.values is None
+    assert not verdict.everywhere
+
+
 def test_after_skips_in_a_row_all_ranks_turn_the_exchange_off_and_nobody_waits_again() -> None:
     store, sleeps = dist.HashStore(), []
 
@@ -185,32 +221,6 @@ def test_without_the_store_a_rank_skips_on_its_own_and_does_not_ask_again(error:
     assert agreement.off
     assert agreement.exchange(2, [1.0], sums).values is None
     assert time.monotonic() - started < PATIENT / 2
-
-
-# -- who measures -----------------------------------------------------------------------------------------------------
-
-
-@given(count=st.integers(1, 300), world=st.integers(1, 300), acts=st.booleans())
-def test_measuring_ranks_are_so_many_different_ones_and_rank_0_is_one(count: int, world: int, acts: bool) -> None:
-    ranks = measuring_ranks(count, world, acts=acts)
-    assert len(set(ranks)) == len(ranks) == min(count, world)
-    assert ranks[0] == 0
-    assert all(0 <= rank < world for rank in ranks)
-    gaps = {b - a for a, b in zip(ranks, (*ranks[1:], world), strict=True)}
-    assert max(gaps) - min(gaps) <= 1
-
-
-@pytest.mark.parametrize(
-    ("ranks", "acts", "count"), [(None, False, 1), (None, True, 64), ("zero", True, 1), ("all", False, 200)]
-)
-def test_the_default_is_rank_0_until_something_is_acted_upon(ranks: Any, acts: bool, count: int) -> None:
-    assert len(measuring_ranks(ranks, 200, acts=acts)) == count
-
-
-@pytest.mark.parametrize("bad", [{"ranks": "some"}, {"ranks": 0}, {"limit_seconds": 0}, {"rank": "all"}])
-def test_a_setting_that_cannot_be_is_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="distributed"):
-        MonitorConfig.load(environment=False, distributed=bad)
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

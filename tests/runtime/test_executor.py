@@ -95,6 +95,28 @@ def test_a_job_that_takes_too_long_is_given_up_and_its_late_results_are_not_seen
     executor.close()
 
 
+def test_behind_a_job_that_hangs_nothing_piles_up() -> None:
+    clock = Clock()
+    executor: Executor[int] = Executor(RuntimeConfig(timeout_seconds=5.0, queue_length=2), clock=clock)
+    gate = threading.Event()
+    accepted = 0
+    for number in range(20):
+        accepted += executor.submit(number, [host_task(1.0, gate)])
+        clock.now += 3.0
+        executor.poll()
+    assert executor.stuck
+    assert accepted == 2, "until the first is given up; none while the worker is in it"
+    assert executor.dropped == 18
+    assert len(executor) == len(executor._todo) == 0, "what they have captured would stay in memory"
+    gate.set()
+    deadline = time.monotonic() + 10
+    while executor.stuck and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert executor.submit(99, [host_task(1.0)])
+    assert [job.tag for job in executor.drain(10)] == [99]
+    executor.close()
+
+
 def test_the_worker_has_its_own_thread_limit_and_leaves_the_trainings_alone() -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
