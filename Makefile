@@ -37,7 +37,7 @@ coverage: $(DEV)
 
 # A quarter of an hour. mutmut has a folder of its own, so that its dependencies are none of ours.
 mutation: $(DEV) $(MUTMUT)
-	PYTHONPATH=$(MUTMUT) $(BIN)/python .ci/mutation.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(MUTMUT) $(BIN)/python .ci/mutation.py $(ARGS)
 
 faults: $(DEV)
 	$(BIN)/python -m tests.faults

@@ -42,7 +42,8 @@ def mutmut(folder: Path, *arguments: str) -> str:
         [sys.executable, "-m", "mutmut", *arguments],
         cwd=folder,
         env={**os.environ, "CI": "true"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         check=False,
@@ -71,8 +72,11 @@ def main() -> int:
                 shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / name, folder / name)
-        mutmut(folder, "run", "--max-children", "1", "ess_monitor.ess.none")  # makes them, and runs none
+        said = mutmut(folder, "run", "--max-children", "1", "ess_monitor.ess.none")  # makes them, and runs none
         names = sorted(results(folder))
+        if not names:
+            print(said[-4000:], "mutation: mutmut made no mutants; its last words are above", sep="\n")
+            return 1
         chosen = drawn(names, {room: getattr(options, room) for room in ROOMS}, options.seed)
         print(f"mutation: {len(chosen)} of {len(names)} mutants, seed {options.seed}", flush=True)
         mutmut(folder, "run", "--max-children", "1", *chosen)
@@ -85,7 +89,7 @@ def main() -> int:
         killed, survived, lost = counts[room, False, False], counts[room, False, True], counts[room, True, False]
         asked = killed + survived + lost
         print(f"mutation: {room}: {killed} of {asked} killed, {survived} survive, {lost} did not run")
-    return int(not chosen or any(codes[name] is None for name in chosen))
+    return int(any(codes[name] is None for name in chosen))
 
 
 if __name__ == "__main__":
