@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,14 +144,21 @@ class CallSite:
                 watch.add(add_listener(namespace, op.name, listener, op.make))
 
 
-_UNDER_WAY: list[tuple[nn.Module, object, dict[str, Any], int]] = []
-"""The watched layers whose forward is running, innermost last: (layer, who noted it, keyword arguments, number)."""
+class _UnderWay(threading.local):
+    """The watched layers whose forward is running in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.entered: list[tuple[nn.Module, object, dict[str, Any], int]] = []
+        """(layer, who noted it, keyword arguments, number)"""
+
+
+_UNDER_WAY = _UnderWay()
 _COUNT = itertools.count(1)
 
 
 def _kwargs_of(layer: nn.Module) -> dict[str, Any]:
     """Keyword arguments of the innermost call of `layer` that is under way."""
-    return next((kwargs for entered, _, kwargs, _ in reversed(_UNDER_WAY) if entered is layer), {})
+    return next((kwargs for entered, _, kwargs, _ in reversed(_UNDER_WAY.entered) if entered is layer), {})
 
 
 class _Entered:
@@ -167,16 +175,16 @@ class _Entered:
         watch.add(self.forget)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _UNDER_WAY.append((self._layer, self, kwargs, next(_COUNT)))
+        _UNDER_WAY.entered.append((self._layer, self, kwargs, next(_COUNT)))
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for k in range(len(_UNDER_WAY) - 1, -1, -1):
-            if _UNDER_WAY[k][1] is self:
-                del _UNDER_WAY[k:]  # what is above it did not end properly
+        for k in range(len(_UNDER_WAY.entered) - 1, -1, -1):
+            if _UNDER_WAY.entered[k][1] is self:
+                del _UNDER_WAY.entered[k:]  # what is above it did not end properly
                 return
 
     def forget(self) -> None:
-        _UNDER_WAY[:] = [entry for entry in _UNDER_WAY if entry[1] is not self]
+        _UNDER_WAY.entered[:] = [entry for entry in _UNDER_WAY.entered if entry[1] is not self]
 
 
 class _OpListener:
@@ -189,14 +197,14 @@ class _OpListener:
     def __call__(
         self, original: Callable[..., Any], proceed: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if not _UNDER_WAY or _UNDER_WAY[-1][0] is not self._layer:
+        if not _UNDER_WAY.entered or _UNDER_WAY.entered[-1][0] is not self._layer:
             return proceed(args, kwargs)
         try:
             signature = inspect.signature(original)
             named = named_arguments(signature, args, kwargs)
         except (TypeError, ValueError):  # a builtin that does not say what it takes: nothing to read, and not our call
             return proceed(args, kwargs)
-        _, _, layer_kwargs, entry = _UNDER_WAY[-1]
+        _, _, layer_kwargs, entry = _UNDER_WAY.entered[-1]
         call = Call(
             layer=self._layer,
             module=self._layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -120,3 +121,32 @@ def test_an_op_that_calls_another_is_one_call() -> None:
         net(X)
         assert [type(item) for item in sampler.collect()] == [Captured]
     assert seen == ["inner", "inner"]
+
+
+def test_models_that_run_in_two_threads_at_once_keep_their_layers_apart() -> None:
+    together = threading.Barrier(2, timeout=60)
+
+    class Waits(Attends):
+        def forward(self, x: Tensor) -> Tensor:
+            together.wait()  # both are in their forward now
+            y = self.attend(x)
+            together.wait()
+            return y
+
+    models = [Waits(), Waits()]
+    attends = {model: Attends() for model in models}
+    for model, alone in attends.items():
+        alone.load_state_dict(model.state_dict())
+    samplers = [Sampler(find_layers(model), TRAINING) for model in models]
+    for sampler in samplers:
+        sampler.arm()
+    threads = [threading.Thread(target=model, args=(X,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for model, sampler in zip(models, samplers, strict=True):
+        [item] = sampler.collect()
+        assert isinstance(item, Captured)
+        [expected] = capture_operators(attends[model], X).values()
+        torch.testing.assert_close(item.operator.materialize(), expected.materialize())
