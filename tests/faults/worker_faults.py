@@ -156,7 +156,11 @@ def worker_hangs(injection: Injection) -> Outcome:
     messages = [r.message for m in run.sink.measurements for r in m.readings if r.status == "timed_out"]
     return Outcome(
         run.unchanged,
-        {"status timed_out, why": bool(messages) and all("runtime.timeout_seconds" in m for m in messages)},
+        {
+            "status timed_out, why": bool(messages) and all("runtime.timeout_seconds" in m for m in messages),
+            "part_failures_total": run.snapshot.health.part_failures_total["worker"] >= 1,
+            "log, once": injection.said("worker failed (a sample was given up: not measured within") == 1,
+        },
     )
 
 
