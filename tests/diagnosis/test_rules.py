@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from ess_monitor.diagnosis import Context, DiagnosisConfig, judge
@@ -346,10 +348,25 @@ def test_a_healthy_layer_has_a_reason_too() -> None:
     assert "0.60" in usual.reason
 
 
+@pytest.mark.parametrize(
+    ("previous", "reason"),
+    [
+        ("healthy", "neither lost nor full"),
+        ("unknown", "neither lost nor full"),
+        ("saturated", f"below {TASK.saturated_recovers_below:g}, there is room again"),
+        ("collapsed", f"above {TASK.collapsed_recovers_above:g}, or no longer lost to the decay"),
+    ],
+)
+def test_the_reason_of_a_healthy_layer_says_what_it_recovered_from(previous: Any, reason: str) -> None:
+    verdict = judge(reading(0.6, 0.9), Context(previous=previous, metrics=(0.5,) * 10), TASK)
+    assert verdict is not None
+    assert verdict.reason == f"utilisation 0.60: {reason}"
+
+
 def test_retention_is_named_as_too_low_only_where_it_decided() -> None:
     by_use_alone, by_retention = (judge(reading(use, 0.5), plateau(0.3), TASK) for use in (0.1, 0.4))
     assert by_use_alone is not None
     assert by_retention is not None
     assert "retention is 0.50" in by_use_alone.reason
-    assert "retention is 0.50, below" not in by_use_alone.reason
+    assert "retention is 0.50, accuracy" in by_use_alone.reason
     assert f"retention is 0.50, below {TASK.retention_below:g}" in by_retention.reason
