@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ _COMPILER = "torch._dynamo"
 _HOLDERS: list[object] = []
 _HELD: list[Any] = []
 """The stance before the first holder came, while there is one. Process-wide, as the stance itself is."""
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
+"""Reentrant: a holder that is dropped is released by the garbage collector, which may run anywhere."""
 
 
 class EagerStance:
@@ -23,27 +25,40 @@ class EagerStance:
     Compiled code stays as it is and is used again afterwards, without another compilation. What was compiled rounds
     differently from what was written: a sampled step of a compiled model can differ in the last bits.
 
-    Several may hold it and end in any order: the last one to end brings the stance before the first one back. Set
-    whether or not anything is compiled yet: a model that is compiled while a sample is armed is not traced with hooks.
+    Several may hold it and end in any order: the last one to end, or to be dropped without an end, brings the stance
+    before the first one back. Set whether or not anything is compiled yet: a model that is compiled while a sample is
+    armed is not traced with hooks.
     """
+
+    def __init__(self) -> None:
+        self._release: weakref.finalize[[object], EagerStance] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EagerStance, ()
 
     def begin(self) -> None:
         """Let compiled code stand aside. A second call does nothing."""
+        if self._release is not None and self._release.alive:
+            return
+        holder = object()
         with _LOCK:
-            if any(other is self for other in _HOLDERS):
-                return
             if not _HOLDERS:
                 _HELD.append(torch.compiler.set_stance("force_eager"))
-            _HOLDERS.append(self)
+            _HOLDERS.append(holder)
+        self._release = weakref.finalize(self, _let_go, holder)
+        self._release.atexit = False
 
     def end(self) -> None:
         """Back to the stance before, when nobody else holds this one. A second call does nothing."""
-        with _LOCK:
-            if not any(other is self for other in _HOLDERS):
-                return
-            _HOLDERS[:] = [other for other in _HOLDERS if other is not self]
-            if not _HOLDERS:
-                _HELD.pop().__exit__(None, None, None)
+        if self._release is not None:
+            self._release()
+
+
+def _let_go(holder: object) -> None:
+    with _LOCK:
+        _HOLDERS.remove(holder)
+        if not _HOLDERS:
+            _HELD.pop().__exit__(None, None, None)
 
 
 _SEEING = {"skip_nnmodule_hook_guards": False, "trace_autograd_ops": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 import torch
 import torch._dynamo
 
+from ess_monitor import Monitor
 from ess_monitor.capture.eager import EagerStance
+from ess_monitor.featurizers import Backbone, BackboneConfig
 
 
 def stance() -> str:
@@ -47,6 +50,26 @@ def test_a_holder_may_begin_again_after_its_end() -> None:
         assert stance() == "force_eager"
         holder.end()
         assert stance() == "default"
+
+
+def test_a_holder_that_is_dropped_lets_go() -> None:
+    holder, other = EagerStance(), EagerStance()
+    holder.begin()
+    other.begin()
+    del holder
+    gc.collect()
+    assert stance() == "force_eager"
+    other.end()
+    assert stance() == "default"
+
+
+def test_a_monitor_that_is_dropped_while_it_is_armed_does_not_leave_compiled_code_switched_off() -> None:
+    monitor = Monitor(Backbone(BackboneConfig(vocab_size=16, width=16, state_size=8)))
+    monitor.start()
+    assert stance() == "force_eager"
+    del monitor
+    gc.collect()
+    assert stance() == "default"
 
 
 PROGRAM = """
