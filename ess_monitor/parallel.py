@@ -4,8 +4,9 @@ Data parallelism is fine, sharded or not: every process runs whole layers. With 
 heads of a layer; those are measured. With pipeline parallelism it runs some of the layers, and with context parallelism
 some of the tokens: the state of a layer is then spread over processes, and a number of one of them would mean nothing.
 
-Libraries are known by names, never imported. What leaves no trace in the model cannot be seen: PyTorch's
-`context_parallel` is a block around the step, and a stage of `torch.distributed.pipelining` can be any module.
+Libraries are known by names, never imported. What leaves no trace in the model cannot be seen here: PyTorch's
+`context_parallel` is a block around the step (the sampler notices it), and a stage of `torch.distributed.pipelining`
+can be any module.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from ess_monitor.capture.eager import EagerStance
 from ess_monitor.capture.layers import Layer
 from ess_monitor.capture.raised import when_raised
 from ess_monitor.capture.sites import Call, Watch
+from ess_monitor.capture.spread import tokens_are_spread
 from ess_monitor.errors import CaptureError, described
 from ess_monitor.ess import Operator
 
@@ -93,6 +94,12 @@ def part_of(count: int, share: float) -> int:
 _AGAIN = (
     "calls its op more than once in one forward pass, so that its y is not T u with the T of one of the calls; give "
     "each call a module of its own, or leave the layer out with `layers`"
+)
+
+
+_SPREAD = (
+    "it runs inside context_parallel, where a process has some of the tokens only, so that its state is spread over all "
+    "of them; measure without context parallelism, or train without the monitor"
 )
 
 
@@ -231,6 +238,8 @@ class Sampler:
         return self.config.source != "train" or module.training or torch.is_grad_enabled()
 
     def _take(self, layer: Layer, call: Call) -> Captured | None:
+        if tokens_are_spread():
+            raise CaptureError(_SPREAD)
         with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
             whole = layer.spec.build(call)
             if whole is None:
