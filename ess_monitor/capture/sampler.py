@@ -98,7 +98,7 @@ _AGAIN = (
 
 
 _SPREAD = (
-    "it runs inside context_parallel, where a process has some of the tokens only, so that its state is spread over all "
+    "it runs inside context_parallel, where a process has some of the tokens only, so its state is spread over all "
     "of them; measure without context parallelism, or train without the monitor"
 )
 
