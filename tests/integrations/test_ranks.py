@@ -32,7 +32,7 @@ def one_rank(rank: int, world: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2])
 def test_all_ranks_act_alike_and_one_reports(world: int, tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
