@@ -283,10 +283,8 @@ def _distinct(measuring: Sequence[int] | None, world_size: int) -> tuple[int, ..
     if measuring is None:
         return tuple(range(world_size))
     hint = "give the ranks that post, in ascending order"
-    if not isinstance(measuring, (list, tuple, range)) or not measuring:
-        raise ConfigError(f"measuring={checks.shown(measuring)} must be a list of ranks; {hint}.")
-    ranks = tuple(checks.whole("measuring", rank, 0, world_size - 1, hint=hint) for rank in measuring)
-    if list(ranks) != sorted(set(ranks)):
+    ranks = checks.wholes("measuring", measuring, 0, world_size - 1, hint=hint)
+    if not ranks or list(ranks) != sorted(set(ranks)):
         raise ConfigError(f"measuring={checks.shown(measuring)} must name each rank once; {hint}.")
     return ranks
 

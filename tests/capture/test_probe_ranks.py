@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.featurizers import Backbone, BackboneConfig
+from tests.ranks import saved_by_ranks
 
 RANKS, STEPS, EVERY = 2, 6, 2
 
@@ -76,15 +75,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 
 def test_a_probe_on_one_rank_leaves_the_collectives_of_the_training_alone(tmp_path: Path) -> None:
-    processes = mp.start_processes(one_rank, (str(tmp_path),), RANKS, join=False, start_method="spawn")
-    ends = time.monotonic() + 60
-    try:
-        while not processes.join(timeout=5):
-            assert time.monotonic() < ends, "the ranks did not end"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    ranks = saved_by_ranks(one_rank, tmp_path, RANKS, 60)
     for first, second in zip(*ranks, strict=True):
         assert set(first["statuses"]) == {"ok"}
         assert first["state"].keys() == second["state"].keys()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from ess_monitor.capture import AlphaHandle
@@ -17,6 +15,7 @@ from ess_monitor.errors import CaptureError
 from ess_monitor.featurizers import S6
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.interventions import rescale_alpha
+from tests.ranks import saved_by_ranks
 
 from .pilots import LAST, Run, said, weights
 from .shards import ILL, WAYS, WORLD_SIZE, observe
@@ -28,21 +27,12 @@ ROUNDING = {"rtol": 0.0, "atol": 3e-6}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("shards")
-    processes = mp.start_processes(observe, (str(made),), WORLD_SIZE, join=False, start_method="spawn")
-    ends = time.monotonic() + 120
-    try:
-        while not processes.join(timeout=10):
-            assert time.monotonic() < ends, "the ranks did not end"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return made
+    return tmp_path_factory.mktemp("shards")
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+    return saved_by_ranks(observe, folder, WORLD_SIZE, 120)
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -83,6 +73,7 @@ def test_the_copy_of_a_whole_alpha_is_not_laid_over_shards(ranks: list[dict[str,
         torch.testing.assert_close(found["alpha"], found["before"], **ROUNDING)
 
 
+@pytest.mark.usefixtures("ranks")  # they write it
 @pytest.mark.parametrize("how", WAYS)
 def test_the_state_of_a_sharded_alpha_is_the_factor_and_goes_through_json(folder: Path, how: str) -> None:
     state = torch.load(folder / f"{how}.state", weights_only=True)

@@ -91,16 +91,17 @@ class Rank:
         }
 
 
-def in_threads(ranks: list[Rank], *steps: int, **options: Any) -> list[dict[str, Any]]:
+def all_at_once(ranks: list[Rank], run: Callable[[Rank], Any]) -> list[dict[str, Any]]:
+    """Each rank in a thread, then the end of all of them; what each then has to show."""
     errors: list[BaseException] = []
 
-    def run(rank: Rank) -> None:
+    def caught(rank: Rank) -> None:
         try:
-            rank.run(*steps, **{name: value[rank.rank] for name, value in options.items()})
+            run(rank)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+    threads = [threading.Thread(target=caught, args=(rank,)) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -109,6 +110,10 @@ def in_threads(ranks: list[Rank], *steps: int, **options: Any) -> list[dict[str,
         rank.monitor.close()
     assert not errors
     return [rank.facts() for rank in ranks]
+
+
+def in_threads(ranks: list[Rank], *steps: int, **options: Any) -> list[dict[str, Any]]:
+    return all_at_once(ranks, lambda r: r.run(*steps, **{name: value[r.rank] for name, value in options.items()}))
 
 
 def ranks_of(world: int, settings: MonitorConfig, limit: float = 60.0, **options: Any) -> list[Rank]:
@@ -225,16 +230,10 @@ def test_steps_that_are_done_again_in_one_process_are_agreed_on_again() -> None:
         rank.monitor.load_state_dict(state)
         sizes[rank.rank].append(rank.run(4).facts()["sizes"])  # the same steps, with a model that has learnt since
 
-    threads = [threading.Thread(target=back_and_forth, args=(rank,)) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    for rank in ranks:
-        rank.monitor.close()
+    facts = all_at_once(ranks, back_and_forth)
     assert sizes[0] == sizes[1]
     assert sizes[0][0] != sizes[0][1]
-    assert ranks[0].facts()["outcomes"]["skipped"] == 0
+    assert facts[0]["outcomes"]["skipped"] == 0
 
 
 def test_the_interval_is_the_longest_that_a_rank_wants_until_they_agree_again() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from ess_monitor.capture import Captured, Sampler, find_layers
+from tests.ranks import saved_by_ranks
 
 from .helpers import EVERYTHING, exact
 
@@ -95,15 +93,7 @@ def test_a_compiled_model_is_seen_after_its_first_compiled_step_and_goes_on_comp
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.start_processes(observe, (str(folder),), WORLD_SIZE, join=False, start_method="spawn")
-    ends = time.monotonic() + 200
-    try:
-        while not processes.join(timeout=10):
-            assert time.monotonic() < ends, "the ranks did not end"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+    return saved_by_ranks(observe, folder, WORLD_SIZE, 200)
 
 
 @pytest.fixture(scope="module")
