@@ -34,7 +34,7 @@ from ess_monitor.parallel import require_data_parallel
 from ess_monitor.ranks import agreement_of_the_run, place, together
 from ess_monitor.records import Action, Condition, Finding, Reading, RunStatus, Snapshot
 from ess_monitor.run_info import run_info
-from ess_monitor.runtime import Agreement, Cadence, Lane, lane_for
+from ess_monitor.runtime import Agreement, Cadence, Lane, lane_for, leaving
 from ess_monitor.samples import Metrics
 from ess_monitor.sampling import Sampling
 from ess_monitor.state import STATE_VERSION, read_state
@@ -188,6 +188,7 @@ class Monitor:
         run = run_info(self.model, self.config, self._wall_clock(), self._facts)
         self._judge.hub.start(run, self.snapshot)
         self._running = True
+        leaving.opened(self)
         # One rank is a fair sample of a data-parallel run, unless its readings are asked for.
         asked = here.rank == 0 or self._lockstep is not None or bool(built or self._exporters)
         self._samples = asked and bool(self._layers)
@@ -201,6 +202,7 @@ class Monitor:
         if not self._alive:
             return
         self._running = False
+        leaving.closed(self)
         self._sampling.stop()
         with self._guards["worker"]:
             if self._lockstep is not None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import struct
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from ess_monitor import checks
 from ess_monitor.errors import ConfigError, described
+from ess_monitor.runtime.leaving import TorchThread
 from ess_monitor.runtime.store import Store, store_of_the_run
 
 T = TypeVar("T")
@@ -40,6 +40,8 @@ _MEASURING = 64
 """Ranks that measure in a large run, unless something else is set."""
 _HARD_SHARE = 2.0
 """Of the limit: how long the store itself may take to answer before it counts as lost."""
+_LAST_CALL = 2.0
+"""Seconds for which the end of the process waits for the store's answer."""
 _KEPT_VERDICTS = 8
 """Verdicts that stay in the store. A rank cannot be that far behind: the training's own collectives hold it."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05
@@ -153,6 +155,7 @@ class Agreement:
         self._clock, self._sleep = clock, sleep
         self._in_a_row = 0
         self._off = ""
+        self._leaving = False
         self._posted = ""
         self._last_step, self._generation = -1, 0
         self._verdicts: deque[str] = deque()
@@ -198,7 +201,7 @@ class Agreement:
         self._last_step = step
         try:
             # In a thread: a call of the store has no time limit of its own where the server's machine hangs.
-            answer = _within(_HARD_SHARE * self.limit_seconds, lambda: self._settle(step, values, fold))
+            answer = _within(_HARD_SHARE * self.limit_seconds, lambda: self._settle(step, values, fold), self._leave)
         except Exception as error:
             self._off = f"the run's store cannot be reached ({described(error)})"
             self.skipped += 1
@@ -208,6 +211,10 @@ class Agreement:
             numbers = answer[len(_AGREED) :]
             return Verdict(struct.unpack(f"<{len(numbers) // 8}d", numbers))
         return self._skip(answer.removeprefix(_SKIPPED).decode(errors="replace"))
+
+    def _leave(self) -> float:
+        self._leaving = True
+        return _LAST_CALL
 
     # -- the verdict --------------------------------------------------------------------------------------------------
 
@@ -231,6 +238,8 @@ class Agreement:
                 left = deadline - self._clock()
                 if left <= 0:
                     return self._store.compare_set(verdict, "", _SKIPPED + self._who_is_late(posts).encode())
+                if self._leaving:
+                    raise InterruptedError("the process ends")
                 self._sleep(min(pause, left))
                 pause = min(2 * pause, longest)
         return self._store.get(verdict)
@@ -289,8 +298,8 @@ def _distinct(measuring: Sequence[int] | None, world_size: int) -> tuple[int, ..
     return ranks
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """The result of `work`, or what it raises.
+def _within(seconds: float, work: Callable[[], T], leave: Callable[[], float]) -> T:
+    """The result of `work`, or what it raises; `leave` is that of the `TorchThread` it runs in.
 
     Raises:
         TimeoutError: it took longer. Its thread is left alone and does not keep the process.
@@ -303,7 +312,7 @@ def _within(seconds: float, work: Callable[[], T]) -> T:
         except BaseException as error:
             done.put((None, error))
 
-    threading.Thread(target=run, name="ess_monitor-agreement", daemon=True).start()
+    TorchThread(run, "ess-monitor-agreement", leave).start()
     try:
         result, error = done.get(timeout=seconds)
     except queue.Empty:

@@ -20,8 +20,13 @@ from ess_monitor import checks
 from ess_monitor.errors import described
 from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.lanes import Lane, Launched
+from ess_monitor.runtime.leaving import TorchThread
 
 Tag = TypeVar("Tag")
+
+
+_LAST_LAYER, _HANGING = 30.0, 2.0
+"""Seconds for which the end of the process waits for the layer that the worker is at, and for a worker that hangs."""
 
 
 class RuntimeConfig(BaseModel):
@@ -105,7 +110,7 @@ class Executor(Generic[Tag]):
             self._todo.append(job)
             self._wake.notify_all()
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._work, name="ess-monitor-worker", daemon=True)
+            self._thread = TorchThread(self._work, "ess-monitor-worker", self._leave)
             self._thread.start()
         return True
 
@@ -148,13 +153,18 @@ class Executor(Generic[Tag]):
                 self._todo.remove(job)
 
     def close(self, timeout_seconds: float = 2.0) -> None:
-        """End the worker; a job that hangs in it is left behind in its daemon thread."""
+        """End the worker with the task it is at; one that takes longer is left behind in its daemon thread."""
+        self._leave()
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+
+    def _leave(self) -> float:
+        patience = _HANGING if self.stuck else _LAST_LAYER
         with self._wake:
             self._closing = True
             self._todo.clear()
             self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout_seconds)
+        return patience
 
     def _work(self) -> None:
         while True:
@@ -175,7 +185,7 @@ class Executor(Generic[Tag]):
 
     def _launch(self, job: Job[Tag]) -> None:
         for task in job.tasks:
-            if job.state == "abandoned":
+            if job.state == "abandoned" or self._closing:
                 break
             try:
                 task.launched = task.lane.launch(task.ready, task.inputs, task.compute)

@@ -81,6 +81,22 @@ def _ended_by(number: signal.Signals, injection: Injection) -> Outcome:
     )
 
 
+@case("the process ends by itself while the worker computes, and nobody has closed the monitor")
+def left_without_close(injection: Injection) -> Outcome:
+    command = [sys.executable, "-m", "tests.faults.victim", str(injection.folder), "leave"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    events = list(read_event_log(injection.folder / "events.jsonl"))
+    return Outcome(
+        (injection.folder / "state").read_bytes() == train(backbone()),
+        {
+            "the exit status of the training": ended.returncode == 7,
+            "log": ended.stderr.count("nobody closed the monitor") == 1,
+            "run_finished": [e.data.status for e in events if e.event == "run_finished"] == ["failed"],
+            "what was measured came in": any(e.event == "measurement" for e in events),
+        },
+    )
+
+
 @case("batches come from a forked worker of a DataLoader while the monitor's threads run")
 def data_loader_forks(injection: Injection) -> Outcome:
     return _loaded("fork")

@@ -1,8 +1,9 @@
-"""A training that writes checkpoints and is killed. A process of its own.
+"""Trainings that end badly. A process of their own.
 
-    python -m tests.faults.victim FOLDER
+    python -m tests.faults.victim FOLDER [leave]
 
-Prints every step; at step `LAST` it waits to be killed.
+Writes checkpoints and prints every step; at step `LAST` it waits to be killed. With `leave` it ends by itself, with a
+monitor that nobody has closed, while the worker computes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ess_monitor import Monitor, MonitorConfig
+from ess_monitor import Monitor, MonitorConfig, measuring
 from ess_monitor.exporters import EventLogConfig, EventLogExporter
-from tests.faults.harness import SETTINGS, backbone, batches, loss_of
+from tests.faults.harness import SETTINGS, backbone, batches, loss_of, train
 
 TOTAL, LAST, EVERY = 24, 16, 3
 """Steps of the whole training, of this process at most, and between two checkpoints."""
@@ -53,8 +56,30 @@ def resumable(folder: Path, last: int, *, say: bool = False) -> torch.nn.Module:
     return model
 
 
+def left(folder: Path) -> None:
+    """Train to the end and go."""
+    original = measuring.compute
+
+    def slow(*arguments: Any) -> Any:
+        matrix, ends = torch.eye(64), time.monotonic() + 0.1
+        while time.monotonic() < ends:
+            matrix = matrix @ matrix  # in and out of torch
+        return original(*arguments)
+
+    measuring.compute = slow
+    log = EventLogExporter(EventLogConfig(path=folder / "events.jsonl"))
+    model = backbone()
+    monitor = Monitor(model, MonitorConfig.load(environment=False, **SETTINGS), exporters=[log])
+    monitor.start()
+    state = train(model, after_step=lambda step, loss: monitor.step({"loss": loss}))
+    (folder / "state").write_bytes(state)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "leave" in sys.argv:
+        left(Path(sys.argv[1]))
+        sys.exit(7)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background ignores it
     resumable(Path(sys.argv[1]), LAST, say=True)

@@ -1,0 +1,74 @@
+"""The end of the interpreter, while threads of the monitor are still at work.
+
+A daemon thread that comes back from torch's C++ code then cannot go on in Python; Python ends it, C++ takes that for an
+error and aborts the process: exit status 134 after a run that went well. So the end of the interpreter closes the
+monitors that nobody has closed, asks the threads that compute to stop, and waits for them, but not for ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from functools import cache
+from typing import Protocol
+
+from ess_monitor.records import RunStatus
+from ess_monitor.runtime.guard import logger
+
+
+class Closes(Protocol):
+    """A monitor."""
+
+    def close(self, status: RunStatus = "finished") -> None:
+        """End it."""
+
+
+_OPEN: weakref.WeakSet[Closes] = weakref.WeakSet()
+
+
+class TorchThread(threading.Thread):
+    """A daemon thread that calls torch.
+
+    Args:
+        work: runs in it.
+        name: of the thread.
+        leave: asks `work` to return soon, and says for how many seconds its return is worth waiting for.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str, leave: Callable[[], float]) -> None:
+        _at_exit()
+        super().__init__(target=work, name=name, daemon=True)
+        self.leave = leave
+
+
+def opened(monitor: Closes) -> None:
+    """Close it at the end of the interpreter, unless it has been closed by then."""
+    _at_exit()
+    _OPEN.add(monitor)
+
+
+def closed(monitor: Closes) -> None:
+    """Nothing is left to do for it."""
+    _OPEN.discard(monitor)
+
+
+@cache
+def _at_exit() -> None:
+    """Once, when there is something to end: an import registers nothing."""
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    for monitor in list(_OPEN):
+        logger.warning("nobody closed the monitor: the run counts as failed. Call close() at its end, or use `with`.")
+        try:
+            monitor.close("failed")
+        except Exception as error:
+            logger.warning("the monitor could not be closed at the end of the process", exc_info=error)
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, TorchThread)]
+    began = time.monotonic()
+    for thread, seconds in [(thread, thread.leave()) for thread in threads]:
+        thread.join(max(0.0, began + seconds - time.monotonic()))

@@ -1,0 +1,96 @@
+"""The interpreter ends while threads of the monitor compute: its exit status stays what the training made it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ess_monitor.exporters import read_event_log
+
+EXECUTOR = """
+import sys, time, torch
+from ess_monitor.runtime import Executor, RuntimeConfig, Task
+from ess_monitor.runtime.lanes import HostLane
+
+def compute():
+    print("computing", flush=True)
+    matrix, ends = torch.eye(64), time.monotonic() + 3  # torch is left and entered again all the time
+    while time.monotonic() < ends:
+        matrix = matrix @ matrix
+    print("computed", flush=True)
+    return {"matrix": matrix}
+
+lane, executor = HostLane(), Executor(RuntimeConfig())
+executor.submit(None, [Task(lane, (), compute), Task(lane, (), compute)])
+time.sleep(0.5)
+"""
+
+AGREEMENT = """
+import signal, sys, time
+import torch.distributed as dist
+from ess_monitor.runtime.agreement import Agreement
+
+signal.signal(signal.SIGALRM, lambda *_: sys.exit(5))
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+store = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+Agreement(store, rank=0, world_size=2, limit_seconds=20.0).exchange(0, [1.0], lambda posts: posts[0])
+"""
+
+MONITOR = """
+import sys, torch
+from torch import nn
+from ess_monitor import Monitor, MonitorConfig
+from ess_monitor.exporters import EventLogConfig
+from ess_monitor.featurizers import GLA
+
+torch.set_num_threads(1)
+model = nn.Sequential(*(GLA(128, 4) for _ in range(4)))
+config = MonitorConfig(every_n_steps=1, exporters=(EventLogConfig(path=sys.argv[1]),))
+monitor = Monitor(model, config)
+monitor.start()
+for _ in range(2):
+    model(torch.randn(4, 256, 128)).sum().backward()
+    monitor.step()
+"""
+
+
+def status_of(program: str, *arguments: str) -> tuple[int, str]:
+    """Exit status and what was printed; the program itself never takes a minute."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("close", ["", "executor.close(0.01)"])
+def test_the_worker_ends_with_the_layer_it_is_at(close: str) -> None:
+    status, printed = status_of(f"{EXECUTOR}\n{close}\nsys.exit(3)")
+    assert status == 3, printed
+    assert printed.split() == ["computing", "computed"]
+
+
+def test_a_worker_that_hangs_does_not_keep_the_process() -> None:
+    hangs = EXECUTOR.replace('print("computing", flush=True)', "time.sleep(3600)")
+    program = hangs.replace("RuntimeConfig()", "RuntimeConfig(timeout_seconds=0.1)")
+    status, printed = status_of(f"{program}\nexecutor.poll()\nassert executor.stuck\nsys.exit(3)")
+    assert status == 3, printed
+
+
+def test_a_rank_that_waits_for_the_others_can_leave() -> None:
+    status, printed = status_of(AGREEMENT)
+    assert status == 5, printed
+
+
+@pytest.mark.parametrize(("end", "expected"), [("", 0), ("sys.exit(3)", 3), ("raise ValueError", 1)])
+def test_a_monitor_that_nobody_closed_is_closed_as_failed(end: str, expected: int, tmp_path: Path) -> None:
+    log = tmp_path / "events.jsonl"
+    status, printed = status_of(f"{MONITOR}\n{end}", str(log))
+    assert status == expected, printed
+    assert printed.count("nobody closed the monitor") == 1
+    events = list(read_event_log(log))
+    assert [e.data.status for e in events if e.event == "run_finished"] == ["failed"]
+    measured = [e.data for e in events if e.event == "measurement"]
+    assert [r.status for m in measured for r in m.readings] == ["ok"] * 4 * len(measured)
+    assert measured
