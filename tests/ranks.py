@@ -1,7 +1,13 @@
-"""Ranks as processes of their own, which save what they saw."""
+"""Ranks as processes of their own, which save what they saw.
+
+They are forked from a server that has imported torch and the libraries once. And they leave without the end of the
+interpreter, in which a thread of gloo's that still holds a tensor of Python's aborts the process now and then, with and
+without a monitor (https://github.com/pytorch/pytorch/issues/190489).
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +16,24 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+CONTEXT: Any = multiprocessing.get_context(METHOD)
+if METHOD == "forkserver":
+    CONTEXT.set_forkserver_preload(
+        ["pytest", "torch.distributed.fsdp", "ess_monitor.featurizers", "transformers.trainer", "accelerate"]
+    )
 
-def saved_by_ranks(observe: Callable[[int, str], None], folder: Path, count: int, seconds: float) -> list[Any]:
-    """What each rank has left in `folder/<rank>.pt`. Nothing of them stays behind.
+
+def run_ranks(work: Callable[..., None], count: int, *arguments: Any, seconds: float = 120.0) -> None:
+    """Run `work(rank, *arguments)` in `count` processes, until all have ended. Nothing of them stays behind.
 
     Args:
-        observe: `(rank, folder)`; runs in each process.
-        folder: empty.
+        work: can be imported by its name.
         count: of ranks.
+        arguments: can be pickled.
         seconds: after which they are killed, and the test fails.
     """
-    processes = mp.start_processes(observe, (str(folder),), count, join=False, start_method="spawn")
+    processes = mp.start_processes(work, arguments, count, join=False, start_method=METHOD)
     ends = time.monotonic() + seconds
     try:
         while not processes.join(timeout=5):
@@ -28,4 +41,9 @@ def saved_by_ranks(observe: Callable[[int, str], None], folder: Path, count: int
     finally:
         for process in processes.processes:
             process.kill()
+
+
+def saved_by_ranks(work: Callable[..., None], folder: Path, count: int, *arguments: Any) -> list[Any]:
+    """What each rank has left in `folder/<rank>.pt`, run as `work(rank, folder, *arguments)`."""
+    run_ranks(work, count, str(folder), *arguments)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]

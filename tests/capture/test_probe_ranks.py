@@ -75,7 +75,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 
 def test_a_probe_on_one_rank_leaves_the_collectives_of_the_training_alone(tmp_path: Path) -> None:
-    ranks = saved_by_ranks(one_rank, tmp_path, RANKS, 60)
+    ranks = saved_by_ranks(one_rank, tmp_path, RANKS)
     for first, second in zip(*ranks, strict=True):
         assert set(first["statuses"]) == {"ok"}
         assert first["state"].keys() == second["state"].keys()

@@ -67,13 +67,18 @@ def test_a_run_resumed_in_a_new_process_ends_bitwise_as_the_uninterrupted_one(tm
     script = tmp_path / "run.py"
     script.write_text(RESUME_SCRIPT.format(settings=SETTINGS))
 
-    def run(*arguments: str) -> None:
-        done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    def started(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, str(script), *arguments], stderr=subprocess.PIPE, text=True)
 
-    run("24", "whole.ckpt")
-    run("8", "part.ckpt")
-    run("24", "rest.ckpt", "part.ckpt")
+    def ended(process: subprocess.Popen[str]) -> None:
+        _, printed = process.communicate()
+        assert process.returncode == 0, printed
+
+    with started("24", "whole.ckpt") as whole_run:  # beside the other two
+        for arguments in (("8", "part.ckpt"), ("24", "rest.ckpt", "part.ckpt")):
+            with started(*arguments) as process:
+                ended(process)
+        ended(whole_run)
     whole, rest = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.ckpt", "rest.ckpt"))
     assert whole["callbacks"]["ess_monitor"]["autopilot"]["spent"] > 0
     assert (

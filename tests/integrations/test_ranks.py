@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.integrations.helpers import EAGER, LanguageModel, callback, measurements, train
+from tests.ranks import saved_by_ranks
 
 LOOPS = ("accelerate", "transformers")
 
 
-def one_rank(rank: int, world: int, port: int, folder: Path) -> None:
+def one_rank(rank: int, place: str, world: int, port: int) -> None:
+    folder = Path(place)
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
     )
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["OMP_NUM_THREADS"] = "1"  # otherwise accelerate gives each process all cores
     torch.set_num_threads(1)
     results = {}
     for loop in LOOPS:
@@ -32,13 +37,12 @@ def one_rank(rank: int, world: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2])
+@pytest.mark.parametrize("world", [2, 4])
 def test_all_ranks_act_alike_and_one_reports(world: int, tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(one_rank, args=(world, port, tmp_path), nprocs=world)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    ranks = saved_by_ranks(one_rank, tmp_path, world, world, port)
     for loop in LOOPS:
         a, *others = (results[loop] for results in ranks)
         assert a["actions"], f"{loop}: nothing was done, so nothing was compared"

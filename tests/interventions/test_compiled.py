@@ -37,8 +37,9 @@ def module_site() -> tuple[nn.Module, Loss]:
 
 def op_site() -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
-    model, args, kwargs = hf("Mamba", state_size=4)
-    return model.train(), lambda called: called(*args, **kwargs).logits.square().sum()
+    model, (tokens,), kwargs = hf("Mamba", state_size=4)
+    short = tokens[:, :6]  # the compiler writes the scan out, token by token
+    return model.train(), lambda called: called(short, **kwargs).logits.square().sum()
 
 
 def compiled(model: nn.Module, how: str) -> Any:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from ess_monitor.featurizers import Backbone
+from tests.ranks import saved_by_ranks
 
 from .helpers import (
     DECAYING,
@@ -128,23 +127,13 @@ def test_two_layers_carry_the_sum_of_their_penalties() -> None:
 
 
 def test_ddp_averages_loss_and_penalty_over_two_processes_with_different_data(tmp_path: Path) -> None:
-    ranks = mp.start_processes(
-        averaged_gradients, args=(str(tmp_path),), nprocs=WORLD_SIZE, join=False, start_method="spawn"
-    )
-    try:
-        expected = {}
-        for featurizer in DECAYING:
-            model = backbone(featurizer)
-            losses = [regularised_loss(model, batch(seed=rank)) for rank in range(WORLD_SIZE)]
-            torch.stack(losses).mean().backward()
-            expected[featurizer] = gradients(model)
-        deadline = time.monotonic() + 60
-        while not ranks.join(timeout=60):
-            assert time.monotonic() < deadline, "the two processes wait for each other"
-    finally:
-        for process in ranks.processes:
-            process.kill()
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    found = saved_by_ranks(averaged_gradients, tmp_path, WORLD_SIZE)
+    expected = {}
+    for featurizer in DECAYING:
+        model = backbone(featurizer)
+        losses = [regularised_loss(model, batch(seed=rank)) for rank in range(WORLD_SIZE)]
+        torch.stack(losses).mean().backward()
+        expected[featurizer] = gradients(model)
     for featurizer in DECAYING:
         assert largest_difference(found[0][featurizer], expected[featurizer]) < FLOAT32
         assert all(map(torch.equal, found[0][featurizer], found[1][featurizer]))

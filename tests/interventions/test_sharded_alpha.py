@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return saved_by_ranks(observe, folder, WORLD_SIZE, 120)
+    return saved_by_ranks(observe, folder, WORLD_SIZE)
 
 
 @pytest.mark.parametrize("how", WAYS)

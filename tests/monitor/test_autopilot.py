@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from ess_monitor import ConfigError, Monitor, MonitorConfig
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from tests.eager import EAGER_DIAGNOSIS
+from tests.ranks import saved_by_ranks
 
 
 def config(mode: str, **autopilot: object) -> MonitorConfig:
@@ -205,12 +205,12 @@ def average_gradients(model: nn.Module) -> None:
             parameter.grad /= torch.distributed.get_world_size()
 
 
-def one_rank(rank: int, world: int, port: int, featurizer: str, folder: str) -> None:
+def one_rank(rank: int, folder: str, port: int, featurizer: str) -> None:
     import os
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     loop = Loop(config("auto"), featurizer, rank=rank)
     loop.run(20, average=average_gradients)
     actions = [(a.step, a.layer, a.action, a.strength, a.outcome) for a in loop.monitor.actions]
@@ -223,8 +223,7 @@ def one_rank(rank: int, world: int, port: int, featurizer: str, folder: str) -> 
 
 @pytest.mark.parametrize("featurizer", ["wla", "gla_s6"])
 def test_two_ranks_with_different_data_act_alike(featurizer: str, tmp_path: Path) -> None:
-    mp.spawn(one_rank, args=(2, free_port(), featurizer, str(tmp_path)), nprocs=2)
-    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    a, b = saved_by_ranks(one_rank, tmp_path, 2, free_port(), featurizer)
     assert a["actions"] == b["actions"]
     assert a["actions"], "nothing was done, so nothing was compared"
     assert a["sizes"] == b["sizes"]

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from ess_monitor import ConfigError, Monitor, MonitorConfig
 from ess_monitor.featurizers import GLA, Backbone, BackboneConfig
 from ess_monitor.integrations.common import CallbackBase, LoopFacts
 from ess_monitor.parallel import require_data_parallel, sizes_of_config, sizes_of_mesh, sizes_of_model
+from tests.ranks import saved_by_ranks
 
 
 class Mesh:
@@ -152,9 +152,8 @@ def real_meshes(rank: int, folder: str) -> None:
 
 
 def test_models_that_torch_has_split_are_seen_for_what_they_are(tmp_path: Path) -> None:
-    mp.spawn(real_meshes, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt", weights_only=True) == {
+    for found in saved_by_ranks(real_meshes, tmp_path, 2):
+        assert found == {
             "plain": {},
             "fsdp": {},
             "named": {"tensor": 2},

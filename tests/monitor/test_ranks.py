@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from ess_monitor import ConfigError, Monitor, MonitorConfig, PartError
@@ -21,6 +20,7 @@ from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.records import Measurement
 from ess_monitor.runtime import Agreement
 from tests.eager import EAGER_DIAGNOSIS
+from tests.ranks import run_ranks
 
 
 def config(mode: str = "auto", **settings: Any) -> MonitorConfig:
@@ -280,7 +280,7 @@ def trained(rank: int, world: int, folder: str, name: str, resume: str, steps: i
 
 
 def of_processes(world: int, folder: Path, name: str, resume: str = "", steps: int = 11, late: Any = None) -> list[Any]:
-    mp.spawn(trained, args=(world, str(folder), name, resume, steps, late or {}), nprocs=world)
+    run_ranks(trained, world, world, str(folder), name, resume, steps, late or {})
     return [torch.load(folder / f"{name}.{rank}", weights_only=True) for rank in range(world)]
 
 

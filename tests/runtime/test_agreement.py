@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -22,10 +21,10 @@ from hypothesis import strategies as st
 from ess_monitor.runtime import Agreement
 from ess_monitor.runtime.agreement import SKIPS_IN_A_ROW
 from ess_monitor.runtime.store import own_connection, store_of_the_run
+from tests.ranks import CONTEXT
 
 PATIENT = 60.0
 """Seconds that nobody is to need: a rank that waits so long fails the test."""
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def sums(posts: Any) -> list[float]:
@@ -264,8 +263,7 @@ def late_once(kind: str, rank: int, world: int, folder: str, results: Queue[Any]
         told.append((before, verdict.values, verdict.reason, summed(1.0)))
     told.append(second.exchange(0, [1.0], sums).values)
     results.put((rank, told))
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.barrier()  # the host of the store stays until all have read
 
 
 @pytest.mark.parametrize("kind", ["tcp", "file"])
@@ -341,9 +339,10 @@ def of_processes(
     work: Callable[[str, int, int, str, Queue[Any]], None], kind: str, world: int, folder: Path
 ) -> dict[int, Any]:
     """What each rank tells. Ends all of them, also one that is stopped."""
-    results: Queue[Any] = SPAWN.Queue()
+    results: Queue[Any] = CONTEXT.Queue()
     processes = [
-        SPAWN.Process(target=work, args=(kind, rank, world, str(folder), results), daemon=True) for rank in range(world)
+        CONTEXT.Process(target=work, args=(kind, rank, world, str(folder), results), daemon=True)
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -355,7 +354,6 @@ def of_processes(
         return told
     finally:
         for process in processes:
-            process.join(5)
             process.kill()
             process.join(PATIENT)
 

@@ -93,7 +93,7 @@ def test_a_compiled_model_is_seen_after_its_first_compiled_step_and_goes_on_comp
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    return saved_by_ranks(observe, folder, WORLD_SIZE, 200)
+    return saved_by_ranks(observe, folder, WORLD_SIZE)
 
 
 @pytest.fixture(scope="module")
