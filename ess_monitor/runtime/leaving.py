@@ -8,6 +8,7 @@ monitors that nobody has closed, asks the threads that compute to stop, and wait
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -59,6 +60,8 @@ def closed(monitor: Closes) -> None:
 def _at_exit() -> None:
     """Once, when there is something to end: an import registers nothing."""
     atexit.register(_leave)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_OPEN.clear)  # they are the parent's
 
 
 def _leave() -> None:
