@@ -91,7 +91,6 @@ def test_gradients_are_those_of_the_added_term_and_the_compiler_is_left_as_it_wa
     assert max(((after[n] - e).norm() / e.norm().clamp_min(1e-9)).item() for n, e in bare.items()) < 1e-5
 
 
-@torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)  # as it is, also where another test left a pull attached
 def test_a_penalty_of_compiled_layers_is_an_error_and_the_way_out_that_it_names_gives_all_of_it() -> None:
     """Half of it in silence would be another training."""
     model, loss = module_site()

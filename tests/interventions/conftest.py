@@ -1,0 +1,16 @@
+"""Runs that are dropped with a regulariser attached leave the compiler's settings to nobody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ess_monitor.capture import eager
+
+
+@pytest.fixture(autouse=True)
+def _compiler_as_it_was() -> Iterator[None]:
+    yield
+    for holder in tuple(eager._SEEN_BY_COMPILER):
+        eager.compile_without(holder)
