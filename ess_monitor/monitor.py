@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ess_monitor import checks
+from ess_monitor import checks, leaving
 from ess_monitor.arguments import check_end, check_run, check_timeout
 from ess_monitor.capture.layers import check_model
 from ess_monitor.capture.operators import require_layers
@@ -34,7 +34,7 @@ from ess_monitor.parallel import require_data_parallel
 from ess_monitor.ranks import agreement_of_the_run, place, together
 from ess_monitor.records import Action, Condition, Finding, Reading, RunStatus, Snapshot
 from ess_monitor.run_info import run_info
-from ess_monitor.runtime import Agreement, Cadence, Lane, lane_for, leaving
+from ess_monitor.runtime import Agreement, Cadence, Lane, lane_for
 from ess_monitor.samples import Metrics
 from ess_monitor.sampling import Sampling
 from ess_monitor.state import STATE_VERSION, read_state

@@ -6,7 +6,11 @@ import threading
 from collections import deque
 
 from ess_monitor.exporters.guard import Guard
+from ess_monitor.leaving import TorchThread
 from ess_monitor.records import Measurement, RunStatus
+
+_LAST_MEASUREMENT = 2.0
+"""Seconds for which the end of the process waits for the sink to take the measurement it is at, and to close."""
 
 
 class Worker:
@@ -23,7 +27,7 @@ class Worker:
         self._queue: deque[Measurement] = deque()
         self._changed = threading.Condition()
         self._final_status: RunStatus | None = None
-        self._thread = threading.Thread(target=self._run, name=f"ess-monitor-export-{guard.name}", daemon=True)
+        self._thread = TorchThread(self._run, f"ess-monitor-export-{guard.name}", self._leave)
 
     @property
     def waiting(self) -> int:
@@ -66,6 +70,11 @@ class Worker:
     def join(self, timeout_seconds: float) -> None:
         """Wait for the thread to end, at most that long."""
         self._thread.join(max(0.0, timeout_seconds))
+
+    def _leave(self) -> float:
+        self.stop(self._final_status or "failed")
+        self.discard()
+        return _LAST_MEASUREMENT
 
     def _run(self) -> None:
         while True:

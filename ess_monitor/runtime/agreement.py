@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from ess_monitor import checks
 from ess_monitor.errors import ConfigError, described
-from ess_monitor.runtime.leaving import TorchThread
+from ess_monitor.leaving import TorchThread
 from ess_monitor.runtime.store import Store, store_of_the_run
 
 T = TypeVar("T")

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor import checks
 from ess_monitor.errors import described
+from ess_monitor.leaving import TorchThread
 from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.lanes import Lane, Launched
-from ess_monitor.runtime.leaving import TorchThread
 
 Tag = TypeVar("Tag")
 

@@ -8,6 +8,7 @@ monitors that nobody has closed, asks the threads that compute to stop, and wait
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
@@ -17,7 +18,8 @@ from functools import cache
 from typing import Protocol
 
 from ess_monitor.records import RunStatus
-from ess_monitor.runtime.guard import logger
+
+logger = logging.getLogger("ess_monitor")
 
 
 class Closes(Protocol):
@@ -31,7 +33,7 @@ _OPEN: weakref.WeakSet[Closes] = weakref.WeakSet()
 
 
 class TorchThread(threading.Thread):
-    """A daemon thread that calls torch.
+    """A daemon thread that calls torch, or code of others that may.
 
     Args:
         work: runs in it.

@@ -57,6 +57,32 @@ for _ in range(2):
 """
 
 
+SINK = """
+import time
+
+class Slow:
+    name, inline = "slow", False
+    def start(self, run, snapshot): pass
+    def export(self, measurement):
+        print("exporting", flush=True)
+        matrix, ends = torch.eye(64), time.monotonic() + 1.5
+        while time.monotonic() < ends:
+            matrix = matrix @ matrix
+        print("exported", flush=True)
+    def close(self, status): print(status)
+
+monitor = Monitor(model, MonitorConfig(), exporters=[Slow()])
+monitor.start()
+model(torch.randn(4, 16, 128)).sum().backward()
+monitor.step()
+monitor.flush()
+time.sleep(0.2)
+monitor._judge.hub.close("finished", timeout_seconds=0.05)
+monitor.close()
+sys.exit(3)
+"""
+
+
 def status_of(program: str, *arguments: str) -> tuple[int, str]:
     """Exit status and what was printed; the program itself never takes a minute."""
     command = [sys.executable, "-c", program, *arguments]
@@ -76,6 +102,13 @@ def test_a_worker_that_hangs_does_not_keep_the_process() -> None:
     program = hangs.replace("RuntimeConfig()", "RuntimeConfig(timeout_seconds=0.1)")
     status, printed = status_of(f"{program}\nexecutor.poll()\nassert executor.stuck\nsys.exit(3)")
     assert status == 3, printed
+
+
+def test_a_sink_may_take_the_measurement_it_is_at(tmp_path: Path) -> None:
+    status, printed = status_of(MONITOR.partition("config =")[0] + SINK)
+    assert status == 3, printed
+    assert "is left behind" in printed
+    assert printed.split()[:3] == ["exporting", "exported", "finished"]
 
 
 def test_a_rank_that_waits_for_the_others_can_leave() -> None:
