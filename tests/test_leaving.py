@@ -172,6 +172,13 @@ def test_a_monitor_that_nobody_closed_is_closed_as_failed(
     assert measured
 
 
+def test_a_monitor_that_cannot_be_closed_changes_no_exit_status(status_of: Any, tmp_path: Path) -> None:
+    end = "monitor._autopilot.close = lambda: 1 / 0\nsys.exit(3)"
+    status, printed = status_of(f"{MONITOR}\n{end}", str(tmp_path / "events.jsonl"))
+    assert status == 3
+    assert "could not be closed at the end of the process" in printed
+
+
 def test_a_forked_child_that_ends_by_itself_leaves_the_monitor_to_its_parent(status_of: Any, tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     end = """
