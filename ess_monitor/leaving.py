@@ -29,6 +29,9 @@ class Closes(Protocol):
         """End it."""
 
 
+A_MOMENT = 2.0
+"""Seconds for which the end of the process waits for what may never return: a sink, a store, a worker that hangs."""
+
 _OPEN: weakref.WeakSet[Closes] = weakref.WeakSet()
 
 

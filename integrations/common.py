@@ -135,7 +135,7 @@ class CallbackBase:
         self._live_exporters = live
         self._state: dict[str, Any] | None = None
         self._running = False
-        self._at_exit: weakref.finalize[..., Any] | None = None
+        self._if_dropped: weakref.finalize[..., Any] | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -176,15 +176,16 @@ class CallbackBase:
             monitor.load_state_dict({**monitor.state_dict(), "step": facts.step})
         monitor.start()
         self.monitor, self._running = monitor, True
-        # A loop that dies without telling its callbacks still ends the run in the exporters.
-        self._at_exit = weakref.finalize(self, monitor.close, "failed")
+        # A loop that dies without telling its callbacks, and is dropped with them, still ends the run in the exporters.
+        self._if_dropped = weakref.finalize(self, monitor.close, "failed")
+        self._if_dropped.atexit = False  # the monitor sees to that itself
 
     def _close(self, status: RunStatus) -> None:
         if self.monitor is None or not self._running:
             return
         self._running = False
-        if self._at_exit is not None:
-            self._at_exit.detach()
+        if self._if_dropped is not None:
+            self._if_dropped.detach()
         self.monitor.close(status)
         self._state = self.monitor.state_dict()
 
@@ -207,5 +208,5 @@ class CallbackBase:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the settings and the state, not the running monitor."""
-        idle = {"monitor": None, "_running": False, "_at_exit": None, "_state": self.state_dict() or None}
+        idle = {"monitor": None, "_running": False, "_if_dropped": None, "_state": self.state_dict() or None}
         return {**self.__dict__, **idle}

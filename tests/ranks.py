@@ -24,17 +24,16 @@ if METHOD == "forkserver":
     )
 
 
-def run_ranks(work: Callable[..., None], count: int, *arguments: Any, seconds: float = 120.0) -> None:
-    """Run `work(rank, *arguments)` in `count` processes, until all have ended. Nothing of them stays behind.
+def run_ranks(work: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Run `work(rank, *arguments)` in `count` processes, for a minute at most. Nothing of them stays behind.
 
     Args:
         work: can be imported by its name.
         count: of ranks.
         arguments: can be pickled.
-        seconds: after which they are killed, and the test fails.
     """
     processes = mp.start_processes(work, arguments, count, join=False, start_method=METHOD)
-    ends = time.monotonic() + seconds
+    ends = time.monotonic() + 60
     try:
         while not processes.join(timeout=5):
             assert time.monotonic() < ends, "the ranks did not end"

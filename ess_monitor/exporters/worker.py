@@ -6,11 +6,8 @@ import threading
 from collections import deque
 
 from ess_monitor.exporters.guard import Guard
-from ess_monitor.leaving import TorchThread
+from ess_monitor.leaving import A_MOMENT, TorchThread
 from ess_monitor.records import Measurement, RunStatus
-
-_LAST_MEASUREMENT = 2.0
-"""Seconds for which the end of the process waits for the sink to take the measurement it is at, and to close."""
 
 
 class Worker:
@@ -74,7 +71,7 @@ class Worker:
     def _leave(self) -> float:
         self.stop(self._final_status or "failed")
         self.discard()
-        return _LAST_MEASUREMENT
+        return A_MOMENT
 
     def _run(self) -> None:
         while True:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from ess_monitor import checks
 from ess_monitor.errors import ConfigError, described
-from ess_monitor.leaving import TorchThread
+from ess_monitor.leaving import A_MOMENT, TorchThread
 from ess_monitor.runtime.store import Store, store_of_the_run
 
 T = TypeVar("T")
@@ -40,8 +40,6 @@ _MEASURING = 64
 """Ranks that measure in a large run, unless something else is set."""
 _HARD_SHARE = 2.0
 """Of the limit: how long the store itself may take to answer before it counts as lost."""
-_LAST_CALL = 2.0
-"""Seconds for which the end of the process waits for the store's answer."""
 _KEPT_VERDICTS = 8
 """Verdicts that stay in the store. A rank cannot be that far behind: the training's own collectives hold it."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.05
@@ -214,7 +212,7 @@ class Agreement:
 
     def _leave(self) -> float:
         self._leaving = True
-        return _LAST_CALL
+        return A_MOMENT
 
     # -- the verdict --------------------------------------------------------------------------------------------------
 

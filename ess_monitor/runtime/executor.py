@@ -18,15 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor import checks
 from ess_monitor.errors import described
-from ess_monitor.leaving import TorchThread
+from ess_monitor.leaving import A_MOMENT, TorchThread
 from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.lanes import Lane, Launched
 
 Tag = TypeVar("Tag")
 
 
-_LAST_LAYER, _HANGING = 30.0, 2.0
-"""Seconds for which the end of the process waits for the layer that the worker is at, and for a worker that hangs."""
+_LAST_LAYER = 30.0
+"""Seconds for which the end of the process waits for the layer that the worker is at."""
 
 
 class RuntimeConfig(BaseModel):
@@ -159,7 +159,7 @@ class Executor(Generic[Tag]):
             self._thread.join(timeout_seconds)
 
     def _leave(self) -> float:
-        patience = _HANGING if self.stuck else _LAST_LAYER
+        patience = A_MOMENT if self.stuck else _LAST_LAYER
         with self._wake:
             self._closing = True
             self._todo.clear()

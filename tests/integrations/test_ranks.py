@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.exporters.helpers import free_port
 from tests.integrations.helpers import EAGER, LanguageModel, callback, measurements, train
 from tests.ranks import saved_by_ranks
 
@@ -39,10 +39,7 @@ def one_rank(rank: int, place: str, world: int, port: int) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_ranks_act_alike_and_one_reports(world: int, tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = saved_by_ranks(one_rank, tmp_path, world, world, port)
+    ranks = saved_by_ranks(one_rank, tmp_path, world, world, free_port())
     for loop in LOOPS:
         a, *others = (results[loop] for results in ranks)
         assert a["actions"], f"{loop}: nothing was done, so nothing was compared"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 from ess_monitor import ConfigError, Monitor, MonitorConfig
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from tests.eager import EAGER_DIAGNOSIS
+from tests.exporters.helpers import free_port
 from tests.ranks import saved_by_ranks
 
 
@@ -190,12 +190,6 @@ def test_a_fault_in_the_autopilot_stops_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_a_lag_as_long_as_the_interval_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"lag_steps=4 must be below every_n_steps=4"):
         config("auto", lag_steps=4)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def average_gradients(model: nn.Module) -> None:
