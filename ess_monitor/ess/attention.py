@@ -52,7 +52,7 @@ class SoftmaxAttention(Operator):
 
     Example:
         >>> even = SoftmaxAttention(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))  # every row is an average
-        >>> even.singular_values([2])  # rank 1: any average of the past is one number
+        >>> even.singular_values([2]).round(decimals=4)  # rank 1: any average of the past is one number
         tensor([[[[0.5893, 0.0000]]]])
     """
 

@@ -117,7 +117,7 @@ class Operator(ABC):
         Example:
             >>> from ess_monitor.ess import DenseOperator
             >>> T = torch.tensor([[1.0, 0.0, 0.0], [2.0, 1.0, 0.0], [3.0, 4.0, 1.0]])
-            >>> DenseOperator(T).singular_values([2])  # H_2 = [[3, 4]]
+            >>> DenseOperator(T).singular_values([2]).round(decimals=4)  # H_2 = [[3, 4]]
             tensor([[[[5.]]]])
         """
         checked = self._checked(positions)

@@ -54,7 +54,7 @@ class Convolution(Operator):
 
     Example:
         >>> delay = Convolution(torch.tensor([[[0.0, 0.0, 1.0]]]), length=10)  # y_t = u_{t-2}
-        >>> delay.singular_values([5])  # a delay of two tokens keeps two numbers
+        >>> delay.singular_values([5]).round(decimals=4)  # a delay of two tokens keeps two numbers
         tensor([[[[1., 1.]]]])
     """
 
@@ -115,7 +115,8 @@ class GatedConvolution(Operator):
 
     Example:
         >>> open_gate = torch.ones(1, 1, 10)
-        >>> GatedConvolution(open_gate, torch.tensor([[[0.0, 0.0, 1.0]]]), 3 * open_gate).singular_values([5])
+        >>> delay = GatedConvolution(open_gate, torch.tensor([[[0.0, 0.0, 1.0]]]), 3 * open_gate)
+        >>> delay.singular_values([5]).round(decimals=4)
         tensor([[[[3., 3.]]]])
     """
 

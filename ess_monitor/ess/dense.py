@@ -35,7 +35,7 @@ class DenseOperator(Operator):
         OperatorError: T is not square, or `block_size` does not divide its size.
 
     Example:
-        >>> DenseOperator(torch.ones(6, 6).tril(), block_size=2).singular_values([1])  # H_1 is 4 x 2, of rank 1
+        >>> DenseOperator(torch.ones(6, 6).tril(), block_size=2).singular_values([1]).round(decimals=4)  # of rank 1
         tensor([[[[2.8284, 0.0000]]]])
     """
 
