@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.alerts.cases import render_tests
 from ess_monitor.alerts.config import AlertsConfig
 from ess_monitor.alerts.rules import render_grafana, render_rules
@@ -38,7 +38,7 @@ def render(config: AlertsConfig) -> dict[str, str]:
         >>> 'ess_monitor_last_step_timestamp_seconds{job="llm"} > 3600' in files["prometheus/ess_monitor.rules.yml"]
         True
     """
-    checks.instance("config", config, AlertsConfig)
+    validation.instance("config", config, AlertsConfig)
     files = {name: _named(name, text, config) for name, text in _kept().items()}
     return {**files, **render_generated(config)}
 
@@ -94,9 +94,9 @@ def export(
         >>> "ess_monitor.rules.yml" in names, "EssMonitorStateCollapsed.md" in names
         (True, True)
     """
-    checks.instance("directory", directory, (str, Path), hint="where the files are to lie")
-    checks.flag("overwrite", overwrite)
-    checks.optional("config", config, AlertsConfig)
+    validation.instance("directory", directory, (str, Path), hint="where the files are to lie")
+    validation.flag("overwrite", overwrite)
+    validation.optional("config", config, AlertsConfig)
     files = render(_settings(config, settings))
     target = Path(directory)
     try:

@@ -41,8 +41,8 @@ from torch import nn
 
 from benchmarks.report import Result, main
 from ess_monitor import Monitor, MonitorConfig
-from ess_monitor.capture.eager import _HOLDERS
-from ess_monitor.capture.taps import _TAPS
+from ess_monitor.capture.hooks.compiler import _HOLDERS
+from ess_monitor.capture.hooks.function_patch import _TAPS
 from ess_monitor.records import PHASES
 
 LAYERS, LENGTH = 24, 64
@@ -75,7 +75,7 @@ class StandingBy:
 
 
 @dataclass
-class Sampling:
+class SampleTrigger:
     """A run in which a sample is taken every few steps."""
 
     bare: list[float] = field(default_factory=list)
@@ -196,9 +196,9 @@ def standing_by(build: Callable[[], nn.Module], batch: int, *, calls: int = 1, p
     return found
 
 
-def sampling(build: Callable[[], nn.Module], batch: int, samples: int = SAMPLES, steps: int = STEPS) -> Sampling:
+def sampling(build: Callable[[], nn.Module], batch: int, samples: int = SAMPLES, steps: int = STEPS) -> SampleTrigger:
     """Steps with a sample now and then. Each is waited for, so that the worker does not run beside the others."""
-    training, found = Training(build, batch), Sampling()
+    training, found = Training(build, batch), SampleTrigger()
     for _ in range(samples):
         # An interval beyond the block: one sample at its beginning, and none after.
         with Monitor(training.model, MonitorConfig(every_n_steps=10**6)) as monitor:
@@ -254,7 +254,7 @@ def unarmed_row(name: str, found: StandingBy, repeated: StandingBy) -> tuple[dic
     return row, failures
 
 
-def armed_row(name: str, found: Sampling) -> dict[str, Any]:
+def armed_row(name: str, found: SampleTrigger) -> dict[str, Any]:
     """What a sample costs: the training thread's step, and the monitor's own account."""
 
     def account(*phases: str) -> float:

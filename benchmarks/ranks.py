@@ -20,12 +20,12 @@ import torch.distributed as dist
 from prometheus_client import CollectorRegistry, generate_latest
 
 from benchmarks.report import Result, main
-from ess_monitor.ballot import Ballot
-from ess_monitor.evidence import Evidence
-from ess_monitor.exporters.collector import SnapshotCollector
-from ess_monitor.ledger import Ledger
-from ess_monitor.records import LayerInfo, Reading, RunInfo
-from ess_monitor.runtime import Agreement, measuring_ranks
+from ess_monitor.distributed.config import measuring_ranks
+from ess_monitor.distributed.consensus import StoreConsensus
+from ess_monitor.distributed.reduction import RankReduction
+from ess_monitor.exporters.prometheus.collector import SnapshotCollector
+from ess_monitor.pipeline.counters import RunCounters
+from ess_monitor.records import LayerInfo, Reading, RunInfo, SampleResult
 
 WORLDS = (2, 4, 8)
 LAYERS = 48
@@ -77,7 +77,7 @@ class Counted:
         return bool(self._call("delete_key", len(key), key))
 
 
-def evidence(step: int, rank: int) -> Evidence:
+def evidence(step: int, rank: int) -> SampleResult:
     """A sample of 48 layers."""
     use = 0.5 + 0.01 * rank
     readings = tuple(
@@ -95,12 +95,12 @@ def evidence(step: int, rank: int) -> Evidence:
         )
         for k in range(LAYERS)
     )
-    return Evidence(step, readings, {"loss": 1.0, "accuracy": 0.5})
+    return SampleResult(step, readings, {"loss": 1.0, "accuracy": 0.5})
 
 
-def ballot(ranks: Sequence[int]) -> Ballot:
+def ballot(ranks: Sequence[int]) -> RankReduction:
     """For those layers and two metrics."""
-    return Ballot([f"model.blocks.{k}.mixer" for k in range(LAYERS)], ["loss", "accuracy"], ranks)
+    return RankReduction([f"model.blocks.{k}.mixer" for k in range(LAYERS)], ["loss", "accuracy"], ranks)
 
 
 def one_rank(rank: int, world: int, port: int, results: Any) -> None:
@@ -110,7 +110,7 @@ def one_rank(rank: int, world: int, port: int, results: Any) -> None:
     server = dist.TCPStore("127.0.0.1", port, None, False)
     dist.init_process_group("gloo", store=dist.PrefixStore("training", server), rank=rank, world_size=world)
     store = Counted(dist.PrefixStore("monitor", server).clone())
-    agreement, papers = Agreement(store, rank, world, limit_seconds=60), ballot(range(world))
+    agreement, papers = StoreConsensus(store, rank, world, limit_seconds=60), ballot(range(world))
     seconds, posted, read, calls = [], [], [], []
     for step in range(WARMUP + EXCHANGES):
         values = papers.post(evidence(step, rank), 100)
@@ -181,7 +181,7 @@ def scrape() -> tuple[int, int]:
     papers = ballot((0, 1))
     agreed, _ = papers.read(evidence(0, 0), papers.fold([papers.post(evidence(0, rank), 100) for rank in (0, 1)]))
     names = [reading.layer for reading in agreed.readings]
-    ledger = Ledger(names)
+    ledger = RunCounters(names)
     ledger.measured("ok", agreed.readings)
     layers = tuple(LayerInfo(name=name, module="GLA", supported=True) for name in names)
     registry = CollectorRegistry()

@@ -66,10 +66,10 @@ def _part_error(part: str, text: str) -> PartError:
     return error
 
 
-def described(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Type and text of an error; an error whose text cannot be made must not become the next one.
 
-    >>> described(ValueError("no"))
+    >>> format_error(ValueError("no"))
     'ValueError: no'
     """
     try:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.capture import CaptureConfig, LayerFilter, find_layers, layer_infos
-from ess_monitor.capture.operators import capture_pass
+from ess_monitor.capture.capture_pass import capture_pass
 from ess_monitor.config import MonitorConfig
-from ess_monitor.readings import compute, positions_of, reading
+from ess_monitor.pipeline.readings import compute, positions_of, reading
 from ess_monitor.records import LayerInfo, Reading
 
 DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
@@ -102,7 +102,7 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         >>> [r.state_capacity for r in profile(LA(16, 2), torch.randn(2, 64, 16)).readings]
         [8.0]
     """
-    config = checks.optional("config", config, MonitorConfig) or DEFAULTS
+    config = validation.optional("config", config, MonitorConfig) or DEFAULTS
     readings = []
     for captured in capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture):
         positions = positions_of(captured, config.positions)

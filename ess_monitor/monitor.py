@@ -12,32 +12,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from ess_monitor import checks, leaving
-from ess_monitor.arguments import check_end, check_run, check_timeout
+from ess_monitor import validation
+from ess_monitor.capture.capture_pass import require_layers
 from ess_monitor.capture.layers import check_model
-from ess_monitor.capture.operators import require_layers
 from ess_monitor.config import MonitorConfig
 from ess_monitor.diagnosis import Tracker
+from ess_monitor.distributed.consensus import StoreConsensus
+from ess_monitor.distributed.parallelism import require_data_parallel
+from ess_monitor.distributed.ranks import consensus_of_the_run, measure_together, rank_info
 from ess_monitor.errors import CheckpointError
-from ess_monitor.evidence import Evidence
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter
 from ess_monitor.exporters.base import check_exporters
-from ess_monitor.exporters.identity import configs_of_rank
-from ess_monitor.health import Health
+from ess_monitor.exporters.prometheus.identity import configs_of_rank
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
-from ess_monitor.judging import Judge, undiagnosed
-from ess_monitor.ledger import Ledger
-from ess_monitor.lockstep import Lockstep, Skipped
-from ess_monitor.measuring import Measuring
-from ess_monitor.parallel import require_data_parallel
-from ess_monitor.ranks import agreement_of_the_run, place, together
-from ess_monitor.records import Action, Condition, Finding, Reading, RunStatus, Snapshot
-from ess_monitor.run_info import run_info
-from ess_monitor.runtime import Agreement, Cadence, Lane, lane_for
-from ess_monitor.samples import Metrics
-from ess_monitor.sampling import Sampling
-from ess_monitor.state import STATE_VERSION, read_state
+from ess_monitor.pipeline.checkpoint import STATE_VERSION, read_state
+from ess_monitor.pipeline.context import check_end, check_run, check_timeout
+from ess_monitor.pipeline.counters import RunCounters
+from ess_monitor.pipeline.health import Health
+from ess_monitor.pipeline.queue import MeasurementQueue, Metrics
+from ess_monitor.pipeline.results import ResultHandler, undiagnosed
+from ess_monitor.pipeline.run_info import run_info
+from ess_monitor.pipeline.schedule import Lockstep, Skipped
+from ess_monitor.pipeline.trigger import SampleTrigger
+from ess_monitor.records import Action, Condition, Finding, Reading, RunStatus, SampleResult, Snapshot
+from ess_monitor.runtime import Cadence, ComputeBackend, backend_for, shutdown
 
 
 class Monitor:
@@ -93,29 +92,29 @@ class Monitor:
         world_size: int | None = None,
         precision: str = "32",
         grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
-        agreement: Agreement | None = None,
+        agreement: StoreConsensus | None = None,
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
-        lanes: Callable[[torch.device], Lane] | None = None,
+        lanes: Callable[[torch.device], ComputeBackend] | None = None,
     ) -> None:
         functions = {"grad_scale": grad_scale, "clock": clock, "wall_clock": wall_clock}
         check_run(strategy, world_size, precision, agreement, functions | ({} if lanes is None else {"lanes": lanes}))
         self.model = check_model(model)
-        self.config = checks.optional("config", config, MonitorConfig) or MonitorConfig()
-        self._place = place()
+        self.config = validation.optional("config", config, MonitorConfig) or MonitorConfig()
+        self._place = rank_info()
         world_size = self._place.world_size if world_size is None else world_size
         acts = self.config.autopilot.mode == "auto"
         require_data_parallel(model, acts=acts, source=self.config.capture.source)
         self._facts: dict[str, Any] = {"strategy": strategy, "world_size": world_size, "precision": precision}
         self._exporters, self._clock, self._wall_clock = check_exporters(exporters), clock, wall_clock
-        in_lockstep = acts or agreement is not None or together(self.config, world_size)
+        in_lockstep = acts or agreement is not None or measure_together(self.config.distributed, world_size, acts=acts)
         n, budget = self.config.every_n_steps, self.config.overhead_budget_ratio
         self._cadence = Cadence(n, budget, locked=in_lockstep)
         self._tracker = Tracker(self.config.diagnosis)
         self._health = Health(strict=self.config.strict)
         self._guards = self._health.guards
         self._layers = require_layers(model, self.config.layers, in_training=True)
-        self._ledger = Ledger((layer.name for layer in self._layers), wall_clock=wall_clock)
+        self._ledger = RunCounters((layer.name for layer in self._layers), wall_clock=wall_clock)
         self._autopilot = Autopilot(
             self.config.autopilot,
             self._layers,
@@ -127,7 +126,7 @@ class Monitor:
         self._step = 0
         self._samples = True
         self._last_call: float | None = None
-        self._judge = Judge(
+        self._judge = ResultHandler(
             self.layers,
             self._tracker,
             self._autopilot,
@@ -138,10 +137,11 @@ class Monitor:
             clock=clock,
             wall_clock=wall_clock,
         )
-        lane_of = cache(lanes or (lambda device: lane_for(device, threads=self.config.runtime.threads)))
-        self._measuring = Measuring(self.config, self.layers, lane_of, self._ledger, self._health, self._judge.spent)
+        lane_of = cache(lanes or (lambda device: backend_for(device, threads=self.config.runtime.threads)))
+        self._measuring = MeasurementQueue(
+            self.config, self.layers, lane_of, self._ledger, self._health, self._judge.spent
+        )
         self._lockstep: Lockstep | None = None
-        """Samples are judged a fixed number of steps after they were taken, instead of as soon as they are measured."""
         if in_lockstep:
             self._lockstep = Lockstep(
                 self.config,
@@ -149,11 +149,11 @@ class Monitor:
                 self._cadence,
                 self._measuring,
                 self._guards,
-                agreement or agreement_of_the_run(self.config, world_size),
+                agreement or consensus_of_the_run(self.config.distributed, world_size, acts=acts),
                 spent=self._judge.spent,
                 clock=clock,
             )
-        self._sampling = Sampling(
+        self._sampling = SampleTrigger(
             model,
             self.config,
             self._layers,
@@ -188,7 +188,7 @@ class Monitor:
         run = run_info(self.model, self.config, self._wall_clock(), self._facts)
         self._judge.hub.start(run, self.snapshot)
         self._running = True
-        leaving.opened(self)
+        shutdown.opened(self)
         # One rank is a fair sample of a data-parallel run, unless its readings are asked for.
         asked = here.rank == 0 or self._lockstep is not None or bool(built or self._exporters)
         self._samples = asked and bool(self._layers)
@@ -202,7 +202,7 @@ class Monitor:
         if not self._alive:
             return
         self._running = False
-        leaving.closed(self)
+        shutdown.closed(self)
         self._sampling.stop()
         with self._guards["worker"]:
             if self._lockstep is not None:
@@ -233,7 +233,7 @@ class Monitor:
         now = self._clock()
         seconds = None if self._last_call is None or now < self._last_call else now - self._last_call
         self._last_call = now
-        self._step = self._step + 1 if step is None else checks.whole("step", step, 0)
+        self._step = self._step + 1 if step is None else validation.whole("step", step, 0)
         self._optimizer = optimizer
         self._ledger.step(self._step, seconds)
         if seconds is not None:
@@ -387,7 +387,7 @@ class Monitor:
         if self.config.capture.source == "train" and self.sample_due:
             self.arm()
 
-    def _finish(self, finished: list[Evidence]) -> None:
+    def _finish(self, finished: list[SampleResult]) -> None:
         for evidence in finished:
             self._judge.judge(evidence, self._step, self._optimizer)
 

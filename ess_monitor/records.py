@@ -10,7 +10,9 @@ Units: sizes (`state_capacity`, `effective_size`, ...) are state dimensions; `_r
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -315,3 +317,30 @@ class Snapshot(Record):
     export_queue_length: dict[str, int]
     health: HealthData = HealthData()
     """Of the monitor itself. Empty in logs of before it was written."""
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Readings and metrics of one sampled step."""
+
+    step: int
+    """Step of the sample."""
+    readings: tuple[Reading, ...]
+    metrics: dict[str, float] = field(default_factory=dict)
+    nonfinite: frozenset[str] = frozenset()
+    """Metrics that were NaN or infinite."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {
+            "step": self.step,
+            "readings": [reading.model_dump(mode="json") for reading in self.readings],
+            "metrics": dict(self.metrics),
+            "nonfinite": sorted(self.nonfinite),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> SampleResult:
+        """The evidence as it was."""
+        readings = tuple(Reading.model_validate(reading) for reading in state["readings"])
+        return cls(int(state["step"]), readings, dict(state["metrics"]), frozenset(state["nonfinite"]))

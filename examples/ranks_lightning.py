@@ -38,7 +38,7 @@ class Sharded(RecallModule):
         fully_shard(self.model, mesh=mesh)
 
 
-class Watch(pl.Callback):
+class HookHandle(pl.Callback):
     """Times the steps."""
 
     def __init__(self, steps: Steps) -> None:
@@ -57,7 +57,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     steps = Steps(arguments.die, rank)
-    callbacks: list[pl.Callback] = [Watch(steps)]
+    callbacks: list[pl.Callback] = [HookHandle(steps)]
     ess = None
     if not arguments.no_monitor:
         events = arguments.out / "events.jsonl"

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from ess_monitor.distributed.parallelism import sizes_of_config
 from ess_monitor.exporters import Exporter, TensorBoardExporter
-from ess_monitor.exporters.loggers import LoggerExporter
+from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.integrations.common import LoopFacts, loss_factor, require
 from ess_monitor.integrations.explicit import ExplicitLoop
 from ess_monitor.interventions.alpha import Optimizers
-from ess_monitor.parallel import sizes_of_config
-from ess_monitor.samples import Metrics
+from ess_monitor.pipeline.queue import Metrics
 
 require("accelerate", extra="accelerate")
 

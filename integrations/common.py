@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.config import MonitorConfig
+from ess_monitor.distributed.parallelism import require_data_parallel
+from ess_monitor.distributed.ranks import measure_together
 from ess_monitor.errors import CheckpointError, ConfigError
 from ess_monitor.exporters import Exporter, TensorBoardExporter, TerminalConfig, TerminalExporter
-from ess_monitor.exporters.identity import configs_of_rank
-from ess_monitor.exporters.loggers import LoggerExporter
+from ess_monitor.exporters.framework_logger import LoggerExporter
+from ess_monitor.exporters.prometheus.identity import configs_of_rank
 from ess_monitor.monitor import Monitor
-from ess_monitor.parallel import require_data_parallel
-from ess_monitor.ranks import together
 from ess_monitor.records import RunStatus
 
 GradScale = Callable[[], "float | torch.Tensor"]
@@ -118,8 +118,8 @@ class CallbackBase:
         **settings: Any,
     ) -> None:
         super().__init__()
-        exporters = checks.listed("exporters", exporters, hint='kinds such as "prometheus", settings, exporters')
-        checks.flag("table", table)
+        exporters = validation.listed("exporters", exporters, hint='kinds such as "prometheus", settings, exporters')
+        validation.flag("table", table)
         live = tuple(item for item in exporters if isinstance(item, Exporter) and not isinstance(item, (str, dict)))
         given = tuple(item for item in exporters if not any(item is other for other in live))
         if given:
@@ -159,7 +159,7 @@ class CallbackBase:
         require_data_parallel(model, facts.parallel, acts=acts, source=self.config.capture.source)
         exporters = configs_of_rank(self.config.exporters, facts.rank, facts.local_rank)
         speaks = facts.rank == 0
-        if not (speaks or exporters or together(self.config, facts.world_size)):
+        if not (speaks or exporters or measure_together(self.config.distributed, facts.world_size, acts=acts)):
             return
         monitor = Monitor(
             model,

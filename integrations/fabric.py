@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ess_monitor.distributed.parallelism import sizes_of_mesh
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Exporter
 from ess_monitor.integrations.common import LoopFacts, logger_exporters, loss_factor, require
 from ess_monitor.integrations.explicit import ExplicitLoop
-from ess_monitor.parallel import sizes_of_mesh
-from ess_monitor.samples import Metrics
+from ess_monitor.pipeline.queue import Metrics
 
 require("lightning_fabric", "lightning.fabric", extra="lightning")
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ess_monitor.distributed.parallelism import sizes_of_mesh
 from ess_monitor.exporters import Exporter
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, logger_exporters, loss_factor
-from ess_monitor.parallel import sizes_of_mesh
 
 _FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
 

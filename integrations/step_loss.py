@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ess_monitor.capture.raised import when_raised
+from ess_monitor.capture.hooks.forward_errors import when_raised
 
 
 class StepLoss:

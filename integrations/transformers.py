@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ess_monitor.distributed.parallelism import sizes_of_config
 from ess_monitor.errors import ConfigError
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.integrations.step_loss import StepLoss
-from ess_monitor.parallel import sizes_of_config
 
 require("transformers", extra="transformers")
 

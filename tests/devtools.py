@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from browser import Browser
+from tests.browser import Browser
 
 PATIENCE_SECONDS = 120.0
 

@@ -51,30 +51,29 @@ PUBLIC_NAMES = {
 
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
-    "checks": {"errors"},
+    "validation": {"errors"},
     "records": {"errors"},
-    "leaving": {"records"},
-    "ess": {"checks", "errors"},
-    "featurizers": {"checks", "errors", "ess"},
-    "tasks": {"checks", "errors"},
-    "capture": {"checks", "errors", "ess", "records"},
-    "runtime": {"capture", "checks", "errors", "ess", "leaving", "records"},
-    "interventions": {"capture", "checks", "errors", "ess", "records"},
-    "diagnosis": {"checks", "errors", "records"},
-    "exporters": {"checks", "errors", "leaving", "records"},
-    "report": {"checks", "errors", "exporters", "records"},
-    "cli_report": {"checks", "errors", "report"},
-    "cli_alerts": {"alerts", "checks", "errors"},
-    "alerts": {"checks", "errors"},
+    "ess": {"errors", "validation"},
+    "featurizers": {"errors", "ess", "validation"},
+    "tasks": {"errors", "validation"},
+    "runtime": {"errors", "records", "validation"},
+    "distributed": {"errors", "records", "runtime", "validation"},
+    "capture": {"distributed", "errors", "ess", "records", "validation"},
+    "interventions": {"capture", "errors", "ess", "records", "validation"},
+    "diagnosis": {"errors", "records", "validation"},
+    "exporters": {"errors", "records", "runtime", "validation"},
+    "config": {"capture", "diagnosis", "distributed", "errors", "exporters", "interventions", "runtime", "validation"},
+    "alerts": {"errors", "validation"},
+    "report": {"errors", "exporters", "records", "validation"},
 }
-"""Room -> the rooms it may import, itself apart. What is not listed stands on the monitor's floor, above them all."""
+"""Room -> the rooms it may import, itself apart. What is not listed stands above them all."""
 
-ABOVE_THE_MONITOR = {"alerts", "cli", "cli_alerts", "cli_report", "integrations", "report"}
+ABOVE_THE_MONITOR = {"alerts", "cli", "integrations", "report"}
 """Rooms that the monitor must not know. Alerts and reports know nothing of it either: the ones speak of metrics by
 name, the others read event logs."""
 ONLY_TO_TRAIN = {"featurizers", "tasks"}
 
-ADAPTERS = {"ess_monitor.capture.own": "featurizers"}
+ADAPTERS = {"ess_monitor.capture.adapters.featurizers": "featurizers"}
 """Capture adapters, loaded by name once their library is in `sys.modules`. They alone may import it."""
 
 FRAMEWORKS = {
@@ -113,7 +112,7 @@ def _module_name(path: Path) -> str:
 
 
 def _room(module: str) -> str:
-    """`ess_monitor.capture.own` -> `capture`; the package's own `__init__` -> ``."""
+    """`ess_monitor.capture.adapters.featurizers` -> `capture`; the package's own `__init__` -> ``."""
     return ".".join(module.split(".")[1:2])
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
-from ess_monitor.exporters.collector import SnapshotCollector
+from ess_monitor.exporters.prometheus.collector import SnapshotCollector
 from ess_monitor.exporters.scalars import LAYER_QUANTITIES
-from ess_monitor.ledger import Ledger
+from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, CONDITIONS, Reading, RunInfo, Status
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def _glossary(section: str) -> list[str]:
 def test_glossary_has_exactly_the_metrics_of_the_prometheus_endpoint() -> None:
     registry = CollectorRegistry()
     run = RunInfo(run_name="run", model="Model", layers=())
-    registry.register(SnapshotCollector(run, Ledger(()).snapshot))
+    registry.register(SnapshotCollector(run, RunCounters(()).snapshot))
     lines = generate_latest(registry).decode().splitlines()
     exported = [line.split()[2].removeprefix("ess_monitor_") for line in lines if line.startswith("# TYPE")]
     assert sorted(_glossary("Prometheus")) == sorted(exported)

@@ -10,7 +10,7 @@ import torch
 
 from ess_monitor import CaptureConfig, MonitorConfig, capture_operators, profile
 from ess_monitor.featurizers import build_mixer
-from ess_monitor.readings import SPECTRUM_VALUES, mean_spectrum
+from ess_monitor.pipeline.readings import SPECTRUM_VALUES, mean_spectrum
 
 ALL = CaptureConfig(samples=3, heads=None)
 

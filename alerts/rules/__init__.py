@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.alerts.config import AlertsConfig
 from ess_monitor.alerts.rules.base import PREFIX, Alert, Group, Record, written
 from ess_monitor.alerts.rules.grafana import render_grafana_rules
@@ -27,7 +27,7 @@ def rule_groups(config: AlertsConfig) -> tuple[Group, ...]:
         >>> [rule.name for rule in groups[1].rules]
         ['InterventionFailing', 'InterventionFlapping', 'InterventionIneffective']
     """
-    checks.instance("config", config, AlertsConfig)
+    validation.instance("config", config, AlertsConfig)
     return (layers(config), interventions(config), run(config), monitor(config))
 
 

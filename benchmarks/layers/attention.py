@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.layers.case import Case, Mixed
 from benchmarks.layers.mamba import TOKENS
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 PADDING = torch.ones(2, 24, dtype=torch.long)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture import CaptureConfig, Captured, Sampler, find_layers, layer_infos
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.ess import tolerance_ess
 
 

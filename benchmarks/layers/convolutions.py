@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks.layers.case import Case, Mixed
 from benchmarks.layers.mamba import Built, hf
 from benchmarks.layers.recurrent import LEFT_PADDED, arriving
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 
 
 class Causal(nn.Module):

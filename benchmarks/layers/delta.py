@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.layers.case import Case, Mixed
 from benchmarks.layers.mamba import TOKENS, Built
 from benchmarks.layers.recurrent import LEFT_PADDED
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 
 OPS = (
     "torch_chunk_gated_delta_rule",

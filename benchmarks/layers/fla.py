@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.layers.case import Case, Mixed
 from benchmarks.layers.triton_interpreter import interpret_triton
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 
 LIBRARY = "flash-linear-attention"
 RECURRENT, CHUNK = 16, 72

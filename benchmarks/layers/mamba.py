@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.layers.case import Case, Mixed
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 
 TOKENS = (torch.arange(2 * 24).reshape(2, 24) * 7 % 32,)
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.layers.case import Case, Mixed
 from benchmarks.layers.mamba import Built, StubbedCase, hf
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 
 SIZES = {"mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_heads": 4, "mamba_n_groups": 2, "mamba_expand": 2}
 ATTENTION = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.layers.case import Case, Mixed
 from benchmarks.layers.mamba import TOKENS, Built, hf
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 
 LEFT_PADDED = torch.ones_like(TOKENS[0])
 LEFT_PADDED[0, :5] = 0

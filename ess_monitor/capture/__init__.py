@@ -1,12 +1,12 @@
 """From a user's module to an operator: which layers, which tensors, described per layer."""
 
+from ess_monitor.capture.capture_pass import capture_operators
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, Transition
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
-from ess_monitor.capture.operators import capture_operators
-from ess_monitor.capture.probe import TokenProbe
 from ess_monitor.capture.registry import register_capture
 from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
 from ess_monitor.capture.spec import CaptureSpec
+from ess_monitor.capture.token_probe import TokenProbe
 
 __all__ = [
     "AlphaHandle",

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ess_monitor.capture.sites import Arguments, Call, CallSite
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Transition:
 
 
 @dataclass(frozen=True)
-class Behind:
+class DecayInputs:
     """The tensors that determine A in one call, all of them, and how they do."""
 
     tensors: tuple[torch.Tensor, ...]
@@ -53,7 +53,7 @@ class DecayHandle:
     """What determines the decay, for `describe`: names below the layer."""
     site: CallSite
     """The call that takes the tensors as arguments."""
-    read: Callable[[Call], Behind | None]
+    read: Callable[[Call], DecayInputs | None]
     """What is behind A in a call; None for a call without (a step of cached decoding)."""
     write: Callable[[Call, tuple[torch.Tensor, ...]], Arguments]
     """The arguments of the call with other tensors in place of those that `read` gave. Parameters that the layer uses
@@ -118,7 +118,7 @@ def positional(index: int, path: str, parameters: tuple[str, ...]) -> DecayHandl
     return DecayHandle(
         parameters,
         CallSite(path),
-        read=lambda call: Behind((call.args[index],), lambda tensors: Transition(tensors[0])),
+        read=lambda call: DecayInputs((call.args[index],), lambda tensors: Transition(tensors[0])),
         write=write,
     )
 

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
-from ess_monitor import checks
-from ess_monitor.capture.libraries import library_of, versions_of
+from ess_monitor import validation
 from ess_monitor.capture.registry import find_spec, why_refused
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import ConfigError
@@ -49,7 +49,7 @@ class LayerFilter(BaseModel):
 
     def matches(self, name: str) -> bool:
         """True when the layer called `name` is to be measured."""
-        checks.instance("name", name, str, hint="the dotted name of a module")
+        validation.instance("name", name, str, hint="the dotted name of a module")
         return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
 
 
@@ -65,13 +65,13 @@ class Layer:
 def check_model(model: nn.Module, name: str = "model") -> nn.Module:
     """`model`, or `ConfigError` where it is none."""
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{name}: {checks.type_of(model)} is not a torch.nn.Module; pass the trained {name}")
+        raise ConfigError(f"{name}: {validation.type_of(model)} is not a torch.nn.Module; pass the trained {name}")
     return model
 
 
 def _filter(layers: LayerFilter | None) -> LayerFilter:
     hint = 'LayerFilter(include=("blocks.*",)), or None for every layer'
-    return checks.optional("layers", layers, LayerFilter, hint=hint) or LayerFilter()
+    return validation.optional("layers", layers, LayerFilter, hint=hint) or LayerFilter()
 
 
 def clean_name(name: str) -> str:
@@ -207,3 +207,31 @@ def all_moved(model: nn.Module) -> bool:
     return bool(mixers) and all(
         spec is None and library_of(module) is not None and why_refused(module) is None for module, spec in mixers
     )
+
+
+TESTED: dict[str, tuple[str, str]] = {
+    "transformers": ("transformers", "5.23.0"),
+    "fla": ("flash-linear-attention", "0.6.0"),
+    "mamba_ssm": ("mamba_ssm", "2.3.2.post1"),
+}
+"""Import name -> (distribution, version that the tests run with)."""
+
+
+def library_of(module: nn.Module) -> str | None:
+    """Import name of the known library that a module's class comes from."""
+    name = type(module).__module__.partition(".")[0]
+    return name if name in TESTED else None
+
+
+def versions_of(library: str) -> str:
+    """What is installed, and what was tested, in words.
+
+    >>> versions_of("fla").endswith("tested with 0.6.0")
+    True
+    """
+    distribution, tested = TESTED[library]
+    try:
+        installed = version(distribution)
+    except PackageNotFoundError:
+        installed = "of an unknown version"
+    return f"{distribution} {installed}, tested with {tested}"

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ess_monitor import checks
-from ess_monitor.capture.families import FAMILIES
+from ess_monitor import validation
+from ess_monitor.capture.layer_adapter import FAMILIES
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import Operator
@@ -25,7 +25,7 @@ Read = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Operator]
 _SPECS: dict[type[nn.Module], CaptureSpec] = {}
 
 _ADAPTERS = {
-    "ess_monitor.featurizers": "ess_monitor.capture.own",
+    "ess_monitor.featurizers": "ess_monitor.capture.adapters.featurizers",
     "torch": "ess_monitor.capture.adapters",
 }
 """Library (a name in `sys.modules`) -> module of ours that registers its layers when imported. The adapters of other
@@ -41,7 +41,7 @@ def add_spec(layer: type[nn.Module], spec: CaptureSpec) -> None:
 def _check_layer(layer: type[nn.Module]) -> None:
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
         raise CaptureError(
-            f"layer: {checks.shown(layer)} is not a torch.nn.Module class; pass the class, not an instance"
+            f"layer: {validation.shown(layer)} is not a torch.nn.Module class; pass the class, not an instance"
         )
 
 
@@ -91,13 +91,13 @@ def register_capture(
     """
 
     _check_layer(layer)
-    checks.instance("operator", operator, str, hint="the name of an operator's class", error=CaptureError)
+    validation.instance("operator", operator, str, hint="the name of an operator's class", error=CaptureError)
     for name, given in (("state_capacity", state_capacity), ("channels", channels)):
         if given is not None:
-            checks.function(name, given, hint="of the module, or None", error=CaptureError)
+            validation.function(name, given, hint="of the module, or None", error=CaptureError)
 
     def decorate(build: Read) -> Read:
-        checks.function("build", build, hint="(module, args, kwargs, output) -> Operator", error=CaptureError)
+        validation.function("build", build, hint="(module, args, kwargs, output) -> Operator", error=CaptureError)
         extra: dict[str, Any] = {}
         if state_capacity is not None:
             extra["state_capacity"] = state_capacity

@@ -19,13 +19,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from ess_monitor import checks
-from ess_monitor.capture.eager import EagerStance
+from ess_monitor import validation
+from ess_monitor.capture.hooks.call_site import Call, HookHandle
+from ess_monitor.capture.hooks.compiler import EagerStance
+from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.layers import Layer
-from ess_monitor.capture.raised import when_raised
-from ess_monitor.capture.sites import Call, Watch
-from ess_monitor.capture.spread import tokens_are_spread
-from ess_monitor.errors import CaptureError, described
+from ess_monitor.distributed.context_parallel import tokens_are_spread
+from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.ess import Operator
 
 logger = logging.getLogger("ess_monitor")
@@ -130,11 +130,11 @@ class Sampler:
         on_operator: Callable[[Captured], Any] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.layers = checks.several("layers", layers, Layer, hint="find_layers(model)")
-        self.config = checks.instance("config", config, CaptureConfig)
-        self._model = checks.optional("model", model, nn.Module)
+        self.layers = validation.several("layers", layers, Layer, hint="find_layers(model)")
+        self.config = validation.instance("config", config, CaptureConfig)
+        self._model = validation.optional("model", model, nn.Module)
         for name, function in (("share", share), ("clock", clock)):
-            checks.function(name, function)
+            validation.function(name, function)
         self.capture_seconds = 0.0
         self.asked: tuple[str, ...] = ()
         """Layers that the sample under way, or the last one, was armed for."""
@@ -147,7 +147,7 @@ class Sampler:
         self._clock = clock
         self.turn = 0
         """Samples taken so far: which heads come next follows from it."""
-        self._watches: list[Watch] = []
+        self._watches: list[HookHandle] = []
         self._eager = EagerStance()
         self._taken: dict[str, Captured | CaptureFailure] = {}
         self._first: dict[str, tuple[int, int]] = {}
@@ -258,7 +258,7 @@ class Sampler:
 
 def _failure(layer: Layer, error: Exception) -> CaptureFailure:
     logger.debug("ess_monitor: layer %s could not be read", layer.name, exc_info=error)
-    return CaptureFailure(layer, described(error), error.with_traceback(None))
+    return CaptureFailure(layer, format_error(error), error.with_traceback(None))
 
 
 def _device_type(call: Call) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle
-from ess_monitor.capture.sites import Call, CallSite
-from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.ess import Operator
 
-Build = Callable[[Call], "Operator | Sketch | None"]
+Build = Callable[[Call], "Operator | LazyOperator | None"]
 """The operator of a call, built with gradients off; None for a call that is not the one meant (a fused op that fell
 through, a step of cached decoding). It should only wrap tensors that the layer used, so that it costs nothing: the
 sampler narrows the operator before anything is copied."""
@@ -59,3 +58,22 @@ class CaptureSpec:
         decay = () if self.decay is None else (f"decay: {', '.join(self.decay.parameters)}",)
         alpha = () if self.alpha is None else (f"alpha: {self.alpha.tensor}",)
         return decay + alpha
+
+
+@dataclass(frozen=True)
+class LazyOperator:
+    """What a layer applied, before the few samples and heads that are wanted have been cut out.
+
+    For layers whose A is computed from smaller tensors (Mamba: log A = Delta A, of state size times the numbers of
+    Delta): A is formed for the part that is taken only.
+    """
+
+    batch: int
+    heads: int
+    length: int
+    form: Callable[[slice, Sequence[int], int], Operator]
+    """`(samples, heads, length) -> Operator` of that part."""
+
+    def select(self, *, samples: slice, heads: Sequence[int], length: int) -> Operator:
+        """The operator of some samples and heads, on the first `length` tokens."""
+        return self.form(samples, heads, length)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ess_monitor.diagnosis.config import DiagnosisConfig, thresholds
 from ess_monitor.diagnosis.rules import Context, Verdict, judge
-from ess_monitor.diagnosis.thresholds import DiagnosisConfig, thresholds
 from ess_monitor.diagnosis.tracker import Tracker
 
 __all__ = ["Context", "DiagnosisConfig", "Tracker", "Verdict", "judge", "thresholds"]

@@ -36,8 +36,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ess_monitor import checks
-from ess_monitor.diagnosis.thresholds import DiagnosisConfig
+from ess_monitor import validation
+from ess_monitor.diagnosis.config import DiagnosisConfig
 from ess_monitor.records import Condition, Reading, attainable_utilization, full_state_utilization
 
 
@@ -84,9 +84,9 @@ def judge(reading: Reading, context: Context, config: DiagnosisConfig) -> Verdic
         >>> judge(reading, learned, DiagnosisConfig(metric="accuracy", metric_solved=0.9)).condition
         'healthy'
     """
-    checks.instance("reading", reading, Reading)
-    checks.instance("context", context, Context)
-    checks.instance("config", config, DiagnosisConfig)
+    validation.instance("reading", reading, Reading)
+    validation.instance("context", context, Context)
+    validation.instance("config", config, DiagnosisConfig)
     utilization = attainable_utilization(reading)
     if utilization is None:
         return None

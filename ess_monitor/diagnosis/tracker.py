@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ess_monitor import checks
+from ess_monitor import validation
+from ess_monitor.diagnosis.config import DiagnosisConfig
 from ess_monitor.diagnosis.rules import Context, Verdict, judge
-from ess_monitor.diagnosis.thresholds import DiagnosisConfig
 from ess_monitor.errors import CheckpointError
 from ess_monitor.records import Condition, Finding, Reading, attainable_utilization
 
@@ -41,7 +41,7 @@ class Tracker:
     """
 
     def __init__(self, config: DiagnosisConfig | None = None) -> None:
-        self.config = checks.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
+        self.config = validation.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
         self._layers: dict[str, _Layer] = {}
         self._metrics: deque[float] = deque(maxlen=self._metric_window)
 
@@ -58,9 +58,9 @@ class Tracker:
             metrics: metrics of the training loop. A value that is absent or not finite leaves the last known one valid.
             step: optimizer step of the measurement.
         """
-        readings = checks.several("readings", readings, Reading)
-        checks.instance("metrics", metrics, Mapping, hint="metric name -> number")
-        step = checks.whole("step", step, 0)
+        readings = validation.several("readings", readings, Reading)
+        validation.instance("metrics", metrics, Mapping, hint="metric name -> number")
+        step = validation.whole("step", step, 0)
         for reading in readings:
             self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
         self._take_metric(metrics)

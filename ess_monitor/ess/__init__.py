@@ -12,19 +12,17 @@ Pure tensor functions on frozen operators; imports torch and the exception tree,
 
 from __future__ import annotations
 
-from ess_monitor.ess.aggregate import Aggregation, aggregate, midpoint_index
-from ess_monitor.ess.attention import SoftmaxAttention
-from ess_monitor.ess.base import Operator
 from ess_monitor.ess.bounds import Bounds, ess_bounds
-from ess_monitor.ess.convolution import Convolution, GatedConvolution
 from ess_monitor.ess.decay import decay_product_norm, mean_decay, retention, retention_ratio
-from ess_monitor.ess.delta import DeltaRecurrence
-from ess_monitor.ess.dense import DenseOperator
 from ess_monitor.ess.measure import Measured, measure
 from ess_monitor.ess.metrics import entropy_ess, tolerance_ess
-from ess_monitor.ess.positions import operator_positions
-from ess_monitor.ess.read_first import ReadFirstRecurrence
-from ess_monitor.ess.recurrence import DiagonalRecurrence
+from ess_monitor.ess.operators.attention import SoftmaxAttention
+from ess_monitor.ess.operators.base import Operator
+from ess_monitor.ess.operators.convolution import Convolution, GatedConvolution
+from ess_monitor.ess.operators.delta import DeltaRecurrence
+from ess_monitor.ess.operators.dense import DenseOperator
+from ess_monitor.ess.operators.recurrence import DiagonalRecurrence, ReadFirstRecurrence
+from ess_monitor.ess.positions import Aggregation, aggregate, midpoint_index, operator_positions
 
 __all__ = [
     "Aggregation",

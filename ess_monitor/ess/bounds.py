@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor
 from ess_monitor.ess.positions import LONGEST, check_positions
@@ -64,10 +64,10 @@ def ess_bounds(
         >>> bounds.upper
         tensor([1., 2., 3., 4., 4., 4., 3., 2., 3., 2., 1.])
     """
-    length = checks.whole("length", length, 1, LONGEST, error=OperatorError)
-    block_size = checks.whole("block_size", block_size, 1, LONGEST, error=OperatorError)
+    length = validation.whole("length", length, 1, LONGEST, error=OperatorError)
+    block_size = validation.whole("block_size", block_size, 1, LONGEST, error=OperatorError)
     checked = check_positions(positions, length)
-    checks.tensor("ess", ess, "(..., positions)", range(1, 65), error=OperatorError)
+    validation.tensor("ess", ess, "(..., positions)", range(1, 65), error=OperatorError)
     if any(later <= earlier for earlier, later in pairwise(checked)):
         raise OperatorError(f"positions={list(positions)} must be ascending, without repetition; sort them with `ess`.")
     if ess.shape[-1:] != (len(checked),):
@@ -96,11 +96,11 @@ def ess_bounds(
 
 def _capacity(capacity: float | Tensor, length: int, ess: Tensor) -> Tensor:
     if not isinstance(capacity, Tensor):
-        return ess.new_full((), checks.real("capacity", capacity, low=0, error=OperatorError))
+        return ess.new_full((), validation.real("capacity", capacity, low=0, error=OperatorError))
     if capacity.is_complex() or tuple(capacity.shape) not in ((), (1,), (length - 1,)):
         raise OperatorError(
-            f"capacity is {checks.shown(capacity)}; pass one number, or a real tensor of shape ({length - 1},): one "
-            "per position 1..length-1."
+            f"capacity is {validation.shown(capacity)}; pass one number, or a real tensor of shape ({length - 1},): "
+            "one per position 1..length-1."
         )
     if capacity.is_meta != ess.is_meta:
         raise OperatorError(f"capacity is on {capacity.device} and ess on {ess.device}; move them to one device.")

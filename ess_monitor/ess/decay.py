@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.base import Operator, check_operator
-from ess_monitor.ess.delta import DeltaRecurrence
 from ess_monitor.ess.delta_gramian import mean_diagonal, transition_product
-from ess_monitor.ess.fields import check_same_device
 from ess_monitor.ess.linalg import result_dtype, working_dtype
 from ess_monitor.ess.metrics import tolerance_ess
-from ess_monitor.ess.recurrence import DiagonalRecurrence
+from ess_monitor.ess.operators.base import Operator, check_operator
+from ess_monitor.ess.operators.delta import DeltaRecurrence
+from ess_monitor.ess.operators.fields import check_same_device
+from ess_monitor.ess.operators.recurrence import DiagonalRecurrence
 
 
 @torch.no_grad()
@@ -105,7 +105,7 @@ def retention_ratio(ess: Tensor, undecayed_ess: Tensor) -> Tensor:
         tensor([0.7500, 1.0000, 2.0000])
     """
     for name, tensor in (("ess", ess), ("undecayed_ess", undecayed_ess)):
-        checks.tensor(name, tensor, "(...)", range(65), error=OperatorError)
+        validation.tensor(name, tensor, "(...)", range(65), error=OperatorError)
     check_same_device(ess=ess, undecayed_ess=undecayed_ess)
     try:
         torch.broadcast_tensors(ess, undecayed_ess)  # type: ignore[no-untyped-call]

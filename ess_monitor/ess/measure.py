@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ess_monitor import checks
-from ess_monitor.ess.base import Operator, check_operator
+from ess_monitor import validation
 from ess_monitor.ess.decay import decay_product_norm, mean_decay
 from ess_monitor.ess.metrics import check_tolerance, entropy_ess, tolerance_ess
+from ess_monitor.ess.operators.base import Operator, check_operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ def measure(
     """
     check_operator(operator)
     tolerance = check_tolerance(tolerance, "tolerance")
-    checks.flag("retention", retention)
+    validation.flag("retention", retention)
     values = operator.singular_values(positions)
     undecayed = operator.without_decay() if retention else None
     return Measured(

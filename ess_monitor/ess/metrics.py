@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import working_dtype
 
@@ -70,8 +70,8 @@ def entropy_ess(singular_values: Tensor) -> Tensor:
 
 def check_tolerance(tau: float, name: str = "tau") -> float:
     """`tau`, or `ConfigError` where it is no finite number from 0 up."""
-    return checks.real(name, tau, low=0, hint="the paper uses 1e-3")
+    return validation.real(name, tau, low=0, hint="the paper uses 1e-3")
 
 
 def _check_values(singular_values: Tensor) -> None:
-    checks.tensor("singular_values", singular_values, "(..., rank)", range(1, 65), error=OperatorError)
+    validation.tensor("singular_values", singular_values, "(..., rank)", range(1, 65), error=OperatorError)

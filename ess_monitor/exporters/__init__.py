@@ -7,22 +7,22 @@ are imported by the exporter that needs them, when it starts.
 
 from __future__ import annotations
 
-from ess_monitor.exporters.auth import AuthConfig
 from ess_monitor.exporters.base import Exporter
 from ess_monitor.exporters.config import ExporterConfig, build_exporter
-from ess_monitor.exporters.event_log import EventLogConfig, EventLogExporter
-from ess_monitor.exporters.events import Event, EventReader, read_event_log
+from ess_monitor.exporters.event_log.events import Event, EventReader, read_event_log
+from ess_monitor.exporters.event_log.exporter import EventLogConfig, EventLogExporter
 from ess_monitor.exporters.hub import ExporterHub
-from ess_monitor.exporters.identity import RunIdentity, configs_of_rank
 from ess_monitor.exporters.log import LogConfig, LogExporter
-from ess_monitor.exporters.prometheus import PrometheusExporter
-from ess_monitor.exporters.prometheus_config import PrometheusConfig
-from ess_monitor.exporters.push import PushgatewayConfig, PushgatewayExporter
+from ess_monitor.exporters.prometheus.auth import AuthConfig
+from ess_monitor.exporters.prometheus.config import PrometheusConfig
+from ess_monitor.exporters.prometheus.exporter import PrometheusExporter
+from ess_monitor.exporters.prometheus.identity import RunIdentity, configs_of_rank
+from ess_monitor.exporters.prometheus.pushgateway import PushgatewayConfig, PushgatewayExporter
+from ess_monitor.exporters.prometheus.textfile import TextfileConfig, TextfileExporter
 from ess_monitor.exporters.scalars import scalars
-from ess_monitor.exporters.table import render_table
-from ess_monitor.exporters.tensorboard import TensorBoardConfig, TensorBoardExporter
-from ess_monitor.exporters.terminal import TerminalConfig, TerminalExporter
-from ess_monitor.exporters.textfile import TextfileConfig, TextfileExporter
+from ess_monitor.exporters.tensorboard.exporter import TensorBoardConfig, TensorBoardExporter
+from ess_monitor.exporters.terminal.exporter import TerminalConfig, TerminalExporter
+from ess_monitor.exporters.terminal.table import render_table
 
 __all__ = [
     "AuthConfig",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol, runtime_checkable
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 
@@ -42,8 +42,8 @@ class Exporter(Protocol):
 def check_exporters(exporters: Iterable[Exporter]) -> tuple[Exporter, ...]:
     """The sinks, or `ConfigError` where one is something else, such as its settings."""
     hint = "for settings use MonitorConfig(exporters=...), or build_exporter(...)"
-    found = checks.listed("exporters", exporters, hint=hint)
+    found = validation.listed("exporters", exporters, hint=hint)
     for item in found:
         if isinstance(item, type) or not isinstance(item, Exporter):
-            raise ConfigError(f"exporters: {checks.type_of(item)} is no exporter; {hint}")
+            raise ConfigError(f"exporters: {validation.type_of(item)} is no exporter; {hint}")
     return found

@@ -6,17 +6,17 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters.base import Exporter
-from ess_monitor.exporters.event_log import EventLogConfig, EventLogExporter
+from ess_monitor.exporters.event_log.exporter import EventLogConfig, EventLogExporter
 from ess_monitor.exporters.log import LogConfig, LogExporter
-from ess_monitor.exporters.prometheus import PrometheusExporter
-from ess_monitor.exporters.prometheus_config import PrometheusConfig
-from ess_monitor.exporters.push import PushgatewayConfig, PushgatewayExporter
-from ess_monitor.exporters.tensorboard import TensorBoardConfig, TensorBoardExporter
-from ess_monitor.exporters.terminal import TerminalConfig, TerminalExporter
-from ess_monitor.exporters.textfile import TextfileConfig, TextfileExporter
+from ess_monitor.exporters.prometheus.config import PrometheusConfig
+from ess_monitor.exporters.prometheus.exporter import PrometheusExporter
+from ess_monitor.exporters.prometheus.pushgateway import PushgatewayConfig, PushgatewayExporter
+from ess_monitor.exporters.prometheus.textfile import TextfileConfig, TextfileExporter
+from ess_monitor.exporters.tensorboard.exporter import TensorBoardConfig, TensorBoardExporter
+from ess_monitor.exporters.terminal.exporter import TerminalConfig, TerminalExporter
 
 
 def _from_name(value: Any) -> Any:
@@ -63,6 +63,6 @@ def build_exporter(config: AnyConfig) -> Exporter:
         case LogConfig():
             return LogExporter(config)
     raise ConfigError(
-        f"config: {checks.type_of(config)} is no settings of an exporter; pass settings such as "
+        f"config: {validation.type_of(config)} is no settings of an exporter; pass settings such as "
         "PrometheusConfig(port=0), or give names and mappings to MonitorConfig(exporters=...)"
     )

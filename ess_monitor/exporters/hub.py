@@ -6,11 +6,10 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters.base import Exporter, check_exporters
-from ess_monitor.exporters.guard import Guard, logger
-from ess_monitor.exporters.worker import Worker
+from ess_monitor.exporters.channel import Guard, Worker, logger
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 
 _DRAIN_SHARE = 0.8
@@ -53,9 +52,9 @@ class ExporterHub:
         max_consecutive_errors: int = 5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        queue_length = checks.whole("queue_length", queue_length, 1, 2**20)
-        max_consecutive_errors = checks.whole("max_consecutive_errors", max_consecutive_errors, 1)
-        checks.function("clock", clock)
+        queue_length = validation.whole("queue_length", queue_length, 1, 2**20)
+        max_consecutive_errors = validation.whole("max_consecutive_errors", max_consecutive_errors, 1)
+        validation.function("clock", clock)
         exporters = check_exporters(exporters)
         names = _unique_names([exporter.name for exporter in exporters])
         self._guards = tuple(

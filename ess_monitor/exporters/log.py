@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.records import Action, Finding, Measurement, RunInfo, RunStatus, Snapshot
 
 _WARN_CONDITIONS = {"saturated", "collapsed"}
@@ -53,8 +53,8 @@ class LogExporter:
 
     def __init__(self, config: LogConfig | None = None, logger: logging.Logger | None = None) -> None:
         self.name = "log"
-        self.config = checks.optional("config", config, LogConfig) or LogConfig()
-        self._logger = checks.optional("logger", logger, logging.Logger) or logging.getLogger("ess_monitor")
+        self.config = validation.optional("config", config, LogConfig) or LogConfig()
+        self._logger = validation.optional("logger", logger, logging.Logger) or logging.getLogger("ess_monitor")
         self._run: RunInfo | None = None
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:

@@ -20,7 +20,7 @@ import re
 import zlib
 from collections.abc import Iterable
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.records import CONDITIONS, Measurement, Reading
 
 LAYER_QUANTITIES: tuple[str, ...] = (
@@ -117,7 +117,7 @@ def scalars(measurement: Measurement) -> dict[str, float]:
         >>> values["ess_effective_size/mixer"], values["ess_monitor/utilization_ratio"]
         (3.0, 0.25)
     """
-    checks.instance("measurement", measurement, Measurement)
+    validation.instance("measurement", measurement, Measurement)
     values: dict[str, float | None] = {}
     measured = [reading for reading in measurement.readings if reading.status == "ok"]
     for reading in measured:

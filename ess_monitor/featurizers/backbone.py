@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.featurizers.decoder import LastTokenDecoder
 from ess_monitor.featurizers.heads import LARGEST_SIZE
@@ -88,7 +88,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        checks.instance("config", config, BackboneConfig, hint="Backbone(BackboneConfig(vocab_size=...))")
+        validation.instance("config", config, BackboneConfig, hint="Backbone(BackboneConfig(vocab_size=...))")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         # Vectors of norm 1. In the collapse setting (WLA, beta 1) larger ones (torch: entries of variance 1) let most
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
             or not tokens_BL.shape[1]
         ):
             raise OperatorError(
-                f"tokens is {checks.shown(tokens_BL)}; expected integers (torch.int64 or torch.int32) of shape "
+                f"tokens is {validation.shown(tokens_BL)}; expected integers (torch.int64 or torch.int32) of shape "
                 "(batch, length). To feed features, call `backbone.blocks[i].mixer` with (batch, length, width)."
             )
         x_BLD = self.embedding(tokens_BL)

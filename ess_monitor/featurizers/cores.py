@@ -11,7 +11,7 @@ import sys
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.featurizers.scan import diagonal_scan
 
@@ -51,7 +51,8 @@ class CausalSoftmax(nn.Module):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() != 4:
                 raise OperatorError(
-                    f"{name} is {checks.shown(tensor)}; pass a floating tensor of shape (batch, heads, length, dim)."
+                    f"{name} is {validation.shown(tensor)}; "
+                    "pass a floating tensor of shape (batch, heads, length, dim)."
                 )
         if q.shape != k.shape or q.shape[:3] != v.shape[:3] or 0 in (*q.shape, *v.shape):
             raise OperatorError(
@@ -59,5 +60,5 @@ class CausalSoftmax(nn.Module):
                 "v but for its last dimension, with no empty one."
             )
         if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not abs(scale) <= sys.float_info.max:
-            raise OperatorError(f"scale={checks.shown(scale)} must be a finite number, usually dim**-0.5.")
+            raise OperatorError(f"scale={validation.shown(scale)} must be a finite number, usually dim**-0.5.")
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

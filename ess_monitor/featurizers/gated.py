@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.featurizers.cores import DiagonalScan
 from ess_monitor.featurizers.heads import LARGEST_SIZE, HeadFeatures, HeadReadout, split_heads, state_per_head
 
@@ -25,8 +25,8 @@ class LowRankGate(nn.Module):
 
     def __init__(self, width: int, num_heads: int, state: int, *, rank: int, bias_std: float) -> None:
         super().__init__()
-        rank = checks.whole("gate_rank", rank, 1, LARGEST_SIZE, hint="the paper uses 16")
-        bias_std = checks.real("gate_bias_std", bias_std, low=0, hint="0 starts the bias at zero")
+        rank = validation.whole("gate_rank", rank, 1, LARGEST_SIZE, hint="the paper uses 16")
+        bias_std = validation.real("gate_bias_std", bias_std, low=0, hint="0 starts the bias at zero")
         self.num_heads = num_heads
         self.down = nn.Linear(width, rank, bias=False)
         self.up = nn.Linear(rank, num_heads * state)
@@ -77,7 +77,7 @@ class GLA(nn.Module):
         gate_bias_std: float = 0.5,
     ) -> None:
         super().__init__()
-        beta = checks.real("beta", beta, above=0, hint="the paper uses 16")
+        beta = validation.real("beta", beta, above=0, hint="the paper uses 16")
         state = state_per_head(width, num_heads, expand_k)
         self.num_heads = num_heads
         self.state_capacity = state
@@ -137,7 +137,7 @@ class GLAS6(nn.Module):
         gate_bias_std: float = 0.5,
     ) -> None:
         super().__init__()
-        alpha = checks.real("alpha", alpha, above=0, hint="1 is S6's own decay, the paper uses 1000")
+        alpha = validation.real("alpha", alpha, above=0, hint="1 is S6's own decay, the paper uses 1000")
         state = state_per_head(width, num_heads, expand_k)
         self.num_heads = num_heads
         self.state_capacity = state

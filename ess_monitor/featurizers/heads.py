@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import ConfigError, OperatorError
 from ess_monitor.featurizers.norm import RMSNorm
 
@@ -28,9 +28,9 @@ def state_per_head(width: int, num_heads: int, expand_k: float) -> int:
         >>> state_per_head(width=32, num_heads=2, expand_k=0.5)
         8
     """
-    width = checks.whole("width", width, 1, LARGEST_SIZE)
-    num_heads = checks.whole("num_heads", num_heads, 1, LARGEST_SIZE)
-    expand_k = checks.real("expand_k", expand_k, above=0, high=LARGEST_SIZE)
+    width = validation.whole("width", width, 1, LARGEST_SIZE)
+    num_heads = validation.whole("num_heads", num_heads, 1, LARGEST_SIZE)
+    expand_k = validation.real("expand_k", expand_k, above=0, high=LARGEST_SIZE)
     if width % num_heads:
         raise ConfigError(f"num_heads={num_heads} must divide width={width}; take a divisor of {width}.")
     state = expand_k * width / num_heads
@@ -52,7 +52,7 @@ class HeadFeatures(nn.Module):
 
     def __init__(self, width: int, num_heads: int, state: int, *, query_scale: float, bias_std: float) -> None:
         super().__init__()
-        bias_std = checks.real("qk_bias_std", bias_std, low=0, hint="0 starts the biases at zero")
+        bias_std = validation.real("qk_bias_std", bias_std, low=0, hint="0 starts the biases at zero")
         self.num_heads = num_heads
         self.query_scale = query_scale
         self.q = nn.Linear(width, num_heads * state)
@@ -91,7 +91,7 @@ def check_features(u: Tensor, width: int) -> None:
     autocast and FSDP still change them on the way to the parameters."""
     if not isinstance(u, Tensor) or not u.is_floating_point() or u.dim() != 3 or u.shape[2] != width or 0 in u.shape:
         raise OperatorError(
-            f"u is {checks.shown(u)}; pass floating features of shape (batch, length, {width}), none of them empty."
+            f"u is {validation.shown(u)}; pass floating features of shape (batch, length, {width}), none of them empty."
         )
 
 
@@ -120,7 +120,7 @@ class Rotary(nn.Module):
             raise ConfigError(
                 f"expand_k: the state size per head is {state}; rotary positions turn pairs, so it must be even."
             )
-        self.base = checks.real("rope_base", base, above=1, hint="10 suits tens of tokens, 10000 thousands")
+        self.base = validation.real("rope_base", base, above=1, hint="10 suits tens of tokens, 10000 thousands")
 
     def forward(self, x_BHLN: Tensor) -> Tensor:
         """Same shape and dtype."""

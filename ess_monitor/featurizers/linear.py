@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.featurizers.cores import DiagonalScan
 from ess_monitor.featurizers.heads import HeadFeatures, HeadReadout, Rotary, state_per_head
 
@@ -82,7 +82,7 @@ class WLA(nn.Module):
         self, width: int, num_heads: int, *, expand_k: float = 1, beta: float = 16.0, qk_bias_std: float = 0.5
     ) -> None:
         super().__init__()
-        beta = checks.real("beta", beta, above=0, hint="the paper uses 16")
+        beta = validation.real("beta", beta, above=0, hint="the paper uses 16")
         state = state_per_head(width, num_heads, expand_k)
         self.num_heads = num_heads
         self.state_capacity = state

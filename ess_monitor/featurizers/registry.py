@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import ConfigError
 from ess_monitor.featurizers.gated import GLA, GLAS6
 from ess_monitor.featurizers.heads import LARGEST_SIZE
@@ -43,9 +43,9 @@ def build_mixer(name: str, width: int, num_heads: int, state_size: int, **option
     check_options((name,), options)
     if name == "s6":
         return S6(width, state_size=state_size, **options)
-    width = checks.whole("width", width, 1, LARGEST_SIZE)
-    num_heads = checks.whole("num_heads", num_heads, 1, LARGEST_SIZE)
-    state_size = checks.whole("state_size", state_size, 1, LARGEST_SIZE)
+    width = validation.whole("width", width, 1, LARGEST_SIZE)
+    num_heads = validation.whole("num_heads", num_heads, 1, LARGEST_SIZE)
+    state_size = validation.whole("state_size", state_size, 1, LARGEST_SIZE)
     return FEATURIZERS[name](width, num_heads, expand_k=state_size * num_heads / width, **options)
 
 
@@ -60,7 +60,7 @@ def options_of(name: str) -> frozenset[str]:
         ['beta', 'qk_bias_std']
     """
     if not isinstance(name, str) or name not in FEATURIZERS:
-        raise ConfigError(f"featurizer {checks.shown(name)} is unknown; take one of {', '.join(FEATURIZERS)}.")
+        raise ConfigError(f"featurizer {validation.shown(name)} is unknown; take one of {', '.join(FEATURIZERS)}.")
     return frozenset(inspect.signature(FEATURIZERS[name].__init__).parameters) - _SIZES
 
 
@@ -74,10 +74,10 @@ def check_options(names: Collection[str], options: Collection[str]) -> None:
         ...
         ess_monitor.errors.ConfigError: option 'alpha' belongs to none of wla; their options are beta, qk_bias_std.
     """
-    names = checks.several("names", names, str, hint="names of featurizers")
+    names = validation.several("names", names, str, hint="names of featurizers")
     if not names:
         raise ConfigError(f"names is empty; take at least one of {', '.join(FEATURIZERS)}.")
-    options = checks.several("options", options, str, hint="names of options")
+    options = validation.several("options", options, str, hint="names of options")
     known = frozenset[str]().union(*(options_of(name) for name in names))
     for option in sorted(options):
         if option not in known:

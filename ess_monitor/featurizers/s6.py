@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.featurizers.cores import DiagonalScan
 from ess_monitor.featurizers.heads import LARGEST_SIZE, check_features
 from ess_monitor.featurizers.norm import RMSNorm
@@ -45,8 +45,8 @@ class S6(nn.Module):
 
     def __init__(self, width: int, *, state_size: int = 16) -> None:
         super().__init__()
-        width = checks.whole("width", width, 1, LARGEST_SIZE)
-        state_size = checks.whole("state_size", state_size, 1, LARGEST_SIZE)
+        width = validation.whole("width", width, 1, LARGEST_SIZE)
+        state_size = validation.whole("state_size", state_size, 1, LARGEST_SIZE)
         self.num_heads = width
         self.state_capacity = state_size
         self.b = nn.Linear(width, state_size, bias=False)

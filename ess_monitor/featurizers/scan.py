@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.featurizers.chunked import chunked_scan, chunked_sum
 from ess_monitor.featurizers.stepped import stepped_scan
@@ -62,7 +62,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
         if tensor is None and name == "log_decay":
             continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise OperatorError(f"{name} is {checks.shown(tensor)}; pass a real floating tensor.")
+            raise OperatorError(f"{name} is {validation.shown(tensor)}; pass a real floating tensor.")
         if tensor.device != q.device:
             raise OperatorError(f"{name} is on {tensor.device} and q on {q.device}; move them to one device.")
     if q.dim() != 4 or 0 in q.shape:

@@ -4,8 +4,8 @@ from ess_monitor.interventions.alpha import AlphaCopy, rescale_alpha, restore_al
 from ess_monitor.interventions.alpha_advice import AlphaAdvice, advise_alpha
 from ess_monitor.interventions.autopilot import Autopilot
 from ess_monitor.interventions.config import AutopilotConfig
+from ess_monitor.interventions.identity_pull import IdentityPull, add_penalty_gradient, identity_penalty
 from ess_monitor.interventions.penalty import Penalties, collect_penalties
-from ess_monitor.interventions.regulariser import IdentityPull, add_penalty_gradient, identity_penalty
 
 __all__ = [
     "AlphaAdvice",

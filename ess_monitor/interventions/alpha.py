@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.capture import AlphaHandle, find_layers
 from ess_monitor.capture.layers import check_model
 from ess_monitor.errors import CaptureError, ConfigError
@@ -68,10 +68,10 @@ def rescale_alpha(
         >>> round(layer.log_alpha.exp().item(), 3)
         100.0
     """
-    factor = checks.real("factor", factor, above=0, hint="for example 100")
+    factor = validation.real("factor", factor, above=0, hint="for example 100")
     handle = _handle_for(layer, handle)
     tensor = handle.of(layer)
-    if not (handle.is_number or lasts(layer, tensor)):
+    if not (handle.is_number or is_persistent(layer, tensor)):
         raise CaptureError(
             f"layer: {handle.tensor} of {type(layer).__name__} is no parameter or buffer, so a change would not last "
             "(flattened by FSDP, or computed from others); with FSDP set use_orig_params=True, or call fully_shard"
@@ -98,7 +98,7 @@ def restore_alpha(
     Raises:
         CaptureError: the layer has nothing that scales its decay.
     """
-    checks.instance("copy", copy, AlphaCopy, hint="what rescale_alpha returned")
+    validation.instance("copy", copy, AlphaCopy, hint="what rescale_alpha returned")
     handle = _handle_for(layer, handle)
     tensor = handle.of(layer)
     state = _state_of(tensor, optimizer)
@@ -113,7 +113,7 @@ def restore_alpha(
                 state[name] = value
 
 
-def lasts(layer: nn.Module, tensor: torch.Tensor) -> bool:
+def is_persistent(layer: nn.Module, tensor: torch.Tensor) -> bool:
     """Whether it is a parameter or buffer. What FSDP hangs up in the place of one is a view into freed memory."""
     return any(tensor is own for own in chain(layer.parameters(), layer.buffers()))
 
@@ -153,18 +153,18 @@ def check_optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]
     """
     if optimizer is None:
         return ()
-    given = (optimizer,) if hasattr(optimizer, "state") else checks.listed("optimizer", optimizer)
+    given = (optimizer,) if hasattr(optimizer, "state") else validation.listed("optimizer", optimizer)
     for candidate in given:
         if isinstance(candidate, type) or not isinstance(getattr(candidate, "state", None), Mapping):
             raise ConfigError(
-                f"optimizer: {checks.shown(candidate)} is no torch optimizer; pass that of the run, or None"
+                f"optimizer: {validation.shown(candidate)} is no torch optimizer; pass that of the run, or None"
             )
     return given
 
 
 def _handle_for(layer: nn.Module, handle: AlphaHandle | None) -> AlphaHandle:
     check_model(layer, "layer")
-    return checks.optional("handle", handle, AlphaHandle) or _handle_of(layer)
+    return validation.optional("handle", handle, AlphaHandle) or _handle_of(layer)
 
 
 def _handle_of(layer: nn.Module) -> AlphaHandle:

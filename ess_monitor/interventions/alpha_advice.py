@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.capture import capture_operators
 from ess_monitor.errors import ConfigError
 from ess_monitor.ess import operator_positions, tolerance_ess
@@ -73,15 +73,15 @@ def advise_alpha(
         >>> advice.factor
         100.0
     """
-    checks.function("build", build, hint="state size -> layer")
-    sizes = checks.wholes("state_sizes", state_sizes, 1, LARGEST_SIZE)
+    validation.function("build", build, hint="state size -> layer")
+    sizes = validation.wholes("state_sizes", state_sizes, 1, LARGEST_SIZE)
     ascending = _ascending(factors)
-    width = checks.whole("width", width, 1, LARGEST_SIZE)
-    batch = checks.whole("batch", batch, 1, LARGEST_SIZE)
-    seed = checks.whole("seed", seed, 0)
-    tolerance = checks.real("tolerance", tolerance, low=0)
+    width = validation.whole("width", width, 1, LARGEST_SIZE)
+    batch = validation.whole("batch", batch, 1, LARGEST_SIZE)
+    seed = validation.whole("seed", seed, 0)
+    tolerance = validation.real("tolerance", tolerance, low=0)
     if length is not None:
-        length = checks.whole("length", length, 1, LARGEST_SIZE)
+        length = validation.whole("length", length, 1, LARGEST_SIZE)
     length = 4 * max(sizes, default=0) if length is None else length
     _check(sizes, ascending, length, margin)
     columns = [_initial_ess(build, n, ascending, (batch, length, width), seed, tolerance) for n in sizes]
@@ -91,8 +91,8 @@ def advise_alpha(
 
 
 def _ascending(factors: Sequence[float]) -> tuple[float, ...]:
-    given = checks.listed("factors", factors, hint="numbers above 0")
-    return tuple(sorted(checks.real("factors", factor, above=0) for factor in given))
+    given = validation.listed("factors", factors, hint="numbers above 0")
+    return tuple(sorted(validation.real("factors", factor, above=0) for factor in given))
 
 
 def _initial_ess(
@@ -132,4 +132,4 @@ def _check(sizes: tuple[int, ...], factors: tuple[float, ...], length: int, marg
         raise ConfigError(
             f"length: {length} given; at least {2 * max(sizes)}, twice the largest state, or the length caps the ESS"
         )
-    checks.real("margin", margin, above=0, high=1, hint="for example 0.5")
+    validation.real("margin", margin, above=0, high=1, hint="for example 0.5")

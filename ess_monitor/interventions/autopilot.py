@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.capture import Layer
 from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions.alpha import Optimizers
@@ -61,10 +61,10 @@ class Autopilot:
         grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
         on_failure: OnFailure = lambda message, error: None,
     ) -> None:
-        self.config = checks.instance("config", config, AutopilotConfig)
-        layers = checks.several("layers", layers, Layer, hint="find_layers(model)")
-        checks.real("retention_below", retention_below, low=0)
-        checks.function("grad_scale", grad_scale)
+        self.config = validation.instance("config", config, AutopilotConfig)
+        layers = validation.several("layers", layers, Layer, hint="find_layers(model)")
+        validation.real("retention_below", retention_below, low=0)
+        validation.function("grad_scale", grad_scale)
         self._layers = {layer.name: layer for layer in layers}
         self._retention_below = retention_below
         self._grad_scale = grad_scale
@@ -298,7 +298,7 @@ class Autopilot:
         treatment = Treatment(layer, remedy, finding, reading, self._grad_scale, self._on_failure)
         treatment.start(step, rung, loss, optimizer)
         self._treatments[name] = treatment
-        said = f"retention {retention:.2f} is below {self._retention_below:g}: {treatment.described}"
+        said = f"retention {retention:.2f} is below {self._retention_below:g}: {treatment.description}"
         return self._action(step, treatment, "applied", said, None)
 
     def _to_blame(self, reading: Reading) -> bool:

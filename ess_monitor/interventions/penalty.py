@@ -9,12 +9,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.capture import DecayHandle, Layer, LayerFilter, find_layers
-from ess_monitor.capture.handles import Behind
-from ess_monitor.capture.sites import Call, Watch
+from ess_monitor.capture.handles import DecayInputs
+from ess_monitor.capture.hooks.call_site import Call, HookHandle
 from ess_monitor.errors import CaptureError, ConfigError
-from ess_monitor.interventions.regulariser import transition_penalty
+from ess_monitor.interventions.identity_pull import transition_penalty
 
 
 class Penalties:
@@ -24,7 +24,7 @@ class Penalties:
         self._watched: tuple[str, ...] = ()
         # Kept as they pass and made into R only here: what is computed inside a checkpointed layer would have to be
         # computed again in its recomputation, when the hooks may be gone.
-        self._seen: dict[str, list[Behind]] = {}
+        self._seen: dict[str, list[DecayInputs]] = {}
         self._without_graph: set[str] = set()
 
     @property
@@ -58,7 +58,7 @@ class Penalties:
             )
         return torch.stack(list(self.per_layer.values())).sum()
 
-    def _add(self, name: str, behind: Behind, *, graph_expected: bool) -> None:
+    def _add(self, name: str, behind: DecayInputs, *, graph_expected: bool) -> None:
         self._seen.setdefault(name, []).append(behind)
         if graph_expected and not torch.is_grad_enabled():
             self._without_graph.add(name)
@@ -95,7 +95,7 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
     penalties = Penalties()
     penalties._watched = tuple(layer.name for layer, _ in chosen)
 
-    def watch(layer: Layer, handle: DecayHandle) -> Watch:
+    def watch(layer: Layer, handle: DecayHandle) -> HookHandle:
         def keep(call: Call) -> None:
             behind = handle.read(call)
             if behind is not None:
@@ -127,5 +127,5 @@ def _filter(layers: LayerFilter | str | Sequence[str]) -> LayerFilter:
         return LayerFilter.model_validate(layers)
     except ValidationError:
         raise ConfigError(
-            f"layers: {checks.shown(layers)} given; pass a pattern, a list of patterns, or a LayerFilter"
+            f"layers: {validation.shown(layers)} given; pass a pattern, a list of patterns, or a LayerFilter"
         ) from None

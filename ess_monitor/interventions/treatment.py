@@ -9,16 +9,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from ess_monitor.capture import Layer
-from ess_monitor.errors import CheckpointError, described
+from ess_monitor.errors import CheckpointError, format_error
 from ess_monitor.interventions.alpha import (
     AlphaCopy,
     Optimizers,
+    is_persistent,
     is_sharded,
-    lasts,
     rescale_alpha,
     restore_alpha,
 )
-from ess_monitor.interventions.regulariser import IdentityPull
+from ess_monitor.interventions.identity_pull import IdentityPull
 from ess_monitor.records import ActionOutcome, Reading
 
 Remedy = Literal["pull_to_identity", "rescale_alpha"]
@@ -50,7 +50,7 @@ def obstacle(layer: Layer, remedy: Remedy | None) -> str:
     alpha = layer.spec.alpha
     if remedy != "rescale_alpha" or alpha is None or alpha.is_number:
         return ""
-    if not lasts(layer.module, alpha.of(layer.module)):
+    if not is_persistent(layer.module, alpha.of(layer.module)):
         return (
             f"{alpha.tensor} is no parameter or buffer here (FSDP with use_orig_params=False?), it cannot be rescaled"
         )
@@ -122,7 +122,7 @@ class Treatment:
         """By which alpha has been multiplied, over all rungs; None if the state did not say."""
 
     @property
-    def described(self) -> str:
+    def description(self) -> str:
         """What was applied, in words."""
         if self.action == "rescale_alpha":
             return f"alpha multiplied by {self.strength:g}, the optimizer's memory of it cleared"
@@ -148,7 +148,7 @@ class Treatment:
         if error is None:
             return ""
         self.lift()
-        return described(error)
+        return format_error(error)
 
     def lift(self) -> None:
         """Leave the forward pass; a rescaled alpha stays."""
@@ -161,8 +161,8 @@ class Treatment:
         try:
             self._undo(optimizer)
         except Exception as error:
-            self._on_failure(f"taking back {self.action} on {self.layer.name}: {described(error)}", error)
-            return "failed", f"it could not be taken back ({described(error)}), a person must look"
+            self._on_failure(f"taking back {self.action} on {self.layer.name}: {format_error(error)}", error)
+            return "failed", f"it could not be taken back ({format_error(error)}), a person must look"
         return "rolled_back", "taken back"
 
     def _undo(self, optimizer: Optimizers) -> None:
@@ -200,7 +200,7 @@ class Treatment:
         self._pull.attach()
 
     def _pull_failed(self, error: Exception) -> None:
-        self._on_failure(f"the regulariser on {self.layer.name}: {described(error)}", error)
+        self._on_failure(f"the regulariser on {self.layer.name}: {format_error(error)}", error)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and whole tensors: of a sharded alpha the factor alone, which is the same on all ranks."""

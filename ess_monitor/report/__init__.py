@@ -2,7 +2,7 @@
 
 The room reads event logs through `ess_monitor.exporters` and knows records only: no model, no tensor. The way is
 
-    files ──► story (what happened) ──► words (what it means), charts (how it looks) ──► page, compare (HTML)
+    files ──► history (what happened) ──► summary (what it means), figures (how it looks) ──► page, compare (HTML)
 
 A page needs no network: styles are in it, charts are inline SVG, and its content policy forbids everything else.
 """
@@ -10,7 +10,10 @@ A page needs no network: styles are in it, charts are inline SVG, and its conten
 from __future__ import annotations
 
 from ess_monitor.report.compare import render_comparison
+from ess_monitor.report.history import RunHistory, find_event_log, load_history
 from ess_monitor.report.page import render_report
-from ess_monitor.report.story import RunStory, find_event_log, load_story
 
-__all__ = ["RunStory", "find_event_log", "load_story", "render_comparison", "render_report"]
+RunStory, load_story = RunHistory, load_history
+"""Their names in 0.1."""
+
+__all__ = ["RunHistory", "find_event_log", "load_history", "render_comparison", "render_report"]

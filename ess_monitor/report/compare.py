@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ess_monitor import checks
-from ess_monitor.report.charts import Chart, Series, line_chart, x_ticks
-from ess_monitor.report.facts import run_facts
-from ess_monitor.report.heatmap import HeatRow, heat_map
+from ess_monitor import validation
+from ess_monitor.report.components import METRICS_SHOWN, EventRow, Table, event_rows, steps_of
+from ess_monitor.report.figures import Chart, Scale, Series, line_chart, value_scale, x_ticks
+from ess_monitor.report.history import RunHistory
 from ess_monitor.report.page import render
-from ess_monitor.report.parts import METRICS_SHOWN, EventRow, Table, event_rows, steps_of
-from ess_monitor.report.scales import Scale, value_scale
-from ess_monitor.report.story import RunStory
-from ess_monitor.report.words import Paragraph, headline, layer_title, named, paragraphs, percent
+from ess_monitor.report.sections.run_facts import run_facts
+from ess_monitor.report.sections.utilization import HeatRow, heat_map
+from ess_monitor.report.summary import Paragraph, headline, layer_title, named, paragraphs, percent
 
 STEPS_COMPARED = 5
 _NOTABLE = 0.1
@@ -38,7 +37,7 @@ class HeatPair:
     rows: tuple[tuple[str, HeatRow], ...]
 
 
-def render_comparison(first: RunStory, second: RunStory) -> str:
+def render_comparison(first: RunHistory, second: RunHistory) -> str:
     """The page of two runs as HTML: what differs, utilisation of each layer at equal steps, findings, metrics.
 
     Layers are matched by name. The runs share one axis of steps; where one was not measured at a step, its newest
@@ -52,7 +51,7 @@ def render_comparison(first: RunStory, second: RunStory) -> str:
         A whole document that needs nothing beside it.
     """
     for name, story in (("first", first), ("second", second)):
-        checks.instance(name, story, RunStory, hint="load_story(path) reads one")
+        validation.instance(name, story, RunHistory, hint="load_story(path) reads one")
     stories = {"A": first, "B": second}
     opening, lines = differences(first, second)
     scale = steps_of(first, second)
@@ -73,7 +72,7 @@ def render_comparison(first: RunStory, second: RunStory) -> str:
     )
 
 
-def equal_steps(first: RunStory, second: RunStory, count: int = STEPS_COMPARED) -> tuple[int, ...]:
+def equal_steps(first: RunHistory, second: RunHistory, count: int = STEPS_COMPARED) -> tuple[int, ...]:
     """Steps up to which both runs were measured, evenly spaced; empty where they have none in common."""
     if not first.measurements or not second.measurements:
         return ()
@@ -84,7 +83,7 @@ def equal_steps(first: RunStory, second: RunStory, count: int = STEPS_COMPARED) 
     return tuple(dict.fromkeys(low + (high - low) * index // (count - 1) for index in range(count)))
 
 
-def differences(first: RunStory, second: RunStory) -> tuple[str, tuple[str, ...]]:
+def differences(first: RunHistory, second: RunHistory) -> tuple[str, tuple[str, ...]]:
     """An opening sentence, and what differs: layers, utilisation at the last common step, and the metrics there."""
     steps = equal_steps(first, second)
     only = [[layer for layer in a.layers if layer not in b.layers] for a, b in ((first, second), (second, first))]
@@ -110,7 +109,7 @@ def differences(first: RunStory, second: RunStory) -> tuple[str, tuple[str, ...]
     return f"At step {end}, the last that both runs reached:", tuple(lines)
 
 
-def utilization_at_equal_steps(first: RunStory, second: RunStory) -> Table | None:
+def utilization_at_equal_steps(first: RunHistory, second: RunHistory) -> Table | None:
     """Utilisation of the layers that both runs have, `A / B`."""
     steps = equal_steps(first, second)
     common = [layer for layer in first.layers if layer in second.layers]
@@ -126,19 +125,19 @@ def utilization_at_equal_steps(first: RunStory, second: RunStory) -> Table | Non
     return Table("Utilisation, A / B", ("layer", *(f"step {step}" for step in steps)), rows)
 
 
-def _utilization(story: RunStory, layer: str, step: int) -> float | None:
+def _utilization(story: RunHistory, layer: str, step: int) -> float | None:
     reading = story.at(layer, step)
     return None if reading is None else reading.utilization_ratio
 
 
-def _facts(first: RunStory, second: RunStory) -> Table:
+def _facts(first: RunHistory, second: RunHistory) -> Table:
     left, right = dict(run_facts(first)), dict(run_facts(second))
     names = dict.fromkeys([*left, *right])
     rows = tuple((name, left.get(name, "–"), right.get(name, "–")) for name in names)
     return Table("Facts of both runs", ("", "A", "B"), rows)
 
 
-def _heat_pairs(stories: dict[str, RunStory], scale: Scale) -> tuple[HeatPair, ...]:
+def _heat_pairs(stories: dict[str, RunHistory], scale: Scale) -> tuple[HeatPair, ...]:
     maps = {letter: heat_map(story, "utilization_ratio", scale) for letter, story in stories.items()}
     layers = dict.fromkeys(layer for story in stories.values() for layer in story.layers)
     pairs = []
@@ -153,7 +152,7 @@ def _heat_pairs(stories: dict[str, RunStory], scale: Scale) -> tuple[HeatPair, .
     return tuple(pairs)
 
 
-def _metrics(stories: dict[str, RunStory], scale: Scale) -> tuple[Chart, ...]:
+def _metrics(stories: dict[str, RunHistory], scale: Scale) -> tuple[Chart, ...]:
     names = dict.fromkeys(name for story in stories.values() for name in story.metric_names)
     charts = []
     for name in list(names)[:METRICS_SHOWN]:
@@ -163,7 +162,7 @@ def _metrics(stories: dict[str, RunStory], scale: Scale) -> tuple[Chart, ...]:
     return tuple(chart for chart in charts if chart is not None)
 
 
-def _sizes(stories: dict[str, RunStory], scale: Scale) -> tuple[Chart, ...]:
+def _sizes(stories: dict[str, RunHistory], scale: Scale) -> tuple[Chart, ...]:
     layers = dict.fromkeys(layer for story in stories.values() for layer in story.layers)
     charts = []
     for layer in layers:

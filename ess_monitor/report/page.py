@@ -7,13 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.records import SCHEMA_VERSION
-from ess_monitor.report.cards import LayerCard, layer_card
-from ess_monitor.report.detector import detector_facts, detector_table
-from ess_monitor.report.facts import overhead_chart, overhead_facts, overhead_table, run_facts
-from ess_monitor.report.heatmap import LEVELS, heat_map
-from ess_monitor.report.parts import (
+from ess_monitor.report.components import (
     EVENTS_SHOWN,
     event_rows,
     markers,
@@ -22,19 +18,28 @@ from ess_monitor.report.parts import (
     ratio_table,
     steps_of,
 )
-from ess_monitor.report.quality import HELD_OUT, how_far_it_carries, judged_as_measured
-from ess_monitor.report.story import RunStory
-from ess_monitor.report.words import headline, layer_title, paragraphs, timeline
+from ess_monitor.report.history import RunHistory
+from ess_monitor.report.sections.diagnosis import (
+    HELD_OUT,
+    detector_facts,
+    detector_table,
+    how_far_it_carries,
+    judged_as_measured,
+)
+from ess_monitor.report.sections.layers import LayerCard, layer_card
+from ess_monitor.report.sections.run_facts import overhead_chart, overhead_facts, overhead_table, run_facts
+from ess_monitor.report.sections.utilization import LEVELS, heat_map
+from ess_monitor.report.summary import headline, layer_title, paragraphs, timeline
 
 LAYERS_OPEN = 16
 """With more layers than this only those with a finding or an action are shown at once; the others are folded away."""
 
 
-def render_report(story: RunStory) -> str:
+def render_report(story: RunHistory) -> str:
     """The page of a run as HTML.
 
     Args:
-        story: what `load_story` read.
+        story: what `load_history` read.
 
     Returns:
         A whole document that needs nothing beside it. Names and texts of the run are escaped.
@@ -43,11 +48,12 @@ def render_report(story: RunStory) -> str:
         >>> from pathlib import Path
         >>> from ess_monitor.records import LayerInfo, RunInfo
         >>> layer = LayerInfo(name="<script>", module="Mixer", supported=True)
-        >>> page = render_report(RunStory(Path("events.jsonl"), RunInfo(run_name="demo", model="Net", layers=(layer,))))
+        >>> run = RunInfo(run_name="demo", model="Net", layers=(layer,))
+        >>> page = render_report(RunHistory(Path("events.jsonl"), run))
         >>> "&lt;script&gt;" in page, "<script" in page
         (True, False)
     """
-    checks.instance("story", story, RunStory, hint="load_story(path) reads one")
+    validation.instance("story", story, RunHistory, hint="load_story(path) reads one")
     scale = steps_of(story)
     events = event_rows(story)
     marks = markers(events, scale)

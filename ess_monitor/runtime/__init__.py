@@ -1,32 +1,34 @@
 """When and where the work runs: cadence and overhead budget, worker and side stream, failure guards."""
 
-from ess_monitor.runtime.agreement import Agreement, DistributedConfig, Verdict, measuring_ranks
-from ess_monitor.runtime.breaker import Breaker
+from ess_monitor.runtime.backends import (
+    ComputeBackend,
+    HostBackend,
+    Launched,
+    StreamBackend,
+    Streams,
+    TorchStreams,
+    backend_for,
+)
+from ess_monitor.runtime.backoff import SampleSizeBackoff, is_out_of_memory
 from ess_monitor.runtime.cadence import Cadence
 from ess_monitor.runtime.executor import Executor, Job, RuntimeConfig, Task
-from ess_monitor.runtime.guard import Guard
-from ess_monitor.runtime.lanes import HostLane, Lane, Launched, StreamLane, Streams, TorchStreams, lane_for
-from ess_monitor.runtime.portion import Portion, is_out_of_memory
+from ess_monitor.runtime.guard import Breaker, Guard
 
 __all__ = [
-    "Agreement",
     "Breaker",
     "Cadence",
-    "DistributedConfig",
+    "ComputeBackend",
     "Executor",
     "Guard",
-    "HostLane",
+    "HostBackend",
     "Job",
-    "Lane",
     "Launched",
-    "Portion",
     "RuntimeConfig",
-    "StreamLane",
+    "SampleSizeBackoff",
+    "StreamBackend",
     "Streams",
     "Task",
     "TorchStreams",
-    "Verdict",
+    "backend_for",
     "is_out_of_memory",
-    "lane_for",
-    "measuring_ranks",
 ]

@@ -7,7 +7,7 @@ from collections import deque
 from statistics import median
 from typing import Any
 
-from ess_monitor import checks
+from ess_monitor import validation
 
 _SMOOTHING = 0.5
 """Weight of the newest sample's cost in the running cost: costs change when shapes change, not from step to step."""
@@ -41,12 +41,12 @@ class Cadence:
     def __init__(
         self, every_n_steps: int, budget_ratio: float | None, *, locked: bool = False, window: int = 64
     ) -> None:
-        every_n_steps = checks.whole("every_n_steps", every_n_steps, 1)
+        every_n_steps = validation.whole("every_n_steps", every_n_steps, 1)
         if budget_ratio is not None:
-            budget_ratio = checks.real(
+            budget_ratio = validation.real(
                 "budget_ratio", budget_ratio, above=0, hint="or None: the interval never stretches"
             )
-        window = checks.whole("window", window, 1, 2**20)
+        window = validation.whole("window", window, 1, 2**20)
         self.every_n_steps = every_n_steps
         self.budget_ratio = budget_ratio
         self.cost_seconds = 0.0

@@ -16,11 +16,11 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ess_monitor import checks
-from ess_monitor.errors import described
-from ess_monitor.leaving import A_MOMENT, TorchThread
+from ess_monitor import validation
+from ess_monitor.errors import format_error
+from ess_monitor.runtime.backends import ComputeBackend, Launched
 from ess_monitor.runtime.guard import logger
-from ess_monitor.runtime.lanes import Lane, Launched
+from ess_monitor.runtime.shutdown import SHUTDOWN_GRACE_SECONDS, TorchThread
 
 Tag = TypeVar("Tag")
 
@@ -46,7 +46,7 @@ class RuntimeConfig(BaseModel):
 class Task:
     """A computation on tensors of one device."""
 
-    lane: Lane
+    lane: ComputeBackend
     inputs: tuple[torch.Tensor, ...]
     compute: Callable[[], dict[str, torch.Tensor]]
     ready: Any = None
@@ -76,8 +76,8 @@ class Executor(Generic[Tag]):
     """Runs jobs on one daemon worker thread. The thread starts with the first job and ends with `close`."""
 
     def __init__(self, config: RuntimeConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
-        checks.function("clock", clock)
-        self.config = checks.instance("config", config, RuntimeConfig)
+        validation.function("clock", clock)
+        self.config = validation.instance("config", config, RuntimeConfig)
         self.dropped = 0
         self._clock = clock
         self._open: deque[Job[Tag]] = deque()
@@ -159,7 +159,7 @@ class Executor(Generic[Tag]):
             self._thread.join(timeout_seconds)
 
     def _leave(self) -> float:
-        patience = A_MOMENT if self.stuck else _LAST_LAYER
+        patience = SHUTDOWN_GRACE_SECONDS if self.stuck else _LAST_LAYER
         with self._wake:
             self._closing = True
             self._todo.clear()
@@ -190,6 +190,6 @@ class Executor(Generic[Tag]):
             try:
                 task.launched = task.lane.launch(task.ready, task.inputs, task.compute)
             except BaseException as error:  # sys.exit() in there must not end the worker with a job that never ends
-                task.error = described(error)
+                task.error = format_error(error)
                 logger.debug("ess_monitor: failure in the worker", exc_info=error)
                 task.cause = error.with_traceback(None)

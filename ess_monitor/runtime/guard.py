@@ -8,12 +8,12 @@ where the training can see it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from ess_monitor import checks
-from ess_monitor.errors import PartError, described
+from ess_monitor import validation
+from ess_monitor.errors import PartError, format_error
 
 logger = logging.getLogger("ess_monitor")
 
@@ -38,8 +38,8 @@ class Guard:
     """
 
     def __init__(self, part: str, *, limit: int = 5, strict: bool = False) -> None:
-        self.part = checks.instance("part", part, str)
-        self.limit = checks.whole("limit", limit, 1)
+        self.part = validation.instance("part", part, str)
+        self.limit = validation.whole("limit", limit, 1)
         self.failures = 0
         """Failures so far."""
         self.last_error = ""
@@ -122,7 +122,7 @@ class Guard:
         if not isinstance(error, Exception):
             return False
         self._clean = False
-        message = described(error)
+        message = format_error(error)
         self.count(message, error)
         self._in_a_row += 1
         if self._in_a_row >= self.limit:
@@ -130,4 +130,40 @@ class Guard:
                 f"it failed {self.limit} times in a row, the last error was: {message}. "
                 "Attach a new monitor to turn it on again."
             )
+        return True
+
+
+class Breaker:
+    """Turns off what fails `limit` times in a row, each by itself: the others go on.
+
+    Args:
+        limit: failures without a success in between.
+
+    Example:
+        >>> breaker = Breaker(limit=2)
+        >>> breaker.failed("a", "no memory"), breaker.failed("a", "no memory"), breaker.failed("a", "no memory")
+        (False, True, False)
+        >>> breaker.off
+        {'a': 'no memory'}
+    """
+
+    def __init__(self, *, limit: int = 5) -> None:
+        self.limit = validation.whole("limit", limit, 1)
+        self.off: dict[str, str] = {}
+        """What is off, and its last error. It stays off: only a new breaker turns it on again."""
+        self._in_a_row: dict[str, int] = {}
+
+    def succeeded(self, names: Iterable[str]) -> None:
+        """These did not fail."""
+        for name in names:
+            self._in_a_row.pop(name, None)
+
+    def failed(self, name: str, error: str) -> bool:
+        """One more failure; True when it is the one that turns `name` off."""
+        if name in self.off:
+            return False
+        self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
+        if self._in_a_row[name] < self.limit:
+            return False
+        self.off[name] = error
         return True

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ess_monitor import checks
+from ess_monitor import validation
 
 IGNORED = -100
 """Target of a position that is not asked: the `ignore_index` of torch's cross-entropy."""
@@ -23,7 +23,7 @@ class TaskConfig(BaseModel):
 
     length: int = Field(default=64, ge=1, le=2**31 - 1)
     """Tokens per sample; 64 is the shortest of the paper's sweep."""
-    samples: int = Field(default=128_000, ge=1, le=checks.LARGEST)
+    samples: int = Field(default=128_000, ge=1, le=validation.LARGEST)
     """Size of the dataset. Samples are made when they are read, so a large number costs nothing. Table 1 trains on
     128 000 and tests on 6 400."""
     seed: int = 0
@@ -34,7 +34,7 @@ class SyntheticTask(Dataset[tuple[Tensor, Tensor]], ABC):
     """A map-style dataset of (inputs, targets), both (length,) int64. Sample i depends on the config and i alone."""
 
     def __init__(self, samples: int) -> None:
-        self._samples = checks.whole("samples", samples, 1)
+        self._samples = validation.whole("samples", samples, 1)
 
     def __len__(self) -> int:
         return self._samples
@@ -61,7 +61,7 @@ class SyntheticTask(Dataset[tuple[Tensor, Tensor]], ABC):
         """
         if isinstance(indices, Tensor) and indices.dim() == 1:
             indices = indices.tolist()
-        indices = checks.wholes("indices", indices, -(2**63), 2**63 - 1)
+        indices = validation.wholes("indices", indices, -(2**63), 2**63 - 1)
         index_B = torch.tensor(indices, dtype=torch.int64)
         index_B = torch.where(index_B < 0, index_B + self._samples, index_B)
         wrong = (index_B < 0) | (index_B >= self._samples)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
 from ess_monitor.tasks.counter import random_bits
 
@@ -46,7 +46,7 @@ class Compression(SyntheticTask):
     """
 
     def __init__(self, config: CompressionConfig) -> None:
-        checks.instance("config", config, CompressionConfig)
+        validation.instance("config", config, CompressionConfig)
         super().__init__(config.samples)
         self.config = config
 

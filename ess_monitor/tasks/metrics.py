@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.tasks.base import IGNORED
 
@@ -49,9 +49,9 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, targets: Tensor) -> None:
-    checks.tensor("logits", logits, "(..., vocab_size)", range(2, 65), error=OperatorError)
+    validation.tensor("logits", logits, "(..., vocab_size)", range(2, 65), error=OperatorError)
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        raise OperatorError(f"targets is {checks.shown(targets)}; pass token ids of dtype torch.int64.")
+        raise OperatorError(f"targets is {validation.shown(targets)}; pass token ids of dtype torch.int64.")
     if targets.device != logits.device:
         raise OperatorError(f"targets is on {targets.device} and logits on {logits.device}; move them to one device.")
     if not logits.shape[-1]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
 from ess_monitor.tasks.counter import exponential, random_bits
 
@@ -67,7 +67,7 @@ class MQAR(SyntheticTask):
     """
 
     def __init__(self, config: MQARConfig) -> None:
-        checks.instance("config", config, MQARConfig)
+        validation.instance("config", config, MQARConfig)
         super().__init__(config.samples)
         self.config = config
         places = (config.length - 2 * config.kv_pairs) // 2

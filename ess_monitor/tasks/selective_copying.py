@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ess_monitor import checks
+from ess_monitor import validation
 from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
 from ess_monitor.tasks.counter import random_bits
 
@@ -55,7 +55,7 @@ class SelectiveCopying(SyntheticTask):
     """
 
     def __init__(self, config: SelectiveCopyingConfig) -> None:
-        checks.instance("config", config, SelectiveCopyingConfig)
+        validation.instance("config", config, SelectiveCopyingConfig)
         super().__init__(config.samples)
         self.config = config
 

@@ -17,9 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import ess_monitor.alerts
 from ess_monitor.diagnosis import DiagnosisConfig, thresholds
-from ess_monitor.exporters.collector import SnapshotCollector
-from ess_monitor.exporters.push import PushgatewayConfig
-from ess_monitor.ledger import Ledger
+from ess_monitor.exporters.prometheus.collector import SnapshotCollector
+from ess_monitor.exporters.prometheus.pushgateway import PushgatewayConfig
+from ess_monitor.pipeline.counters import RunCounters
 from tests.exporters.helpers import PLAIN_LAYERS, action, reading, run_info
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ class Served:
 
 def served() -> Served:
     """Every family with every label child, from a ledger to which everything has happened once."""
-    ledger = Ledger(PLAIN_LAYERS, wall_clock=lambda: 1_000_300.0)
+    ledger = RunCounters(PLAIN_LAYERS, wall_clock=lambda: 1_000_300.0)
     ledger.step(1, 0.1)
     ledger.measured("ok", [reading(layer) for layer in PLAIN_LAYERS])
     ledger.autopilot(

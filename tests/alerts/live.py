@@ -19,7 +19,7 @@ import yaml
 from ess_monitor.alerts import AlertsConfig, export
 from ess_monitor.diagnosis import DiagnosisConfig, thresholds
 from ess_monitor.exporters import PrometheusConfig, PrometheusExporter, RunIdentity
-from ess_monitor.ledger import Ledger
+from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.records import PHASES, HealthData
 from tests.exporters.helpers import action, finding, free_port, reading, run_info
 
@@ -85,7 +85,7 @@ def run_in_trouble(targets: Path) -> Iterator[None]:
     )
     ended = threading.Event()
     with ExitStack() as stack:
-        ledgers = [Ledger(LAYERS) for _ in range(2)]
+        ledgers = [RunCounters(LAYERS) for _ in range(2)]
         sinks = {"event_log": 0, "tensorboard": 0}
 
         def counted() -> dict[str, int]:
@@ -116,7 +116,7 @@ def run_in_trouble(targets: Path) -> Iterator[None]:
         yield
 
 
-def _tick(ledger: Ledger, rank: int, step: int) -> None:
+def _tick(ledger: RunCounters, rank: int, step: int) -> None:
     ledger.step(step, TICK_SECONDS)
     for phase in PHASES:
         ledger.spent(phase, 0.01)

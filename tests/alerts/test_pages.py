@@ -7,7 +7,7 @@ import re
 import yaml
 
 from ess_monitor.alerts import AlertsConfig, render
-from ess_monitor.exporters.event_schema import event_schema
+from ess_monitor.exporters.event_log.schema import event_schema
 from tests.alerts.dashboard_files import DASHBOARDS, panels, read
 from tests.alerts.helpers import ALERTS, DOCS
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ess_monitor import CaptureError, capture_operators
 from ess_monitor.capture import Captured, CaptureFailure, CaptureSpec, Layer, Sampler, find_layers
-from ess_monitor.capture.operators import EVERYTHING
-from ess_monitor.capture.sites import Call, CallSite, Op
+from ess_monitor.capture.capture_pass import EVERYTHING
+from ess_monitor.capture.hooks.call_site import Call, CallSite, Op
 from ess_monitor.ess import Operator, SoftmaxAttention
 
 X = torch.randn(2, 8, 16)

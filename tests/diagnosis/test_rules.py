@@ -9,8 +9,7 @@ import pytest
 from ess_monitor.diagnosis import Context, DiagnosisConfig, judge
 from ess_monitor.diagnosis.rules import attainable_utilization, full_state_utilization, is_rising, task_improves
 from ess_monitor.records import Reading, Status
-
-from .helpers import TASK, reading
+from tests.diagnosis.helpers import TASK, reading
 
 ALONE = DiagnosisConfig()
 

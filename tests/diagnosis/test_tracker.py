@@ -11,8 +11,7 @@ from ess_monitor.diagnosis import DiagnosisConfig, Tracker
 from ess_monitor.diagnosis.rules import is_rising
 from ess_monitor.errors import CheckpointError
 from ess_monitor.records import Finding, Reading
-
-from .helpers import TASK, Run, reading
+from tests.diagnosis.helpers import TASK, Run, reading
 
 COLLAPSED = reading(0.15, 0.54, length=32)
 RESCUED = reading(0.31, 1.0, length=32)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess import SoftmaxAttention, entropy_ess, linalg, tolerance_ess
-
-from . import reference
+from tests.ess import reference
 
 
 def _random(

@@ -9,8 +9,7 @@ from hypothesis import given
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess import Convolution, GatedConvolution, linalg, tolerance_ess
-
-from . import reference
+from tests.ess import reference
 
 SIZES = st.sampled_from([1, 2, 3, 4, 9, 20])
 

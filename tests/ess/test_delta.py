@@ -24,8 +24,7 @@ from ess_monitor.ess import (
     retention,
     tolerance_ess,
 )
-
-from . import reference
+from tests.ess import reference
 
 NO_DECAY = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
 

@@ -9,8 +9,7 @@ from hypothesis import given
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess import DenseOperator, linalg, tolerance_ess
-
-from . import reference
+from tests.ess import reference
 
 
 @given(

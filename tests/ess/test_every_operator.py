@@ -9,9 +9,8 @@ import torch
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess import Operator, entropy_ess, linalg, measure, tolerance_ess
-
-from . import reference
-from .kinds import HEADS, KINDS, LENGTH, SAMPLES
+from tests.ess import reference
+from tests.ess.kinds import HEADS, KINDS, LENGTH, SAMPLES
 
 POSITIONS = tuple(range(1, LENGTH))
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess import DiagonalRecurrence, entropy_ess, linalg, tolerance_ess
-from ess_monitor.ess.recurrence import resets
-
-from . import reference
+from ess_monitor.ess.operators.recurrence import resets
+from tests.ess import reference
 
 
 @st.composite

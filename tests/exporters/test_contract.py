@@ -23,10 +23,19 @@ from ess_monitor.exporters import (
     TextfileConfig,
     TextfileExporter,
 )
-from ess_monitor.exporters.loggers import LoggerExporter
+from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, LayerInfo, Measurement, Reading
-
-from .helpers import ODD_LAYERS, STATUSES, action, finding, measurement, reading, run_info, snapshot, threads_of_ours
+from tests.exporters.helpers import (
+    ODD_LAYERS,
+    STATUSES,
+    action,
+    finding,
+    measurement,
+    reading,
+    run_info,
+    snapshot,
+    threads_of_ours,
+)
 
 Make = Callable[[Path], Exporter]
 

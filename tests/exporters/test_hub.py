@@ -13,8 +13,7 @@ import pytest
 from ess_monitor.errors import ConfigError, ExporterError
 from ess_monitor.exporters import ExporterHub
 from ess_monitor.records import Measurement, RunInfo, Snapshot
-
-from .helpers import RecordingExporter, measurement, run_info, snapshot, threads_of_ours
+from tests.exporters.helpers import RecordingExporter, measurement, run_info, snapshot, threads_of_ours
 
 
 def _raise(error: BaseException) -> Callable[[Measurement], None]:

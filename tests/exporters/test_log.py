@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from ess_monitor.exporters import LogExporter
-
-from .helpers import ODD_LAYERS, action, finding, measurement, run_info, snapshot
+from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, run_info, snapshot
 
 
 @pytest.fixture

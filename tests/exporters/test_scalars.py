@@ -9,8 +9,7 @@ import pytest
 from ess_monitor.exporters import scalars
 from ess_monitor.exporters.scalars import LAYER_QUANTITIES, layer_tag
 from ess_monitor.records import ACTION_OUTCOMES, Measurement, Reading
-
-from .helpers import ODD_LAYERS, action, measurement, reading
+from tests.exporters.helpers import ODD_LAYERS, action, measurement, reading
 
 
 def test_a_full_measurement_gives_every_quantity_of_every_layer() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import ess_monitor.interventions.regulariser as regulariser
+import ess_monitor.interventions.identity_pull as regulariser
 from ess_monitor.diagnosis import Tracker
 from ess_monitor.interventions import Autopilot
 from tests.faults.harness import Injection, Outcome, case, watch

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from ess_monitor.runtime import HostLane, Launched
+from ess_monitor.runtime import HostBackend, Launched
 from tests.faults.harness import Outcome, batches, watch
 
 SECOND = "second"
@@ -126,7 +126,7 @@ class SecondLane:
 
     def __init__(self) -> None:
         self.launches = 0
-        self._host = HostLane()
+        self._host = HostBackend()
 
     def ready(self) -> None:
         """Copies are complete when they return."""
@@ -148,7 +148,7 @@ class SecondLane:
 
 def moved() -> Outcome:
     """A model that is on the second device for some steps."""
-    lanes = {"cpu": HostLane(), SECOND: SecondLane()}
+    lanes = {"cpu": HostBackend(), SECOND: SecondLane()}
 
     def edit(step: int, model: nn.Module) -> None:
         if step in (AWAY, BACK):

@@ -23,11 +23,11 @@ from ess_monitor.exporters import (
     PushgatewayExporter,
     TensorBoardConfig,
     TensorBoardExporter,
-    line_file,
     read_event_log,
 )
-from ess_monitor.exporters.events import MeasurementEvent
-from tests.exporters.scraping import ask
+from ess_monitor.exporters.event_log import rotating_file as line_file
+from ess_monitor.exporters.event_log.events import MeasurementEvent
+from tests.exporters.prometheus.scraping import ask
 from tests.faults.harness import (
     SETTINGS,
     Injection,

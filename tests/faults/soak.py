@@ -29,7 +29,7 @@ from rich.table import Table
 
 from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.exporters import EventLogConfig, EventLogExporter, PrometheusConfig, PrometheusExporter
-from tests.exporters.scraping import ask
+from tests.exporters.prometheus.scraping import ask
 from tests.faults.harness import (
     SETTINGS,
     Injection,

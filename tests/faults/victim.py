@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from ess_monitor import Monitor, MonitorConfig, measuring
+from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.exporters import EventLogConfig, EventLogExporter
+from ess_monitor.pipeline import queue as measuring
 from tests.faults.harness import SETTINGS, backbone, batches, loss_of, train
 
 TOTAL, LAST, EVERY = 24, 16, 3

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import ess_monitor.measuring as measuring
+import ess_monitor.pipeline.queue as measuring
 from ess_monitor import Monitor, MonitorConfig, PartError
 from tests.faults.harness import (
     SETTINGS,

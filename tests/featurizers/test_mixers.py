@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ess_monitor.errors import ConfigError
 from ess_monitor.featurizers import FEATURIZERS, GLA, GLAS6, LA, S6, SA, WLA, CausalSoftmax, DiagonalScan, build_mixer
-
-from .helpers import scan_operator, softmax_operator, watch_core
+from tests.featurizers.helpers import scan_operator, softmax_operator, watch_core
 
 WIDTH, HEADS, STATE = 12, 2, 4
 NAMES = tuple(FEATURIZERS)

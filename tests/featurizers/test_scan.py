@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.featurizers import diagonal_scan
-
-from .helpers import recurrence
+from tests.featurizers.helpers import recurrence
 
 LENGTHS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 65, 100)
 B, H, N = 2, 3, 5

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from ess_monitor import ConfigError, MonitorConfig
-from ess_monitor.yaml_file import MAX_BYTES, MAX_DEPTH
-
-from .inputs import SCALARS, damaged, fuzz, is_short, mutated, nested
+from ess_monitor.config import MAX_BYTES, MAX_DEPTH
+from tests.fuzz.inputs import SCALARS, damaged, fuzz, is_short, mutated, nested
 
 TEXT = b"""\
 every_n_steps: 50

@@ -12,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ess_monitor.errors import ConfigError
-from ess_monitor.exporters import events, read_event_log
-from ess_monitor.exporters.events import (
+from ess_monitor.exporters import read_event_log
+from ess_monitor.exporters.event_log import events
+from ess_monitor.exporters.event_log.events import (
     Event,
     FindingEvent,
     MeasurementEvent,
@@ -21,11 +22,10 @@ from ess_monitor.exporters.events import (
     RunStartedEvent,
     encode_event,
 )
-from ess_monitor.ledger import Ledger
+from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.records import Finding, LayerInfo, Measurement, Reading, RunInfo
-from ess_monitor.report import load_story, render_comparison, render_report
-
-from .inputs import SCALARS, damaged, fuzz, mutated, nested
+from ess_monitor.report import load_history, render_comparison, render_report
+from tests.fuzz.inputs import SCALARS, damaged, fuzz, mutated, nested
 
 FINDING = Finding(step=3, layer="a", condition="collapsed", previous="unknown", reason="low")
 READING = Reading(
@@ -50,7 +50,7 @@ LINES = [
             ),
         ),
         FindingEvent(timestamp_seconds=2.0, run="demo", data=FINDING),
-        RunFinishedEvent(timestamp_seconds=3.0, run="demo", data=Ledger(["a"], wall_clock=lambda: 0.0).snapshot()),
+        RunFinishedEvent(timestamp_seconds=3.0, run="demo", data=RunCounters(["a"], wall_clock=lambda: 0.0).snapshot()),
     )
 ]
 PIECES = [
@@ -108,9 +108,9 @@ def test_a_file_gives_events_and_a_count_of_the_other_lines(folder: Path, lines:
 @example([at(b"Infinity")])
 @example([at(b"-1e308"), LINES[3].replace(b'"timestamp_seconds":3.0', b'"timestamp_seconds":1e308')])
 def test_a_report_of_it_is_a_page_without_a_script_or_our_error(folder: Path, lines: list[bytes]) -> None:
-    whole = load_story(write(folder, b"".join(LINES)))
+    whole = load_history(write(folder, b"".join(LINES)))
     try:
-        story = load_story(write(folder, LINES[0] + b"".join(lines)))
+        story = load_history(write(folder, LINES[0] + b"".join(lines)))
         pages = render_report(story), render_comparison(story, whole), render_comparison(whole, story)
     except ConfigError:
         return

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ess_monitor.exporters.http_request import (
+from ess_monitor.exporters.prometheus.http.request import (
     MAX_REQUEST_BYTES,
     BadRequest,
     Disconnected,
@@ -16,8 +16,7 @@ from ess_monitor.exporters.http_request import (
     parse_request,
     receive_request,
 )
-
-from .inputs import fuzz, mutated
+from tests.fuzz.inputs import fuzz, mutated
 
 SCRAPE = (
     b"GET /metrics?name=x HTTP/1.1\r\nHost: localhost:9464\r\nAccept: application/openmetrics-text;version=1.0.0\r\n"

@@ -76,7 +76,7 @@ def test_what_could_run_would_be_found(source: str) -> None:
 def test_the_loader_of_settings_is_a_safe_one() -> None:
     import yaml
 
-    from ess_monitor import yaml_file
+    from ess_monitor import config as yaml_file
 
     assert issubclass(yaml_file._Loader, yaml.SafeLoader)
     assert not issubclass(yaml_file._Loader, yaml.FullLoader)

@@ -16,8 +16,7 @@ from ess_monitor.featurizers import GLAS6
 from ess_monitor.integrations.common import CallbackBase, LoopFacts
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.records import Reading
-
-from .inputs import SCALARS, damaged, fuzz, is_short, nested
+from tests.fuzz.inputs import SCALARS, damaged, fuzz, is_short, nested
 
 CONFIG = MonitorConfig.load(
     environment=False,

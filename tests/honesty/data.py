@@ -11,7 +11,7 @@ from ess_monitor import Finding, LayerInfo, Measurement, Reading
 from ess_monitor.ess import DiagonalRecurrence
 from ess_monitor.featurizers import GLA, GLAS6
 from ess_monitor.records import RunInfo
-from ess_monitor.report import RunStory
+from ess_monitor.report import RunHistory
 
 READING = Reading(
     step=1, layer="a", status="ok", length=16, state_capacity=4.0, effective_size=2.0, utilization_ratio=0.5
@@ -21,7 +21,7 @@ MEASUREMENT = Measurement(
     step=1, timestamp_seconds=0.0, readings=(READING,), conditions={"a": "collapsed"}, findings=(FINDING,)
 )
 RUN = RunInfo(run_name="demo", model="Net", layers=(LayerInfo(name="a", module="GLA", supported=True),))
-STORY = RunStory(Path("events.jsonl"), RUN, (MEASUREMENT,))
+STORY = RunHistory(Path("events.jsonl"), RUN, (MEASUREMENT,))
 
 
 def floats(*shape: int) -> torch.Tensor:

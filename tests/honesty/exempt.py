@@ -35,8 +35,9 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.ess.Measured",
             "ess_monitor.interventions.AlphaAdvice",
             "ess_monitor.interventions.AlphaCopy",
-            "ess_monitor.report.RunStory",
-            "ess_monitor.runtime.Verdict",
+            "ess_monitor.report.RunHistory",
+            "ess_monitor.distributed.ConsensusResult",
+            "ess_monitor.distributed.RankInfo",
         ),
         _RESULT,
     ),
@@ -51,7 +52,8 @@ EXEMPT: dict[str, str] = {
         _TYPE,
     ),
     **dict.fromkeys(
-        ("ess_monitor.exporters.Exporter", "ess_monitor.runtime.Lane", "ess_monitor.runtime.Streams"), _PROTOCOL
+        ("ess_monitor.exporters.Exporter", "ess_monitor.runtime.ComputeBackend", "ess_monitor.runtime.Streams"),
+        _PROTOCOL,
     ),
     **dict.fromkeys(
         (
@@ -66,13 +68,14 @@ EXEMPT: dict[str, str] = {
         (
             "ess_monitor.runtime.Job",
             "ess_monitor.runtime.Launched",
-            "ess_monitor.runtime.StreamLane",
+            "ess_monitor.runtime.StreamBackend",
             "ess_monitor.runtime.Task",
             "ess_monitor.runtime.TorchStreams",
             "ess_monitor.runtime.is_out_of_memory",
         ),
         _WORKER,
     ),
+    "ess_monitor.distributed.RankReduction": "made by the schedule, from settings that were checked before",
     "ess_monitor.diagnosis.Context": "made by the tracker from what it has observed",
     "ess_monitor.ess.Operator": "abstract; what every operator inherits is called as `Operator.<method>`",
 }

@@ -8,9 +8,8 @@ import torch
 
 from ess_monitor import ess, featurizers, tasks
 from ess_monitor.ess import Operator
-
-from .case import Case
-from .data import floats, recurrence
+from tests.honesty.case import Case
+from tests.honesty.data import floats, recurrence
 
 VALUES_STAY_ON_THE_DEVICE = (
     IndexError,

@@ -9,12 +9,11 @@ import torch
 from torch.distributed import HashStore
 
 import ess_monitor
-from ess_monitor import Monitor, capture, diagnosis, interventions, runtime
+from ess_monitor import Monitor, capture, diagnosis, distributed, interventions, runtime
 from ess_monitor.capture import find_layers
 from ess_monitor.diagnosis import DiagnosisConfig
-
-from .case import Case
-from .data import FINDING, MEASUREMENT, READING, RUN, floats, layer_with_alpha, model, sgd
+from tests.honesty.case import Case
+from tests.honesty.data import FINDING, MEASUREMENT, READING, RUN, floats, layer_with_alpha, model, sgd
 
 OF_THE_MODEL = "belongs to the model's own forward, whose errors are passed on"
 
@@ -219,18 +218,21 @@ def _executed(**given: Any) -> None:
 
 
 RUNTIME: dict[str, Case] = {
-    "Agreement": Case(
-        runtime.Agreement,
-        lambda: {"store": HashStore(), "rank": 0, "world_size": 2, "measuring": [0, 1], "limit_seconds": 1.0},
-    ),
     "Breaker": Case(runtime.Breaker),
     "Cadence": Case(runtime.Cadence, lambda: {"every_n_steps": 10, "budget_ratio": 0.1}),
     "Executor": Case(_executed, lambda: {"config": runtime.RuntimeConfig()}),
     "Guard": Case(runtime.Guard, lambda: {"part": "capture"}),
-    "HostLane": Case(lambda **given: runtime.HostLane(**given).launch(None, (), dict), lambda: {"threads": 1}),
+    "HostBackend": Case(lambda **given: runtime.HostBackend(**given).launch(None, (), dict), lambda: {"threads": 1}),
     "RuntimeConfig": PACKAGE["RuntimeConfig"],
-    "DistributedConfig": Case(runtime.DistributedConfig),
-    "measuring_ranks": Case(runtime.measuring_ranks, lambda: {"ranks": 3, "world_size": 8, "acts": False}),
-    "Portion": Case(runtime.Portion),
-    "lane_for": Case(runtime.lane_for, lambda: {"device": torch.device("cpu"), "threads": 1}),
+    "SampleSizeBackoff": Case(runtime.SampleSizeBackoff),
+    "backend_for": Case(runtime.backend_for, lambda: {"device": torch.device("cpu"), "threads": 1}),
+}
+
+DISTRIBUTED: dict[str, Case] = {
+    "StoreConsensus": Case(
+        distributed.StoreConsensus,
+        lambda: {"store": HashStore(), "rank": 0, "world_size": 2, "measuring": [0, 1], "limit_seconds": 1.0},
+    ),
+    "DistributedConfig": Case(distributed.DistributedConfig),
+    "measuring_ranks": Case(distributed.measuring_ranks, lambda: {"ranks": 3, "world_size": 8, "acts": False}),
 }

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ess_monitor import alerts, exporters, report
-from ess_monitor.exporters.events import RunStartedEvent, encode_event
+from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
-from ess_monitor.ledger import Ledger
-
-from .case import Case
-from .data import MEASUREMENT, RUN, STORY
+from ess_monitor.pipeline.counters import RunCounters
+from tests.honesty.case import Case
+from tests.honesty.data import MEASUREMENT, RUN, STORY
 
 FOLDER = Path(tempfile.gettempdir()) / "ess-monitor-honesty"
 """Not made: what is refused writes nothing, and the calls that succeed write below folders of their own."""
@@ -26,20 +25,20 @@ def _configs() -> list[Any]:
 
 def _hub(**given: Any) -> None:
     hub = exporters.ExporterHub(**given)
-    hub.start(RUN, Ledger(["a"], wall_clock=lambda: 0.0).snapshot)
+    hub.start(RUN, RunCounters(["a"], wall_clock=lambda: 0.0).snapshot)
     hub.export(MEASUREMENT)
     hub.close("finished")
 
 
 def _logged(**given: Any) -> None:
     exporter = exporters.LogExporter(**given)
-    exporter.start(RUN, Ledger(["a"], wall_clock=lambda: 0.0).snapshot)
+    exporter.start(RUN, RunCounters(["a"], wall_clock=lambda: 0.0).snapshot)
     exporter.export(MEASUREMENT)
 
 
 def _printed(**given: Any) -> None:
     exporter = exporters.TerminalExporter(**{"write": lambda text: None, **given})
-    exporter.start(RUN, Ledger(["a"], wall_clock=lambda: 0.0).snapshot)
+    exporter.start(RUN, RunCounters(["a"], wall_clock=lambda: 0.0).snapshot)
     exporter.export(MEASUREMENT)
     exporter.export(MEASUREMENT)
 
@@ -50,7 +49,7 @@ def _recorded(**given: Any) -> None:
         if config is None or isinstance(config, exporters.EventLogConfig):
             config = exporters.EventLogConfig(path=Path(folder, "events.jsonl"))
         exporter = exporters.EventLogExporter(config, **given)
-        exporter.start(RUN, Ledger(["a"], wall_clock=lambda: 0.0).snapshot)
+        exporter.start(RUN, RunCounters(["a"], wall_clock=lambda: 0.0).snapshot)
         exporter.export(MEASUREMENT)
         exporter.close("finished")
 
@@ -59,7 +58,7 @@ def _told(path: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "events.jsonl")
         log.write_bytes(encode_event(RunStartedEvent(timestamp_seconds=0.0, run="demo", data=RUN)))
-        return report.load_story(log if path == FOLDER else path)
+        return report.load_history(log if path == FOLDER else path)
 
 
 def _exported(**given: Any) -> Any:
@@ -103,7 +102,7 @@ ALERTS: dict[str, Case] = {
 
 REPORT: dict[str, Case] = {
     "find_event_log": Case(report.find_event_log, lambda: {"path": Path(__file__)}, named={"path": "RUN_DIR"}),
-    "load_story": Case(_told, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
+    "load_history": Case(_told, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
     "render_comparison": Case(report.render_comparison, lambda: {"first": STORY, "second": STORY}),
     "render_report": Case(report.render_report, lambda: {"story": STORY}),
 }

@@ -14,17 +14,17 @@ import pytest
 from pydantic import ValidationError
 
 from ess_monitor.errors import EssMonitorError
-
-from . import of_the_metric, of_the_model, of_the_run
-from .case import Case
-from .exempt import EXEMPT
-from .wrong import wrong_values
+from tests.honesty import of_the_metric, of_the_model, of_the_run
+from tests.honesty.case import Case
+from tests.honesty.exempt import EXEMPT
+from tests.honesty.wrong import wrong_values
 
 REGISTRY: dict[str, dict[str, Case]] = {
     "ess_monitor": of_the_model.PACKAGE,
     "ess_monitor.alerts": of_the_run.ALERTS,
     "ess_monitor.capture": of_the_model.CAPTURE,
     "ess_monitor.diagnosis": of_the_model.DIAGNOSIS,
+    "ess_monitor.distributed": of_the_model.DISTRIBUTED,
     "ess_monitor.ess": of_the_metric.ESS,
     "ess_monitor.exporters": of_the_run.EXPORTERS,
     "ess_monitor.featurizers": of_the_metric.FEATURIZERS,

@@ -14,11 +14,11 @@ from torch import nn
 from torch.distributed import HashStore
 
 from ess_monitor import CheckpointError, ConfigError
+from ess_monitor.distributed.consensus import StoreConsensus
 from ess_monitor.featurizers import GLA
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.integrations.step_loss import StepLoss
-from ess_monitor.runtime import Agreement
 
 
 def facts(**changes: object) -> LoopFacts:
@@ -41,7 +41,9 @@ def test_other_ranks_take_part_when_they_are_asked_or_the_autopilot_may_act_and_
     mode: str, rank: int, ranks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Stands for the process group's store; real ones are used in test_ranks.py.
-    monkeypatch.setattr("ess_monitor.monitor.agreement_of_the_run", lambda *given: Agreement(HashStore(), rank, 2))
+    monkeypatch.setattr(
+        "ess_monitor.monitor.consensus_of_the_run", lambda *given, acts: StoreConsensus(HashStore(), rank, 2)
+    )
     ess = CallbackBase(autopilot=mode, exporters=[Silent(), "terminal"], distributed={"ranks": ranks})
     ess._open(GLA(16, 2), facts(rank=rank, world_size=2), lambda: [Silent()])
     assert (ess.monitor is not None) == (rank == 0 or mode == "auto" or ranks == "all")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ess_monitor.capture import eager
+from ess_monitor.capture.hooks import compiler as eager
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,7 @@ from torch import nn
 from ess_monitor.capture import find_layers
 from ess_monitor.interventions import Autopilot, AutopilotConfig
 from ess_monitor.records import Action, Condition, Finding, Reading
-
-from .helpers import backbone, batch, task_loss
+from tests.interventions.helpers import backbone, batch, task_loss
 
 FIRST, LAST = "blocks.0.mixer", "blocks.1.mixer"
 QUICK: dict[str, Any] = {"mode": "auto", "cooldown_steps": 200, "release_steps": 300}

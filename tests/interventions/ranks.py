@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .helpers import DECAYING, backbone, batch, gradients, pull_on, task_loss
+from tests.interventions.helpers import DECAYING, backbone, batch, gradients, pull_on, task_loss
 
 WORLD_SIZE = 2
 

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ess_monitor.capture import find_layers
 from ess_monitor.records import Condition
-
-from .pilots import FIRST, LAST, Run
+from tests.interventions.pilots import FIRST, LAST, Run
 
 WORLD_SIZE = 2
 ILL: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}

@@ -10,9 +10,8 @@ from pydantic import ValidationError
 
 from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.records import Condition, Finding
-
-from .helpers import backbone, batch, gradients, pull_on, task_loss
-from .pilots import FIRST, LAST, Run, said, weights
+from tests.interventions.helpers import backbone, batch, gradients, pull_on, task_loss
+from tests.interventions.pilots import FIRST, LAST, Run, said, weights
 
 ILL: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
 WELL: dict[str, Condition] = {FIRST: "healthy", LAST: "healthy"}

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from ess_monitor.errors import CheckpointError
 from ess_monitor.records import Action, Condition
-
-from .helpers import backbone, batch, gradients, task_loss
-from .pilots import FIRST, LAST, Run, said, weights
+from tests.interventions.helpers import backbone, batch, gradients, task_loss
+from tests.interventions.pilots import FIRST, LAST, Run, said, weights
 
 ILL: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
 WELL: dict[str, Condition] = {FIRST: "healthy", LAST: "healthy"}

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ess_monitor.featurizers import Backbone
-from tests.ranks import saved_by_ranks
-
-from .helpers import (
+from tests.interventions.helpers import (
     DECAYING,
     STRENGTH,
     Checkpointed,
@@ -25,7 +23,8 @@ from .helpers import (
     regularised_loss,
     task_loss,
 )
-from .ranks import WORLD_SIZE, averaged_gradients
+from tests.interventions.ranks import WORLD_SIZE, averaged_gradients
+from tests.ranks import saved_by_ranks
 
 FLOAT32, FLOAT64 = 1e-5, 1e-10
 

@@ -8,8 +8,7 @@ import torch
 from ess_monitor.capture import LayerFilter
 from ess_monitor.errors import CaptureError, ConfigError
 from ess_monitor.interventions import collect_penalties
-
-from .helpers import (
+from tests.interventions.helpers import (
     DECAYING,
     STRENGTH,
     Checkpointed,

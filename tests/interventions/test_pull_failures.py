@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import ess_monitor.interventions.regulariser as regulariser
+import ess_monitor.interventions.identity_pull as regulariser
 from ess_monitor.capture import find_layers
 from ess_monitor.interventions import Autopilot, AutopilotConfig, IdentityPull
-
-from .helpers import DECAYING, Checkpointed, backbone, batch, gradients, last_layer, task_loss
-from .pilots import FIRST, LAST, Run
+from tests.interventions.helpers import DECAYING, Checkpointed, backbone, batch, gradients, last_layer, task_loss
+from tests.interventions.pilots import FIRST, LAST, Run
 
 
 def explode(*args: Any, **kwargs: Any) -> Any:

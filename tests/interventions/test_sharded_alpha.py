@@ -15,11 +15,10 @@ from ess_monitor.errors import CaptureError
 from ess_monitor.featurizers import S6
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.interventions import rescale_alpha
+from tests.interventions.pilots import LAST, Run, said, weights
+from tests.interventions.shards import ILL, WAYS, WORLD_SIZE, observe
+from tests.interventions.test_autopilot_state import resumed
 from tests.ranks import saved_by_ranks
-
-from .pilots import LAST, Run, said, weights
-from .shards import ILL, WAYS, WORLD_SIZE, observe
-from .test_autopilot_state import resumed
 
 ROUNDING = {"rtol": 0.0, "atol": 3e-6}
 """Three rungs of roundings in float32, of numbers up to 8."""

@@ -21,7 +21,7 @@ import pytest
 
 from ess_monitor.alerts import AlertsConfig
 from ess_monitor.exporters import read_event_log
-from ess_monitor.exporters.events import FindingEvent, RunFinishedEvent
+from ess_monitor.exporters.event_log.events import FindingEvent, RunFinishedEvent
 from examples.local_servers import PATIENCE_SECONDS, Notification, Stack, alerting_stack, eventually
 from tests.alerts.helpers import need
 from tests.observability.ranks import RUN_ID, Rank, event_log, two_ranks

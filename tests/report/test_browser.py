@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import THEMES, Browser, fresh_picture
 
-from ess_monitor.report import load_story, render_comparison, render_report
-
-from .helpers import HOSTILE, rescued_run, run_info, write_log
+from ess_monitor.report import load_history, render_comparison, render_report
+from tests.browser import THEMES, Browser, fresh_picture
+from tests.report.helpers import HOSTILE, rescued_run, run_info, write_log
 
 WIDTHS = (400, 1200)
 
@@ -52,7 +51,7 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     layers = (*HOSTILE, "model.layers.12.a_very_long_name_of_a_module.without_any_space_to_break_it_at.self_attention")
     log = write_log(tmp_path / "events.jsonl", rescued_run(layers), run_info(layers))
     path = tmp_path / f"{request.param}.html"
-    story = load_story(log)
+    story = load_history(log)
     path.write_text(render_report(story) if request.param == "report" else render_comparison(story, story))
     return path
 

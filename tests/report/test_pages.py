@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ess_monitor import cli
+from ess_monitor.cli import main as cli
 from ess_monitor.records import HistogramData
-from ess_monitor.report import load_story, page, render_comparison, render_report
-
-from .helpers import (
+from ess_monitor.report import load_history, page, render_comparison, render_report
+from tests.report.helpers import (
     HOSTILE,
     LAYERS,
     Page,
@@ -65,9 +64,9 @@ def hostile(tmp_path: Path) -> Path:
 def html(request: pytest.FixtureRequest, real_log: Path, rescued: Path, alone: Path, hostile: Path) -> str:
     logs = {"real": real_log, "rescued": rescued, "alone": alone, "hostile": hostile}
     if request.param in logs:
-        return render_report(load_story(logs[request.param]))
+        return render_report(load_history(logs[request.param]))
     second = hostile if "hostile" in request.param else alone
-    return render_comparison(load_story(hostile if "hostile" in request.param else rescued), load_story(second))
+    return render_comparison(load_history(hostile if "hostile" in request.param else rescued), load_history(second))
 
 
 def test_every_element_is_closed_and_every_id_is_used_once(html: str) -> None:
@@ -108,7 +107,7 @@ def test_every_chart_and_every_table_is_reached_by_the_keyboard_and_has_a_name(h
 
 
 def test_names_and_texts_of_a_run_are_shown_as_they_are(hostile: Path) -> None:
-    for html in (render_report(load_story(hostile)), render_comparison(load_story(hostile), load_story(hostile))):
+    for html in (render_report(load_history(hostile)), render_comparison(load_history(hostile), load_history(hostile))):
         assert "<script" not in html
         assert "\x1b" not in html
         text = Page(html).text
@@ -123,7 +122,7 @@ def test_no_template_turns_escaping_off() -> None:
 
 
 def test_the_page_tells_the_story_of_a_rescue(rescued: Path) -> None:
-    text = Page(render_report(load_story(rescued))).text
+    text = Page(render_report(load_history(rescued))).text
     assert "1 of 2 layers fell ill and recovered: blocks.1.mixer." in text
     for part in (
         "Step 400",
@@ -139,7 +138,7 @@ def test_the_page_tells_the_story_of_a_rescue(rescued: Path) -> None:
 
 
 def test_the_events_are_marks_on_the_loss_and_lead_to_the_list(rescued: Path) -> None:
-    parsed = Page(render_report(load_story(rescued)))
+    parsed = Page(render_report(load_history(rescued)))
     marks = [attributes for attributes in parsed.of("a") if attributes.get("aria-label", "").startswith("Event")]
     assert {attributes["href"] for attributes in marks} == {"#event-1", "#event-3"}
     assert marks[0]["class"] == "collapsed"
@@ -147,14 +146,14 @@ def test_the_events_are_marks_on_the_loss_and_lead_to_the_list(rescued: Path) ->
 
 
 def test_the_page_says_nothing_of_what_the_log_does_not_hold(alone: Path) -> None:
-    text = Page(render_report(load_story(alone))).text
+    text = Page(render_report(load_history(alone))).text
     assert "The log has no end" in text
     assert "Time of the monitor by phase" not in text
     assert "spectr" not in text.lower()
 
 
 def test_a_run_without_a_single_measurement_is_a_page(tmp_path: Path) -> None:
-    empty = load_story(write_log(tmp_path / "empty.jsonl", []))
+    empty = load_history(write_log(tmp_path / "empty.jsonl", []))
     parsed = Page(render_report(empty))
     assert parsed.unclosed == []
     assert "Nothing was measured" in parsed.text
@@ -163,7 +162,7 @@ def test_a_run_without_a_single_measurement_is_a_page(tmp_path: Path) -> None:
 
 def test_layers_without_a_finding_are_folded_away_when_there_are_many(tmp_path: Path) -> None:
     layers = tuple(f"blocks.{index}" for index in range(48))
-    html = render_report(load_story(write_log(tmp_path / "deep.jsonl", rescued_run(layers), run_info(layers))))
+    html = render_report(load_history(write_log(tmp_path / "deep.jsonl", rescued_run(layers), run_info(layers))))
     before, _, folded = html.partition("47 layers without a finding")
     assert before.count('<h3>blocks.47 <span class="pill') == 2, "in words, and as a card"
     assert folded.count("<h3>") == 47
@@ -171,7 +170,7 @@ def test_layers_without_a_finding_are_folded_away_when_there_are_many(tmp_path: 
 
 
 def test_a_comparison_sets_layers_side_by_side_at_equal_steps(rescued: Path, alone: Path) -> None:
-    text = Page(render_comparison(load_story(rescued), load_story(alone))).text
+    text = Page(render_comparison(load_history(rescued), load_history(alone))).text
     assert "At step 900, the last that both runs reached:" in text
     assert "blocks.1.mixer uses 60 % of its memory in A and 25 % in B." in text
     assert "loss is 2.1 in A and 3 in B." in text
@@ -183,7 +182,7 @@ def test_a_comparison_names_layers_that_one_run_lacks(tmp_path: Path, rescued: P
     other = write_log(
         tmp_path / "other.jsonl", [measurement(0, ("blocks.0.mixer", "new"))], run_info(("blocks.0.mixer", "new"))
     )
-    text = Page(render_comparison(load_story(rescued), load_story(other))).text
+    text = Page(render_comparison(load_history(rescued), load_history(other))).text
     assert "Only in A: blocks.1.mixer." in text
     assert "Only in B: new." in text
 
@@ -266,7 +265,7 @@ def test_the_room_knows_no_tensor() -> None:
 def test_histograms_without_an_observation_are_left_out(tmp_path: Path) -> None:
     empty = HistogramData(bounds=(1.0,), counts=(0,))
     log = write_log(tmp_path / "log.jsonl", [measurement(0)], step_seconds=empty, overhead_seconds={"capture": empty})
-    text = Page(render_report(load_story(log))).text
+    text = Page(render_report(load_history(log))).text
     assert "Mean time of a training step" not in text
     assert "Time of the monitor by phase" not in text
     assert LAYERS[0] in text

@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
-from simulated import SimulatedStreams
 
-from ess_monitor.runtime import Executor, HostLane, RuntimeConfig, StreamLane, Task
+from ess_monitor.runtime import Executor, HostBackend, RuntimeConfig, StreamBackend, Task
+from tests.runtime.simulated import SimulatedStreams
 
 
 class Clock:
@@ -24,7 +24,7 @@ def host_task(value: float, gate: threading.Event | None = None) -> Task:
             assert gate.wait(10)
         return {"value": torch.tensor(value)}
 
-    return Task(HostLane(), (), compute)
+    return Task(HostBackend(), (), compute)
 
 
 def wait_until_launched(executor: Executor[str], jobs: int) -> None:
@@ -72,7 +72,7 @@ def test_a_task_that_raises_is_reported_and_the_others_go_on(executor: Executor[
     def explode() -> dict[str, torch.Tensor]:
         raise RuntimeError("no convergence")
 
-    executor.submit("a", [Task(HostLane(), (), explode), host_task(2.0)])
+    executor.submit("a", [Task(HostBackend(), (), explode), host_task(2.0)])
     (job,) = executor.drain(10)
     assert job.tasks[0].launched is None
     assert job.tasks[0].error == "RuntimeError: no convergence"
@@ -126,7 +126,7 @@ def test_the_worker_has_its_own_thread_limit_and_leaves_the_trainings_alone() ->
         seen.append(torch.get_num_threads())
         return {}
 
-    executor.submit("a", [Task(HostLane(threads=1), (), compute)])
+    executor.submit("a", [Task(HostBackend(threads=1), (), compute)])
     executor.drain(10)
     executor.close()
     assert seen == [1]
@@ -149,11 +149,11 @@ class TestOnASimulatedDevice:
     def device(self) -> SimulatedStreams:
         return SimulatedStreams()
 
-    def stream_task(self, lane: StreamLane, tensor: torch.Tensor) -> Task:
+    def stream_task(self, lane: StreamBackend, tensor: torch.Tensor) -> Task:
         return Task(lane, (tensor,), lambda: {"double": tensor * 2})
 
     def test_nothing_is_done_before_the_side_stream_has_run(self, device: SimulatedStreams, executor) -> None:
-        lane = StreamLane(device)
+        lane = StreamBackend(device)
         executor.submit("a", [self.stream_task(lane, torch.ones(2))])
         wait_until_launched(executor, 1)
         assert executor.poll() == []
@@ -162,7 +162,7 @@ class TestOnASimulatedDevice:
         assert job.tasks[0].launched.results["double"].tolist() == [2.0, 2.0]
 
     def test_the_side_stream_waits_for_the_copies_on_the_main_stream(self, device: SimulatedStreams, executor) -> None:
-        lane = StreamLane(device)
+        lane = StreamBackend(device)
         device.main.work.append(lambda: None)  # the copy, still queued
         executor.submit("a", [self.stream_task(lane, torch.ones(2))])
         wait_until_launched(executor, 1)
@@ -173,7 +173,7 @@ class TestOnASimulatedDevice:
         assert [job.tag for job in executor.poll()] == ["a"]
 
     def test_a_later_job_that_is_done_first_waits_for_the_earlier_one(self, device: SimulatedStreams, executor) -> None:
-        slow, fast = StreamLane(device), StreamLane(device)
+        slow, fast = StreamBackend(device), StreamBackend(device)
         executor.submit("first", [self.stream_task(slow, torch.ones(1))])
         executor.submit("second", [self.stream_task(fast, torch.ones(1))])
         wait_until_launched(executor, 2)
@@ -183,14 +183,14 @@ class TestOnASimulatedDevice:
         assert [job.tag for job in executor.poll()] == ["first", "second"]
 
     def test_the_allocator_is_told_of_every_input_that_the_side_stream_reads(self, device, executor) -> None:
-        lane = StreamLane(device)
+        lane = StreamBackend(device)
         tensor = torch.ones(2)
         executor.submit("a", [self.stream_task(lane, tensor)])
         wait_until_launched(executor, 1)
         assert [(t is tensor, stream) for t, stream in device.kept] == [(True, device.side[0])]
 
     def test_a_job_with_one_unfinished_task_is_not_done(self, device: SimulatedStreams, executor) -> None:
-        one, other = StreamLane(device), StreamLane(device)
+        one, other = StreamBackend(device), StreamBackend(device)
         executor.submit("a", [self.stream_task(one, torch.ones(1)), self.stream_task(other, torch.ones(1))])
         wait_until_launched(executor, 1)
         device.side[0].run()
@@ -202,7 +202,7 @@ class TestOnASimulatedDevice:
     def test_a_device_that_never_finishes_is_given_up(self, device: SimulatedStreams) -> None:
         clock = Clock()
         executor: Executor[str] = Executor(RuntimeConfig(timeout_seconds=1.0), clock=clock)
-        executor.submit("a", [self.stream_task(StreamLane(device), torch.ones(1))])
+        executor.submit("a", [self.stream_task(StreamBackend(device), torch.ones(1))])
         wait_until_launched(executor, 1)
         clock.now = 2.0
         assert [job.state for job in executor.poll()] == ["abandoned"]
@@ -211,10 +211,10 @@ class TestOnASimulatedDevice:
 
 @pytest.mark.gpu
 def test_results_of_a_real_side_stream_arrive_on_the_host() -> None:
-    from ess_monitor.runtime import lane_for
+    from ess_monitor.runtime import backend_for
 
-    lane = lane_for(torch.device("cuda"), threads=1)
-    assert isinstance(lane, StreamLane)
+    lane = backend_for(torch.device("cuda"), threads=1)
+    assert isinstance(lane, StreamBackend)
     executor: Executor[str] = Executor(RuntimeConfig())
     x = torch.randn(4, 64, 64, device="cuda")
     executor.submit("a", [Task(lane, (x,), lambda: {"s": torch.linalg.svdvals(x)})])

@@ -1,29 +1,29 @@
-"""How other people's layers are read. Each module adds its families; none imports the library it knows."""
+"""How other people's layers are read. Each module adds its layers' adapters; none imports the library it knows."""
 
 from ess_monitor.capture.adapters import (
-    attention,
     convolution,
-    delta,
     fla_delta,
     gated_linear,
-    lightning,
+    lightning_attention,
     mamba,
     mamba2,
     rg_lru,
     rwkv4,
     torch_attention,
+    transformers_attention,
+    transformers_delta,
 )
 
 __all__ = [
-    "attention",
     "convolution",
-    "delta",
     "fla_delta",
     "gated_linear",
-    "lightning",
+    "lightning_attention",
     "mamba",
     "mamba2",
     "rg_lru",
     "rwkv4",
     "torch_attention",
+    "transformers_attention",
+    "transformers_delta",
 ]

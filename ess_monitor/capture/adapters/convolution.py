@@ -17,11 +17,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.sites import Call
-from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.hooks.call_site import Call
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import Convolution, DenseOperator, GatedConvolution, Operator
-from ess_monitor.ess.fields import take
+from ess_monitor.ess.operators.fields import take
 
 _CONV1D = r"torch\.nn\.modules\.conv\.Conv1d"
 
@@ -59,7 +59,7 @@ def depthwise(call: Call) -> Operator | None:
     return None if length < 2 else Convolution(impulse_response(conv).transpose(0, 1), length)
 
 
-def across_channels(call: Call) -> Sketch | None:
+def across_channels(call: Call) -> LazyOperator | None:
     """Block (i, j) of T is the matrix that the kernel has for i - j."""
     conv, length = _called(call)
     if length < 2:
@@ -73,7 +73,7 @@ def across_channels(call: Call) -> Sketch | None:
             T.diagonal(-lag, 1, 3).copy_(response[..., lag, None])
         return DenseOperator(T.flatten(3, 4).flatten(1, 2), size)
 
-    return Sketch(1, groups, tokens, form)
+    return LazyOperator(1, groups, tokens, form)
 
 
 def _called(call: Call) -> tuple[nn.Conv1d, int]:
@@ -136,7 +136,7 @@ def _conv(layer: nn.Module) -> nn.Conv1d:
 
 
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="GatedConvolution",
         classes=r".*\.Lfm\w*ShortConv",
         path="in_proj",
@@ -148,7 +148,7 @@ FAMILIES.append(
 )
 for _long in (False, True):
     FAMILIES.append(
-        Family(
+        LayerAdapter(
             operator="Convolution",
             classes=_CONV1D,
             build=depthwise,
@@ -160,7 +160,7 @@ for _long in (False, True):
         )
     )
     FAMILIES.append(
-        Family(
+        LayerAdapter(
             operator="DenseOperator",
             classes=_CONV1D,
             build=across_channels,

@@ -23,15 +23,15 @@ from ess_monitor.capture.adapters.gated_linear import (
     precise,
     scale_of,
 )
-from ess_monitor.capture.adapters.reading import attribute, real_tokens
-from ess_monitor.capture.code import names_used
-from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition, under_names
-from ess_monitor.capture.sites import Arguments, Call, CallSite
-from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.adapters.layer_attributes import attribute, real_tokens
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, under_names
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
+from ess_monitor.capture.hooks.global_names import names_used
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import DeltaRecurrence, Operator
-from ess_monitor.ess.fields import take
+from ess_monitor.ess.operators.fields import take
 
 Given = Mapping[str, Any]
 """Arguments of an op by their names."""
@@ -40,7 +40,7 @@ _NORM_EPSILON = 1e-6
 """Of the norm that the kernels take of queries and keys."""
 
 
-def delta_rule(call: Call) -> Sketch | None:
+def delta_rule(call: Call) -> LazyOperator | None:
     """`*_delta_rule(q, k, v, beta, ...)`; with `g` behind `v`: `*_gated_delta_rule` and `*_kda`."""
     q, k, v = (call.kwargs[name] for name in ("q", "k", "v"))
     if goes_on(call, v):
@@ -55,10 +55,10 @@ def delta_rule(call: Call) -> Sketch | None:
         log_decay = forgotten_at(first_tokens(call, length), _log_decay(call.kwargs, part, chosen))
         return DeltaRecurrence(log_decay, _beta(call.kwargs, part), keys, queries * scale)
 
-    return Sketch(batch, heads, total, form)
+    return LazyOperator(batch, heads, total, form)
 
 
-def rwkv7(call: Call) -> Sketch | None:
+def rwkv7(call: Call) -> LazyOperator | None:
     """`chunk_rwkv7(r, w, k, v, a, b, ...)`, `fused_mul_recurrent_rwkv7(r, w, k, v, kk, a, ...)`."""
     r, w, k, v = (call.kwargs[name] for name in ("r", "w", "k", "v"))
     if goes_on(call, v):
@@ -79,7 +79,7 @@ def rwkv7(call: Call) -> Sketch | None:
             forgotten_at(first, part(w)), left, right, b, precise(part(r)) * scale
         )
 
-    return Sketch(batch, heads, total, form)
+    return LazyOperator(batch, heads, total, form)
 
 
 def _check_known(call: Call) -> None:
@@ -145,7 +145,7 @@ def _delta_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
         gate = ("g", "A_log", "dt_bias") if call.kwargs.get("use_gate_in_kernel") else ("g",)
         return tuple(name for name in (*gate, "beta", "k") if call.kwargs.get(name) is not None)
 
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         v = call.kwargs["v"]
         if goes_on(call, v):
             return None
@@ -162,7 +162,7 @@ def _delta_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
             return Transition(log_decay, -_beta(found, part)[..., None] * k, log_decay.exp() * k, state_size=size)
 
         dims = tuple(None if name in ("A_log", "dt_bias") else 1 for name in given)
-        return Behind(tuple(call.kwargs[name] for name in given), transition, dims)
+        return DecayInputs(tuple(call.kwargs[name] for name in given), transition, dims)
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         return under_names(*names(call))(call, tensors)
@@ -171,7 +171,7 @@ def _delta_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
 
 
 def _rwkv7_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         if goes_on(call, call.kwargs["v"]):
             return None
         op = call.op
@@ -181,7 +181,7 @@ def _rwkv7_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
             left, right = _rank_one(op, *others)
             return Transition(log_decay, left, right)
 
-        return Behind(tuple(call.kwargs[name] for name in ("w", *_RANK_ONE[call.op])), transition, (1, 1, 1))
+        return DecayInputs(tuple(call.kwargs[name] for name in ("w", *_RANK_ONE[call.op])), transition, (1, 1, 1))
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         return under_names("w", *_RANK_ONE[call.op])(call, tensors)
@@ -213,7 +213,7 @@ def _alpha(layer: nn.Module) -> AlphaHandle | None:
 _OPS = ("delta_rule", "gated_delta_rule", "gdn", "kda")
 
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="DeltaRecurrence",
         ops={f"{kernel}_{op}": delta_rule for op in _OPS for kernel in ("chunk", "fused_recurrent")},
         state_capacity=lambda layer: attribute(layer, "head_k_dim", "head_dim"),
@@ -224,7 +224,7 @@ FAMILIES.append(
     )
 )
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="DeltaRecurrence",
         ops={"chunk_rwkv7": rwkv7, "fused_mul_recurrent_rwkv7": rwkv7},
         state_capacity=lambda layer: attribute(layer, "head_dim"),

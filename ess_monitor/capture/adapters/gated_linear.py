@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.reading import attribute, is_decoding, real_tokens
-from ess_monitor.capture.code import names_used
-from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition, under_names
-from ess_monitor.capture.sites import Arguments, Call, CallSite
-from ess_monitor.capture.sketch import Sketch
-from ess_monitor.capture.spec import Build
+from ess_monitor.capture.adapters.layer_attributes import attribute, is_decoding, real_tokens
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, under_names
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
+from ess_monitor.capture.hooks.global_names import names_used
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import Build, LazyOperator
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import DiagonalRecurrence, Operator, ReadFirstRecurrence
-from ess_monitor.ess.fields import take
+from ess_monitor.ess.operators.fields import take
 
 Part = Callable[[Tensor], Tensor]
 """Cuts (batch, length, heads, ...) down to the wanted (samples, heads, tokens, ...)."""
@@ -94,7 +93,7 @@ def _recurrence(
     query: str = "q",
     kind: type[DiagonalRecurrence] = DiagonalRecurrence,
     masked: bool = False,
-) -> Sketch | None:
+) -> LazyOperator | None:
     q, k, v = call.kwargs[query], call.kwargs["k"], call.kwargs["v"]
     if goes_on(call, v):
         return None
@@ -113,7 +112,7 @@ def _recurrence(
             c = c / (_row_sums(b, c, first) + _NORMALISER_EPSILON)
         return kind(forgotten_at(first, log_decay(part, chosen)), b, c)
 
-    return Sketch(batch, heads, total, form)
+    return LazyOperator(batch, heads, total, form)
 
 
 def _row_sums(b: Tensor, c: Tensor, first: Tensor | None) -> Tensor:
@@ -126,7 +125,7 @@ def _row_sums(b: Tensor, c: Tensor, first: Tensor | None) -> Tensor:
     return (c * sums).sum(-1, keepdim=True).to(c.dtype)
 
 
-def gla(call: Call) -> Sketch | None:
+def gla(call: Call) -> LazyOperator | None:
     """`chunk_gla(q, k, v, g, ...)`, `fused_recurrent_gla(q, k, v, gk, ...)`: a decay for every state dimension."""
     gate = call.kwargs[_GATES[call.op]]
 
@@ -136,7 +135,7 @@ def gla(call: Call) -> Sketch | None:
     return _recurrence(call, log_decay)
 
 
-def simple_gla(call: Call) -> Sketch | None:
+def simple_gla(call: Call) -> LazyOperator | None:
     """`*_simple_gla(q, k, v, g, g_gamma, ...)`: a decay for every head, from the input, constant, or both."""
     gate, constant = call.kwargs.get("g"), call.kwargs.get("g_gamma")
 
@@ -149,7 +148,7 @@ def simple_gla(call: Call) -> Sketch | None:
     return _recurrence(call, log_decay, masked=True)
 
 
-def retention(call: Call) -> Sketch | None:
+def retention(call: Call) -> LazyOperator | None:
     """`*_retention(q, k, v, ...)`: a constant decay of head h, 1 - 2^-(5 + h), that the op knows itself."""
 
     def log_decay(part: Part, heads: Sequence[int]) -> Tensor:
@@ -160,12 +159,12 @@ def retention(call: Call) -> Sketch | None:
     return _recurrence(call, log_decay)
 
 
-def linear_attention(call: Call) -> Sketch | None:
+def linear_attention(call: Call) -> LazyOperator | None:
     """`*_linear_attn(q, k, v, normalize=, ...)`: A = I; normalised, every row of T is divided by its sum."""
     return _recurrence(call, lambda part, heads: precise(call.kwargs["k"]).new_zeros((1, 1, 1, 1)))
 
 
-def rwkv6(call: Call) -> Sketch | None:
+def rwkv6(call: Call) -> LazyOperator | None:
     """`*_rwkv6(r, k, v, w, u, ...)`: read before the update; the bonus u lies on T's diagonal."""
     return _recurrence(
         call, lambda part, heads: part(call.kwargs["w"]), query="r", kind=ReadFirstRecurrence, masked=True
@@ -219,7 +218,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
     gated = CallSite(ops=tuple(op for op in site.ops if op.name in _GATES))
     parameters = tuple(name for name in _GATE_LAYERS if hasattr(layer, name))
 
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         gate, constant = call.kwargs.get(_GATES[call.op]), call.kwargs.get("g_gamma")
         if gate is None or goes_on(call, call.kwargs["v"]):
             return None
@@ -233,7 +232,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
                 log_decay = log_decay + constant.reshape(1, -1, 1, 1)
             return Transition(log_decay, state_size=state_size)
 
-        return Behind((gate,), transition, (1,))
+        return DecayInputs((gate,), transition, (1,))
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         return under_names(_GATES[call.op])(call, tensors)
@@ -270,7 +269,7 @@ _OPS: dict[str, Build] = {
     "fused_recurrent_linear_attn": linear_attention,
 }
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="DiagonalRecurrence",
         ops=_OPS,
         state_capacity=_state_capacity,
@@ -281,7 +280,7 @@ FAMILIES.append(
     )
 )
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="ReadFirstRecurrence",
         ops={"chunk_rwkv6": rwkv6, "fused_recurrent_rwkv6": rwkv6},
         state_capacity=_state_capacity,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.reading import (
+from ess_monitor.capture.adapters.layer_attributes import (
     alpha_of_a_log,
     attribute,
     is_decoding,
@@ -28,14 +28,14 @@ from ess_monitor.capture.adapters.reading import (
     short_conv,
     why_without_kernels,
 )
-from ess_monitor.capture.code import names_used
-from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.handles import Behind, DecayHandle, Transition
-from ess_monitor.capture.sites import Arguments, Call, CallSite, Op
-from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.handles import DecayHandle, DecayInputs, Transition
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite, Op
+from ess_monitor.capture.hooks.global_names import names_used
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import DiagonalRecurrence, Operator
-from ess_monitor.ess.fields import take
 from ess_monitor.ess.linalg import index_tensor
+from ess_monitor.ess.operators.fields import take
 
 
 def step_size(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
@@ -45,7 +45,7 @@ def step_size(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     return F.softplus(dt) if softplus else dt
 
 
-def scan(call: Call) -> Sketch | None:
+def scan(call: Call) -> LazyOperator | None:
     """`mamba_selective_scan(hidden_states, dt, A, B, C, ...)`, `selective_scan_fn(u, delta, A, B, C, ...)`."""
     u, dt, A, B, C = (call.kwargs[name] for name in _scan_names(call))
     batch, channels, length = u.shape
@@ -60,10 +60,10 @@ def scan(call: Call) -> Sketch | None:
         b, c = (_by_state(t, samples, heads, length, channels) for t in (B, C))
         return _recurrence(take(few, 1, heads), take(A, 0, heads), b, c, _few(bias, heads), softplus, kept)
 
-    return Sketch(batch, channels, length, form)
+    return LazyOperator(batch, channels, length, form)
 
 
-def fused(call: Call) -> Sketch | None:
+def fused(call: Call) -> LazyOperator | None:
     """`mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, ...)`."""
     xz, A, bias = (call.kwargs[name] for name in ("xz", "A", "delta_bias"))
     batch, channels, length = xz.shape[0], xz.shape[1] // 2, xz.shape[2]
@@ -84,7 +84,7 @@ def fused(call: Call) -> Sketch | None:
         c = _by_state(C, everything if exact["C"] is None else samples, heads, length, channels)
         return _recurrence(take(dt, 1, heads), take(A, 0, heads), b, c, _few(bias, heads), softplus, None)
 
-    return Sketch(batch, channels, length, form)
+    return LazyOperator(batch, channels, length, form)
 
 
 _OTHERS = ("xz", "out_proj_weight", "out_proj_bias", "D")
@@ -159,7 +159,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
     """dt, A and the bias of dt are all that A_t depends on."""
     names = tuple(name for name in ("x_proj", "dt_proj", "A_log") if hasattr(layer, name))
 
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         if call.op == "mamba_inner_fn":
             return _behind_fused(call)
         dt, A, bias = (call.kwargs[name] for name in (_scan_names(call)[1], "A", "delta_bias"))
@@ -171,7 +171,9 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
             dt, A, *bias = tensors
             return _log_decay(dt, A, bias[0] if bias else None, softplus)
 
-        return Behind((dt, A) if bias is None else (dt, A, bias), transition, (2, None, None)[: 2 + (bias is not None)])
+        return DecayInputs(
+            (dt, A) if bias is None else (dt, A, bias), transition, (2, None, None)[: 2 + (bias is not None)]
+        )
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         names = _behind_names(call) if call.op == "mamba_inner_fn" else (_scan_names(call)[1], "A", "delta_bias")
@@ -189,7 +191,7 @@ def _behind_names(call: Call) -> list[str]:
     return [name for name in _BEHIND if call.kwargs.get(name) is not None]
 
 
-def _behind_fused(call: Call) -> Behind | None:
+def _behind_fused(call: Call) -> DecayInputs | None:
     """The fused op's arguments carry the identity function into it; xz, which is convolved, is given as the taps of the
     convolution meet it and stays as it is in the call: its gradient gains what theirs do."""
     k, names = call.kwargs, _behind_names(call)
@@ -210,10 +212,10 @@ def _behind_fused(call: Call) -> Behind | None:
         return _log_decay(dt, given["A"], given.get("delta_bias"), softplus)
 
     dims = (None,) * len(names) + (2,) * len(taps)
-    return Behind((*(k[name] for name in names), *taps), transition, dims)
+    return DecayInputs((*(k[name] for name in names), *taps), transition, dims)
 
 
-def zamba(call: Call) -> Sketch | None:
+def zamba(call: Call) -> LazyOperator | None:
     """The output of Zamba's `in_proj`, (batch, length, 2 channels): x and gate of every channel side by side."""
     layer, projected = call.layer, call.output
     batch, length, channels = projected.shape[0], projected.shape[1], projected.shape[2] // 2
@@ -236,7 +238,7 @@ def zamba(call: Call) -> Sketch | None:
         b, c = (_by_state(t, slice(None), heads, length, channels) for t in (B, C))
         return _recurrence(take(dt, 1, heads), take(A, 0, heads), b, c, _few(bias, heads), True, real)
 
-    return Sketch(batch, channels, length, form)
+    return LazyOperator(batch, channels, length, form)
 
 
 def _zamba_inner(x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,7 +260,7 @@ def _zamba_decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
     if not spaces:
         return None
 
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         name, *_ = call.kwargs
         x, weight, bias = call.kwargs[name], call.kwargs["weight"], call.kwargs["bias"]
         if x.shape[2] == 1:
@@ -280,7 +282,7 @@ def _zamba_decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
             return _log_decay(dt, A.flatten(0, 1), given["dt_proj_bias"].flatten(), True)
 
         dims = (2,) * (1 + len(earlier)) + (None,) * len(weights) + (1,) * len(masks)
-        return Behind((now, *earlier, *weights, *masks), transition, dims)
+        return DecayInputs((now, *earlier, *weights, *masks), transition, dims)
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         name, *_ = call.kwargs
@@ -304,7 +306,7 @@ def _channels(layer: nn.Module) -> int | None:
 
 
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="DiagonalRecurrence",
         classes=r"transformers\..*\.ZambaMambaMixer",
         path="in_proj",
@@ -316,7 +318,7 @@ FAMILIES.append(
     )
 )
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="DiagonalRecurrence",
         ops=_OPS,
         state_capacity=_capacity,

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.reading import (
+from ess_monitor.capture.adapters.layer_attributes import (
     alpha_of_a_log,
     attribute,
     is_decoding,
@@ -30,13 +30,13 @@ from ess_monitor.capture.adapters.reading import (
     short_conv,
     why_without_kernels,
 )
-from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.handles import Behind, DecayHandle, Transition
-from ess_monitor.capture.sites import Arguments, Call, CallSite
-from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.handles import DecayHandle, DecayInputs, Transition
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import DiagonalRecurrence, Operator
-from ess_monitor.ess.fields import take
 from ess_monitor.ess.linalg import index_tensor
+from ess_monitor.ess.operators.fields import take
 
 Limits = tuple[float, float]
 
@@ -72,7 +72,7 @@ def step_size(dt: Tensor, bias: Tensor | None, softplus: bool, limits: Limits) -
     return (F.softplus(dt) if softplus else dt).clamp(*limits)
 
 
-def chunk_scan(call: Call) -> Sketch | None:
+def chunk_scan(call: Call) -> LazyOperator | None:
     """`mamba2_chunk_scan(hidden_states, dt, A, B, C, ...)`, `mamba_chunk_scan_combined(x, dt, A, B, C, ...)`."""
     dt, A, B, C, bias = (call.kwargs[name] for name in ("dt", "A", "B", "C", "dt_bias"))
     if is_decoding(call) or dt.shape[1] == 1:
@@ -91,10 +91,10 @@ def chunk_scan(call: Call) -> Sketch | None:
             segments=None if segments is None else segments[samples, :length],
         )
 
-    return Sketch(batch, channels, length, form)
+    return LazyOperator(batch, channels, length, form)
 
 
-def fused(call: Call) -> Sketch | None:
+def fused(call: Call) -> LazyOperator | None:
     """`mamba2_split_conv1d_scan_combined(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, ...)` and its original."""
     k = call.kwargs
     projected, weight, conv_bias, bias, A, D = (k[name] for name in list(k)[:6])
@@ -114,7 +114,7 @@ def fused(call: Call) -> Sketch | None:
         b, c = (_by_head(tensor, heads, channels) for tensor in (B, C))
         return _recurrence(delta, take(A, 0, heads), b, c, real=None, segments=kept)
 
-    return Sketch(batch, channels, length, form)
+    return LazyOperator(batch, channels, length, form)
 
 
 def _recurrence(
@@ -162,7 +162,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
     """dt, A and the bias of dt are all that A_t depends on; dt is not convolved."""
     names = tuple(name for name in ("in_proj", "dt_bias", "A_log") if hasattr(layer, name))
 
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         k = call.kwargs
         source, A, bias, segments = k[_source(call)], k["A"], k["dt_bias"], k.get("seq_idx")
         if is_decoding(call) or source.shape[1] == 1:
@@ -176,7 +176,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
         starts = None if segments is None else segment_starts(segments)
         given = [(source, 1), (A, None), (bias, None), (starts, 1)]
         tensors, dims = zip(*((tensor, dim) for tensor, dim in given if tensor is not None), strict=True)
-        return Behind(tensors, _penalised(softplus, k["dt_limit"], state, channels), dims)
+        return DecayInputs(tensors, _penalised(softplus, k["dt_limit"], state, channels), dims)
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         given = [name for name in (_source(call), "A", "dt_bias") if call.kwargs[name] is not None]
@@ -191,7 +191,7 @@ def _source(call: Call) -> str:
     return next(iter(call.kwargs)) if call.op in _FUSED else "dt"
 
 
-def fla_projection(call: Call) -> Sketch | None:
+def fla_projection(call: Call) -> LazyOperator | None:
     """The output of fla's `in_proj`, (batch, length, [feed-forward | gate | x, B, C | dt])."""
     layer: Any = call.layer
     projected: Tensor = call.output
@@ -213,7 +213,7 @@ def fla_projection(call: Call) -> Sketch | None:
         b, c = (_by_head(tensor, heads, split.heads, tiled=True) for tensor in (B, C))
         return _recurrence(delta, take(-layer.A_log.double().exp(), 0, heads), b, c, real=real, segments=None)
 
-    return Sketch(projected.shape[0], split.heads, projected.shape[1], form)
+    return LazyOperator(projected.shape[0], split.heads, projected.shape[1], form)
 
 
 def _fla_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
@@ -221,7 +221,7 @@ def _fla_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
 
     own: Any = layer
 
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         x, projection = call.args[0], own.in_proj
         if x.shape[1] == 1:
             return None
@@ -236,7 +236,7 @@ def _fla_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
             delta = step_size(dt, dt_bias.float(), True, own.dt_limit)
             return Transition((delta * -A_log.float().exp()).mT[..., None], state_size=state)
 
-        return Behind(tensors, transition, (1, None, None, None, None)[: len(tensors)])
+        return DecayInputs(tensors, transition, (1, None, None, None, None)[: len(tensors)])
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         return (tensors[0], *call.args[1:]), call.kwargs
@@ -261,7 +261,7 @@ def _channels(layer: nn.Module) -> int | None:
 
 
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="DiagonalRecurrence",
         ops=_OPS,
         state_capacity=_capacity,
@@ -272,7 +272,7 @@ FAMILIES.append(
     )
 )
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="DiagonalRecurrence",
         classes=r"fla\.layers\.mamba2\.Mamba2",
         path="in_proj",

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition
-from ess_monitor.capture.sites import Arguments, Call, CallSite
-from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import DiagonalRecurrence, Operator
-from ess_monitor.ess.fields import take
+from ess_monitor.ess.operators.fields import take
 
 _STRENGTH = -8.0
 """The paper's c, with its sign."""
@@ -39,7 +39,7 @@ def log_decay(recurrence_gate: Tensor, recurrent_param: Tensor, reset: Tensor) -
     return (_STRENGTH * recurrence_gate * F.softplus(recurrent_param)).masked_fill(reset, -math.inf)
 
 
-def rg_lru(call: Call) -> Sketch | None:
+def rg_lru(call: Call) -> LazyOperator | None:
     """`RecurrentGemmaRglru.forward(activations, position_ids)`."""
     x, positions = _arguments(call)
     if x.shape[1] == 1:
@@ -61,7 +61,7 @@ def rg_lru(call: Call) -> Sketch | None:
         b = of("input") * (-torch.expm1(2 * log_a)).sqrt()
         return DiagonalRecurrence(_by_channel(log_a), _by_channel(b), torch.ones_like(_by_channel(b[:1, :, :1])))
 
-    return Sketch(x.shape[0], x.shape[2], x.shape[1], form)
+    return LazyOperator(x.shape[0], x.shape[2], x.shape[1], form)
 
 
 def _arguments(call: Call) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
     function on their own, since it has them as inputs.
     """
 
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         x, positions = _arguments(call)
         if x.shape[1] == 1:
             return None
@@ -106,7 +106,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
             gates = gate(_in_blocks(x.float(), width), weight.float(), bias.float()).flatten(2)
             return Transition(_by_channel(log_decay(gates, recurrent.float(), positions[..., None] == 0)))
 
-        return Behind((x, positions, *parameters), transition, (1, 1, None, None, None))
+        return DecayInputs((x, positions, *parameters), transition, (1, 1, None, None, None))
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         if call.args:
@@ -117,7 +117,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
 
 
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="DiagonalRecurrence",
         classes=r".*\.RecurrentGemmaRglru",
         build=rg_lru,

@@ -14,15 +14,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.handles import AlphaHandle, Behind, DecayHandle, Transition, under_names
-from ess_monitor.capture.sites import Call, CallSite
-from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, under_names
+from ess_monitor.capture.hooks.call_site import Call, CallSite
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import Operator, ReadFirstRecurrence
-from ess_monitor.ess.fields import take
+from ess_monitor.ess.operators.fields import take
 
 
-def wkv(call: Call) -> Sketch | None:
+def wkv(call: Call) -> LazyOperator | None:
     """`rwkv_linear_attention(time_decay, time_first, key, value, state=None, return_state=False)`."""
     key = call.kwargs["key"]
     if key.shape[1] == 1:
@@ -37,7 +37,7 @@ def wkv(call: Call) -> Sketch | None:
         b, c = (k - largest).exp(), (largest - sums).exp()
         return ReadFirstRecurrence(-w[None, :, None, None], _by_channel(b), _by_channel(c))
 
-    return Sketch(key.shape[0], key.shape[2], key.shape[1], form)
+    return LazyOperator(key.shape[0], key.shape[2], key.shape[1], form)
 
 
 def _log_row_sums(k: Tensor, w: Tensor, bonus: Tensor, before: Tensor | None) -> Tensor:
@@ -65,10 +65,10 @@ def _by_channel(tensor: Tensor) -> Tensor:
 
 
 def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
-    def read(call: Call) -> Behind | None:
+    def read(call: Call) -> DecayInputs | None:
         if call.kwargs["key"].shape[1] == 1:
             return None
-        return Behind((call.kwargs["time_decay"],), transition, (None,))
+        return DecayInputs((call.kwargs["time_decay"],), transition, (None,))
 
     def transition(tensors: tuple[Tensor, ...]) -> Transition:
         return Transition(-tensors[0].float().exp()[None, :, None, None])
@@ -77,7 +77,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
 
 
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="ReadFirstRecurrence",
         ops={"rwkv_linear_attention": wkv},
         state_capacity=lambda layer: 1,

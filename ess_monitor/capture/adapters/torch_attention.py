@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.attention import causal_attention, part, why_not_causal
-from ess_monitor.capture.adapters.reading import configured
-from ess_monitor.capture.families import FAMILIES, Family
-from ess_monitor.capture.sites import Call, named_arguments
-from ess_monitor.capture.sketch import Sketch
+from ess_monitor.capture.adapters.layer_attributes import configured
+from ess_monitor.capture.adapters.transformers_attention import causal_attention, part, why_not_causal
+from ess_monitor.capture.hooks.call_site import Call, named_arguments
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import Operator
-from ess_monitor.ess.fields import take
+from ess_monitor.ess.operators.fields import take
 
 
 def _documented(
@@ -59,7 +59,7 @@ def with_signature(original: Any, called: Callable[..., Any]) -> Any:
     return stand_in
 
 
-def read_function(call: Call) -> Sketch | None:
+def read_function(call: Call) -> LazyOperator | None:
     """`scaled_dot_product_attention(query, key, value, attn_mask, is_causal=, scale=, enable_gqa=)`."""
     given = call.kwargs
     if "attn_mask" not in given:
@@ -79,7 +79,7 @@ def read_function(call: Call) -> Sketch | None:
         )
         return operator.select(heads=heads)
 
-    return Sketch(max(q.shape[0], k.shape[0]), q.shape[1], q.shape[2], form)
+    return LazyOperator(max(q.shape[0], k.shape[0]), q.shape[1], q.shape[2], form)
 
 
 def _four(tensor: Tensor, name: str) -> Tensor:
@@ -103,7 +103,7 @@ def _refuses(layer: nn.Module) -> str | None:
     return reason
 
 
-def read_module(call: Call) -> Sketch | None:
+def read_module(call: Call) -> LazyOperator | None:
     """The call of an `nn.MultiheadAttention`: q and k once more from the input and its weights, for the part that is
     taken only. No sub-module is called in between, and on its fast path no function either."""
     module = call.module
@@ -132,7 +132,7 @@ def read_module(call: Call) -> Sketch | None:
             mask = take(part(mask, samples, length), 1, heads)
         return causal_attention(q, k, mask, causal=bool(given["is_causal"]))
 
-    return Sketch(batch, module.num_heads, length, form)
+    return LazyOperator(batch, module.num_heads, length, form)
 
 
 def _projections(module: Any) -> list[tuple[Tensor, Tensor | None]]:
@@ -173,7 +173,7 @@ def _refuses_module(layer: nn.Module) -> str | None:
 
 
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="SoftmaxAttention",
         classes=r"torch\.nn\.modules\.activation\.MultiheadAttention",
         build=read_module,
@@ -183,7 +183,7 @@ FAMILIES.append(
     )
 )
 FAMILIES.append(
-    Family(
+    LayerAdapter(
         operator="SoftmaxAttention",
         ops={"scaled_dot_product_attention": read_function},
         make=with_signature,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ess_monitor.interventions import regulariser
+from ess_monitor.interventions import identity_pull as regulariser
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.layers.mamba import hf
 from ess_monitor.capture import Sampler, find_layers
 from ess_monitor.interventions import IdentityPull, collect_penalties, rescale_alpha
-
-from .helpers import EVERYTHING, STRENGTH, exact
+from tests.capture.adapters.helpers import EVERYTHING, STRENGTH, exact
 
 WORLD_SIZE = 2
 FACTOR = 8.0

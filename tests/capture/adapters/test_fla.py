@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.layers.fla import layer, op, rwkv6
 from ess_monitor.capture import CaptureConfig, Captured, Sampler, find_layers, layer_infos
 from ess_monitor.capture.adapters.fla_delta import delta_rule
-from ess_monitor.capture.sites import Call
+from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.ess import Operator
 
 EVERYTHING = CaptureConfig(samples=2**31, heads=None, max_length=None, source="validation")

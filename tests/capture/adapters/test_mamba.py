@@ -23,8 +23,7 @@ from ess_monitor.capture import (
     layer_infos,
 )
 from ess_monitor.ess import Operator
-
-from .helpers import captured_in, check_pull, exact
+from tests.capture.adapters.helpers import captured_in, check_pull, exact
 
 pytest.importorskip("transformers")
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ess_monitor.capture import Transition, find_layers
 from ess_monitor.interventions import collect_penalties
-from ess_monitor.interventions.regulariser import transition_penalty
-
-from .helpers import captured_in, check_pull, exact
+from ess_monitor.interventions.identity_pull import transition_penalty
+from tests.capture.adapters.helpers import captured_in, check_pull, exact
 
 SEGMENTS = torch.tensor([[0] * 5 + [1] * 8 + [2] * 11, [0] * 24], dtype=torch.int32)
 HEADS, WIDTH, STATE = 2, 3, 4

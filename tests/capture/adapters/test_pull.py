@@ -15,7 +15,7 @@ from benchmarks.layers import CASES, Case
 from ess_monitor.capture import CaptureConfig, Captured, DecayHandle, Layer, Sampler, Transition, find_layers
 from ess_monitor.ess import DeltaRecurrence, DiagonalRecurrence, Operator
 from ess_monitor.interventions import IdentityPull, collect_penalties, rescale_alpha
-from ess_monitor.interventions.regulariser import transition_penalty
+from ess_monitor.interventions.identity_pull import transition_penalty
 
 STRENGTH = 0.5
 PULLED = [pytest.param(case, id=case.name) for case in CASES if "train" in case.modes and case.pulled]

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture import Captured, Sampler, find_layers
+from tests.capture.adapters.helpers import EVERYTHING, exact
 from tests.ranks import saved_by_ranks
-
-from .helpers import EVERYTHING, exact
 
 pytest.importorskip("transformers")
 
-from .ranks import FACTOR, WAYS, WORLD_SIZE, expected, loss, model, observe
+from tests.capture.adapters.ranks import FACTOR, WAYS, WORLD_SIZE, expected, loss, model, observe
 
 TRAINING = EVERYTHING.model_copy(update={"source": "train"})
 

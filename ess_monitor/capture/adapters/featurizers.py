@@ -1,0 +1,66 @@
+"""How the package's own featurizers are read. Imported only once `ess_monitor.featurizers` is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, positional
+from ess_monitor.capture.hooks.call_site import Call, CallSite
+from ess_monitor.capture.registry import add_spec
+from ess_monitor.capture.spec import CaptureSpec
+from ess_monitor.ess import DiagonalRecurrence, Operator, SoftmaxAttention
+from ess_monitor.featurizers import GLA, GLAS6, LA, S6, SA, WLA
+
+
+def _scan(call: Call) -> Operator:
+    """`core(q, k, v, log_decay)`: T_ij = sum_n q_i[n] exp(sum log_decay) k_j[n]; no decay given means A = I."""
+    q, k, _, log_decay = call.args
+    if log_decay is None:
+        log_decay = torch.zeros((1, 1, 1, 1), dtype=k.dtype, device=k.device)
+    return DiagonalRecurrence(log_decay, k, q)
+
+
+def _softmax(call: Call) -> Operator:
+    """`core(q, k, v, scale)`: T = softmax(scale q k^T), causal."""
+    q, k, _, scale = call.args
+    return SoftmaxAttention(q, k, scale=scale)
+
+
+def _capacity(mixer: nn.Module) -> int | None:
+    capacity = mixer.state_capacity
+    return None if capacity is None else int(capacity)  # type: ignore[arg-type]
+
+
+def _channels(mixer: nn.Module) -> int:
+    return int(mixer.num_heads)  # type: ignore[arg-type]
+
+
+def _decay(*parameters: str) -> DecayHandle:
+    """The fourth argument of `core(q, k, v, log_decay)`."""
+    return positional(3, "core", parameters)
+
+
+_KNOBS: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] = {
+    LA: (None, None),
+    SA: (None, None),
+    WLA: (_decay("decay_logit"), None),
+    GLA: (_decay("gate"), None),
+    GLAS6: (_decay("gate"), AlphaHandle("log_alpha", -1.0)),
+    S6: (_decay("delta", "A_log"), AlphaHandle("A_log", 1.0)),
+}
+
+for _layer, (_decay_handle, _alpha_handle) in _KNOBS.items():
+    add_spec(
+        _layer,
+        CaptureSpec(
+            operator="SoftmaxAttention" if _layer is SA else "DiagonalRecurrence",
+            build=_softmax if _layer is SA else _scan,
+            site=CallSite("core"),
+            capacity_grows=_layer is SA,
+            state_capacity=_capacity,
+            channels=_channels,
+            decay=_decay_handle,
+            alpha=_alpha_handle,
+        ),
+    )

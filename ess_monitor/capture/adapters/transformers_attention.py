@@ -1,0 +1,257 @@
+"""Softmax attention of transformers: every layer that fetches its kernel from the global `ALL_ATTENTION_FUNCTIONS`.
+
+The kernels behind that interface (eager, sdpa, flash, flex, a user's own) are all called as
+`kernel(module, q, k, v, mask, **options)` with q after rotary embeddings and norms and with grouped k, so one family
+reads them all: T = softmax(cap(scale q k^T) + mask), one T per query head. Dropout is not part of T.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ess_monitor.capture.adapters.layer_attributes import configured
+from ess_monitor.capture.hooks.call_site import Call
+from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.spec import LazyOperator
+from ess_monitor.errors import CaptureError
+from ess_monitor.ess import Operator, SoftmaxAttention
+from ess_monitor.ess.operators.fields import first
+
+_KEYS_FROM_ELSEWHERE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+_DENSE_KERNELS = ("eager", "sdpa", "flex_attention")
+"""Kernels whose mask says everything. The others (flash) take padding, window and packing as options."""
+_NEVER = -1000.0
+"""An additive mask below this leaves no weight: exp(-745) is already 0 in float64."""
+
+
+class WatchedInterface:
+    """Stands in for an `AttentionInterface`: everything is passed on, and the kernels it hands out are watched."""
+
+    def __init__(self, original: Any, called: Callable[..., Any]) -> None:
+        self._original, self._called = original, called
+
+    def _watched(self, kernel: Any) -> Any:
+        if not callable(kernel):
+            return kernel
+        called = self._called
+
+        @functools.wraps(kernel)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            return called(kernel, args, kwargs)
+
+        return watched
+
+    def get_interface(self, *args: Any, **kwargs: Any) -> Any:
+        """The kernel that the original gives, watched."""
+        return self._watched(self._original.get_interface(*args, **kwargs))
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        """The same by the mapping's own method."""
+        return self._watched(self._original.get(*args, **kwargs))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._watched(self._original[name])
+
+    def __setitem__(self, name: str, kernel: Any) -> None:
+        self._original[name] = kernel
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._original
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> SoftmaxAttention:
+    """The operator of a call, or of a part of it, that has been checked to be causal.
+
+    Args:
+        q: (batch, heads, length, dim).
+        k: (batch, key heads, length, dim).
+        mask: (batch|1, heads|1, length|1, keys) with keys >= length: bool (True keeps) or floating (added); None for
+            none. With more keys than rows the rest belongs to tokens that were cut off.
+        causal: whether the kernel hides later tokens by itself. Otherwise the mask has to, and is looked at.
+        scale: factor on q k^T.
+        softcap: bound of the logits.
+        sinks: (batch|1, heads, length|1).
+
+    Raises:
+        CaptureError: later tokens are seen. On an accelerator the mask is not read, which would stall the training:
+            q becomes NaN there, so that the reading has the status `nonfinite` and never a wrong number.
+    """
+    length = q.shape[2]
+    if mask is not None and mask.is_floating_point():
+        # What masks is the smallest number of its dtype, and of no other: infinity is the same in all.
+        mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+    if not causal:
+        if mask is None:
+            raise CaptureError(f"the call was made without a mask and without is_causal=True: {_NOT_CAUSAL}")
+        keep = mask if mask.dtype == torch.bool else mask > _NEVER
+        later = keep.expand(*keep.shape[:2], length, keep.shape[3]).triu(1).any()
+        if later.device.type != "cpu":
+            q = q.masked_fill(later, torch.nan)
+        elif bool(later):
+            raise CaptureError(f"the mask lets tokens attend to later ones: {_NOT_CAUSAL}")
+    return SoftmaxAttention(q, k, scale, first(mask, 3, length) if mask is not None else None, softcap, sinks)
+
+
+_NOT_CAUSAL = (
+    "its T is not lower triangular, so there is no state that carries the past and ESS is not defined; "
+    "leave the layer out with `layers`"
+)
+
+
+def part(tensor: Tensor, samples: slice, length: int) -> Tensor:
+    """Some samples and the first tokens of (batch|1, heads, length|1, ...), as a view."""
+    few = tensor if tensor.shape[0] == 1 else tensor[samples]
+    return first(few, 2, length)
+
+
+def read_interface(call: Call) -> LazyOperator | None:
+    """`kernel(module, q, k, v, mask, scaling=, softcap=, s_aux=, sliding_window=, position_bias=, ...)`."""
+    options = call.kwargs
+    _, q, k, _, mask = list(options.values())[:5]
+    if any(call.layer_kwargs.get(name) is not None for name in _KEYS_FROM_ELSEWHERE):
+        raise CaptureError(f"the call is cross attention: {_CROSS}")
+    if options.get("indices") is not None:
+        raise CaptureError("a sparse kernel chose the keys; use attn_implementation='sdpa' or 'eager' to measure it")
+    if q.shape[2] != k.shape[2] or q.shape[2] == 1:
+        return None
+    kernel = _kernel(call.layer)
+    by_itself = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+    is_causal = options.get("is_causal")
+    is_causal = getattr(call.layer, "is_causal", True) if is_causal is None else is_causal
+    sinks = _sinks(options)
+
+    def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
+        if by_itself and kernel not in _DENSE_KERNELS:
+            keep = _flash_mask(mask, options, q, samples, length)
+        else:
+            keep = _dense_mask(mask, options.get("position_bias"), q, samples, length)
+        operator = causal_attention(
+            part(q, samples, length),
+            part(k, samples, length),
+            keep,
+            causal=by_itself and bool(is_causal) and kernel != "eager",
+            scale=options.get("scaling"),
+            softcap=options.get("softcap"),
+            sinks=None if sinks is None else part(sinks, samples, length),
+        )
+        return operator.select(heads=heads)
+
+    return LazyOperator(max(q.shape[0], k.shape[0]), q.shape[1], q.shape[2], form)
+
+
+def _kernel(layer: nn.Module) -> str:
+    """Name of the kernel; a layer without a configuration gets its own eager one."""
+    return getattr(getattr(layer, "config", None), "_attn_implementation", None) or "eager"
+
+
+def _sinks(options: dict[str, Any]) -> Tensor | None:
+    """(heads,), one for all tokens, or (batch, heads, length, 1), to the three dimensions of the operator's."""
+    given = options.get("s_aux", options.get("sinks"))
+    if not isinstance(given, Tensor):
+        return None
+    return given[None, :, None] if given.dim() == 1 else given[..., 0]
+
+
+def _dense_mask(mask: Any, bias: Tensor | None, q: Tensor, samples: slice, length: int) -> Tensor | None:
+    """The mask of an eager, sdpa or flex kernel, with a position bias where there is one."""
+    keys = q.shape[2]
+    if hasattr(mask, "mask_mod"):  # of flex attention: a function of indices
+        from torch.nn.attention.flex_attention import create_mask
+
+        mask = create_mask(mask.mask_mod, q.shape[0], 1, length, keys, device=q.device)
+    few = None if mask is None else part(mask, samples, length)[..., :keys]
+    if bias is None:
+        return few
+    few_bias = part(bias, samples, length)[..., :keys]
+    if few is None:
+        return few_bias
+    return few_bias.masked_fill(~few, -torch.inf) if few.dtype == torch.bool else few_bias + few
+
+
+def _flash_mask(real: Tensor | None, options: dict[str, Any], q: Tensor, samples: slice, length: int) -> Tensor | None:
+    """What a flash kernel hides besides later tokens: padding (also the rows of it), what is behind the window, and the
+    other sequences of a packed batch."""
+    position = torch.arange(length, device=q.device)
+    keep = None
+    window = options.get("sliding_window")
+    if isinstance(window, int):
+        keep = ((position[:, None] - position) < window)[None, None]
+    segment = _segments(options, q.shape[0], position)
+    if segment is not None:
+        same = (segment[:, :, None] == segment[:, None, :])[:, None]
+        keep = same if keep is None else keep & same
+    if real is not None:
+        token = first(real if real.shape[0] == 1 else real[samples], 1, length) != 0
+        both = (token[:, :, None] & token[:, None, :])[:, None]
+        keep = both if keep is None else keep & both
+    return keep
+
+
+def _segments(options: dict[str, Any], batch: int, position: Tensor) -> Tensor | None:
+    """(1, length): which packed sequence each token is of. Packed batches have one row; nothing is read on the host."""
+    ends, position_ids = options.get("cu_seq_lens_q"), options.get("position_ids")
+    if isinstance(ends, Tensor):
+        return torch.bucketize(position, ends.to(position.dtype), right=True)[None]
+    if isinstance(position_ids, Tensor) and batch == 1 and position_ids.dim() == 2:
+        return (position_ids[:1, : len(position)] == 0).cumsum(-1)
+    return None
+
+
+_CROSS = "rows and columns of T are different sequences, so the past has no state; leave the layer out with `layers`"
+
+
+def why_not_causal(layer: nn.Module) -> str | None:
+    """Why a layer that says of itself that it is no causal self-attention cannot be read; None where it does not."""
+    if getattr(layer, "is_cross_attention", False) or "CrossAttention" in type(layer).__name__:
+        return "cross attention: rows and columns of T are different sequences, so there is no y = T u of one sequence"
+    if getattr(layer, "is_causal", None) is False:
+        return "not causal (is_causal=False): T is not lower triangular, so ESS is not defined for it"
+    return None
+
+
+def _refuses(layer: nn.Module) -> str | None:
+    if hasattr(layer, "get_input_embeddings"):  # the models' base class asks the same interface which kernels exist
+        return "a whole model, no sequence mixer of its own"
+    reason = why_not_causal(layer)
+    if reason is None and not hasattr(layer, "is_causal"):
+        reason = "does not say whether it is causal; set `is_causal = True` on the layer if it is"
+    if reason is None and hasattr(layer, "lambda_q1"):
+        reason = "differential attention: T is a difference of two softmax maps, which no operator here can hold"
+    if reason is None and getattr(layer, "reorder_and_upcast_attn", False) and _kernel(layer) == "eager":
+        reason = "reorder_and_upcast_attn bypasses the attention interface; use attn_implementation='sdpa'"
+    return reason
+
+
+FAMILIES.append(
+    LayerAdapter(
+        operator="SoftmaxAttention",
+        ops={"ALL_ATTENTION_FUNCTIONS": read_interface},
+        make=WatchedInterface,
+        capacity_grows=True,
+        channels=lambda layer: configured(layer, "num_heads", "num_attention_heads", "n_heads", "n_head"),
+        refuses=_refuses,
+    )
+)

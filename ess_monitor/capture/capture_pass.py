@@ -1,0 +1,113 @@
+"""One synchronous forward pass, for its operators."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ess_monitor import validation
+from ess_monitor.capture.layers import Layer, LayerFilter, all_moved, find_layers, layer_infos, skipped_of_libraries
+from ess_monitor.capture.sampler import CaptureConfig, Captured, Sampler
+from ess_monitor.errors import CaptureError, NoLayersError
+from ess_monitor.ess import Operator
+
+EVERYTHING = CaptureConfig(samples=2**31, heads=None, max_length=None, source="validation")
+"""No crop at all."""
+
+
+logger = logging.getLogger("ess_monitor")
+
+
+def require_layers(
+    model: nn.Module, layers: LayerFilter | None = None, *, in_training: bool = False
+) -> tuple[Layer, ...]:
+    """`find_layers`, or `NoLayersError` with what was found and what to do.
+
+    A version of a library that moved all the names is no reason to stop a training: in one, the layers are then none,
+    and a warning says why.
+    """
+    if in_training and all_moved(model):
+        reasons = "; ".join(f"skipped: {reason}" for reason in skipped_of_libraries(model))
+        logger.warning("%s. Nothing in %s can be measured: this run has no readings", reasons, type(model).__name__)
+        return ()
+    found = find_layers(model, layers)
+    if not found:
+        skipped = "; ".join(f"{info.name} ({info.module}): {info.reason}" for info in layer_infos(model, layers))
+        raise NoLayersError(
+            f"model: {type(model).__name__} has no sequence mixer that can be measured. "
+            f"Skipped: {skipped or 'nothing looked like one'}. "
+            "Use ess_monitor.describe(model) for the list, or teach your layer with ess_monitor.register_capture."
+        )
+    for reason in skipped_of_libraries(model):
+        logger.warning("skipped: %s", reason)
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; every module gets its own mode back, so that no dropout draws random numbers."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def capture_pass(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    named_inputs: dict[str, Any],
+    *,
+    layers: LayerFilter | None = None,
+    config: CaptureConfig = EVERYTHING,
+) -> tuple[Captured, ...]:
+    """Run `model(*inputs, **named_inputs)` once and return every layer's narrowed operator, in model order."""
+    validation.instance("config", config, CaptureConfig)
+    found = require_layers(model, layers)
+    sampler = Sampler(found, config.model_copy(update={"source": "validation"}))
+    sampler.arm()
+    try:
+        with evaluating(model):
+            model(*inputs, **named_inputs)
+    finally:
+        taken = sampler.collect()
+    names = {item.layer.name for item in taken}
+    problems = [f"{item.layer.name}: {item.error}" for item in taken if not isinstance(item, Captured)]
+    problems += [f"{layer.name}: was not called in this forward pass" for layer in found if layer.name not in names]
+    if problems:
+        raise CaptureError(
+            "could not read " + "; ".join(problems) + ". Leave such a layer out with `layers`, or report its class."
+        )
+    return tuple(item for item in taken if isinstance(item, Captured))
+
+
+def capture_operators(model: nn.Module, *inputs: Any, **named_inputs: Any) -> dict[str, Operator]:
+    """The operator y = T u of every sequence mixer, from one forward pass on `inputs`.
+
+    Synchronous, in eval mode and without gradients; modes are restored and nothing stays attached. All samples, heads
+    and positions are taken.
+
+    Returns:
+        Layer name -> operator (a class of `ess_monitor.ess`), in model order.
+
+    Raises:
+        NoLayersError: the model has no layer that can be measured.
+        CaptureError: a layer was not called, or could not be read; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from ess_monitor import capture_operators
+        >>> from ess_monitor.featurizers import GLA
+        >>> operators = capture_operators(GLA(16, 2), torch.randn(1, 8, 16))
+        >>> [(name, type(op).__name__, op.heads) for name, op in operators.items()]
+        [('model', 'DiagonalRecurrence', 2)]
+    """
+    return {item.layer.name: item.operator for item in capture_pass(model, inputs, named_inputs)}

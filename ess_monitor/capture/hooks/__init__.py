@@ -1,0 +1,1 @@
+"""Hooks and function patches that see a layer's call, and what leaves them in order."""

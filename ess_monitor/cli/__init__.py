@@ -1,0 +1,1 @@
+"""The command `ess-monitor`: one file a command."""

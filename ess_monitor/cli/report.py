@@ -1,0 +1,56 @@
+"""`ess-monitor report` and `ess-monitor compare`: pages for people, from the event logs of runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ess_monitor.errors import ConfigError
+from ess_monitor.report import load_history, render_comparison, render_report
+
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", help="File to write; '-' is standard output. An existing one is replaced."),
+]
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, or its event log.")],
+    output: Output = None,
+) -> None:
+    """Write one HTML page about a run: what was found, what to do next, and every layer over the steps.
+
+    It needs no network and no other file. Without -o it is written beside the event log, as ess_report.html.
+    """
+    story = load_history(run)
+    _write(render_report(story), output or str(story.path.with_name("ess_report.html")))
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a run, or its event log.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run to set beside it.")],
+    output: Output = None,
+) -> None:
+    """Write one HTML page that sets two runs side by side, at equal steps.
+
+    Without -o it is written to the working directory, as ess_compare.html.
+    """
+    _write(render_comparison(load_history(run_a), load_history(run_b)), output or "ess_compare.html")
+
+
+def _write(page: str, output: str) -> None:
+    if output == "-":
+        sys.stdout.buffer.write(page.encode())
+        return
+    path = Path(output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--output: {path} cannot be written ({error.strerror}); give a file in a folder this user may write to"
+        ) from error
+    print(path)

@@ -1,0 +1,186 @@
+"""What every operator is: a causal linear map y = T u per batch sample and head, known by its structure.
+
+T is (L, L) and lower triangular, or (d L, d L) and block lower triangular. All that a layer carries from the tokens
+before position i to the tokens from i on passes through H_i = T[i:, :i], so the numerical rank of H_i is the memory in
+use: the effective state-size (section 2 of arXiv 2504.19561).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ess_monitor import validation
+from ess_monitor.errors import OperatorError
+from ess_monitor.ess.linalg import index_tensor, result_dtype
+from ess_monitor.ess.positions import check_positions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operator(ABC):
+    """A causal linear operator for every (sample, head): T of shape (batch, heads, d L, d L), usually never formed.
+
+    Subclasses are frozen dataclasses whose fields are tensors or plain values. Every method runs without gradients and
+    without reading device values on the host.
+    """
+
+    @property
+    @abstractmethod
+    def batch(self) -> int:
+        """Number of samples."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Number of independent operators per sample: heads, or channels where there are no heads."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens per sequence, L."""
+
+    block_size = 1  # not annotated, so not a field: a constant of every operator but the dense one
+    """Rows and columns of T per token, d: 1 unless channels mix inside the operator."""
+
+    @property
+    @abstractmethod
+    def capacity_grows(self) -> bool:
+        """True where TSS is no design choice but grows with the position."""
+
+    @abstractmethod
+    def state_capacity(self, positions: Sequence[int]) -> Tensor:
+        """Theoretically realisable state-size (TSS) per channel at each position: (positions,), floating.
+
+        Raises:
+            OperatorError: A position is outside 1..L-1.
+        """
+
+    @abstractmethod
+    def materialize(self) -> Tensor:
+        """T itself: (batch, heads, d L, d L), float64 for float64 inputs and float32 otherwise. For tests and plots."""
+
+    @abstractmethod
+    def without_decay(self) -> Operator | None:
+        """The same operator with every transition matrix A replaced by I. None where there is no A.
+
+        A token at which all decays are exactly 0 begins a new sequence (packed documents): that is no decay, and stays.
+        """
+
+    @abstractmethod
+    def finite(self) -> Tensor:
+        """(batch, heads) bool: False where an input that T depends on is NaN or infinite."""
+
+    @abstractmethod
+    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+        """(batch, heads, positions, rank) in the working dtype, zero-padded; what is not finite may hold anything."""
+
+    @abstractmethod
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
+        """`select` with checked arguments."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensor fields."""
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(value for value in values if isinstance(value, Tensor))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.tensors[0].device
+
+    def _checked(self, positions: Sequence[int]) -> tuple[int, ...]:
+        return check_positions(positions, self.length)
+
+    @torch.no_grad()
+    def singular_values(self, positions: Sequence[int]) -> Tensor:
+        """Singular values of H_i at each of `positions`.
+
+        Args:
+            positions: Positions i in 1..L-1, in any order.
+
+        Returns:
+            (batch, heads, positions, rank), descending and zero-padded to the common rank; float64 for float64 inputs,
+            float32 otherwise. NaN for every (sample, head) with a non-finite input, and only there.
+
+        Raises:
+            OperatorError: A position is outside 1..L-1.
+
+        Example:
+            >>> from ess_monitor.ess import DenseOperator
+            >>> T = torch.tensor([[1.0, 0.0, 0.0], [2.0, 1.0, 0.0], [3.0, 4.0, 1.0]])
+            >>> DenseOperator(T).singular_values([2]).round(decimals=4)  # H_2 = [[3, 4]]
+            tensor([[[[5.]]]])
+        """
+        checked = self._checked(positions)
+        dtype = result_dtype(*(tensor.dtype for tensor in self.tensors))
+        if not checked:
+            return torch.zeros((self.batch, self.heads, 0, 0), dtype=dtype, device=self.device)
+        values = self._raw_singular_values(checked)
+        # Beyond the smaller side of H_i there is nothing: what a factorisation leaves there is rounding.
+        side = [self.block_size * min(i, self.length - i) for i in checked]
+        exists = torch.arange(values.shape[-1], device=self.device) < index_tensor(side, self.device)[:, None]
+        broken = values.isnan().any(-1, keepdim=True) | ~self.finite()[..., None, None]
+        return torch.where(exists, values, 0.0).masked_fill_(broken, torch.nan).to(dtype)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same operator with `function` applied to every tensor (detach, clone, move).
+
+        Raises:
+            OperatorError: `function` is none, or what it gives does not form the operator.
+        """
+        validation.function("function", function, error=OperatorError)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed = {name: function(value) for name, value in fields.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
+
+    def select(
+        self,
+        *,
+        samples: slice | Sequence[int] | None = None,
+        heads: slice | Sequence[int] | None = None,
+        length: int | None = None,
+    ) -> Self:
+        """The operator of some samples and heads, on the first `length` tokens (exact, because T is causal).
+
+        Evenly spaced selections are views of the same memory.
+
+        Raises:
+            OperatorError: A selection is empty, repeats an index or leaves the range.
+        """
+        if length is not None:
+            hint = "the tokens that the operator has"
+            length = validation.whole("length", length, 1, self.length, hint=hint, error=OperatorError)
+        return self._narrow(_chosen("samples", samples, self.batch), _chosen("heads", heads, self.heads), length)
+
+
+def _chosen(name: str, selection: slice | Sequence[int] | None, size: int) -> Sequence[int] | None:
+    if selection is None:
+        return None
+    chosen: Sequence[int]
+    if isinstance(selection, slice):
+        try:
+            chosen = range(size)[selection]
+        except (TypeError, ValueError):  # a start that is no number, or a step of 0
+            raise OperatorError(f"{name}={validation.shown(selection)} must be a slice of whole numbers.") from None
+    else:
+        chosen = validation.wholes(name, selection, -validation.LARGEST, error=OperatorError)
+    if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size:
+        raise OperatorError(
+            f"{name}={validation.shown(selection)} must name different indices in 0..{size - 1}, at least one."
+        )
+    return chosen
+
+
+def check_operator(operator: Operator) -> None:
+    """Raise `OperatorError` unless `operator` is one."""
+    hint = "capture_operators(model, ...) gives those of a model"
+    validation.instance("operator", operator, Operator, hint=hint, error=OperatorError)

@@ -1,0 +1,105 @@
+"""Any causal operator, given as a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ess_monitor import validation
+from ess_monitor.errors import OperatorError
+from ess_monitor.ess.linalg import result_dtype, singular_values_, slabs, working_dtype
+from ess_monitor.ess.operators.base import Operator
+from ess_monitor.ess.operators.fields import check_floating, first, pairs, per_head, take
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, eq=False)
+class DenseOperator(Operator):
+    """T as a matrix: the fallback for layers whose structure is not known, at O(L^3) per position.
+
+    With `block_size` d > 1 a token owns d rows and columns (layers that mix channels inside the recurrence), and
+    H_i = T[d i:, :d i]. T must be block lower triangular; this is not checked, and nothing above the diagonal is read.
+    Nothing is known of how T was realised, so TSS at position i is that of the trivial realisation, d i.
+
+    Args:
+        T: (d L, d L), (heads, d L, d L) or (batch, heads, d L, d L); missing leading dimensions are 1.
+        block_size: Rows per token, d; at least 1 and a divisor of T's size.
+
+    Raises:
+        OperatorError: T is not square, or `block_size` does not divide its size.
+
+    Example:
+        >>> DenseOperator(torch.ones(6, 6).tril(), block_size=2).singular_values([1]).round(decimals=4)  # of rank 1
+        tensor([[[[2.8284, 0.0000]]]])
+    """
+
+    T: Tensor
+    block_size: int = 1
+
+    def __post_init__(self) -> None:
+        shape = "(d L, d L), (heads, d L, d L) or (batch, heads, d L, d L)"
+        if not isinstance(self.T, Tensor) or self.T.dim() not in (2, 3, 4):
+            raise OperatorError(f"T is {validation.shown(self.T)}, expected one of shape {shape}.")
+        object.__setattr__(self, "T", self.T[(None,) * (4 - self.T.dim())])
+        check_floating("T", self.T, shape, 4)
+        validation.whole("block_size", self.block_size, 1, error=OperatorError)
+        rows, columns = self.T.shape[2:]
+        if rows != columns or rows % self.block_size:
+            raise OperatorError(
+                f"T has {rows} x {columns} entries and block_size={self.block_size}; T must be square and block_size a "
+                "divisor of its size, from 1 up."
+            )
+
+    @property
+    def batch(self) -> int:
+        return self.T.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.T.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.T.shape[2] // self.block_size
+
+    @property
+    def capacity_grows(self) -> bool:
+        return True
+
+    def state_capacity(self, positions: Sequence[int]) -> Tensor:
+        capacity = [float(self.block_size * i) for i in self._checked(positions)]
+        return torch.tensor(capacity).to(self.device, non_blocking=True)
+
+    def finite(self) -> Tensor:
+        # What lies above the diagonal is never read, so it may hold anything.
+        return torch.isfinite(self.T.tril(-1)).flatten(2).all(-1)
+
+    def without_decay(self) -> None:
+        return None
+
+    def materialize(self) -> Tensor:
+        return self.T.detach().to(result_dtype(self.T.dtype))
+
+    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+        d, length = self.block_size, self.length
+        operator = pairs(self.T, self.batch, self.heads)
+        dtype = working_dtype(self.device)
+        rank = d * max(min(i, length - i) for i in positions)
+        out = torch.zeros((operator.shape[0], len(positions), rank), dtype=dtype, device=self.device)
+        for p, i in enumerate(positions):
+            for group in slabs(operator.shape[0], d * d * i * (length - i)):
+                block = torch.empty_like(operator[group, d * i :, : d * i], dtype=dtype)
+                values = singular_values_(block.copy_(operator[group, d * i :, : d * i]))
+                out[group, p, : values.shape[-1]] = values
+        return per_head(out, self.batch, self.heads)
+
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
+        size = None if length is None else length * self.block_size
+        T = first(first(take(take(self.T, 0, samples), 1, heads), 2, size), 3, size)
+        return type(self)(T, self.block_size)

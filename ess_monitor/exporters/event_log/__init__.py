@@ -1,0 +1,1 @@
+"""The event log: one JSON line for every measurement, finding and action."""

@@ -1,0 +1,1 @@
+"""Prometheus: scraped, pushed to a Pushgateway, or written to a textfile."""

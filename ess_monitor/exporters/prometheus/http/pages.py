@@ -1,0 +1,70 @@
+"""What the endpoint answers: `/metrics` to those who may read it, `/-/healthy` to everybody, nothing else."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from ess_monitor.exporters.prometheus.auth import Authenticator
+from ess_monitor.exporters.prometheus.http.request import Request, Response, text_response
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+logger = logging.getLogger("ess_monitor.exporters")
+
+METRICS_PATH = "/metrics"
+HEALTH_PATH = "/-/healthy"
+
+
+class Pages:
+    """The handler of the endpoint.
+
+    `/-/healthy` needs no credentials: the probes of a cluster cannot send any, and "ok" tells nothing of the run. With
+    client certificates there is no connection without one, for health neither.
+
+    Args:
+        registry: what `/metrics` shows.
+        gate: who may see it; None: whoever can connect.
+    """
+
+    def __init__(self, registry: CollectorRegistry, gate: Authenticator | None = None) -> None:
+        self._registry = registry
+        self._gate = gate
+        self._complained = False
+
+    def respond(self, request: Request) -> Response:
+        """The response to a request. Raises what the registry raises."""
+        if request.path not in (METRICS_PATH, HEALTH_PATH):
+            return text_response(HTTPStatus.NOT_FOUND, f"not found; there are {METRICS_PATH} and {HEALTH_PATH}")
+        if request.method not in ("GET", "HEAD"):
+            return text_response(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD", {"Allow": "GET, HEAD"})
+        if request.path == HEALTH_PATH:
+            return text_response(HTTPStatus.OK, "ok")
+        if self._gate is not None and not self._gate.admits(request.headers):
+            return text_response(HTTPStatus.UNAUTHORIZED, "credentials are needed", self._gate.challenge)
+        try:
+            return self._metrics(request)
+        except Exception as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning(
+                    "exporter 'prometheus' answers scrapes with status 500: %s: %s. The training goes on; further "
+                    "errors of this kind are not logged.",
+                    type(error).__name__,
+                    error,
+                )
+            raise
+
+    def _metrics(self, request: Request) -> Response:
+        from prometheus_client.exposition import choose_encoder, gzip_accepted
+
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        body = encode(self._registry)
+        headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
+        if gzip_accepted(request.headers.get("accept-encoding", "")):
+            body = gzip.compress(body, compresslevel=1)  # text this repetitive shrinks tenfold at the cheapest level
+            headers["Content-Encoding"] = "gzip"
+        return Response(HTTPStatus.OK, body, headers)

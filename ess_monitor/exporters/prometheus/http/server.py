@@ -1,0 +1,312 @@
+"""A small HTTP(S) server for a process that has better things to do: it cannot be blocked, and it never blocks.
+
+- Accepting takes no input from the peer: handshake and request are read on the connection's own thread, each under a
+  deadline, so that a silent peer, with or without TLS, never holds up a scrape.
+- At most `max_connections` at a time. One more pushes out the oldest that has not sent its request yet (else the
+  oldest of all): however many peers sit there silently, a new scrape is served at once.
+- The accepting thread sleeps until there is something to do; closing wakes it and takes milliseconds.
+- A forked child (a DataLoader worker) drops the listener and the connections it inherited, so that the port is free
+  when the parent ends, and no scrape waits for a process that will not answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import ssl
+import threading
+import weakref
+from collections.abc import Callable
+from http import HTTPStatus
+
+from ess_monitor.exporters.prometheus.http.request import (
+    BadRequest,
+    Disconnected,
+    Request,
+    Response,
+    drain,
+    receive_request,
+    send_response,
+    text_response,
+)
+
+Handler = Callable[[Request], Response]
+
+_MAX_HANDLERS = 4
+"""Responses made at a time: more would only take turns at the interpreter, and take them from the training."""
+
+
+class Endpoint:
+    """Serves `handler` on one address until closed.
+
+    Args:
+        handler: makes the response; called on the connection's thread. What it raises becomes a 500 without details.
+        host: address to listen on.
+        port: 0 takes a free one.
+        tls: server context; None serves plain HTTP.
+        max_connections: open connections at a time.
+        timeout_seconds: for the handshake, for the request, and for the response, each.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None = None,
+        max_connections: int = 64,
+        timeout_seconds: float = 5.0,
+    ) -> None:
+        self._handler = handler
+        self._tls = tls
+        self._max_connections = max_connections
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._connections: dict[int, _Connection] = {}  # in the order they came
+        self._accepted = 0
+        self._handlers = threading.BoundedSemaphore(_MAX_HANDLERS)
+        self._closed = False
+        self._listener = _listen(host, port)
+        self.host: str = self._listener.getsockname()[0]
+        """Address that is bound."""
+        self.port: int = self._listener.getsockname()[1]
+        """Port that is bound."""
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._thread = threading.Thread(target=self._accept_forever, name="ess-monitor-endpoint", daemon=True)
+        this = weakref.ref(self)  # the hook cannot be taken back, and must not keep the endpoint alive
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: _drop_in_child(this))
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        """Scheme, address and port: `http://127.0.0.1:9464`."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self._tls else 'http'}://{host}:{self.port}"
+
+    def close(self) -> None:
+        """Stop listening and cut every connection; a second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._wake_sender.send(b"x")
+        self._thread.join()
+        self._make_room(keep=0)
+        for sock in (self._listener, self._wake_receiver, self._wake_sender):
+            sock.close()
+
+    def _accept_forever(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)
+            selector.register(self._wake_receiver, selectors.EVENT_READ)
+            while True:
+                selector.select()
+                if self._closed:
+                    return
+                try:
+                    sock, _ = self._listener.accept()
+                except BlockingIOError:
+                    continue  # the peer gave up between select and accept
+                except OSError:
+                    # Out of file descriptors, most likely: the connection stays pending, so select would spin.
+                    self._make_room(keep=0)
+                    selector.unregister(self._listener)
+                    selector.select(timeout=0.1)
+                    selector.register(self._listener, selectors.EVENT_READ)
+                    continue
+                self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        self._make_room(keep=self._max_connections - 1)
+        connection = _Connection(sock)
+        with self._lock:
+            self._accepted += 1
+            number = self._accepted
+            self._connections[number] = connection
+        try:
+            threading.Thread(
+                target=self._serve, args=(number, connection), name="ess-monitor-scrape", daemon=True
+            ).start()
+        except RuntimeError:  # no more threads to be had
+            self._forget(number)
+            connection.close()
+
+    def _make_room(self, keep: int) -> None:
+        """Cut connections until `keep` are left."""
+        while True:
+            with self._lock:
+                if len(self._connections) <= keep:
+                    return
+                waiting = (number for number, connection in self._connections.items() if not connection.requested)
+                oldest = next(waiting, None)
+                if oldest is None:
+                    oldest = next(iter(self._connections))
+                connection = self._connections.pop(oldest)
+            connection.cut()
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            connection = self._connections.pop(number, None)
+        if connection is not None:
+            connection.cut()
+
+    def _serve(self, number: int, connection: _Connection) -> None:
+        # Whatever a peer does (resets, garbage instead of a handshake) ends its own connection and nothing else.
+        try:
+            with contextlib.suppress(OSError, ValueError, Disconnected):
+                if self._tls is not None:
+                    connection.handshake(self._tls, self._timeout_seconds)
+                self._respond(connection)
+        finally:
+            self._forget(number)
+            connection.close()
+
+    def _respond(self, connection: _Connection) -> None:
+        sock = connection.sock
+        head = False
+        try:
+            request = receive_request(sock, self._timeout_seconds)
+            connection.requested = True
+            head = request.method == "HEAD"
+            response = self._handle(request)
+        except BadRequest as error:
+            response = text_response(error.status, str(error))
+        send_response(sock, response, self._timeout_seconds, head=head)
+        connection.finish()
+        if response.status is not HTTPStatus.OK:
+            drain(sock)
+
+    def _handle(self, request: Request) -> Response:
+        # A handler that hangs must not collect one thread per scrape for the rest of the run.
+        if not self._handlers.acquire(timeout=self._timeout_seconds):
+            return text_response(HTTPStatus.SERVICE_UNAVAILABLE, "busy")
+        try:
+            return self._handler(request)
+        except Exception:
+            return text_response(HTTPStatus.INTERNAL_SERVER_ERROR, "the response could not be made")
+        finally:
+            self._handlers.release()
+
+
+class _Connection:
+    """One accepted socket; `cut` may come from another thread at any time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.requested = False
+        """True once the whole request has arrived."""
+        self._lock = threading.Lock()
+        self._cut = False
+
+    def handshake(self, context: ssl.SSLContext, timeout_seconds: float) -> None:
+        """TLS, on this connection's own thread. Raises OSError."""
+        with self._lock:
+            if self._cut:
+                raise ConnectionAbortedError
+            self.sock.settimeout(timeout_seconds)
+            self.sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        assert isinstance(self.sock, ssl.SSLSocket)
+        self.sock.do_handshake()
+
+    def finish(self) -> None:
+        """Tell the peer that the response is complete. Raises OSError."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.settimeout(0)  # says goodbye without waiting for the peer's
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()
+        # Ends the stream even while some forked process still holds a copy of the descriptor.
+        socket.socket.shutdown(self.sock, socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """End the connection under whoever is reading or writing it; their call fails, and they close it."""
+        with self._lock, contextlib.suppress(OSError):
+            self._cut = True
+            # The plain method, as that of SSLSocket drops the TLS state that the other thread is using.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Give the descriptor back; only the thread that reads and writes may do this."""
+        with self._lock:
+            self.sock.close()
+
+    def drop_descriptor(self) -> None:
+        """Close this process's copy of the descriptor only, leaving the connection itself as it is."""
+        with contextlib.suppress(OSError):
+            os.close(self.sock.detach())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere the option would let two processes share the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)  # a burst that overflows the backlog costs the next scrape a second of retrying
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _drop_in_child(this: weakref.ref[Endpoint]) -> None:
+    endpoint = this()
+    if endpoint is None or endpoint._closed:
+        return
+    # No lock is taken: another thread of the parent may have held it, and nobody here would ever release it.
+    endpoint._closed = True
+    for connection in list(endpoint._connections.values()):
+        connection.drop_descriptor()
+    for sock in (endpoint._listener, endpoint._wake_receiver, endpoint._wake_sender):
+        sock.close()
+
+
+_lock = threading.Lock()
+_lingering: dict[int, Linger] = {}
+"""By port. A port belongs to the process, not to an object: a second run in this process must be able to have it."""
+
+
+class Linger:
+    """Calls `stop` after `seconds`, from a daemon thread, or at once when somebody else needs the port.
+
+    The thread does not keep the interpreter alive: a process that ends takes it along.
+    """
+
+    def __init__(self, port: int, seconds: float, stop: Callable[[], None]) -> None:
+        self._port = port
+        self._stop = stop
+        self._timer = threading.Timer(seconds, self.end_now)
+        self._timer.name = "ess-monitor-linger"
+        self._timer.daemon = True
+        with _lock:
+            _lingering[port] = self
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """Forget about it; `stop` is not called."""
+        self._timer.cancel()
+        with _lock:
+            if _lingering.get(self._port) is self:
+                del _lingering[self._port]
+
+    def end_now(self) -> None:
+        """Call `stop` now instead of later."""
+        self.cancel()
+        self._stop()
+
+
+def make_way(port: int) -> bool:
+    """End whatever lingers on this port in this process; True when there was something."""
+    with _lock:
+        lingering = _lingering.get(port)
+    if lingering is None:
+        return False
+    lingering.end_now()
+    return True

@@ -1,0 +1,1 @@
+"""TensorBoard: scalars, histograms, images and text."""

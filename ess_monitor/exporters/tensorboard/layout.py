@@ -1,0 +1,104 @@
+"""The custom-scalars page of TensorBoard: an overview of the model, its use of memory beside the loss, every layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ess_monitor.exporters.scalars import (
+    LOSS_RATIO_TAG,
+    OVERHEAD_TAG,
+    UTILIZATION_TAG,
+    condition_tag,
+    layer_tag,
+    scalar_tag,
+)
+from ess_monitor.records import CONDITIONS
+
+Layout = dict[str, dict[str, list[object]]]
+"""category -> chart title -> [kind, tags], as `SummaryWriter.add_custom_scalars` takes it."""
+
+
+def custom_scalars_layout(layers: Iterable[str]) -> Layout:
+    """The layout for these layers, in this order.
+
+    Charts of utilisation also show when a layer was acted upon, as spikes up to 1. The strengths stay on the scalars
+    page: a lambda of 0.5 and an alpha factor of 100 share no axis, with each other or with a ratio.
+
+    Multiline charts take regular expressions; a margin chart takes the tags of value, lower and upper end.
+
+    >>> sorted(custom_scalars_layout(["mixer"]))
+    ['ESS and loss', 'ESS layer: mixer', 'ESS overview']
+    """
+    layout: Layout = {
+        "ESS overview": {
+            "Utilisation of every layer (effective / capacity)": _lines(
+                "ess_utilization_ratio/.*", "ess_intervention_steps/.*"
+            ),
+            "Utilisation of the model": _lines(re.escape(UTILIZATION_TAG)),
+            "Effective state-size of every layer": _lines("ess_effective_size/.*"),
+            "Retention of every layer (below 1 the decay costs memory)": _lines("ess_retention_ratio/.*"),
+            "Layers in each condition": _lines(*(re.escape(condition_tag(name)) for name in CONDITIONS)),
+            "Cost of the monitor (share of training time)": _lines(re.escape(OVERHEAD_TAG)),
+        },
+        "ESS and loss": {
+            "Utilisation against loss (loss as share of its highest)": _lines(
+                re.escape(UTILIZATION_TAG), re.escape(LOSS_RATIO_TAG), "ess_intervention_steps/.*"
+            ),
+            "Metrics of the training at the measured steps": _lines("ess_metrics/.*"),
+        },
+    }
+    for layer in layers:
+        layout[f"ESS layer: {layer or 'root'}"] = {
+            "Effective state-size, certified bounds over all positions": [
+                "Margin",
+                [
+                    scalar_tag("effective_size", layer),
+                    scalar_tag("effective_size_lower", layer),
+                    scalar_tag("effective_size_upper", layer),
+                ],
+            ],
+            "Effective, entropy and theoretically realisable state-size": _lines(
+                *(re.escape(scalar_tag(name, layer)) for name in ("effective_size", "entropy_size", "state_capacity"))
+            ),
+            "Utilisation, retention and mean decay": _lines(
+                *(
+                    re.escape(scalar_tag(name, layer))
+                    for name in ("utilization_ratio", "retention_ratio", "mean_decay")
+                ),
+                re.escape(spike_tag(layer)),
+            ),
+        }
+    return layout
+
+
+def _lines(*patterns: str) -> list[object]:
+    # TensorBoard searches, so an expression without anchors would also match longer tags.
+    return ["Multiline", [f"^{pattern}$" for pattern in patterns]]
+
+
+def spike_tag(layer: str) -> str:
+    """The tag of the spikes of one layer."""
+    return f"ess_intervention_steps/{layer_tag(layer)}"
+
+
+class Spikes:
+    """The points of one series that is 1 at the steps of events and 0 right beside them.
+
+    Example:
+        >>> spikes = Spikes()
+        >>> spikes.at(100)
+        [(99, 0.0), (100, 1.0), (101, 0.0)]
+        >>> spikes.at(102)
+        [(102, 1.0), (103, 0.0)]
+    """
+
+    def __init__(self) -> None:
+        self._last_step = -1
+
+    def at(self, step: int) -> list[tuple[int, float]]:
+        """(step, height) of the points to append for an event at `step`."""
+        # TensorBoard takes a step that goes back for a restarted run and drops what came after it.
+        foot = [(step - 1, 0.0)] if step - 1 > self._last_step else []
+        self._last_step = step + 1
+        return [*foot, (step, 1.0), (step + 1, 0.0)]

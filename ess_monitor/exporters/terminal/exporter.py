@@ -1,0 +1,122 @@
+"""The table of layers in the terminal, next to whatever progress bar is there."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ess_monitor import validation
+from ess_monitor.exporters.terminal.table import render_actions, render_findings, render_table
+from ess_monitor.records import LayerInfo, Measurement, RunInfo, RunStatus, Snapshot
+
+
+class TerminalConfig(BaseModel):
+    """Settings of the terminal table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["terminal"] = "terminal"
+    """Which exporter this is."""
+    every_seconds: float = Field(default=10.0, ge=0.0)
+    """Least time between two tables; findings and actions do not wait. Ten seconds can be read, and bury no log."""
+    width: int | None = Field(default=None, ge=40)
+    """Columns; None takes the terminal's, and 100 where there is none."""
+    color: bool | None = None
+    """Escape codes for colours; None uses them when stderr is a terminal and NO_COLOR is not set."""
+
+
+class TerminalExporter:
+    """Prints a table at the first measurement, with every finding and action, and at the end; else now and then.
+
+    A table is written in one piece and never overwritten: cursor movements and progress bars get in each other's way.
+
+    Args:
+        config: how often and how wide.
+        write: takes the finished text and ends the line itself, as `print` and `tqdm.write` do; None writes to stderr,
+            where it stays out of a pipe.
+        clock: seconds that never go back.
+
+    Example:
+        >>> exporter = TerminalExporter(TerminalConfig(color=False), write=print)
+        >>> exporter.name
+        'terminal'
+    """
+
+    inline = False
+
+    def __init__(
+        self,
+        config: TerminalConfig | None = None,
+        write: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = "terminal"
+        self.config = validation.optional("config", config, TerminalConfig) or TerminalConfig()
+        self._write = _write_to_stderr if write is None else validation.function("write", write, hint="such as print")
+        self._clock = validation.function("clock", clock)
+        self._layers: tuple[LayerInfo, ...] = ()
+        self._last_written_seconds: float | None = None
+        self._pending: Measurement | None = None
+
+    def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
+        """Remember the layers; there is nothing to open."""
+        self._layers = run.layers
+
+    def export(self, measurement: Measurement) -> None:
+        """Print the table if it is time for one."""
+        last = self._last_written_seconds
+        news = measurement.findings or measurement.actions
+        if news or last is None or self._clock() - last >= self.config.every_seconds:
+            self._print(measurement)
+        else:
+            self._pending = measurement
+
+    def close(self, status: RunStatus) -> None:
+        """Print the newest table, unless it is on the screen already."""
+        if self._pending is not None:
+            self._print(self._pending)
+
+    def _print(self, measurement: Measurement) -> None:
+        self._pending = None
+        self._last_written_seconds = self._clock()
+        self._write(self._render(measurement))
+
+    def _render(self, measurement: Measurement) -> str:
+        from rich.console import Console
+
+        color = self.config.color
+        if color is None:
+            color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        text = io.StringIO()
+        console = Console(
+            file=text,
+            width=self.config.width or shutil.get_terminal_size((100, 24)).columns,
+            force_terminal=color,
+            no_color=not color,
+            color_system="standard" if color else None,
+            legacy_windows=False,
+        )
+        console.print(render_table(measurement, self._layers))
+        if measurement.findings:
+            console.print(render_findings(measurement))
+        if measurement.actions:
+            console.print(render_actions(measurement), soft_wrap=True)  # one line each, for grep
+        return text.getvalue().rstrip("\n")
+
+
+def _write_to_stderr(text: str) -> None:
+    stream = sys.stderr  # looked up now: progress bars and notebooks replace it
+    text += "\n"
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:  # a terminal without the characters of the bar
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+    stream.flush()

@@ -1,0 +1,147 @@
+"""One measurement as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ess_monitor import validation
+from ess_monitor.records import Action, ActionOutcome, Condition, LayerInfo, Measurement, Reading
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+_STYLES: dict[Condition, str] = {"unknown": "dim", "healthy": "green", "saturated": "yellow", "collapsed": "bold red"}
+_ACTION_STYLES: dict[ActionOutcome, str] = {
+    "applied": "bold cyan",
+    "dry_run": "cyan",
+    "rejected": "yellow",
+    "failed": "bold red",
+    "rolled_back": "bold red",
+    "recovered": "bold green",
+    "released": "green",
+}
+_BAR_CELLS = 10
+_NOTHING = "-"
+
+
+def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> Table:
+    """Layers as rows: effective size, capacity, utilisation, retention, condition.
+
+    Args:
+        measurement: what is shown. A reading that is not ok shows its status in place of numbers.
+        layers: gives the order of the rows and the layers without a reading; readings of others follow.
+
+    Returns:
+        A rich table; print it with `rich.print` or any console.
+
+    Example:
+        >>> from ess_monitor.records import Measurement, Reading
+        >>> reading = Reading(step=7, layer="mixer", status="ok", effective_size=3.0, state_capacity=12.0)
+        >>> render_table(Measurement(step=7, timestamp_seconds=0.0, readings=(reading,), conditions={})).row_count
+        1
+    """
+    validation.instance("measurement", measurement, Measurement)
+    layers = validation.several("layers", layers, LayerInfo, hint="those of RunInfo.layers")
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"state of the memory at step {measurement.step}",
+        caption=_plain(
+            f"next sample in {measurement.interval_steps} steps; cost {measurement.overhead_ratio:.2%} of training time"
+        ),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("ESS", justify="right", no_wrap=True)
+    table.add_column("TSS", justify="right", no_wrap=True)
+    table.add_column("utilisation", no_wrap=True)
+    table.add_column("retention", justify="right", no_wrap=True)
+    table.add_column("condition", no_wrap=True)
+    readings = {reading.layer: reading for reading in measurement.readings}
+    for name in dict.fromkeys([*(layer.name for layer in layers), *readings]):
+        condition = measurement.conditions.get(name, "unknown")
+        table.add_row(_plain(name or "root"), *_cells(readings.get(name)), _plain(condition, _STYLES[condition]))
+    return table
+
+
+def render_findings(measurement: Measurement) -> Text:
+    """What changed with this measurement: one line a finding, no line without one."""
+    lines = [
+        f"step {finding.step}, {finding.layer or 'root'}: {finding.previous} -> {finding.condition}. "
+        f"{finding.reason} {finding.advice}".rstrip()
+        for finding in measurement.findings
+    ]
+    return _plain("\n".join(lines), "bold")
+
+
+def render_actions(measurement: Measurement) -> Text:
+    """What the autopilot did with this measurement: one line an action, coloured by its outcome.
+
+    Example:
+        >>> from ess_monitor.records import Action, Measurement
+        >>> done = Action(step=7, layer="mixer", action="pull_to_identity", outcome="applied", finding="collapsed",
+        ...               message="regulariser attached", strength=0.5, utilization_before=0.12)
+        >>> render_actions(
+        ...     Measurement(step=7, timestamp_seconds=0.0, readings=(), conditions={}, actions=(done,))
+        ... ).plain
+        'step 7, mixer: applied pull_to_identity 0.5, utilisation 12%: regulariser attached'
+    """
+    from rich.text import Text
+
+    return Text("\n").join(_action_line(action) for action in measurement.actions)
+
+
+def _action_line(action: Action) -> Text:
+    what = action.action if action.strength is None else f"{action.action} {action.strength:g}"
+    before, after = action.utilization_before, action.utilization_after
+    sizes = " -> ".join(f"{ratio:.0%}" for ratio in (before, after) if ratio is not None)
+    utilization = f", utilisation {sizes}" if sizes else ""
+    line = f"step {action.step}, {action.layer or 'root'}: {action.outcome} {what}{utilization}: {action.message}"
+    return _plain(" ".join(line.split()), _ACTION_STYLES[action.outcome])
+
+
+def utilization_bar(ratio: float) -> str:
+    """A bar of ten cells and the percentage.
+
+    >>> utilization_bar(0.25)
+    '██▌·······  25%'
+    >>> utilization_bar(1.7)
+    '██████████ 170%'
+    """
+    halves = round(min(max(ratio, 0.0), 1.0) * 2 * _BAR_CELLS)
+    bar = "█" * (halves // 2) + "▌" * (halves % 2)
+    return f"{bar:·<{_BAR_CELLS}} {ratio:>4.0%}"
+
+
+def _cells(reading: Reading | None) -> tuple[Text, Text, Text, Text]:
+    if reading is None:
+        return _plain(_NOTHING), _plain(_NOTHING), _plain("not measured", "dim"), _plain(_NOTHING)
+    if reading.status != "ok":
+        return _plain(_NOTHING), _size(reading.state_capacity), _plain(reading.status, "yellow"), _plain(_NOTHING)
+    ratio = reading.utilization_ratio
+    return (
+        _size(reading.effective_size),
+        _size(reading.state_capacity),
+        _plain(_NOTHING if ratio is None else utilization_bar(ratio)),
+        _plain(_NOTHING if reading.retention_ratio is None else f"{reading.retention_ratio:.2f}"),
+    )
+
+
+def _size(value: float | None) -> Text:
+    return _plain(_NOTHING if value is None else f"{value:.1f}")
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text that is shown as it is: no markup, and no control characters that would steer the terminal."""
+    from rich.text import Text
+
+    return Text(
+        "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text), style
+    )

@@ -1,0 +1,1 @@
+"""One sampled step, from due to exported: trigger, queue, schedule, results."""

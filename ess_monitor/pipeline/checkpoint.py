@@ -1,0 +1,104 @@
+"""What a monitor's state must look like, checked as a whole before any of it is used.
+
+A state comes out of a checkpoint, which others may have written or cut short. A wrong type in a counter would show up
+as a failing scrape hours later, one in a treatment inside the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from ess_monitor import validation
+from ess_monitor.errors import CheckpointError
+from ess_monitor.records import ActionKind, ActionOutcome, Condition, Outcome, Reading
+
+STATE_VERSION = 1
+"""Version of `Monitor.state_dict`; raised when a field changes its meaning or disappears."""
+
+_Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+_Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+_Seconds = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]
+"""Some 30,000 years: far from where arithmetic on them overflows."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
+
+
+class _Cadence(_Part):
+    next_step: _Integer
+    last_sample: _Integer
+    interval_steps: Annotated[int, Field(ge=1, le=2**63 - 1)]
+    cost_seconds: _Seconds
+    train_seconds: _Seconds
+    sample_cost: _Seconds
+    cost_since_sample: _Seconds
+    steps: list[_Seconds]
+    held: bool
+
+
+class _Ledger(_Part):
+    steps_total: _Count
+    measurements: dict[Outcome, _Count]
+    changes: dict[Condition, _Count]
+    nonfinite: dict[str, _Count]
+    last_intervention_at: dict[ActionKind, FiniteFloat]
+    interventions: dict[ActionKind, dict[ActionOutcome, _Count]]
+
+
+class _Evidence(_Part):
+    step: _Count
+    readings: tuple[Reading, ...]
+    metrics: dict[str, FiniteFloat]
+    nonfinite: list[str]
+
+
+class _State(_Part):
+    step: _Count
+    judge_at: _Count | None
+    evidence: _Evidence | None
+    autopilot: dict[str, Any]
+    cadence: _Cadence
+    diagnosis: dict[str, Any]
+    ledger: _Ledger
+    turn: Annotated[int, Field(ge=0, le=2**62)]
+    """Below the 64 bits of a generator's seed, to which it is added."""
+
+
+def read_state(state: Any) -> dict[str, Any]:
+    """`state` with every value of the type and in the range that `Monitor.state_dict` gives.
+
+    The parts of the diagnosis and of the autopilot are checked where they are loaded.
+
+    Raises:
+        CheckpointError: another version, or not a monitor's state.
+    """
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if not (isinstance(version, int) and version == STATE_VERSION):
+        found = _shown(version) if isinstance(state, Mapping) else type(state).__name__
+        raise CheckpointError(
+            f"state: version {found} cannot be read, only {STATE_VERSION}; "
+            "start without the monitor's state (its measurements begin anew, the training is not affected)"
+        )
+    if validation.has_long_integer(state):
+        raise CheckpointError(
+            "state: holds a whole number of more than 64 bits, as no monitor writes; start without it (the "
+            "measurements begin anew, the training is not affected)"
+        )
+    try:
+        return _State.model_validate(dict(state)).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"state: not a monitor's state ({where:.200}: {first['msg']:.200}); start without it (the measurements "
+            "begin anew, the training is not affected)"
+        ) from None
+
+
+def _shown(version: Any) -> str:
+    plain = version is None or (isinstance(version, int) and abs(version) < 2**63)
+    return str(version) if plain else f"of type {type(version).__name__}"

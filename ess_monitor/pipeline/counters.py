@@ -1,0 +1,211 @@
+"""The run's counters. Everything a scrape shows is cut from here, under one lock, so that it is consistent.
+
+The training thread adds to it at every step, exporters read it from their own threads at any time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ess_monitor.records import (
+    ACTION_OUTCOMES,
+    ACTIONS,
+    CONDITIONS,
+    OUTCOMES,
+    PHASES,
+    Action,
+    ActionKind,
+    ActionOutcome,
+    Condition,
+    Finding,
+    HealthData,
+    HistogramData,
+    Outcome,
+    Phase,
+    Reading,
+    RunStatus,
+    Snapshot,
+)
+
+_STEP_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_PHASE_BOUNDS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
+
+
+@dataclass
+class _Histogram:
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def data(self) -> HistogramData:
+        cumulative, running = [], 0
+        for count in self.counts[:-1]:
+            running += count
+            cumulative.append(running)
+        return HistogramData(
+            bounds=self.bounds,
+            counts=tuple(cumulative),
+            total_seconds=self.total,
+            count=running + self.counts[-1],
+        )
+
+
+class RunCounters:
+    """Counts what happened in a run."""
+
+    def __init__(self, layers: Iterable[str], *, wall_clock: Callable[[], float] = time.time) -> None:
+        names = tuple(layers)
+        self._wall_clock = wall_clock
+        self._lock = threading.Lock()
+        self._status: RunStatus = "starting"
+        self._last_step = 0
+        self._steps_total = 0
+        self._last_step_at = 0.0
+        self._last_measurement_at = 0.0
+        self._step_seconds = _Histogram(_STEP_BOUNDS)
+        self._overhead: dict[Phase, _Histogram] = {phase: _Histogram(_PHASE_BOUNDS) for phase in PHASES}
+        self._overhead_ratio = 0.0
+        self._interval_steps = 0
+        self._measurements: dict[Outcome, int] = dict.fromkeys(OUTCOMES, 0)
+        self._readings: dict[str, Reading] = {}
+        self._conditions: dict[str, Condition] = dict.fromkeys(names, "unknown")
+        self._changes: dict[Condition, int] = dict.fromkeys(CONDITIONS, 0)
+        self._nonfinite: dict[str, int] = dict.fromkeys(names, 0)
+        self._interventions: dict[ActionKind, dict[ActionOutcome, int]] = {
+            kind: dict.fromkeys(ACTION_OUTCOMES, 0) for kind in ACTIONS
+        }
+        self._treatments: dict[ActionKind, int] = dict.fromkeys(ACTIONS, 0)
+        self._budget = 0
+        self._last_intervention_at: dict[ActionKind, float] = dict.fromkeys(ACTIONS, 0.0)
+        self._autopilot_enabled = False
+
+    def set_status(self, status: RunStatus) -> None:
+        """The run entered `status`."""
+        with self._lock:
+            self._status = status
+
+    def step(self, step: int, seconds: float | None) -> None:
+        """An optimizer step ended; `seconds` is None for the first one, whose beginning was not seen."""
+        now = self._wall_clock()
+        with self._lock:
+            self._status = "running"
+            self._last_step = step
+            self._steps_total += 1
+            self._last_step_at = now
+            if seconds is not None:
+                self._step_seconds.add(seconds)
+
+    def spent(self, phase: Phase, seconds: float) -> None:
+        """The monitor itself spent this long."""
+        with self._lock:
+            self._overhead[phase].add(seconds)
+
+    def overhead(self, ratio: float, interval_steps: int) -> None:
+        """The measured share of the training time, and the interval that follows from it."""
+        with self._lock:
+            self._overhead_ratio = ratio
+            self._interval_steps = interval_steps
+
+    def measured(
+        self,
+        outcome: Outcome,
+        readings: Iterable[Reading] = (),
+        findings: Iterable[Finding] = (),
+        conditions: Mapping[str, Condition] | None = None,
+    ) -> None:
+        """A sampled step came to its end."""
+        now = self._wall_clock()
+        with self._lock:
+            self._measurements[outcome] += 1
+            for reading in readings:
+                if reading.status == "ok":
+                    self._readings[reading.layer] = reading
+                    self._last_measurement_at = now
+                elif reading.status == "nonfinite":
+                    self._nonfinite[reading.layer] = self._nonfinite.get(reading.layer, 0) + 1
+            for finding in findings:
+                self._changes[finding.condition] += 1
+            self._conditions.update(conditions or {})
+
+    def autopilot(self, actions: Iterable[Action], active: Iterable[ActionKind], budget: int, enabled: bool) -> None:
+        """What the autopilot did at this measurement, and where it stands."""
+        now = self._wall_clock()
+        with self._lock:
+            for action in actions:
+                self._interventions[action.action][action.outcome] += 1
+                if action.outcome == "applied":
+                    self._last_intervention_at[action.action] = now
+            self._treatments = dict.fromkeys(ACTIONS, 0)
+            for kind in active:
+                self._treatments[kind] += 1
+            self._budget, self._autopilot_enabled = budget, enabled
+
+    def snapshot(
+        self,
+        export_errors: Mapping[str, int] | None = None,
+        export_dropped: Mapping[str, int] | None = None,
+        export_queue: Mapping[str, int] | None = None,
+        health: HealthData | None = None,
+    ) -> Snapshot:
+        """All counters at one moment."""
+        with self._lock:
+            return Snapshot(
+                status=self._status,
+                last_step=self._last_step,
+                steps_total=self._steps_total,
+                last_step_timestamp_seconds=self._last_step_at,
+                last_measurement_timestamp_seconds=self._last_measurement_at,
+                step_seconds=self._step_seconds.data(),
+                overhead_seconds={phase: histogram.data() for phase, histogram in self._overhead.items()},
+                overhead_ratio=self._overhead_ratio,
+                interval_steps=self._interval_steps,
+                measurements_total=dict(self._measurements),
+                readings=dict(self._readings),
+                conditions=dict(self._conditions),
+                condition_changes_total=dict(self._changes),
+                nonfinite_total=dict(self._nonfinite),
+                interventions_total={kind: dict(counts) for kind, counts in self._interventions.items()},
+                interventions_active=dict(self._treatments),
+                intervention_budget_remaining=self._budget,
+                last_intervention_timestamp_seconds=dict(self._last_intervention_at),
+                autopilot_enabled=self._autopilot_enabled,
+                export_errors_total=dict(export_errors or {}),
+                export_dropped_total=dict(export_dropped or {}),
+                export_queue_length=dict(export_queue or {}),
+                health=health or HealthData(),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters that go on after a resume; times and histograms are those of a process and start anew."""
+        with self._lock:
+            return {
+                "steps_total": self._steps_total,
+                "measurements": dict(self._measurements),
+                "changes": dict(self._changes),
+                "nonfinite": dict(self._nonfinite),
+                "last_intervention_at": dict(self._last_intervention_at),
+                "interventions": {kind: dict(counts) for kind, counts in self._interventions.items()},
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        with self._lock:
+            self._steps_total = int(state["steps_total"])
+            self._measurements.update(state["measurements"])
+            self._changes.update(state["changes"])
+            self._nonfinite.update({k: v for k, v in state["nonfinite"].items() if k in self._nonfinite})
+            self._last_intervention_at.update(state["last_intervention_at"])
+            for kind, counts in state["interventions"].items():
+                self._interventions[kind].update(counts)

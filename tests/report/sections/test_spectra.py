@@ -1,0 +1,119 @@
+"""Spectra of a layer at the steps that tell its story."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ess_monitor.records import Action, Reading
+from ess_monitor.report import RunHistory, load_history, render_report
+from ess_monitor.report.components import steps_of
+from ess_monitor.report.figures import LogScale, log_scale
+from ess_monitor.report.sections.layers import layer_card
+from ess_monitor.report.sections.spectra import chosen_spectra, spectra_chart, spectra_table
+from tests.report.helpers import LAYERS, Page, action, measurement, reading, run_info
+
+LAYER = LAYERS[0]
+
+
+def _reading(step: int, spectrum: tuple[float, ...] = (10.0, 0.1, 1e-4), **fields: Any) -> Reading:
+    values = {"spectrum": spectrum, "spectrum_ranks": tuple(range(1, len(spectrum) + 1)), **fields}
+    return reading(LAYER, step, **values)
+
+
+def _story(readings: list[Reading], *actions: Action) -> RunHistory:
+    measurements = tuple(measurement(each.step, readings=(each,)) for each in readings)
+    return RunHistory(Path("log"), run_info(), measurements, actions=actions)
+
+
+def _chosen(story: RunHistory) -> list[tuple[int, str]]:
+    return [(reading.step, why) for why, reading in chosen_spectra(story, LAYER)]
+
+
+def test_without_an_action_the_first_the_middle_and_the_last_are_shown() -> None:
+    readings = [_reading(step) for step in range(0, 500, 100)]
+    assert _chosen(_story(readings)) == [(0, "first"), (200, "middle"), (400, "last")]
+    assert _chosen(_story(readings[:2])) == [(0, "first"), (100, "middle")]
+    assert _chosen(_story(readings[:1])) == [(0, "first")]
+
+
+def test_an_action_on_the_layer_shows_what_was_right_before_and_right_after_it() -> None:
+    readings = [_reading(step) for step in range(0, 500, 100)]
+    others = (action(LAYERS[1], 50), action(LAYER, 90, "dry_run"), action(LAYER, 400))
+    assert _chosen(_story(readings, action(LAYER, 200), *others)) == [
+        (0, "first"),
+        (200, "before pull_to_identity"),
+        (300, "after pull_to_identity"),
+        (400, "last"),
+    ]
+    assert _chosen(_story(readings, action(LAYER, 10))) == [
+        (0, "first"),
+        (100, "after pull_to_identity"),
+        (400, "last"),
+    ]
+    assert _chosen(_story(readings, action(LAYER, 402))) == [(0, "first"), (400, "before pull_to_identity")]
+
+
+def test_readings_without_a_spectrum_are_passed_over() -> None:
+    readings = [reading(LAYER, 0), _reading(100), _reading(200, status="nonfinite"), reading(LAYER, 300)]
+    assert _chosen(_story(readings)) == [(100, "first")]
+    assert _chosen(_story([reading(LAYER, 0)])) == []
+
+
+def test_a_spectrum_is_drawn_on_a_logarithmic_axis_beside_the_tolerance() -> None:
+    chart = spectra_chart(chosen_spectra(_story([_reading(0), _reading(100, (10.0, 1e-2, 0.0))]), LAYER))
+    assert chart is not None
+    assert [line.label.split(":")[0] for line in chart.lines] == [
+        "step 0, first",
+        "step 100, middle",
+        "tolerance 0.001",
+    ]
+    assert chart.lines[0].points == "0,0 500,400 1000,1000", "from 10 down to 0.0001"
+    assert chart.lines[1].points == "0,0 500,600", "what is 0 has no place on the axis"
+    assert chart.lines[2].points == "0,800 1000,800"
+    assert {tick.label for tick in chart.y_ticks} >= {"10", "1", "0.1", "0.001"}
+    assert [tick.label for tick in chart.x_ticks] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("spectrum", [(0.0, 0.0), (0.0,), (1.7e308, 5e-324), (3.0,)])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+def test_any_spectrum_is_a_page(spectrum: tuple[float, ...], tolerance: float) -> None:
+    story = _story([_reading(0, spectrum, tolerance=tolerance)])
+    card = layer_card(story, LAYER, steps_of(story), ())
+    assert card.spectra is not None
+    assert (len(card.charts) == 3) == (max(spectrum) > 0)
+    assert Page(render_report(story)).unclosed == []
+
+
+def test_the_table_has_every_rank_that_any_of_the_steps_has() -> None:
+    thinned = _reading(100, (5.0, 0.25), spectrum_ranks=(1, 4))
+    table = spectra_table(chosen_spectra(_story([_reading(0), thinned]), LAYER))
+    assert table is not None
+    assert table.columns == ("rank", "step 0, first", "step 100, middle")
+    assert table.rows == (("1", "10", "5"), ("2", "0.1", "–"), ("3", "0.0001", "–"), ("4", "–", "0.25"))
+    assert spectra_table(()) is None
+    assert spectra_chart(()) is None
+
+
+def test_a_real_run_has_its_spectra_on_the_page(real_log: Path) -> None:
+    page = Page(render_report(load_history(real_log)))
+    summaries = [each["aria-label"] for each in page.of("svg") if each.get("aria-label", "").startswith("Singular")]
+    assert len(summaries) == 2, "one for each layer"
+    assert "step 0, first: " in summaries[0]
+    assert "at rank 1" in summaries[0]
+    assert page.text.count("The singular values as a table") == 2
+
+
+def test_every_value_lies_on_its_logarithmic_axis_which_has_ticks() -> None:
+    for values in ([1.0], [1e-9, 1e3], [0.02, 0.03]):
+        scale = log_scale(values)
+        assert scale.low <= min(values) < max(values) * 1.01
+        assert max(values) <= scale.high
+        assert len(scale.ticks()) >= 2
+        assert all(scale.low <= tick <= scale.high * (1 + 1e-9) for tick in scale.ticks())
+    places = [LogScale(1e-4, 1e4).place(10.0**power) for power in range(-4, 5)]
+    assert places == pytest.approx([power / 8 for power in range(9)])
+    assert math.isclose(LogScale(1e-4, 1e4).place(1e9), 1.0)
