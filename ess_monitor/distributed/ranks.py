@@ -26,7 +26,7 @@ def rank_info() -> RankInfo:
     """As `torch.distributed` and the launcher say; alone where no process group is initialised.
 
     >>> rank_info()
-    Place(rank=0, local_rank=0, world_size=1)
+    RankInfo(rank=0, local_rank=0, world_size=1)
     """
     if not (dist.is_available() and dist.is_initialized()):
         return RankInfo()

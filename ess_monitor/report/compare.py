@@ -51,7 +51,7 @@ def render_comparison(first: RunHistory, second: RunHistory) -> str:
         A whole document that needs nothing beside it.
     """
     for name, story in (("first", first), ("second", second)):
-        validation.instance(name, story, RunHistory, hint="load_story(path) reads one")
+        validation.instance(name, story, RunHistory, hint="load_history(path) reads one")
     stories = {"A": first, "B": second}
     opening, lines = differences(first, second)
     scale = steps_of(first, second)

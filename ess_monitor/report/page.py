@@ -53,7 +53,7 @@ def render_report(story: RunHistory) -> str:
         >>> "&lt;script&gt;" in page, "<script" in page
         (True, False)
     """
-    validation.instance("story", story, RunHistory, hint="load_story(path) reads one")
+    validation.instance("story", story, RunHistory, hint="load_history(path) reads one")
     scale = steps_of(story)
     events = event_rows(story)
     marks = markers(events, scale)

@@ -2,8 +2,8 @@
 
 A lane brings a computation to the captured tensors without making the training wait:
 
-    HostLane     CPU tensors. The worker thread computes, with its own number of threads.
-    StreamLane   tensors of an accelerator. The worker thread *launches* on a low-priority side stream that first waits
+    HostBackend     CPU tensors. The worker thread computes, with its own number of threads.
+    StreamBackend   tensors of an accelerator. The worker thread *launches* on a low-priority side stream, which waits
                  for the event recorded behind the copies; results go to pinned host memory; an event behind them is
                  polled with `query()` by the training thread. The launch is not on the training thread because
                  `torch.linalg.svdvals` checks for convergence and so waits for its stream.

@@ -17,7 +17,7 @@ from ess_monitor.exporters import read_event_log
 EXECUTOR = """
 import sys, time, torch
 from ess_monitor.runtime import Executor, RuntimeConfig, Task
-from ess_monitor.runtime.backends import HostLane
+from ess_monitor.runtime.backends import HostBackend
 
 def compute():
     print("computing", flush=True)
@@ -27,7 +27,7 @@ def compute():
     print("computed", flush=True)
     return {"matrix": matrix}
 
-lane, executor = HostLane(), Executor(RuntimeConfig())
+lane, executor = HostBackend(), Executor(RuntimeConfig())
 executor.submit(None, [Task(lane, (), compute), Task(lane, (), compute)])
 time.sleep(0.5)
 """
@@ -35,12 +35,12 @@ time.sleep(0.5)
 AGREEMENT = """
 import signal, sys, time
 import torch.distributed as dist
-from ess_monitor.distributed.consensus import Agreement
+from ess_monitor.distributed.consensus import StoreConsensus
 
 signal.signal(signal.SIGALRM, lambda *_: sys.exit(5))
 signal.setitimer(signal.ITIMER_REAL, 0.5)
 store = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
-Agreement(store, rank=0, world_size=2, limit_seconds=20.0).exchange(0, [1.0], lambda posts: posts[0])
+StoreConsensus(store, rank=0, world_size=2, limit_seconds=20.0).exchange(0, [1.0], lambda posts: posts[0])
 """
 
 MONITOR = """
