@@ -31,7 +31,7 @@ class AlertsConfig(BaseModel):
     most_layers_for_seconds: PositiveInt = 300
     """How long. Half as long as a single layer, as the run as a whole is at stake."""
     divergence_ratio: float = Field(default=0.2, gt=0, lt=1)
-    """Gap in utilisation between two ranks. Batches of one distribution differ by some hundredths, so 0.2 is not the
+    """Gap in utilization between two ranks. Batches of one distribution differ by some hundredths, so 0.2 is not the
     data."""
     divergence_for_seconds: PositiveInt = 900
     """How long. Ranks need not be scraped between the same two measurements; a quarter of an hour covers that."""

@@ -25,7 +25,7 @@ _ROOT = Path(__file__).resolve().parent
 _KINDS = (".json", ".md", ".yaml", ".yml")
 """Endings of the files that are handed on; what else lies here is the program that makes them."""
 _JOB = re.compile(r"""(\bjob=~?\\?"|\bjob_name:\ "?|\breplacement:\ "?)ess_monitor\b""")
-"""The job's name in a selector (escaped in JSON or not), a scrape configuration or a relabelling."""
+"""The job's name in a selector (escaped in JSON or not), a scrape configuration or a relabeling."""
 _SOURCE_UID = re.compile(r"\buid: ess-monitor-prometheus\b")
 _DASHBOARDS = "grafana/dashboards/"
 

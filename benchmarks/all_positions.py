@@ -1,6 +1,6 @@
 """All positions of 8 heads with state 16: square-root Gramians against a full SVD of every H_i.
 
-The baseline is the paper's method (appendix C.1.1): materialise T, then `torch.svd` of T[i:, :i] at every position. At
+The baseline is the paper's method (appendix C.1.1): materialize T, then `torch.svd` of T[i:, :i] at every position. At
 length 2048 it is timed on evenly spaced positions and scaled to all of them; the tolerance-ESS is compared there.
 """
 

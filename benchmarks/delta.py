@@ -1,7 +1,7 @@
 """The gated delta rule against a diagonal recurrence of the same size, 8 heads, both by square-root Gramians.
 
 Runs of the two alternate, and medians are compared. At length 512 the tolerance-ESS is checked against a full SVD of
-the blocks of a materialised T, in float64, at a few of the positions.
+the blocks of a materialized T, in float64, at a few of the positions.
 """
 
 from __future__ import annotations

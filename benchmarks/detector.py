@@ -1,4 +1,4 @@
-"""How good is the diagnosis? Precision, recall and lead on labelled runs, half of them held out.
+"""How good is the diagnosis? Precision, recall and lead on labeled runs, half of them held out.
 
     python -m benchmarks.detector [--json FILE]      replay the recorded runs through the diagnosis (seconds)
     python -m benchmarks.detector --collect          train and label the runs again (about half an hour on two cores)
@@ -7,7 +7,7 @@ The runs are small recall nets of several featurizers, sizes and seeds. Their la
 and were fixed before any threshold was tuned:
 
     healthy     the run itself ends at 0.9 or better
-    collapsed   it does not, but the same run does with A->I regularisation (alpha times 100 on GLA-S6) of the second
+    collapsed   it does not, but the same run does with A->I regularization (alpha times 100 on GLA-S6) of the second
                 mixer from step 500 on
     saturated   neither does, but the same net with four times the state does
     other       nothing of these helps (left out of the counts)

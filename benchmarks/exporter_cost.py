@@ -186,9 +186,9 @@ def run() -> Result:
             }
         )
     return Result(
-        f"A training step while a scrape is answered, against its quiet neighbour, {PAIRS} pairs",
+        f"A training step while a scrape is answered, against its quiet neighbor, {PAIRS} pairs",
         rows,
-        ["no target: on a busy machine neighbouring steps differ by more than a scrape; the CPU time above has one"],
+        ["no target: on a busy machine neighboring steps differ by more than a scrape; the CPU time above has one"],
     )
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.faithfulness [--json FILE] [--only WORD]      FILE: a list with an object a row
 
-Each row is a small, randomly initialised model of the library's own class. error is the largest
+Each row is a small, randomly initialized model of the library's own class. error is the largest
 max|T u - y| / max|y| over its layers of that class, in training and in evaluation: u and y are the library's own
-tensors, T the captured operator, materialised in float64. TSS and ESS (tolerance 1e-3, middle position, mean over heads
-or channels and layers) are at initialisation. Kernels of fla run in Triton's interpreter where there is no accelerator.
+tensors, T the captured operator, materialized in float64. TSS and ESS (tolerance 1e-3, middle position, mean over heads
+or channels and layers) are at initialization. Kernels of fla run in Triton's interpreter where there is no accelerator.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The A->I regulariser: injected gradients against those of the term added to the loss, and why its norm is a mean.
+"""The A->I regularizer: injected gradients against those of the term added to the loss, and why its norm is a mean.
 
 The injected gradient (`IdentityPull`) never touches the loss; it must still be that of loss + lambda R for every
 parameter, in every way of training. The reference adds lambda R to the loss, in one process, without checkpointing.
@@ -34,17 +34,17 @@ FEATURIZERS: dict[str, dict[str, int | float]] = {
     "s6": {},
     "gla_s6": {"alpha": 1.0},
 }
-"""With the decays that collapse: far from the identity, where the regulariser has work to do."""
+"""With the decays that collapse: far from the identity, where the regularizer has work to do."""
 STRENGTH, LIMIT = 0.5, 1e-5
 VOCABULARY, WIDTH, STATE, BATCH, LENGTH = 64, 32, 16, 8, 32
-REGULARISED = "blocks.1.mixer"
+REGULARIZED = "blocks.1.mixer"
 ACCUMULATED, LOSS_SCALE, RANKS = 3, 1024.0, 2
 
 Gradients = dict[str, Tensor]
 
 
 def model_of(featurizer: str) -> Backbone:
-    """Two blocks; the second is regularised, so that everything below it determines its decay."""
+    """Two blocks; the second is regularized, so that everything below it determines its decay."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "width": WIDTH, "state_size": STATE}
     model = Backbone(BackboneConfig(featurizer=featurizer, mixer_options=FEATURIZERS[featurizer], **sizes))
@@ -60,13 +60,13 @@ def task(model: nn.Module, seed: int = 0) -> Tensor:
 
 def added(model: nn.Module, seed: int = 0) -> Tensor:
     """Loss + lambda R."""
-    with collect_penalties(model, REGULARISED) as penalties:
+    with collect_penalties(model, REGULARIZED) as penalties:
         loss = task(model, seed)
     return loss + STRENGTH * penalties.total()
 
 
 def attach(model: nn.Module, scale: float = 1.0) -> None:
-    """The regulariser as the autopilot attaches it."""
+    """The regularizer as the autopilot attaches it."""
     layer = find_layers(model)[1]
     assert layer.spec.decay is not None
     IdentityPull(layer.module, layer.spec.decay, STRENGTH, grad_scale=lambda: scale).attach()
@@ -223,7 +223,7 @@ def run() -> Result:
                     "largest difference": largest,
                     "limit": limit,
                     "at": where,
-                    "without regulariser": missing,
+                    "without regularizer": missing,
                 }
             )
             if not largest < limit:
@@ -231,7 +231,7 @@ def run() -> Result:
     notes = [
         "largest difference: max over parameters of ||injected - added|| / ||added||; float32, lambda 0.5 on the",
         "second of two layers. Limit of bf16: its noise, the same figure for added in bf16 against added in float32.",
-        "without regulariser: the same figure for the bare loss, what a regulariser that did nothing would show.",
+        "without regularizer: the same figure for the bare loss, what a regularizer that did nothing would show.",
     ]
     return Result("Injected gradients against those of loss + lambda R", rows, notes, failures)
 

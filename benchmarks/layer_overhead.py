@@ -3,7 +3,7 @@
     python -m benchmarks.layer_overhead [--json FILE]
 
 Whole runs, and even blocks of a few steps, differ by several percent for reasons of the machine alone. What is looked
-for is a thousandth. So single steps take turns, in an order that favours neither (a b b a): one that ends with
+for is a thousandth. So single steps take turns, in an order that favors neither (a b b a): one that ends with
 `monitor.step`, as in a watched training, and one that does not. The monitor has taken its first sample before and
 takes none in between; it has no hook in the model, no tap in a library and no say in the compiler, which is checked,
 so that the call is all there is to it. Each watched step is compared with the bare one beside it, on two clocks: the

@@ -44,7 +44,7 @@ class MonitorConfig(BaseModel):
     None: never stretched, so that the sampled steps do not depend on the machine (a resumed run in mode auto is then
     bitwise the uninterrupted one wherever it runs)."""
     tolerance: NonNegativeFloat = 1e-3
-    """tau of the tolerance-ESS: singular values above it count. The paper's value for utilisation (appendix C.3)."""
+    """tau of the tolerance-ESS: singular values above it count. The paper's value for utilization (appendix C.3)."""
     positions: Literal["midpoint", "all"] | PositiveInt = 3
     """Where in the sequence H_i is measured. 3 are a quarter, a half and three quarters, as in our experiments; more
     tighten the certified bound at a cost that grows linearly."""

@@ -56,7 +56,7 @@ class Monitor:
             each, after `init_process_group`: `config.distributed` says which of them measure, and sinks of
             `config.exporters` open where their `ranks` say.
         grad_scale: what the loss is multiplied with before backward (the loss scaler's scale, 1 / accumulation steps),
-            so that the regulariser is scaled alike. The default is 1.
+            so that the regularizer is scaled alike. The default is 1.
         agreement: the exchange between the ranks; by default over the process group's store, where one is needed.
 
     Raises:

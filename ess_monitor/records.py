@@ -1,4 +1,4 @@
-"""What travels between the rooms: frozen, serialisable, versioned.
+"""What travels between the rooms: frozen, serializable, versioned.
 
 Records know nobody: this module imports pydantic and nothing of ours. Every room speaks in these types, so that the
 diagnosis never sees an exporter and an exporter never sees a model. `record.model_dump(mode="json")` is what the event
@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 SCHEMA_VERSION = 1
-"""Version of the serialised records; raised when a field changes its meaning or disappears."""
+"""Version of the serialized records; raised when a field changes its meaning or disappears."""
 
 Status = Literal["ok", "nonfinite", "too_short", "timed_out", "dropped", "failed"]
 """How a reading ended. Only `ok` carries sizes that mean something; every other status keeps the reason."""
 
 Condition = Literal["unknown", "healthy", "saturated", "collapsed"]
-"""What the diagnosis says of a layer."""
+"""What the diagnosis says of a layer. Everything else about a condition is in `CONDITION_INFO`."""
 
 RunStatus = Literal["starting", "running", "finished", "failed"]
 """Where a run is."""
@@ -39,13 +39,13 @@ Outcome = Literal["ok", "skipped", "failed"]
 ranks that did not agree in time), or failed."""
 
 ActionKind = Literal["pull_to_identity", "rescale_alpha", "advise"]
-"""What an intervention does: attach the A->I regulariser, divide log A by a factor, or only say something."""
+"""What an intervention does: attach the A->I regularizer, divide log A by a factor, or only say something."""
 
 ActionOutcome = Literal["applied", "dry_run", "rejected", "failed", "rolled_back", "recovered", "released"]
 """How it ended. applied: done. dry_run: would have been done (mode advise, or advice that nobody but a person can
 follow). rejected: not done, for the reason given. failed: the ladder came to its end without a recovery, the
-regulariser itself failed, or what was done could not be taken back. rolled_back: taken back because the loss broke.
-recovered: the layer is healthy again. released: the regulariser was taken off."""
+regularizer itself failed, or what was done could not be taken back. rolled_back: taken back because the loss broke.
+recovered: the layer is healthy again. released: the regularizer was taken off."""
 
 ACTIONS: tuple[ActionKind, ...] = ("pull_to_identity", "rescale_alpha", "advise")
 ACTION_OUTCOMES: tuple[ActionOutcome, ...] = (
@@ -57,13 +57,37 @@ ACTION_OUTCOMES: tuple[ActionOutcome, ...] = (
     "recovered",
     "released",
 )
-CONDITIONS: tuple[Condition, ...] = ("unknown", "healthy", "saturated", "collapsed")
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 RUN_STATUSES: tuple[RunStatus, ...] = ("starting", "running", "finished", "failed")
 PHASES: tuple[Phase, ...] = ("capture", "measure", "diagnose", "intervene", "export")
 PARTS: tuple[Part, ...] = ("capture", "worker", "measurement", "agreement", "diagnosis", "intervention", "export")
 OUTCOMES: tuple[Outcome, ...] = ("ok", "skipped", "failed")
 MEASURED: tuple[Status, ...] = ("ok", "nonfinite", "too_short")
 """A reading with one of these was taken and computed, whatever came of it."""
+
+
+class ConditionInfo(NamedTuple):
+    """What all sinks, dashboards and alerts say of a condition."""
+
+    color: str
+    """Name of its color, the same everywhere: gray, green, yellow or red."""
+    needs_attention: bool
+    """Whether somebody should look: it is marked in pages and tables, logged as a warning, and has an alert."""
+    alert: str
+    """Name of its alert, without the prefix; empty where there is none."""
+    predicate: str
+    """What a layer in it does, after the layer's name: "is saturated"."""
+    meaning: str
+    """One sentence for a legend."""
+
+
+CONDITION_INFO: dict[Condition, ConditionInfo] = {
+    "unknown": ConditionInfo("gray", False, "", "is not judged", "It is too early to say, or ESS says little of it."),
+    "healthy": ConditionInfo("green", False, "", "is healthy", "The state is in use and has room."),
+    "saturated": ConditionInfo("yellow", True, "StateSaturated", "is saturated", "The state is full."),
+    "collapsed": ConditionInfo("red", True, "StateCollapsed", "has collapsed", "The state is there and is not used."),
+}
+"""Every condition, in the order of severity. A new one is a name in `Condition`, a line here and a rule."""
 
 
 class Record(BaseModel):
@@ -157,7 +181,7 @@ class Reading(Record):
     ranks: int = 1
     """How many ranks' data the sizes and ratios that are decided on are means over. 1: a process measured alone."""
     utilization_min_ratio: float | None = None
-    """Smallest utilisation over those ranks. None where a process measured alone."""
+    """Smallest utilization over those ranks. None where a process measured alone."""
     worst_rank: int | None = None
     """The rank it was seen on."""
 
@@ -220,9 +244,9 @@ class Action(Record):
     strength: float | None = None
     """lambda of `pull_to_identity`, the factor of `rescale_alpha`."""
     utilization_before: float | None = None
-    """Utilisation when the treatment of this layer began."""
+    """Utilization when the treatment of this layer began."""
     utilization_after: float | None = None
-    """Utilisation now; None where the action has only just been taken."""
+    """Utilization now; None where the action has only just been taken."""
     retention_before: float | None = None
     retention_after: float | None = None
 

@@ -1,4 +1,4 @@
-"""Real text that every Python installation has: licences and documentation of the installed packages, read as bytes."""
+"""Real text that every Python installation has: licenses and documentation of the installed packages, read as bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENDINGS = (".md", ".rst", ".txt")
 
 def read_corpus(least_bytes: int = 400_000, most_bytes: int = 2_000_000) -> bytes:
     """The texts in the order of the packages' names, each once; exits when there is too little to train on."""
-    texts: dict[str, None] = {}  # a set that keeps its order: licences repeat
+    texts: dict[str, None] = {}  # a set that keeps its order: licenses repeat
     size = 0
     for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"] or ""):
         for file in distribution.files or ():

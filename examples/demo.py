@@ -104,7 +104,7 @@ def main() -> None:
     alone = train(arguments, "advise", [])
 
     table = Table(title=f"{LAYER} after {arguments.steps} steps, seed {arguments.seed}", title_justify="left")
-    for column in ("run", "accuracy", "utilisation", "retention", "condition"):
+    for column in ("run", "accuracy", "utilization", "retention", "condition"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, result in (("left alone", alone), ("autopilot", rescued)):
         numbers = (f"{result[key]:.2f}" for key in ("accuracy", "utilization", "retention"))

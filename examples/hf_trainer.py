@@ -1,7 +1,7 @@
 """A small Mamba learns real text under Hugging Face's Trainer, and shows what its memory does.
 
 One line attaches the monitor: `callbacks=[ESSMonitorCallback(...)]`. The model is transformers' own `MambaForCausalLM`,
-randomly initialised; the text is what every Python installation has (see corpus.py), read as bytes. Takes under three
+randomly initialized; the text is what every Python installation has (see corpus.py), read as bytes. Takes under three
 minutes on two cores; most of it goes into the recurrence, which transformers steps through token by token on a CPU.
 
     python examples/hf_trainer.py [--steps 250] [--json FILE]

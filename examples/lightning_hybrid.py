@@ -1,11 +1,11 @@
 """A small hybrid of Mamba-2 and softmax attention learns real text under Lightning; `describe` says how it is read.
 
-The model is transformers' own Bamba, randomly initialised: four layers, the third of which is attention. Its
+The model is transformers' own Bamba, randomly initialized: four layers, the third of which is attention. Its
 state-space layers have a memory of a size that was chosen, its attention one that grows with the sequence; the monitor
 reads both side by side, and nothing in the model is prepared for it. The text is what every Python installation has
 (see corpus.py), read as bytes. Takes under three minutes on two cores.
 
-What it shows: as transformers initialises it (step sizes around 1.3, A = -1, ..., -heads) the recurrence forgets within
+What it shows: as transformers initializes it (step sizes around 1.3, A = -1, ..., -heads) the recurrence forgets within
 a token, and within these steps does not learn otherwise. Attention does all the work, and the state-space layers are
 found collapsed. With `--autopilot auto` the deepest one gets a hundredth of its decay, and a memory of several
 dimensions; the loss of so short a run does not depend on it.

@@ -64,7 +64,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the tensors are small: a second thread would mostly wait
     pl.seed_everything(0, verbose=False)
     text = windows(LENGTH + 1)
-    print(f"{text.numel():,} bytes of licences and documentation, {len(text):,} windows of {LENGTH} bytes")
+    print(f"{text.numel():,} bytes of licenses and documentation, {len(text):,} windows of {LENGTH} bytes")
 
     events = arguments.out / "events.jsonl"
     events.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """A small hybrid learns real text in a plain PyTorch loop: `Monitor` itself, autocast, accumulated gradients.
 
-Three layers, two gated linear attentions and one softmax attention between them, read bytes of the licences and
+Three layers, two gated linear attentions and one softmax attention between them, read bytes of the licenses and
 documentation of the installed packages, in bfloat16 where autocast allows. Takes under three minutes on one core.
 
     python examples/plain_loop.py [--steps 300] [--json FILE]

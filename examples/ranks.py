@@ -76,7 +76,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def summarise(
+def summarize(
     arguments: argparse.Namespace, model: nn.Module, steps: Steps, accuracy: float, monitor: Monitor | None
 ) -> int:
     """Called by every rank; rank 0 prints. 1 when the ranks' models or actions differ."""

@@ -15,7 +15,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from ranks import BATCH, Steps, options, summarise
+from ranks import BATCH, Steps, options, summarize
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -77,7 +77,7 @@ def main() -> int:
                 monitor.step(metrics, optimizer=optimizer)
             steps.ended(step + 1)
     final = mean_over_ranks(accuracy(logits, targets))
-    wrong = summarise(arguments, model, steps, float(final), monitor)
+    wrong = summarize(arguments, model, steps, float(final), monitor)
     dist.barrier()  # a rank that leaves while another still talks to it can abort
     dist.destroy_process_group()
     return wrong

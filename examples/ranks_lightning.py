@@ -20,7 +20,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
-from ranks import BATCH, Steps, options, summarise
+from ranks import BATCH, Steps, options, summarize
 from recall import Recall, RecallModule
 from torch.distributed.fsdp import fully_shard
 
@@ -86,7 +86,7 @@ def main() -> int:
         print("one process only; start it with: torchrun --nproc-per-node 2 " + sys.argv[0])
         return 2
     accuracy = float(trainer.callback_metrics["accuracy"])
-    wrong = summarise(arguments, module, steps, accuracy, None if ess is None else ess.monitor)
+    wrong = summarize(arguments, module, steps, accuracy, None if ess is None else ess.monitor)
     dist.barrier()  # a rank that leaves while another still talks to it can abort
     dist.destroy_process_group()
     return wrong

@@ -156,7 +156,7 @@ def show(console: Console, rows: list[dict[str, Any]], missing: int) -> None:
     table = Table(
         title=f"{len(rows)} runs" + (f", {missing} still to be done" if missing else ""), title_justify="left"
     )
-    for column in ("task", "model", "seed", "accuracy", "loss", "utilisation by layer", "condition by layer"):
+    for column in ("task", "model", "seed", "accuracy", "loss", "utilization by layer", "condition by layer"):
         table.add_column(column, justify="left" if column in ("task", "model") or "layer" in column else "right")
     for row in sorted(rows, key=lambda row: (row["task"], row["model"], row["seed"])):
         cells = [row["task"], row["model"], str(row["seed"])]

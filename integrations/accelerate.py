@@ -20,7 +20,7 @@ _SCALES_OUT_OF_SIGHT = ("DEEPSPEED", "MEGATRON_LM")
 
 
 class ESSMonitorCallback(ExplicitLoop):
-    """Shows the memory utilisation of every sequence mixer while a loop with an `Accelerator` trains.
+    """Shows the memory utilization of every sequence mixer while a loop with an `Accelerator` trains.
 
     `watch` names the accelerator and the model, and registers the callback for `accelerator.save_state` and
     `load_state`; the with-block is the run; `step` goes right after `optimizer.step()`. Readings go through every

@@ -79,7 +79,7 @@ class LoopFacts:
     step: int = 0
     """Optimizer steps made so far, for a run that resumes without a state of the monitor."""
     scale_known: bool = True
-    """False where an engine scales the loss out of sight (DeepSpeed, Megatron-LM): the gradient of a regulariser could
+    """False where an engine scales the loss out of sight (DeepSpeed, Megatron-LM): the gradient of a regularizer could
     not be scaled alike, so the autopilot must not act."""
     parallel: Mapping[str, int] = field(default_factory=dict)
     """Over how many processes the loop's settings split layers ("pipeline"), tokens ("context") or heads ("tensor")."""

@@ -19,7 +19,7 @@ require("lightning_fabric", "lightning.fabric", extra="lightning")
 
 
 class ESSMonitorCallback(ExplicitLoop):
-    """Shows the memory utilisation of every sequence mixer while a loop with Fabric trains.
+    """Shows the memory utilization of every sequence mixer while a loop with Fabric trains.
 
     Give it to `Fabric(callbacks=[...])`, through which it learns of every optimizer step; `watch` names the model; the
     with-block is the run; `step` brings the metrics. Loops that call hooks instead use `fabric.call("on_train_start")`,

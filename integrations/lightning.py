@@ -37,7 +37,7 @@ else:
 
 
 class ESSMonitorCallback(CallbackBase, _Base):
-    """Shows the memory utilisation of every sequence mixer of a `LightningModule` while it trains.
+    """Shows the memory utilization of every sequence mixer of a `LightningModule` while it trains.
 
     Attach it to a Trainer and that is all: the effective state-size goes through every logger the trainer has (with
     custom charts and heat maps where that is TensorBoard), and a table of the layers appears beside the progress bar.

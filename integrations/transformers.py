@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
-    """Shows the memory utilisation of every sequence mixer of a model while a `transformers.Trainer` trains it.
+    """Shows the memory utilization of every sequence mixer of a model while a `transformers.Trainer` trains it.
 
     `Trainer(..., callbacks=[ESSMonitorCallback()])` is all. The diagnosis sees the loss of the sampled step and the
     newest value of everything the Trainer logged, evaluation included (`eval_loss`, ...). The state is kept in
@@ -189,7 +189,7 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
 class _LossShares:
     """Into how many micro-batches the step under way is divided: the last one of an epoch may have fewer.
 
-    The Trainer weights micro-batches by 1 / their number, or by their share of the step's tokens. The regulariser is a
+    The Trainer weights micro-batches by 1 / their number, or by their share of the step's tokens. The regularizer is a
     mean over sequences and positions, so 1 / their number is its weight in both.
     """
 

@@ -82,7 +82,7 @@ def monitored(steps: int = 12, config: MonitorConfig = CONFIG, featurizer: str =
 
 
 class TestReadings:
-    def test_every_n_steps_of_every_layer_from_initialisation_on(self) -> None:
+    def test_every_n_steps_of_every_layer_from_initialization_on(self) -> None:
         _, sink, monitor, _ = monitored(10)
         assert [m.step for m in sink.measurements] == [0, 3, 6, 9]
         for measurement in sink.measurements:

@@ -117,7 +117,7 @@ def _most(config: AlertsConfig) -> AlertCase:
         run_labels(config),
         "Most layers of run wla-7 have collapsed",
         f"{100 * collapsed / layers:.4g}% of the judged layers of run wla-7 are collapsed, more than "
-        f"{percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, initialisation or "
+        f"{percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, initialization or "
         "precision.",
     )
     return AlertCase(
@@ -148,7 +148,7 @@ def _only_one_judged(config: AlertsConfig) -> AlertCase:
         run_labels(config),
         "Most layers of run wla-7 have collapsed",
         "100% of the judged layers of run wla-7 are collapsed, more than "
-        f"{percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, initialisation or "
+        f"{percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, initialization or "
         "precision.",
     )
     return AlertCase(
@@ -231,7 +231,7 @@ def _apart(config: AlertsConfig, gap: float) -> Firing:
     return Firing(
         {**run_labels(config), "layer": _LAYER},
         "Ranks of run wla-7 disagree about layer blocks.1.mixer",
-        f"The utilisation of layer blocks.1.mixer differs by at least {100 * float(f'{gap:g}'):.4g}% between two "
+        f"The utilization of layer blocks.1.mixer differs by at least {100 * float(f'{gap:g}'):.4g}% between two "
         f"ranks, more than {percent(config.divergence_ratio)}. Replicas of one model should agree: compare their data "
         "and their weights.",
     )

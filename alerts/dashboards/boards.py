@@ -149,11 +149,11 @@ def _alerts(runs: str) -> builders.AnnotationQuery:
     return mark
 
 
-def _mark(name: str, colour: str) -> builders.AnnotationQuery:
+def _mark(name: str, color: str) -> builders.AnnotationQuery:
     mark = builders.AnnotationQuery()
     mark.name(name)
     mark.datasource(SOURCE)
     mark.enable(True)
-    mark.icon_color(colour)
+    mark.icon_color(color)
     mark.step("15s")
     return mark

@@ -54,7 +54,7 @@ def _numbers() -> tuple[Placed, ...]:
             "short",
             Query(f"count(up{{{_RUNS}}} == 0) or vector(0)"),
             width=5,
-            colours=bad,
+            colors=bad,
         ),
         number(
             "Runs with a collapsed layer",
@@ -62,7 +62,7 @@ def _numbers() -> tuple[Placed, ...]:
             "short",
             Query(f"count(run:ess_monitor_layers_collapsed:count{{{_RUNS}}} > 0) or vector(0)"),
             width=5,
-            colours=bad,
+            colors=bad,
         ),
         number(
             "Firing alerts",
@@ -70,7 +70,7 @@ def _numbers() -> tuple[Placed, ...]:
             "short",
             Query(f'count(ALERTS{{{_RUNS}, alertstate="firing"}}) or vector(0)'),
             width=5,
-            colours=((None, GREEN), (1, YELLOW)),
+            colors=((None, GREEN), (1, YELLOW)),
         ),
         number(
             "Interventions applied",
@@ -81,7 +81,7 @@ def _numbers() -> tuple[Placed, ...]:
                 "sum(max by (run_id) (sum by (run_id, rank) "
                 f'(round(increase(ess_monitor_interventions_total{{{_RUNS}, outcome="applied"}}[$__range])))))'
             ),
-            colours=((None, BLUE),),
+            colors=((None, BLUE),),
             decimals=0,
         ),
     )

@@ -50,7 +50,7 @@ def _numbers() -> tuple[Placed, ...]:
             names=CONDITION_NAMES,
         ),
         number(
-            "Utilisation",
+            "Utilization",
             "Effective size over capacity, ranks together.",
             "percentunit",
             Query(f"run_layer:ess_monitor_state_utilization:ratio{{{_LAYER}}}"),
@@ -81,7 +81,7 @@ def _numbers() -> tuple[Placed, ...]:
             "Measurements within the time range that met NaN or infinity, all ranks.",
             "short",
             Query(f"sum(round(increase(ess_monitor_nonfinite_states_total{{{_LAYER}}}[$__range])))"),
-            colours=((None, GREEN), (1, RED)),
+            colors=((None, GREEN), (1, RED)),
             decimals=0,
         ),
     )
@@ -90,7 +90,7 @@ def _numbers() -> tuple[Placed, ...]:
 def _curves() -> tuple[Placed, ...]:
     return (
         lines(
-            "Utilisation and the lines it is judged by",
+            "Utilization and the lines it is judged by",
             "Each rank. Below the upper line of collapsed, with an unsolved task, the layer is called collapsed after "
             "some patience, and recovers only above the recovery line. The lines are the run's own settings.",
             "percentunit",
@@ -121,14 +121,14 @@ def _curves() -> tuple[Placed, ...]:
         ),
         lines(
             "Retention by rank",
-            "Each rank. It falls before utilisation does where a decay closes.",
+            "Each rank. It falls before utilization does where a decay closes.",
             "percentunit",
             Query(f"ess_monitor_state_retention_ratio{{{_LAYER}}}", "rank {{rank}}"),
             limits=(0, None),
         ),
         lines(
             "Among the other layers",
-            "Utilisation of all layers of the run. One that leaves the others behind has a cause of its own; all "
+            "Utilization of all layers of the run. One that leaves the others behind has a cause of its own; all "
             "together have a common one.",
             "percentunit",
             Query(f"run_layer:ess_monitor_state_utilization:ratio{{{RUN}}}", "{{layer}}"),
@@ -136,7 +136,7 @@ def _curves() -> tuple[Placed, ...]:
         ),
         lines(
             "Gap between ranks",
-            "Highest utilisation of a rank less the lowest. 0 with a single rank.",
+            "Highest utilization of a rank less the lowest. 0 with a single rank.",
             "percentunit",
             Query(f"run_layer:ess_monitor_state_utilization:range{{{_LAYER}}}", "gap"),
             limits=(0, None),

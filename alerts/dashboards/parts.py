@@ -18,11 +18,11 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 SOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
 GRID_COLUMNS = 24
 
-GREEN, YELLOW, RED, BLUE, GREY = "green", "yellow", "red", "blue", "text"
+GREEN, YELLOW, RED, BLUE, GRAY = "green", "yellow", "red", "blue", "text"
 """Of conditions and outcomes, the same on every panel."""
 
 CONDITION_NAMES: Mapping[str, tuple[str, str]] = {
-    "0": ("unknown", GREY),
+    "0": ("unknown", GRAY),
     "1": ("healthy", GREEN),
     "2": ("saturated", YELLOW),
     "3": ("collapsed", RED),
@@ -115,7 +115,7 @@ def lines(
                 chr(ord("A") + index),
                 [
                     models.DynamicConfigValue("custom.lineStyle", {"fill": "dash", "dash": [8, 8]}),
-                    models.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": GREY}),
+                    models.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": GRAY}),
                 ],
             )
     if link is not None:
@@ -131,7 +131,7 @@ def number(
     *,
     width: int = 4,
     height: int = 4,
-    colours: Sequence[tuple[float | None, str]] = ((None, BLUE),),
+    colors: Sequence[tuple[float | None, str]] = ((None, BLUE),),
     names: Mapping[str, tuple[str, str]] | None = None,
     show_name: bool = False,
     decimals: int | None = None,
@@ -143,7 +143,7 @@ def number(
     panel.unit(unit)
     panel.datasource(SOURCE)
     panel.targets([query.built("A", instant=True)])
-    panel.thresholds(_thresholds(colours))
+    panel.thresholds(_thresholds(colors))
     panel.reduce_options(_last())
     panel.graph_mode(common.BigValueGraphMode.NONE)
     panel.color_mode(common.BigValueColorMode.BACKGROUND)
@@ -219,14 +219,14 @@ def rows_of(
 def _thresholds(steps: Sequence[tuple[float | None, str]]) -> builders.ThresholdsConfig:
     thresholds = builders.ThresholdsConfig()
     thresholds.mode(models.ThresholdsMode.ABSOLUTE)
-    thresholds.steps([models.Threshold(value, colour) for value, colour in steps])
+    thresholds.steps([models.Threshold(value, color) for value, color in steps])
     return thresholds
 
 
 def _names(names: Mapping[str, tuple[str, str]]) -> models.ValueMap:
     results = {
-        value: models.ValueMappingResult(text=text, color=colour, index=index)
-        for index, (value, (text, colour)) in enumerate(names.items())
+        value: models.ValueMappingResult(text=text, color=color, index=index)
+        for index, (value, (text, color)) in enumerate(names.items())
     }
     return models.ValueMap(options=results)
 

@@ -7,8 +7,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from ess_monitor.alerts.dashboards.boards import LAYER_LINK, RUN, Section, board, run_of_job
 from ess_monitor.alerts.dashboards.parts import (
     BLUE,
+    GRAY,
     GREEN,
-    GREY,
     RED,
     YELLOW,
     Column,
@@ -65,14 +65,14 @@ def _numbers() -> tuple[Placed, ...]:
             "Memory is there and not used. The panel of conditions says since when.",
             "short",
             Query(f"run:ess_monitor_layers_collapsed:count{{{RUN}}}"),
-            colours=bad,
+            colors=bad,
         ),
         number(
             "Saturated layers",
             "Memory is full while the task metric stands still. Only a larger state helps, or less to remember.",
             "short",
             Query(f'sum(run_layer:ess_monitor_layer_condition:max{{{RUN}, condition="saturated"}})'),
-            colours=((None, GREEN), (1, YELLOW)),
+            colors=((None, GREEN), (1, YELLOW)),
         ),
         number(
             "Since the last step",
@@ -85,7 +85,7 @@ def _numbers() -> tuple[Placed, ...]:
             "Alerts on this run, of all severities.",
             "short",
             Query(f'count(ALERTS{{{RUN}, alertstate="firing"}}) or vector(0)'),
-            colours=bad,
+            colors=bad,
         ),
     )
 
@@ -93,7 +93,7 @@ def _numbers() -> tuple[Placed, ...]:
 def _memory() -> tuple[Placed, ...]:
     return (
         lines(
-            "Utilisation by layer",
+            "Utilization by layer",
             "Effective size over capacity, ranks together; dashed is the run as a whole. Falls at the start of healthy "
             "runs, then rises with learning. A layer that stays low is a candidate for collapse.",
             "percentunit",
@@ -151,14 +151,14 @@ def _autopilot() -> tuple[Placed, ...]:
             "Whether it may change the model (mode auto) or only says what it would do.",
             "short",
             Query(f"max(ess_monitor_autopilot_enabled{{{RUN}}})"),
-            names={"0": ("advises or off", GREY), "1": ("acts", BLUE)},
+            names={"0": ("advises or off", GRAY), "1": ("acts", BLUE)},
         ),
         number(
             "Budget left",
             "Actions that the autopilot may still take. At 0 a collapsed layer needs a person.",
             "short",
             Query(f"min(ess_monitor_intervention_budget_remaining{{{RUN}}})"),
-            colours=((None, RED), (1, GREEN)),
+            colors=((None, RED), (1, GREEN)),
         ),
         lines(
             "Outcomes of interventions",

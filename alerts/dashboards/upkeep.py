@@ -25,7 +25,7 @@ def ranks(run: str) -> tuple[Placed, ...]:
             limits=(0, None),
         ),
         lines(
-            "Utilisation by rank",
+            "Utilization by rank",
             "Replicas of one model should lie close together.",
             "percentunit",
             Query(f"rank:ess_monitor_state_utilization:ratio{{{run}}}", "rank {{rank}}"),
@@ -33,7 +33,7 @@ def ranks(run: str) -> tuple[Placed, ...]:
         ),
         lines(
             "Gap between ranks by layer",
-            "Highest utilisation of a rank less the lowest. A gap that stays is one of data, or of weights that parted "
+            "Highest utilization of a rank less the lowest. A gap that stays is one of data, or of weights that parted "
             "ways. 0 with a single rank.",
             "percentunit",
             Query(f"run_layer:ess_monitor_state_utilization:range{{{run}}}", "{{layer}}"),

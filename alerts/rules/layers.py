@@ -127,7 +127,7 @@ def _alerts(config: AlertsConfig) -> tuple[Alert, ...]:
             "Most layers of run {{ $labels.run_id }} have collapsed",
             "{{ $value | humanizePercentage }} of the judged layers of run {{ $labels.run_id }} are collapsed, more "
             f"than {percent(config.most_layers_ratio)}. The cause is common to them: data, learning rate, "
-            "initialisation or precision.",
+            "initialization or precision.",
             "Takes the place of the alerts on single layers (inhibition in alertmanager.yml).",
             url("MostLayersCollapsed"),
             config.most_layers_for_seconds,
@@ -147,7 +147,7 @@ def _alerts(config: AlertsConfig) -> tuple[Alert, ...]:
             f"{RANGE}{{{job}}} > {config.divergence_ratio:g}",
             "warning",
             "Ranks of run {{ $labels.run_id }} disagree about layer {{ $labels.layer }}",
-            "The utilisation of layer {{ $labels.layer }} differs by at least {{ $value | humanizePercentage }} "
+            "The utilization of layer {{ $labels.layer }} differs by at least {{ $value | humanizePercentage }} "
             f"between two ranks, more than {percent(config.divergence_ratio)}. Replicas of one model should agree: "
             "compare their data and their weights.",
             "Replicas hold the same weights, so a lasting gap is one of data, or of weights that parted ways.",

@@ -1,7 +1,7 @@
-"""One layer of a library as people use it, small and randomly initialised, and how far T u is from what it computed.
+"""One layer of a library as people use it, small and randomly initialized, and how far T u is from what it computed.
 
 The reference is not ours: u and y are taken from the library's own call (its inputs and its output), with hooks and
-wrappers of this file, and T is the operator that the capture room built for the same call, materialised in float64.
+wrappers of this file, and T is the operator that the capture room built for the same call, materialized in float64.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Case:
     note: str = ""
     modes: tuple[str, ...] = ("train", "eval")
     pulled: bool = True
-    """Whether the layer has a decay that the regulariser can pull."""
+    """Whether the layer has a decay that the regularizer can pull."""
     scaled: bool = True
     """Whether it has an alpha."""
 

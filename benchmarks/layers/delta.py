@@ -74,7 +74,7 @@ def hf(name: str, config: str = "", *, attention: bool = False, **settings: Any)
 
 
 def _slow_down(model: nn.Module) -> None:
-    """Decays as of a trained layer: of many an initialisation next to nothing is left after one token."""
+    """Decays as of a trained layer: of many an initialization next to nothing is left after one token."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):

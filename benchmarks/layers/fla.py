@@ -108,7 +108,7 @@ CASES = (
     *both("linear_attn.LinearAttention", pulled=False, num_heads=2),
     *both(
         "linear_attn.LinearAttention",
-        note="normalised",
+        note="normalized",
         pulled=False,
         num_heads=2,
         feature_map="elu",

@@ -3,7 +3,7 @@
     ess-monitor describe TARGET               which layers can be measured, and why the others cannot; nothing is run
     ess-monitor describe --hf-config FILE     the same for the model of a transformers config.json, without its weights
     ess-monitor profile TARGET                ESS of every layer, from one forward pass on random input
-    ess-monitor profile featurizers           the paper's featurizers at initialisation (its Finding 4)
+    ess-monitor profile featurizers           the paper's featurizers at initialization (its Finding 4)
     ess-monitor report RUN_DIR                one HTML page about a run, from its event log
     ess-monitor compare RUN_A RUN_B           one HTML page that sets two runs side by side
     ess-monitor alerts export DIR             alerting rules, dashboards and runbooks, as files
@@ -88,7 +88,7 @@ Kwargs = Annotated[str | None, typer.Option(help="Keyword arguments of the facto
 Layers = Annotated[list[str] | None, typer.Option("--layer", help="Only layers that match this pattern; repeatable.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="Weights: safetensors, or a torch.save file of tensors alone.")]
 Prefix = Annotated[str, typer.Option(help="Cut this off the names in the checkpoint, e.g. 'model.'.")]
-Seed = Annotated[int, typer.Option(help="Of the initialisation and of the input.")]
+Seed = Annotated[int, typer.Option(help="Of the initialization and of the input.")]
 Tolerance = Annotated[float, typer.Option(help="tau: singular values above it count.")]
 Positions = Annotated[str, typer.Option(help="'midpoint', 'all' or a number of positions.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -148,7 +148,7 @@ def profile_target(
     positions: Positions = "8",
     as_json: AsJson = False,
 ) -> None:
-    """Measure every layer of a model, at initialisation or with the weights of a checkpoint."""
+    """Measure every layer of a model, at initialization or with the weights of a checkpoint."""
     if target == "featurizers":
         raise ConfigError("target: the options come after the word: ess-monitor profile featurizers [OPTIONS]")
     config = _config(batch, length, tolerance, positions, layers=_layers(layer))
@@ -173,12 +173,12 @@ def profile_featurizers(
     width: Annotated[int, typer.Option(min=1, help="Features per token.")] = 64,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 2,
     length: Annotated[int, typer.Option(min=2, help="Tokens; at least twice the largest TSS leaves it room.")] = 128,
-    seeds: Annotated[int, typer.Option(min=1, help="Initialisations that are averaged.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Initializations that are averaged.")] = 3,
     tolerance: Tolerance = 1e-3,
     positions: Positions = "midpoint",
     as_json: AsJson = False,
 ) -> None:
-    """ESS of the paper's featurizers at initialisation on Gaussian input, for several TSS (Finding 4, figure 4a)."""
+    """ESS of the paper's featurizers at initialization on Gaussian input, for several TSS (Finding 4, figure 4a)."""
     sizes = sorted(set(tss or (4, 8, 16, 32, 64)))
     config = _config(1, length, tolerance, positions)
     cells = [(label, name, options, size) for label, name, options in FEATURIZER_ROWS for size in sizes]
@@ -202,7 +202,7 @@ def profile_featurizers(
     if as_json:
         _print_json(width=width, num_heads=num_heads, length=length, seeds=seeds, tolerance=tolerance, rows=rows)
         return
-    title = f"tolerance-ESS at initialisation: width {width}, {num_heads} heads, {length} tokens, {seeds} seeds"
+    title = f"tolerance-ESS at initialization: width {width}, {num_heads} heads, {length} tokens, {seeds} seeds"
     _console().print(featurizer_table(title, sizes, rows))
     if len(sizes) > 1:
         print(_scaling_sentence(rows))

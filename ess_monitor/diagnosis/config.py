@@ -1,10 +1,10 @@
 """Where the lines are drawn, and why there.
 
-Two kinds of line. Those on utilisation say what is low and what is full; each has a second value at which a layer
+Two kinds of line. Those on utilization say what is low and what is full; each has a second value at which a layer
 leaves the condition again (hysteresis), so that noise around one line does not turn into a series of findings. Those on
 time (warm-up, patience, trend) say for how long something has to be seen before it is believed.
 
-Utilisation is here the share of the *attainable* size, `effective_size / attainable_size`. It equals ESS / TSS
+Utilization is here the share of the *attainable* size, `effective_size / attainable_size`. It equals ESS / TSS
 wherever the sequence is long enough to fill the state (i >= TSS and length - i >= TSS); where it is not, a short
 sequence is not taken for an unused memory. The experiments behind the defaults measured 32 tokens at positions 8,
 16 and 24 with TSS 16, which allows two thirds of TSS: their WLA figures (collapsed .14-.16 of TSS, rescued .28-.33)
@@ -36,21 +36,21 @@ class DiagnosisConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     collapsed_below: float = Field(default=0.3, gt=0.0, lt=1.0)
-    """Utilisation below which a memory counts as little used. Collapsed WLA and GLA runs on MQAR sit at .21-.29,
+    """Utilization below which a memory counts as little used. Collapsed WLA and GLA runs on MQAR sit at .21-.29,
     rescued ones at .31-.50. Runs that solved the task by themselves can sit at .18-.26: this line alone decides
     nothing."""
 
     collapsed_recovers_above: float = Field(default=0.35, gt=0.0, lt=1.0)
-    """Utilisation from which a collapsed layer counts as recovered although the task is not solved: below the rescued
+    """Utilization from which a collapsed layer counts as recovered although the task is not solved: below the rescued
     WLA and GLA runs (.36-.50), and a gap above the highest collapsed one (.29)."""
 
     starved_below: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Utilisation below which a memory is little used when the decay is to blame and the task metric stands still. WLA
+    """Utilization below which a memory is little used when the decay is to blame and the task metric stands still. WLA
     runs that never learn hold .26-.36 through the first half of their training: waiting for .3 found them after 48-73 %
     of it, this line after 33-38 %. Any value from .4 to .6 gives the same findings: what separates is the retention."""
 
     starved_recovers_above: float = Field(default=0.55, gt=0.0, lt=1.0)
-    """Utilisation from which such a layer counts as recovered although the decay still takes its share: a tenth above
+    """Utilization from which such a layer counts as recovered although the decay still takes its share: a tenth above
     the line on which it enters. Most leave through `retention_recovers_above`: rescued layers stay at .31-.50."""
 
     retention_below: float = Field(default=0.75, gt=0.0, lt=1.0)
@@ -63,11 +63,11 @@ class DiagnosisConfig(BaseModel):
     """Retention at which a collapse that was found without a task metric is over. Rescued layers return to .97-1.0."""
 
     saturated_above: float = Field(default=0.97, gt=0.0, le=1.0)
-    """Utilisation from which a memory counts as full (section 3.2: utilisation near 1). WLA states of 2 and 4 that fail
+    """Utilization from which a memory counts as full (section 3.2: utilization near 1). WLA states of 2 and 4 that fail
     MQAR are at 1.0; a state of 8 that solves it stops at .90-.96."""
 
     saturated_recovers_below: float = Field(default=0.9, gt=0.0, lt=1.0)
-    """Utilisation below which a saturated layer has room again: the lower end of the state of 8 that solves the
+    """Utilization below which a saturated layer has room again: the lower end of the state of 8 that solves the
     task."""
 
     warmup_steps: int = Field(default=1000, ge=0)
@@ -95,21 +95,21 @@ class DiagnosisConfig(BaseModel):
     state of 2 crept from .16 to .30 in 400 steps on its way to .99)."""
 
     rising_ratio: float = Field(default=0.1, ge=0.0, lt=10.0)
-    """Relative rise over the trend window from which utilisation is on its way up. State collapse is ESS that *fails to
-    increase* (section 3.2), so a rising layer is left alone. A rescue doubles utilisation (.15 to .30 of TSS): a tenth
+    """Relative rise over the trend window from which utilization is on its way up. State collapse is ESS that *fails to
+    increase* (section 3.2), so a rising layer is left alone. A rescue doubles utilization (.15 to .30 of TSS): a tenth
     of that."""
 
     spare_first_layer: bool = True
     """Never call the first of several measured layers collapsed. It builds previous-token features and has low
-    retention in every run, solved or not; regularising it alone failed on WLA, and regularising both layers was worse
+    retention in every run, solved or not; regularizing it alone failed on WLA, and regularizing both layers was worse
     than the second alone (appendix D.3). A memory that collapses throughout is still seen in the layers above."""
 
     judge_uninformative: bool = False
     """Also diagnose layers whose kind makes ESS say little: states of one dimension (RG-LRU, RWKV-4), short filters.
-    Their utilisation is a property of the kind (1, or the filter's length), not of the training."""
+    Their utilization is a property of the kind (1, or the filter's length), not of the training."""
 
     metric: str | None = None
-    """Name, in the metrics of the training loop, of the number that tells whether the task is solved. Utilisation does
+    """Name, in the metrics of the training loop, of the number that tells whether the task is solved. Utilization does
     not separate collapsed from solved GLA runs (.21-.29 against .18-.26); such a metric does. None: be conservative."""
 
     metric_mode: Literal["max", "min"] = "max"
@@ -128,8 +128,8 @@ class DiagnosisConfig(BaseModel):
         _require_below(self, "saturated_recovers_below", "saturated_above", "the gap is what prevents flapping")
         _require_below(self, "retention_below", "retention_recovers_above", "the gap is what prevents flapping")
         _require_below(self, "starved_below", "starved_recovers_above", "the gap is what prevents flapping")
-        _require_below(self, "collapsed_recovers_above", "saturated_above", "no utilisation is both low and full")
-        _require_below(self, "starved_recovers_above", "saturated_above", "no utilisation is both low and full")
+        _require_below(self, "collapsed_recovers_above", "saturated_above", "no utilization is both low and full")
+        _require_below(self, "starved_recovers_above", "saturated_above", "no utilization is both low and full")
         return self
 
     @model_validator(mode="after")
@@ -152,9 +152,9 @@ class DiagnosisConfig(BaseModel):
 
 
 def thresholds(config: DiagnosisConfig) -> dict[str, float]:
-    """The lines on utilisation as `condition.bound` -> ratio, for dashboards (`RunInfo.thresholds`).
+    """The lines on utilization as `condition.bound` -> ratio, for dashboards (`RunInfo.thresholds`).
 
-    The lines of a starved layer are left out: they hold only below a retention, which a curve of utilisation does not
+    The lines of a starved layer are left out: they hold only below a retention, which a curve of utilization does not
     show.
 
     Example:

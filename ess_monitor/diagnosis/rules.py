@@ -2,11 +2,11 @@
 
 Collapsed (section 3.2: enough TSS, but ESS fails to increase) is
 
-    without a task metric    utilisation < collapsed_below  and  retention < retention_below
+    without a task metric    utilization < collapsed_below  and  retention < retention_below
     with one                 the metric is unsolved  and
-                             (utilisation < collapsed_below  or
-                              utilisation < starved_below  and  retention < retention_below)
-    either way               neither utilisation nor the metric rises
+                             (utilization < collapsed_below  or
+                              utilization < starved_below  and  retention < retention_below)
+    either way               neither utilization nor the metric rises
 
 The first line of a run with a metric asks for a nearly empty memory and for no cause. The second (starved) asks for
 less emptiness, because it knows the cause: the decay takes what the features offer. WLA runs that never learn hold
@@ -18,11 +18,11 @@ flat trends in a row would wait twice for the same thing.
 
 Saturated (section 3.2: too little TSS for the task, ESS near TSS) is
 
-    utilisation >= saturated_above where the sequence could fill the state  and
+    utilization >= saturated_above where the sequence could fill the state  and
         the task metric is unsolved and does not improve over plateau_window
 
 and is never said without a task metric. A full state is necessary for saturation and not sufficient: linear attention
-fills a small state by construction, and a WLA of TSS 4 solved MQAR at utilisation 1.0. Whether more memory would help
+fills a small state by construction, and a WLA of TSS 4 solved MQAR at utilization 1.0. Whether more memory would help
 is a fact about the task that the operator does not show.
 
 A layer whose TSS grows with the position (softmax attention) is not judged: its TSS is no design choice.
@@ -61,7 +61,7 @@ class Context:
     previous: Condition = "unknown"
     """Condition before this reading: decides which side of a hysteresis applies."""
     utilizations: tuple[float, ...] = ()
-    """Utilisation (`attainable_utilization`) over the trend window, oldest first, this reading's included."""
+    """Utilization (`attainable_utilization`) over the trend window, oldest first, this reading's included."""
     metrics: tuple[float, ...] = ()
     """Last known task metric at each measurement of the longer of trend and plateau window, oldest first. Empty: none
     known, or none asked for (`config.metric` is None): the rules for runs without a task metric apply."""
@@ -93,7 +93,7 @@ def judge(reading: Reading, context: Context, config: DiagnosisConfig) -> Verdic
     if task_solved(context.metrics, config):
         return Verdict(
             "healthy",
-            f"utilisation {utilization:.2f}, and the task is solved: {config.metric} reached {config.metric_solved:g}",
+            f"utilization {utilization:.2f}, and the task is solved: {config.metric} reached {config.metric_solved:g}",
         )
     return (
         _saturated(reading, context, config)
@@ -129,7 +129,7 @@ def task_improves(metrics: Sequence[float], config: DiagnosisConfig, window: int
 
 
 def is_rising(utilizations: Sequence[float], config: DiagnosisConfig) -> bool:
-    """Whether utilisation rose by more than `rising_ratio` over the trend window."""
+    """Whether utilization rose by more than `rising_ratio` over the trend window."""
     if len(utilizations) < 2:
         return False
     older, newer = _halves(utilizations)
@@ -152,7 +152,7 @@ def _saturated(reading: Reading, context: Context, config: DiagnosisConfig) -> V
         return None
     return Verdict(
         "saturated",
-        f"utilisation {utilization:.2f} is at or above {bound:g} and {_unsolved(context, config)}",
+        f"utilization {utilization:.2f} is at or above {bound:g} and {_unsolved(context, config)}",
         f"the memory is full: raise the state size (now {reading.state_capacity:g} per channel) "
         "or ask for less to be remembered; no change of the decay adds room",
     )
@@ -175,16 +175,16 @@ def _collapsed(reading: Reading, utilization: float, context: Context, config: D
     if context.first_of_several and config.spare_first_layer:
         # Not collapsed, as it may be right to use so little; and not healthy, as nobody has seen that it is.
         return Verdict(
-            "unknown", f"utilisation {utilization:.2f} is below {bound:g}, which may be right in a first layer"
+            "unknown", f"utilization {utilization:.2f} is below {bound:g}, which may be right in a first layer"
         )
     if not collapsed and (is_rising(context.utilizations, config) or task_improves(context.metrics, config)):
         # A saturated layer has to leave its condition first: there is no suspicion while there is a finding.
         return Verdict(
             "healthy",
-            f"utilisation {utilization:.2f} is below {bound:g}, and it or the task is on its way up",
+            f"utilization {utilization:.2f} is below {bound:g}, and it or the task is on its way up",
             suspected=None if context.previous == "saturated" else "collapsed",
         )
-    facts = [f"utilisation {utilization:.2f} is below {bound:g} and not recovering"]
+    facts = [f"utilization {utilization:.2f} is below {bound:g} and not recovering"]
     if retention is None:
         facts.append("there is no decay")
     else:
@@ -196,7 +196,7 @@ def _collapsed(reading: Reading, utilization: float, context: Context, config: D
 
 def _collapse_advice(to_blame: bool, context: Context) -> str:
     if to_blame:
-        advice = "the decay empties the memory: pull A towards I (A->I regulariser) or raise alpha"
+        advice = "the decay empties the memory: pull A towards I (A->I regularizer) or raise alpha"
     else:
         advice = (
             "features or data, not the decay, leave the memory unused: look at the position information, the scale of "
@@ -208,11 +208,11 @@ def _collapse_advice(to_blame: bool, context: Context) -> str:
 def _healthy_reason(utilization: float, context: Context, config: DiagnosisConfig) -> str:
     if context.previous == "collapsed":
         return (
-            f"utilisation {utilization:.2f}: above {config.collapsed_recovers_above:g}, or no longer lost to the decay"
+            f"utilization {utilization:.2f}: above {config.collapsed_recovers_above:g}, or no longer lost to the decay"
         )
     if context.previous == "saturated":
-        return f"utilisation {utilization:.2f}: below {config.saturated_recovers_below:g}, there is room again"
-    return f"utilisation {utilization:.2f}: neither lost nor full"
+        return f"utilization {utilization:.2f}: below {config.saturated_recovers_below:g}, there is room again"
+    return f"utilization {utilization:.2f}: neither lost nor full"
 
 
 def _unsolved(context: Context, config: DiagnosisConfig) -> str:

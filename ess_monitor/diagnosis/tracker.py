@@ -68,7 +68,7 @@ class Tracker:
         return tuple(finding for finding in findings if finding is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on exactly here, as JSON-serialisable values."""
+        """Everything that is needed to go on exactly here, as JSON-serializable values."""
         state = _TrackerState(
             version=STATE_VERSION,
             metric=self.config.metric,

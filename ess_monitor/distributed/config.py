@@ -19,7 +19,7 @@ class DistributedConfig(BaseModel):
 
     ranks: Literal["zero", "all"] | PositiveInt | None = None
     """Which ranks measure their own data: the first one, each, or so many, evenly spread. From two on, readings are
-    means over them, with the smallest utilisation and the rank it was seen on, agreed at the same step everywhere.
+    means over them, with the smallest utilization and the rank it was seen on, agreed at the same step everywhere.
     None: the first one as long as nothing is acted upon, because its data are a fair sample of a data-parallel run and
     nobody waits for anybody; 64 of them, or all there are, in mode auto, where one rank's odd batch must not decide.
     More than some dozens make the mean no better, and the store's host pays for each."""

@@ -23,7 +23,7 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """As `torch.distributed` and the launcher say; alone where no process group is initialised.
+    """As `torch.distributed` and the launcher say; alone where no process group is initialized.
 
     >>> rank_info()
     RankInfo(rank=0, local_rank=0, world_size=1)

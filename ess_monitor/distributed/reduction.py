@@ -2,7 +2,7 @@
 
 A post holds a checksum of the layers' names and the interval a rank wants, then value and brokenness of each metric,
 then seven quantities of each layer and whether it holds NaN or Inf. What the posts come to holds the same, and three
-more numbers of each layer: how many ranks measured it, the smallest utilisation among them, and the rank it was seen
+more numbers of each layer: how many ranks measured it, the smallest utilization among them, and the rank it was seen
 on. NaN stands for a number that a rank does not have.
 """
 

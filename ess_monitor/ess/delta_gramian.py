@@ -98,7 +98,7 @@ def delta_singular_values(
     `q` is (B|1, H|1, L, N). A head with NaN or Inf in it gives NaN.
     """
     length, state = q.shape[2:]
-    # A longer chunk saves factorisations, but each of its rows takes one more step with all rows before it.
+    # A longer chunk saves factorizations, but each of its rows takes one more step with all rows before it.
     chunk = min(chunk_length(length, state, len(positions)), max(16, state // 2))
     control = _DeltaSide(transitions.k.flip(2), False, batch, heads, chunk, transitions.newest_first())
     observation = _DeltaSide(q, True, batch, heads, chunk, transitions)

@@ -33,7 +33,7 @@ def hankel_singular_values(
     if taps == 1:  # no past, no memory; the one column of zeros is where NaN would show
         return out
     for (rows, columns), members_of_shape in shapes.items():
-        # Without gates every position of one shape has the same block: factorise it once.
+        # Without gates every position of one shape has the same block: factorize it once.
         distinct = members_of_shape if gates is not None else members_of_shape[:1]
         for group in slabs(members, rows * columns):
             hankel = _hankel(kernel[group].to(dtype), rows, columns)

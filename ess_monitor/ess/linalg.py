@@ -1,4 +1,4 @@
-"""The two factorisations that the room uses, guarded.
+"""The two factorizations that the room uses, guarded.
 
 Everything is computed in float64, also for float32 and half inputs: batched LAPACK on matrices of this size is not
 slower in float64, sums of thousands of log decays stay exact, and the singular values far below the largest, which
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-"""What torch raises when a factorisation does not converge."""
+"""What torch raises when a factorization does not converge."""
 
 SLAB_ELEMENTS = 1 << 20
 """Elements of one intermediate block (8 MiB in float64). Work is cut into slabs of about this size."""
@@ -45,7 +45,7 @@ def slabs(total: int, elements_each: int) -> Iterator[slice]:
 
 
 def triangular_factor_(rows: Tensor) -> Tensor:
-    """R of a QR factorisation, so that R^T R = rows^T rows. (..., m, n) -> (..., min(m, n), n).
+    """R of a QR factorization, so that R^T R = rows^T rows. (..., m, n) -> (..., min(m, n), n).
 
     NaN for a matrix that is not finite. Overwrites `rows`: the guard would otherwise cost a copy of the largest block.
     """
@@ -63,7 +63,7 @@ def singular_values_(matrix: Tensor) -> Tensor:
     try:
         values: Tensor = torch.linalg.svdvals(matrix)
     except LinAlgError:
-        # One matrix fails the whole batch: take them one by one, so that its neighbours keep their values.
+        # One matrix fails the whole batch: take them one by one, so that its neighbors keep their values.
         each = [_stubborn_singular_values(one) for one in matrix.reshape(-1, *matrix.shape[-2:])]
         values = torch.stack(each).reshape(*matrix.shape[:-2], -1)
     return values.masked_fill_(broken.squeeze(-1), torch.nan)

@@ -23,7 +23,7 @@ class Measured:
     tolerance_ess: Tensor
     """(batch, heads, positions): singular values above the tolerance."""
     entropy_ess: Tensor
-    """(batch, heads, positions): exp of the entropy of the normalised singular values."""
+    """(batch, heads, positions): exp of the entropy of the normalized singular values."""
     undecayed_ess: Tensor | None
     """(batch, heads, positions): tolerance-ESS with A := I. None when not asked for, or where there is no A."""
     mean_decay: Tensor | None

@@ -45,7 +45,7 @@ layers). Layers whose capacity grows with the position are left out: their capac
 OVERHEAD_TAG = "ess_monitor/overhead_ratio"
 INTERVAL_TAG = "ess_monitor/interval_steps"
 LOSS_RATIO_TAG = "ess_monitor/loss_ratio"
-"""Loss as a share of the highest positive one so far, to be drawn on one axis with a utilisation. TensorBoard alone."""
+"""Loss as a share of the highest positive one so far, to be drawn on one axis with a utilization. TensorBoard alone."""
 
 _UNSAFE = re.compile(r"[^\w.\-]")
 

@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         # Vectors of norm 1. In the collapse setting (WLA, beta 1) larger ones (torch: entries of variance 1) let most
-        # nets leave the collapse by themselves, smaller ones (0.02) keep some from recovering under the regulariser.
+        # nets leave the collapse by themselves, smaller ones (0.02) keep some from recovering under the regularizer.
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         self.blocks = nn.ModuleList(Block(config, name) for name in config.featurizers)
         self.decoder = LastTokenDecoder(config.width) if config.decoder == "last_token" else nn.Identity()

@@ -2,7 +2,7 @@
 
 The sequence is cut into chunks. Inside a chunk the matrix T is built from the diagonal outwards: blocks of 1, 2, 4, ...
 tokens are joined in pairs, and the square of T that a pair adds (rows of its right block, columns of its left block)
-factorises at the border between the two,
+factorizes at the border between the two,
 
     T_ij = sum_n (q_i exp(sum_{border..i} g)) (exp(sum_{j+1..border-1} g) k_j),
 

@@ -46,7 +46,7 @@ class GLA(nn.Module):
         width: d, channels in and out.
         num_heads: h, operators; the channels of a head share one.
         expand_k: state dimensions per head as a multiple of d / h.
-        beta: normalisation of the logit; 16 in the paper. With 1 the ESS at initialisation hardly grows with the state.
+        beta: normalization of the logit; 16 in the paper. With 1 the ESS at initialization hardly grows with the state.
         gate_rank: rows of W_A1; 16 in the paper.
         qk_bias_std: standard deviation at which the biases of q and k start.
         gate_bias_std: the same of the gate's bias.
@@ -105,7 +105,7 @@ class GLAS6(nn.Module):
         width: d, channels in and out.
         num_heads: h, operators; the channels of a head share one.
         expand_k: state dimensions per head as a multiple of d / h.
-        alpha: normalisation of the arange; 1000 in table 2 of the paper.
+        alpha: normalization of the arange; 1000 in table 2 of the paper.
         gate_rank: rows of W_A1; 16 in the paper.
         qk_bias_std: standard deviation at which the biases of q and k start.
         gate_bias_std: the same of the gate's bias.

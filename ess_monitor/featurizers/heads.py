@@ -104,7 +104,7 @@ class Rotary(nn.Module):
     """Rotary position embedding (Su et al., 2023): dimension pairs turn by position / base^(2 pair / N).
 
     Only differences of positions then enter q^T k. A small `base` keeps all pairs fast, which short sequences need to
-    tell neighbouring positions apart.
+    tell neighboring positions apart.
 
     Example:
         >>> turn = Rotary(4, base=100.0)

@@ -60,7 +60,7 @@ class WLA(nn.Module):
         width: d, channels in and out.
         num_heads: h, operators; the channels of a head share one.
         expand_k: state dimensions per head as a multiple of d / h.
-        beta: normalisation of the logit. A starts at 2^(-1/beta): 0.96 with the paper's 16, which keeps half of a token
+        beta: normalization of the logit. A starts at 2^(-1/beta): 0.96 with the paper's 16, which keeps half of a token
             for 16 steps; 1/2 with 1, which forgets within a few.
         qk_bias_std: standard deviation at which the biases of q and k start.
 

@@ -1,4 +1,4 @@
-"""Acting on what was found: the A->I regulariser, alpha re-initialisation, and the autopilot that decides when."""
+"""Acting on what was found: the A->I regularizer, alpha re-initialization, and the autopilot that decides when."""
 
 from ess_monitor.interventions.alpha import AlphaCopy, rescale_alpha, restore_alpha
 from ess_monitor.interventions.alpha_advice import AlphaAdvice, advise_alpha

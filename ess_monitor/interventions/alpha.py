@@ -42,7 +42,7 @@ def rescale_alpha(
 ) -> AlphaCopy:
     """Multiply a layer's alpha by `factor`, in place: log A is divided by it, exactly in exact arithmetic.
 
-    Before training this is the initialisation of section 4.1; in mid-training also pass the optimizer, whose moments of
+    Before training this is the initialization of section 4.1; in mid-training also pass the optimizer, whose moments of
     exactly this parameter are reset (Adam's averages and step count, SGD's momentum).
 
     In fla's GLA and simple GLA alpha is a plain number, `gate_logit_normalizer`. It is in no state_dict: rescale again

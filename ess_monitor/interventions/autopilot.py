@@ -49,7 +49,7 @@ class Autopilot:
         layers: the measured layers, in model order.
         retention_below: retention under which the decay is to blame (that of the diagnosis).
         grad_scale: what the loss is multiplied with before backward (loss scale, 1 / accumulation steps).
-        on_failure: told when a regulariser fails in a forward or backward pass, in the thread of the pass.
+        on_failure: told when a regularizer fails in a forward or backward pass, in the thread of the pass.
     """
 
     def __init__(
@@ -134,12 +134,12 @@ class Autopilot:
     # -- steps of a treatment -----------------------------------------------------------------------------------------
 
     def _lift_failed(self, step: int, latest: Mapping[str, Reading]) -> list[Action]:
-        """The treatment stays, so that all ranks go on deciding alike: the next rung attaches a new regulariser."""
+        """The treatment stays, so that all ranks go on deciding alike: the next rung attaches a new regularizer."""
         actions = []
         for name, treatment in self._treatments.items():
             error = treatment.lift_if_failed()
             if error:
-                said = f"the regulariser failed ({error}) and is taken off until the next rung; gradients are unchanged"
+                said = f"the regularizer failed ({error}) and is taken off until the next rung; gradients are unchanged"
                 actions.append(self._action(step, treatment, "failed", said, latest.get(name)))
         return actions
 
@@ -201,7 +201,7 @@ class Autopilot:
         elif wait is not None and healthy >= wait:
             treatment.lift()
             del self._treatments[name]
-            said = f"healthy for {healthy} steps: regulariser taken off"
+            said = f"healthy for {healthy} steps: regularizer taken off"
             actions.append(self._action(step, treatment, "released", said, reading))
         return actions
 
@@ -354,7 +354,7 @@ class Autopilot:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; active regularisers are attached again.
+        """Go on from `state_dict`; active regularizers are attached again.
 
         In a mode other than auto treatments end here: nothing is attached, and a rescaled alpha stays what it is.
 

@@ -21,7 +21,7 @@ class AutopilotConfig(BaseModel):
     """off: nothing. advise: say what would be done, change nothing. auto: do it. Nothing acts without being asked, so
     the default only speaks."""
     strengths: tuple[float, ...] = Field(default=(0.5, 2.0), min_length=1)
-    """lambda of the A->I regulariser, rung by rung. Any of .125, .5 and 2 rescued 5 of 5 WLA runs (Adam normalises the
+    """lambda of the A->I regularizer, rung by rung. Any of .125, .5 and 2 rescued 5 of 5 WLA runs (Adam normalizes the
     gate's gradient, so the size hardly matters): the middle one first, then the largest."""
     alpha_factors: tuple[float, ...] = Field(default=(100.0, 10.0), min_length=1)
     """What alpha is multiplied with, rung by rung. 100 on the second layer rescued 3 of 3 GLA-S6 runs of 64 tokens; a
@@ -31,9 +31,9 @@ class AutopilotConfig(BaseModel):
     treating the second (appendix D.3; 2 of 3 seeds against 5 of 5 in our runs): the first layer needs its locality."""
     cooldown_steps: int = Field(default=1000, ge=0)
     """Optimizer steps an action is given before the next rung. Rescued WLA runs were well 1000 to 1500 steps after the
-    regulariser was attached."""
+    regularizer was attached."""
     release_steps: int | None = Field(default=500, ge=0)
-    """Steps a recovered layer must stay healthy before its regulariser is taken off; None keeps it on. Until then the
+    """Steps a recovered layer must stay healthy before its regularizer is taken off; None keeps it on. Until then the
     treatment counts as one of `max_layers`, climbs on after a relapse, and is rolled back when the loss breaks; so is
     a rescaled alpha, which stays for good afterwards (with None from the recovery on)."""
     budget: int = Field(default=6, ge=0)

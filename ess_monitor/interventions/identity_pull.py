@@ -197,7 +197,7 @@ def _with_gradient(
 
 
 class IdentityPull:
-    """The regulariser on one layer, attached to its forward pass. Attach and detach at any step boundary.
+    """The regularizer on one layer, attached to its forward pass. Attach and detach at any step boundary.
 
     Outputs stay what they are, bit for bit. Nothing is injected in evaluation mode or without gradients. Every backward
     pass through a forward pass injects once, so run one backward pass per forward pass, as a training step does.

@@ -74,7 +74,7 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
 
     Args:
         model: the model, or a single layer.
-        layers: patterns on the dotted layer names. None: every layer that has a decay. Regularising the second of two
+        layers: patterns on the dotted layer names. None: every layer that has a decay. Regularizing the second of two
             layers works best (section 4.2, appendix D.3).
 
     Raises:
@@ -116,7 +116,7 @@ def _with_decay(model: nn.Module, layers: LayerFilter | str | Sequence[str] | No
     if not having or (layers is not None and lacking):
         named = ", ".join(f"{layer.name} ({type(layer.module).__name__})" for layer in lacking)
         raise CaptureError(
-            f"layers: nothing to regularise in {named or type(model).__name__}: no decay that could be pulled towards "
+            f"layers: nothing to regularize in {named or type(model).__name__}: no decay that could be pulled towards "
             "the identity; ess_monitor.describe(model) lists the layers with a decay handle"
         )
     return having

@@ -126,7 +126,7 @@ class Treatment:
         """What was applied, in words."""
         if self.action == "rescale_alpha":
             return f"alpha multiplied by {self.strength:g}, the optimizer's memory of it cleared"
-        return f"A->I regulariser with lambda {self.strength:g} attached"
+        return f"A->I regularizer with lambda {self.strength:g} attached"
 
     def start(self, step: int, strength: float, loss: float | None, optimizer: Optimizers) -> None:
         """Apply the first rung."""
@@ -140,7 +140,7 @@ class Treatment:
         self._apply(step, strength, optimizer)
 
     def lift_if_failed(self) -> str:
-        """Leave the forward pass where the regulariser has failed in it, or behind it; the error, or nothing.
+        """Leave the forward pass where the regularizer has failed in it, or behind it; the error, or nothing.
 
         The next rung attaches a new one.
         """
@@ -200,7 +200,7 @@ class Treatment:
         self._pull.attach()
 
     def _pull_failed(self, error: Exception) -> None:
-        self._on_failure(f"the regulariser on {self.layer.name}: {format_error(error)}", error)
+        self._on_failure(f"the regularizer on {self.layer.name}: {format_error(error)}", error)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and whole tensors: of a sharded alpha the factor alone, which is the same on all ranks."""

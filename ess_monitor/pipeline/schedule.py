@@ -39,9 +39,9 @@ class Lockstep:
     """The sample that waits for its step.
 
     Args:
-        config: how many steps lie between a sample and its judgement, and which metrics are decided on.
+        config: how many steps lie between a sample and its judgment, and which metrics are decided on.
         layers: names of the measured layers.
-        cadence: held from a sample to its judgement.
+        cadence: held from a sample to its judgment.
         source: what gives the evidence.
         guards: that of the worker is around the wait for it, that of the agreement counts the samples skipped.
         agreement: the exchange with the other ranks; None where this process decides alone.
@@ -91,7 +91,7 @@ class Lockstep:
 
     @property
     def waiting(self) -> bool:
-        """True from a sample to its judgement."""
+        """True from a sample to its judgment."""
         return self._judge_at is not None
 
     def taken(self, step: int) -> None:

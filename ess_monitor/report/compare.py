@@ -15,7 +15,7 @@ from ess_monitor.report.summary import Paragraph, headline, layer_title, named, 
 
 STEPS_COMPARED = 5
 _NOTABLE = 0.1
-"""Difference in utilisation from which a layer is named in the summary: more than readings of one run scatter."""
+"""Difference in utilization from which a layer is named in the summary: more than readings of one run scatter."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class HeatPair:
 
 
 def render_comparison(first: RunHistory, second: RunHistory) -> str:
-    """The page of two runs as HTML: what differs, utilisation of each layer at equal steps, findings, metrics.
+    """The page of two runs as HTML: what differs, utilization of each layer at equal steps, findings, metrics.
 
     Layers are matched by name. The runs share one axis of steps; where one was not measured at a step, its newest
     reading before it counts.
@@ -84,7 +84,7 @@ def equal_steps(first: RunHistory, second: RunHistory, count: int = STEPS_COMPAR
 
 
 def differences(first: RunHistory, second: RunHistory) -> tuple[str, tuple[str, ...]]:
-    """An opening sentence, and what differs: layers, utilisation at the last common step, and the metrics there."""
+    """An opening sentence, and what differs: layers, utilization at the last common step, and the metrics there."""
     steps = equal_steps(first, second)
     only = [[layer for layer in a.layers if layer not in b.layers] for a, b in ((first, second), (second, first))]
     lines = [f"Only in {run}: {named(layers)}." for run, layers in zip("AB", only, strict=True) if layers]
@@ -101,7 +101,7 @@ def differences(first: RunHistory, second: RunHistory) -> tuple[str, tuple[str, 
             f"{layer_title(layer)} uses {percent(ratios[0])} of its memory in A and {percent(ratios[1])} in B."
         )
     if not gaps:
-        lines.append("No layer's utilisation differs by a tenth or more.")
+        lines.append("No layer's utilization differs by a tenth or more.")
     for name in (name for name in first.metric_names if name in second.metric_names):
         values = [[value for step, value in story.metric(name) if step <= end][-1:] for story in (first, second)]
         if all(values):
@@ -110,7 +110,7 @@ def differences(first: RunHistory, second: RunHistory) -> tuple[str, tuple[str, 
 
 
 def utilization_at_equal_steps(first: RunHistory, second: RunHistory) -> Table | None:
-    """Utilisation of the layers that both runs have, `A / B`."""
+    """Utilization of the layers that both runs have, `A / B`."""
     steps = equal_steps(first, second)
     common = [layer for layer in first.layers if layer in second.layers]
     if not steps or not common:
@@ -122,7 +122,7 @@ def utilization_at_equal_steps(first: RunHistory, second: RunHistory) -> Table |
         )
         for layer in common
     )
-    return Table("Utilisation, A / B", ("layer", *(f"step {step}" for step in steps)), rows)
+    return Table("Utilization, A / B", ("layer", *(f"step {step}" for step in steps)), rows)
 
 
 def _utilization(story: RunHistory, layer: str, step: int) -> float | None:

@@ -71,7 +71,7 @@ def event_rows(story: RunHistory) -> tuple[EventRow, ...]:
 
 
 def markers(events: Iterable[EventRow], scale: Scale) -> tuple[Marker, ...]:
-    """Events as marks on the axis of steps; those too near to each other share one, in the colour of the worst."""
+    """Events as marks on the axis of steps; those too near to each other share one, in the color of the worst."""
     groups: list[list[EventRow]] = []
     for event in events:
         close = groups and 100 * (scale.place(event.step) - scale.place(groups[-1][0].step)) < _CLOSE_PERCENT

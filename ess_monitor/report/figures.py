@@ -23,7 +23,7 @@ class Series:
 
     label: str
     kind: str
-    """Style class of the line: `a` to `d` are told apart by colour and by dashes, `limit` is thin."""
+    """Style class of the line: `a` to `d` are told apart by color and by dashes, `limit` is thin."""
     pairs: Pairs
 
 

@@ -73,7 +73,7 @@ def render_report(story: RunHistory) -> str:
         facts=run_facts(story),
         paragraphs=paragraphs(story),
         heat=heat_map(story, "utilization_ratio", scale),
-        heat_table=ratio_table(story, "utilization_ratio", "Utilisation, 0 to 1"),
+        heat_table=ratio_table(story, "utilization_ratio", "Utilization, 0 to 1"),
         retention=heat_map(story, "retention_ratio", scale),
         retention_table=ratio_table(story, "retention_ratio", "Retention"),
         metrics=metric_charts(story, scale, marks),

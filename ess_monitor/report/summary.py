@@ -32,7 +32,7 @@ class Paragraph:
 
     heading: str
     condition: Condition
-    """Decides the colour of the mark; `unknown` for what is no condition of a layer."""
+    """Decides the color of the mark; `unknown` for what is no condition of a layer."""
     seen: tuple[str, ...]
     advice: tuple[str, ...]
 
@@ -85,7 +85,7 @@ def timeline(story: RunHistory) -> list[Finding | Action]:
 
 
 def sentence(event: Finding | Action) -> str:
-    """What changed and why, or what was done, how it ended, and what the utilisation did."""
+    """What changed and why, or what was done, how it ended, and what the utilization did."""
     return _finding_sentence(event) if isinstance(event, Finding) else _action_sentence(event)
 
 
@@ -97,7 +97,7 @@ def _action_sentence(action: Action) -> str:
     strength = "" if action.strength is None else f" at {action.strength:g}"
     sentence = f"{action.action}{strength}, {action.outcome.replace('_', ' ')}: {action.message}"
     if action.utilization_before is not None and action.utilization_after is not None:
-        sentence += f" (utilisation {percent(action.utilization_before)} → {percent(action.utilization_after)})"
+        sentence += f" (utilization {percent(action.utilization_before)} → {percent(action.utilization_after)})"
     return sentence
 
 
@@ -237,7 +237,7 @@ def _short_sequences(story: RunHistory) -> Paragraph | None:
         "unknown",
         (
             f"{named(short)}: at the measured positions the sequence allows fewer dimensions than the layer has, so a "
-            "low utilisation is in part the sequence's. The conditions take that into account; the heat map does not.",
+            "low utilization is in part the sequence's. The conditions take that into account; the heat map does not.",
         ),
         ("Measure on longer sequences where the task allows it.",),
     )

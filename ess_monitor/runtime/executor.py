@@ -143,7 +143,7 @@ class Executor(Generic[Tag]):
             while not job.done() and self._clock() < deadline:
                 self._wake.wait(timeout=0.005)
         if not job.done():
-            self._give_up(job, f"not measured within {timeout_seconds:g} seconds of its judgement")
+            self._give_up(job, f"not measured within {timeout_seconds:g} seconds of its judgment")
         return self._open.popleft()
 
     def _give_up(self, job: Job[Tag], why: str) -> None:

@@ -1,7 +1,7 @@
 """Random numbers by counter: the n-th number of a sample is a hash of (seed, index, n).
 
 There is no state to carry, so a batch is drawn in one go and a sample is the same wherever and whenever it is drawn.
-The hash is the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), on int64 tensors whose arithmetic wraps; torch's
+The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014), on int64 tensors whose arithmetic wraps; torch's
 own generators have no such form, and NumPy is not a dependency of torch.
 """
 

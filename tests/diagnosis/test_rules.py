@@ -257,7 +257,7 @@ def test_a_metric_that_hovers_around_its_target_counts_as_solved() -> None:
 @pytest.mark.parametrize(
     ("retention", "says", "does_not_say"),
     [
-        (0.54, "A->I regulariser", "not the decay"),  # WLA beta 1
+        (0.54, "A->I regularizer", "not the decay"),  # WLA beta 1
         (0.92, "not the decay", "A->I"),  # WLA beta 16 without position information
         (None, "not the decay", "A->I"),  # LA
     ],
@@ -341,7 +341,7 @@ def test_a_full_memory_stays_so_down_to_its_lower_line_included(utilization: flo
 def test_a_healthy_layer_has_a_reason_too() -> None:
     solved = judge(reading(0.2), plateau(0.97), TASK)
     assert solved is not None
-    assert solved.reason == "utilisation 0.20, and the task is solved: accuracy reached 0.95"
+    assert solved.reason == "utilization 0.20, and the task is solved: accuracy reached 0.95"
     usual = judge(reading(0.6), Context(), ALONE)
     assert usual is not None
     assert "0.60" in usual.reason
@@ -359,7 +359,7 @@ def test_a_healthy_layer_has_a_reason_too() -> None:
 def test_the_reason_of_a_healthy_layer_says_what_it_recovered_from(previous: Any, reason: str) -> None:
     verdict = judge(reading(0.6, 0.9), Context(previous=previous, metrics=(0.5,) * 10), TASK)
     assert verdict is not None
-    assert verdict.reason == f"utilisation 0.60: {reason}"
+    assert verdict.reason == f"utilization 0.60: {reason}"
 
 
 def test_retention_is_named_as_too_low_only_where_it_decided() -> None:

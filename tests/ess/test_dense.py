@@ -54,7 +54,7 @@ def test_the_operator_is_not_changed() -> None:
     assert torch.equal(T, before)
 
 
-def test_the_capacity_is_that_of_the_trivial_realisation() -> None:
+def test_the_capacity_is_that_of_the_trivial_realization() -> None:
     operator = DenseOperator(torch.eye(12), 3)
     assert operator.state_capacity([1, 3]).tolist() == [3.0, 9.0]
     assert operator.capacity_grows

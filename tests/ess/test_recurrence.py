@@ -133,7 +133,7 @@ def test_strong_decay_over_thousands_of_steps_underflows_to_almost_nothing() -> 
     assert (tolerance_ess(values) == 0).all()
 
 
-def test_a_short_strong_decay_leaves_the_precision_of_its_neighbours() -> None:
+def test_a_short_strong_decay_leaves_the_precision_of_its_neighbors() -> None:
     log_decay, b, c = _random(samples=1, length=150)
     log_decay = torch.where(torch.rand_like(log_decay) < 0.02, -3000.0, -1e-4)
     reference.assert_agrees(DiagonalRecurrence(log_decay, b, c), reference.recurrence(log_decay, b, c))

@@ -71,12 +71,12 @@ def finding(layer: str = "blocks.0.mixer", step: int = 100) -> Finding:
 
 
 def action(layer: str = "blocks.0.mixer", step: int = 100, **fields: Any) -> Action:
-    """A regulariser that has just been attached; `fields` replace its own."""
+    """A regularizer that has just been attached; `fields` replace its own."""
     values: dict[str, Any] = {
         "action": "pull_to_identity",
         "outcome": "applied",
         "finding": "used 2 of 16.",
-        "message": "regulariser attached",
+        "message": "regularizer attached",
         "strength": 0.5,
         "utilization_before": 0.125,
         "retention_before": 0.5,

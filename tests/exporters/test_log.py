@@ -50,7 +50,7 @@ def test_a_line_says_everything_as_pairs_in_the_order_of_the_record(records: lis
         'finding run="demo" step=2 layer="blocks.0.mixer" condition=collapsed previous=healthy reason="used 2 of 16." '
         'advice="Raise alpha."',
         'action run="demo" step=2 layer="blocks.0.mixer" action=pull_to_identity outcome=applied '
-        'finding="used 2 of 16." message="regulariser attached" strength=0.5 utilization_before=0.125 '
+        'finding="used 2 of 16." message="regularizer attached" strength=0.5 utilization_before=0.125 '
         "retention_before=0.5",
     ]
 

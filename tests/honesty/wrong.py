@@ -54,10 +54,10 @@ def wrong_values(valid: Any) -> Iterator[tuple[str, Any]]:
     yield "a tensor without memory", torch.empty(2, 3, device="meta")
     yield "a tensor of six dimensions", torch.ones(1, 1, 1, 1, 1, 1)
     if isinstance(valid, Tensor):
-        yield from _neighbours(valid)
+        yield from _neighbors(valid)
 
 
-def _neighbours(valid: Tensor) -> Iterator[tuple[str, Any]]:
+def _neighbors(valid: Tensor) -> Iterator[tuple[str, Any]]:
     yield "of integers", valid.detach().long()
     yield "of flags", valid.detach().bool()
     yield "complex", valid.detach().to(torch.complex64)

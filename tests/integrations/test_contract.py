@@ -133,7 +133,7 @@ def test_steps_are_optimizer_steps_while_gradients_accumulate(loop: str, tmp_pat
     assert ess.monitor.snapshot().steps_total == 4
 
 
-def test_a_resumed_run_ends_bitwise_as_the_uninterrupted_one_with_a_regulariser_at_work(
+def test_a_resumed_run_ends_bitwise_as_the_uninterrupted_one_with_a_regularizer_at_work(
     loop: str, tmp_path: Path
 ) -> None:
     def run(steps: int, resume: Path | None = None):
@@ -154,7 +154,7 @@ def test_a_resumed_run_ends_bitwise_as_the_uninterrupted_one_with_a_regulariser_
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_regulariser_is_scaled_as_the_loss(
+def test_the_regularizer_is_scaled_as_the_loss(
     loop: str, accumulate: int, scaled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the first optimizer step sees once the loss scale is divided out, against the term added to the loss."""

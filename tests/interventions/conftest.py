@@ -1,4 +1,4 @@
-"""Runs that are dropped with a regulariser attached leave the compiler's settings to nobody else."""
+"""Runs that are dropped with a regularizer attached leave the compiler's settings to nobody else."""
 
 from __future__ import annotations
 

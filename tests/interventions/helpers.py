@@ -1,4 +1,4 @@
-"""A small model, the regulariser written out by hand, and gradients compared parameter by parameter."""
+"""A small model, the regularizer written out by hand, and gradients compared parameter by parameter."""
 
 from __future__ import annotations
 

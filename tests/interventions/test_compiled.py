@@ -1,4 +1,4 @@
-"""The regulariser in a compiled model, attached after the first compiled call."""
+"""The regularizer in a compiled model, attached after the first compiled call."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_injected_gradient_is_that_of_the_definition(scale: float, strength: flo
     torch.testing.assert_close(leaf.grad - weights, expected, rtol=1e-9, atol=1e-11 * max(1.0, strength))
 
 
-def test_a_half_precision_decay_is_penalised_in_float32() -> None:
+def test_a_half_precision_decay_is_penalized_in_float32() -> None:
     assert identity_penalty(torch.full((1, 1, 2, 2), -0.1, dtype=torch.bfloat16)).dtype == torch.float32
 
 

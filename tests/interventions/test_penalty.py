@@ -1,4 +1,4 @@
-"""`collect_penalties`: the regulariser as a term for one's own loss."""
+"""`collect_penalties`: the regularizer as a term for one's own loss."""
 
 from __future__ import annotations
 
@@ -73,17 +73,17 @@ def test_layers_without_decay_are_passed_over_unless_they_are_named(lacking: str
     with collect_penalties(model) as penalties:
         model(batch(0)[0])
     assert list(penalties.per_layer) == [LAST]
-    named = rf"nothing to regularise in blocks\.0\.mixer \({lacking.upper()}\)"
+    named = rf"nothing to regularize in blocks\.0\.mixer \({lacking.upper()}\)"
     with pytest.raises(CaptureError, match=named), collect_penalties(model, "blocks.*"):
         pass
 
 
 @pytest.mark.parametrize("featurizer", ["la", "sa"])
 def test_a_model_with_nothing_to_regularise_says_so(featurizer: str) -> None:
-    named = rf"nothing to regularise in blocks\.0\.mixer \({featurizer.upper()}\), blocks\.1\.mixer"
+    named = rf"nothing to regularize in blocks\.0\.mixer \({featurizer.upper()}\), blocks\.1\.mixer"
     with pytest.raises(CaptureError, match=named), collect_penalties(backbone(featurizer)):
         pass
-    with pytest.raises(CaptureError, match="nothing to regularise in Linear"), collect_penalties(torch.nn.Linear(2, 2)):
+    with pytest.raises(CaptureError, match="nothing to regularize in Linear"), collect_penalties(torch.nn.Linear(2, 2)):
         pass
 
 

@@ -1,4 +1,4 @@
-"""A regulariser that fails leaves activations and gradients as they would be without it, and is taken off."""
+"""A regularizer that fails leaves activations and gradients as they would be without it, and is taken off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import ess_monitor.interventions.identity_pull as regulariser
+import ess_monitor.interventions.identity_pull as regularizer
 from ess_monitor.capture import find_layers
 from ess_monitor.interventions import Autopilot, AutopilotConfig, IdentityPull
 from tests.interventions.helpers import DECAYING, Checkpointed, backbone, batch, gradients, last_layer, task_loss
@@ -47,7 +47,7 @@ def test_a_failing_pull_leaves_losses_and_gradients_bitwise_as_they_are(
     pull = pulled(model, failures, fault if isinstance(fault, dict) else None)
     pull.attach()
     if isinstance(fault, str):
-        monkeypatch.setattr(regulariser, fault, explode)
+        monkeypatch.setattr(regularizer, fault, explode)
     for seed in range(3):
         losses = [task_loss(m, batch(seed)) for m in (bare, model)]
         for loss in losses:
@@ -72,7 +72,7 @@ def test_after_a_failure_nothing_is_added_though_it_would_work_again(monkeypatch
     bare, model = backbone("gla"), backbone("gla")
     pulled(model, []).attach()
     with monkeypatch.context() as patch:
-        patch.setattr(regulariser, "_penalty_gradients", explode)
+        patch.setattr(regularizer, "_penalty_gradients", explode)
         task_loss(model, batch(0)).backward()
         gradients(model)
     for m in (bare, model):
@@ -88,7 +88,7 @@ def test_a_failure_between_two_checkpointed_passes_does_not_break_the_recomputat
     pulled(model, []).attach()
     for m in (bare, model):
         m.blocks[1].mixer = Checkpointed(m.blocks[1].mixer, use_reentrant=use_reentrant)
-    monkeypatch.setattr(regulariser, "_penalty_gradients", explode)
+    monkeypatch.setattr(regularizer, "_penalty_gradients", explode)
     for m in (bare, model):
         first, second = task_loss(m, batch(0)), task_loss(m, batch(1))
         first.backward()  # fails behind this one
@@ -115,9 +115,9 @@ class TestUnderTheAutopilot:
         ill = {LAST: "collapsed"}
         assert [action.outcome for action in run.measure(ill)] == ["applied"]
         with monkeypatch.context() as patch:
-            patch.setattr(regulariser, "_penalty_gradients", explode)
+            patch.setattr(regularizer, "_penalty_gradients", explode)
             run.train(3)
-        assert failures == [f"the regulariser on {LAST}: ZeroDivisionError: injected | ZeroDivisionError"]
+        assert failures == [f"the regularizer on {LAST}: ZeroDivisionError: injected | ZeroDivisionError"]
         [action] = run.measure(ill)
         assert (action.outcome, action.layer, action.action) == ("failed", LAST, "pull_to_identity")
         assert "ZeroDivisionError: injected" in action.message

@@ -184,7 +184,7 @@ def test_a_roll_back_that_raises_is_told_once_and_not_tried_again(
     run = Run(featurizer)
     run.pilot._on_failure = lambda message, error: told.append(message)
     run.measure(ILL)
-    target = "treatment.restore_alpha" if featurizer == "s6" else "regulariser.IdentityPull.detach"
+    target = "treatment.restore_alpha" if featurizer == "s6" else "regularizer.IdentityPull.detach"
     monkeypatch.setattr(f"ess_monitor.interventions.{target}", broken)
     [action] = run.measure(ILL, loss=99.0)
     assert action.outcome == "failed"

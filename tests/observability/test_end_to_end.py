@@ -1,7 +1,7 @@
 """From a layer that forgets to a message on a phone, and back: nothing on the way is a stand-in.
 
 Real: two Lightning processes (DDP over gloo) with their endpoints and discovery files; the layer, whose gate starts so
-low that its memory is collapsed, and the autopilot's regulariser that fills it (left alone it stays collapsed);
+low that its memory is collapsed, and the autopilot's regularizer that fills it (left alone it stays collapsed);
 Prometheus with the scrape configuration and the rules that `ess_monitor.alerts` exports; Alertmanager with its routes
 and inhibitions; HTTP between all of them. Shortened: the wait of the alerts (seconds instead of minutes), scrape and
 evaluation intervals, Alertmanager's grouping times, and the patience of the diagnosis. Held back: the training begins

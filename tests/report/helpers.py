@@ -75,7 +75,7 @@ def action(layer: str, step: int, outcome: Any = "applied", **fields: Any) -> Ac
     values: dict[str, Any] = {
         "action": "pull_to_identity",
         "finding": "seen so",
-        "message": "regulariser",
+        "message": "regularizer",
         "strength": 0.5,
     }
     return Action(step=step, layer=layer, outcome=outcome, **{**values, **fields})

@@ -127,7 +127,7 @@ def test_the_page_tells_the_story_of_a_rescue(rescued: Path) -> None:
     for part in (
         "Step 400",
         "healthy → collapsed: seen so",
-        "pull_to_identity at 0.5, applied: regulariser",
+        "pull_to_identity at 0.5, applied: regularizer",
         "pull A towards I",
     ):
         assert part in text
@@ -187,8 +187,8 @@ def test_a_comparison_names_layers_that_one_run_lacks(tmp_path: Path, rescued: P
     assert "Only in B: new." in text
 
 
-def _luminance(colour: str) -> float:
-    channels = [int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+def _luminance(color: str) -> float:
+    channels = [int(color[index : index + 2], 16) / 255 for index in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -201,16 +201,16 @@ def _contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_text_has_the_contrast_that_wcag_asks_for(theme: int) -> None:
     blocks = re.findall(r":root \{(.*?)\}", (TEMPLATES / "style.css").read_text(), re.DOTALL)
-    colours = dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})\b", blocks[theme]))
+    colors = dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})\b", blocks[theme]))
     for ground in ("paper", "card"):
         for ink in ("ink", "soft", "a", "collapsed", "saturated", "healthy", "unknown"):
-            assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+            assert _contrast(colors[ink], colors[ground]) >= 4.5, (ink, ground)
         for line in ("b", "c", "d", "limit", "focus"):
-            assert _contrast(colours[line], colours[ground]) >= 3.0, (line, ground)
+            assert _contrast(colors[line], colors[ground]) >= 3.0, (line, ground)
     for mark in ("collapsed", "saturated", "healthy", "action", "unknown"):
-        assert _contrast(colours["on"], colours[mark]) >= 4.5, mark
-    steps = [_luminance(colours[f"h{level}"]) for level in range(11)]
-    assert steps == sorted(steps, reverse=theme == 0), "the order of the scale survives greyscale"
+        assert _contrast(colors["on"], colors[mark]) >= 4.5, mark
+    steps = [_luminance(colors[f"h{level}"]) for level in range(11)]
+    assert steps == sorted(steps, reverse=theme == 0), "the order of the scale survives grayscale"
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_bits_equal_split_mix_in_unbounded_integers() -> None:
             assert random_bits(seed, torch.tensor([index]), 5)[0].tolist() == expected
 
 
-def test_every_bit_is_fair_and_neighbours_are_unrelated() -> None:
+def test_every_bit_is_fair_and_neighbors_are_unrelated() -> None:
     bits = random_bits(3, torch.arange(4000), 8)
     planes = ((bits[..., None] >> torch.arange(63)) & 1).double()
     assert (planes.mean((0, 1)) - 0.5).abs().max() < 0.5 * 4.5 / 32_000**0.5

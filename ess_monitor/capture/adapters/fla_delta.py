@@ -47,11 +47,11 @@ def delta_rule(call: Call) -> LazyOperator | None:
         return None
     _check_known(call)
     batch, total, heads = v.shape[:3]
-    scale, normalised = scale_of(call, q), bool(call.kwargs.get("use_qk_l2norm_in_kernel"))
+    scale, normalized = scale_of(call, q), bool(call.kwargs.get("use_qk_l2norm_in_kernel"))
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
         part = part_of(samples, chosen, length, heads)
-        keys, queries = (_unit(part(tensor), normalised) for tensor in (k, q))
+        keys, queries = (_unit(part(tensor), normalized) for tensor in (k, q))
         log_decay = forgotten_at(first_tokens(call, length), _log_decay(call.kwargs, part, chosen))
         return DeltaRecurrence(log_decay, _beta(call.kwargs, part), keys, queries * scale)
 
@@ -92,9 +92,9 @@ def _check_known(call: Call) -> None:
         )
 
 
-def _unit(tensor: Tensor, normalised: bool) -> Tensor:
+def _unit(tensor: Tensor, normalized: bool) -> Tensor:
     tensor = precise(tensor)
-    return tensor * (tensor.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt() if normalised else tensor
+    return tensor * (tensor.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt() if normalized else tensor
 
 
 def _beta(given: Given, part: Part) -> Tensor:

@@ -160,7 +160,7 @@ def retention(call: Call) -> LazyOperator | None:
 
 
 def linear_attention(call: Call) -> LazyOperator | None:
-    """`*_linear_attn(q, k, v, normalize=, ...)`: A = I; normalised, every row of T is divided by its sum."""
+    """`*_linear_attn(q, k, v, normalize=, ...)`: A = I; normalized, every row of T is divided by its sum."""
     return _recurrence(call, lambda part, heads: precise(call.kwargs["k"]).new_zeros((1, 1, 1, 1)))
 
 
@@ -246,7 +246,7 @@ def _alpha(layer: nn.Module) -> AlphaHandle | None:
     return AlphaHandle(bias, 1.0) if bias in dict(layer.named_parameters()) else None
 
 
-def _normaliser(layer: nn.Module) -> AlphaHandle | None:
+def _normalizer(layer: nn.Module) -> AlphaHandle | None:
     """log A = logsigmoid(gate) / a number of the layer (GLA, simple GLA). A clamp behind it does not scale with it."""
     number = getattr(layer, "gate_logit_normalizer", None)
     divides = isinstance(number, (int, float)) and getattr(layer, "clamp_min", None) is None
@@ -275,7 +275,7 @@ FAMILIES.append(
         state_capacity=_state_capacity,
         channels=lambda layer: attribute(layer, "num_heads"),
         decay=_decay,
-        alpha=_normaliser,
+        alpha=_normalizer,
         refuses=_refuses,
     )
 )

@@ -134,7 +134,7 @@ def _few(bias: Tensor | None, heads: Sequence[int]) -> Tensor | None:
 
 
 def _by_head(tensor: Tensor, heads: Sequence[int], channels: int, *, tiled: bool = False) -> Tensor:
-    """(batch, length, groups, n) to (batch, heads|1, length, n): neighbouring heads share a group, or if `tiled` those
+    """(batch, length, groups, n) to (batch, heads|1, length, n): neighboring heads share a group, or if `tiled` those
     that are `groups` apart."""
     groups, tensor = tensor.shape[2], tensor.transpose(1, 2)
     if groups > 1:
@@ -143,7 +143,7 @@ def _by_head(tensor: Tensor, heads: Sequence[int], channels: int, *, tiled: bool
     return tensor.double()
 
 
-def _penalised(softplus: bool, limits: Limits, state: int, channels: int) -> Callable[..., Transition]:
+def _penalized(softplus: bool, limits: Limits, state: int, channels: int) -> Callable[..., Transition]:
     """A_t from (dt in its last `channels`, A[, bias of dt][, where segments start])."""
 
     def transition(tensors: tuple[Tensor, ...]) -> Transition:
@@ -176,7 +176,7 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
         starts = None if segments is None else segment_starts(segments)
         given = [(source, 1), (A, None), (bias, None), (starts, 1)]
         tensors, dims = zip(*((tensor, dim) for tensor, dim in given if tensor is not None), strict=True)
-        return DecayInputs(tensors, _penalised(softplus, k["dt_limit"], state, channels), dims)
+        return DecayInputs(tensors, _penalized(softplus, k["dt_limit"], state, channels), dims)
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         given = [name for name in (_source(call), "A", "dt_bias") if call.kwargs[name] is not None]
@@ -209,7 +209,7 @@ def fla_projection(call: Call) -> LazyOperator | None:
         conv = short_conv(taps, layer.conv1d.weight.double(), None if bias is None else bias.double())
         B, C = split.b_and_c(activation(conv))
         delta = step_size(take(split.dt(few), 2, heads).double(), _few(layer.dt_bias, heads), True, layer.dt_limit)
-        # This code of fla's gives neighbouring heads different groups; its kernels give them the same.
+        # This code of fla's gives neighboring heads different groups; its kernels give them the same.
         b, c = (_by_head(tensor, heads, split.heads, tiled=True) for tensor in (B, C))
         return _recurrence(delta, take(-layer.A_log.double().exp(), 0, heads), b, c, real=real, segments=None)
 

@@ -36,11 +36,11 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
     def read(call: Call) -> DecayInputs | None:
         if goes_on(call, call.kwargs["value"]):
             return None
-        heads, normalised = call.kwargs["value"].shape[2], bool(call.kwargs["use_qk_l2norm_in_kernel"])
+        heads, normalized = call.kwargs["value"].shape[2], bool(call.kwargs["use_qk_l2norm_in_kernel"])
 
         def transition(tensors: tuple[Tensor, ...]) -> Transition:
             g, beta, k = (precise(tensor).transpose(1, 2) for tensor in tensors)
-            if normalised:
+            if normalized:
                 k = k * (k.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt()
             k = k.repeat_interleave(heads // k.shape[1], 1)
             log_decay = g if g.dim() == 4 else g[..., None]

@@ -3,7 +3,7 @@
 Layers of transformers, fla and mamba_ssm call their kernels as module globals (`mamba_selective_scan`, `chunk_gla`), so
 putting another function under that name shows every call with the arguments the layer really used, on every kernel
 path, without touching the library's files. Several listeners may stand at one name (two monitors, a sample and a
-regulariser); when the last one leaves, the original object is back under its name.
+regularizer); when the last one leaves, the original object is back under its name.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Operator(ABC):
 
     @abstractmethod
     def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        """Theoretically realisable state-size (TSS) per channel at each position: (positions,), floating.
+        """Theoretically realizable state-size (TSS) per channel at each position: (positions,), floating.
 
         Raises:
             OperatorError: A position is outside 1..L-1.
@@ -125,7 +125,7 @@ class Operator(ABC):
         if not checked:
             return torch.zeros((self.batch, self.heads, 0, 0), dtype=dtype, device=self.device)
         values = self._raw_singular_values(checked)
-        # Beyond the smaller side of H_i there is nothing: what a factorisation leaves there is rounding.
+        # Beyond the smaller side of H_i there is nothing: what a factorization leaves there is rounding.
         side = [self.block_size * min(i, self.length - i) for i in checked]
         exists = torch.arange(values.shape[-1], device=self.device) < index_tensor(side, self.device)[:, None]
         broken = values.isnan().any(-1, keepdim=True) | ~self.finite()[..., None, None]

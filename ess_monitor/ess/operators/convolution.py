@@ -43,7 +43,7 @@ class Convolution(Operator):
     """T_ij = kernel[i - j]: the same filter at every position.
 
     TSS at position i is min(i, taps - 1). H_i is a Hankel matrix with nothing outside its first taps - 1 rows and
-    columns, so short filters cost next to nothing and positions with equally large blocks share one factorisation.
+    columns, so short filters cost next to nothing and positions with equally large blocks share one factorization.
 
     Args:
         kernel: (batch, heads or channels, taps); kernel[..., 0] multiplies the current input. batch is usually 1.

@@ -37,7 +37,7 @@ class DeltaRecurrence(Operator):
         log_decay: (batch, heads, length, state); -inf is a decay of exactly 0. Any dimension may be 1: state for scalar
             decay, length for a fixed one. No decay: zeros of shape (1, 1, 1, 1).
         beta: (batch, heads, length), how much of the old value is replaced, after any sigmoid. Any dimension may be 1.
-        k: (batch, heads, length, state), keys as the recurrence uses them, so normalised first where the layer does.
+        k: (batch, heads, length, state), keys as the recurrence uses them, so normalized first where the layer does.
             batch and heads may be 1.
         q: (batch, heads, length, state), how an output reads the state. batch and heads may be 1.
         left: (batch, heads, length, state), what the rank-one part writes. batch and heads may be 1.

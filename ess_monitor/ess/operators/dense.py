@@ -25,7 +25,7 @@ class DenseOperator(Operator):
 
     With `block_size` d > 1 a token owns d rows and columns (layers that mix channels inside the recurrence), and
     H_i = T[d i:, :d i]. T must be block lower triangular; this is not checked, and nothing above the diagonal is read.
-    Nothing is known of how T was realised, so TSS at position i is that of the trivial realisation, d i.
+    Nothing is known of how T was realized, so TSS at position i is that of the trivial realization, d i.
 
     Args:
         T: (d L, d L), (heads, d L, d L) or (batch, heads, d L, d L); missing leading dimensions are 1.

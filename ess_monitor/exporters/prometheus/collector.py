@@ -33,7 +33,7 @@ from ess_monitor.records import (
 )
 
 _LAYER_GAUGES = (
-    ("state_capacity", "Theoretically realisable state-size of a layer, in state dimensions per channel."),
+    ("state_capacity", "Theoretically realizable state-size of a layer, in state dimensions per channel."),
     ("effective_size", "Effective state-size of a layer at the last measurement, in state dimensions per channel."),
     ("utilization_ratio", "Effective state-size over capacity of a layer, 0 to 1."),
     ("retention_ratio", "Effective state-size of a layer over that of the same layer without decay."),

@@ -76,7 +76,7 @@ class TextfileExporter:
         for label, value in self.identity.labels.items():
             name = name.replace(f"{{{label}}}", value)
         registry = new_registry()
-        registry.register(_Labelled(collector, self.identity.labels))
+        registry.register(_Labeled(collector, self.identity.labels))
         self.path, self._snapshot, self._registry = Path(name), snapshot, registry
         try:
             self._write()
@@ -116,7 +116,7 @@ class TextfileExporter:
         replace_file(self.path, generate_latest(self._registry))
 
 
-class _Labelled:
+class _Labeled:
     """A collector whose series carry further labels."""
 
     def __init__(self, collector: SnapshotCollector, labels: dict[str, str]) -> None:

@@ -1,6 +1,6 @@
 """Pictures of a layer over the run: columns are measurements, rows are heads, positions or singular values.
 
-Legend: R rows, T measurements (columns), C = 3 colour channels.
+Legend: R rows, T measurements (columns), C = 3 color channels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ess_monitor.records import Reading
 
-# Dark to bright, lightness rising all the way, so that the order survives greyscale and colour-blind eyes.
+# Dark to bright, lightness rising all the way, so that the order survives grayscale and color-blind eyes.
 _ANCHORS = ((0.07, 0.06, 0.24), (0.20, 0.20, 0.55), (0.10, 0.45, 0.60), (0.25, 0.70, 0.45), (0.98, 0.91, 0.20))
 _MISSING = (0.5, 0.5, 0.5)
 _CELL_PIXELS = 8
@@ -28,9 +28,9 @@ class Column:
     """One measurement."""
 
     cells: Mapping[int, float]
-    """row -> value from 0 up; 0 is the darkest colour. Empty: the reading says nothing of it."""
+    """row -> value from 0 up; 0 is the darkest color. Empty: the reading says nothing of it."""
     brightest: float = 0.0
-    """Value of the brightest colour, unless a larger one was seen."""
+    """Value of the brightest color, unless a larger one was seen."""
 
 
 def heads(reading: Reading) -> Column:
@@ -65,9 +65,9 @@ PICTURES: dict[str, Callable[[Reading], Column]] = {
 """Section of the image's tag -> what it shows."""
 
 LEGEND = """\
-Pictures of a layer: one column is one measurement, the newest on the right. Grey was not measured.
+Pictures of a layer: one column is one measurement, the newest on the right. Gray was not measured.
 
-| tag | rows, from the top | colour |
+| tag | rows, from the top | color |
 |---|---|---|
 | ess_heads | heads or channels | effective state-size: dark is 0, yellow the capacity |
 | ess_positions | positions in the sequence, first to last | the same |
@@ -78,8 +78,8 @@ Where the capacity grows with the position (softmax attention), and in spectra, 
 """What the image page cannot say beside a picture, as Markdown."""
 
 
-def colourize(values_RT: Tensor) -> Tensor:
-    """Colours of numbers in 0..1; below and above are clipped, NaN is grey.
+def colorize(values_RT: Tensor) -> Tensor:
+    """Colors of numbers in 0..1; below and above are clipped, NaN is gray.
 
     Args:
         values_RT: (R, T) floats.
@@ -88,7 +88,7 @@ def colourize(values_RT: Tensor) -> Tensor:
         (3, R, T) floats in 0..1.
 
     Example:
-        >>> colourize(torch.tensor([[0.0, float("nan")]])).shape
+        >>> colorize(torch.tensor([[0.0, float("nan")]])).shape
         torch.Size([3, 1, 2])
     """
     anchors = torch.tensor(_ANCHORS)
@@ -96,9 +96,9 @@ def colourize(values_RT: Tensor) -> Tensor:
     place_RT = values_RT.nan_to_num(0.0).clamp(0.0, 1.0) * (len(_ANCHORS) - 1)
     lower_RT = place_RT.floor().long().clamp(max=len(_ANCHORS) - 2)
     share_RT1 = (place_RT - lower_RT).unsqueeze(-1)
-    colours_RTC = anchors[lower_RT] * (1 - share_RT1) + anchors[lower_RT + 1] * share_RT1
-    colours_RTC[missing_RT] = torch.tensor(_MISSING)
-    return colours_RTC.permute(2, 0, 1)
+    colors_RTC = anchors[lower_RT] * (1 - share_RT1) + anchors[lower_RT + 1] * share_RT1
+    colors_RTC[missing_RT] = torch.tensor(_MISSING)
+    return colors_RTC.permute(2, 0, 1)
 
 
 class History:
@@ -145,7 +145,7 @@ class History:
     def image(self) -> Tensor:
         """(3, height, width) picture, one square per row and measurement. Needs at least one column."""
         self._dirty = False
-        image_CRT = colourize(self.values())
+        image_CRT = colorize(self.values())
         return image_CRT.repeat_interleave(_CELL_PIXELS, dim=1).repeat_interleave(_CELL_PIXELS, dim=2)
 
 

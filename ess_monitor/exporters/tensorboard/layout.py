@@ -22,7 +22,7 @@ Layout = dict[str, dict[str, list[object]]]
 def custom_scalars_layout(layers: Iterable[str]) -> Layout:
     """The layout for these layers, in this order.
 
-    Charts of utilisation also show when a layer was acted upon, as spikes up to 1. The strengths stay on the scalars
+    Charts of utilization also show when a layer was acted upon, as spikes up to 1. The strengths stay on the scalars
     page: a lambda of 0.5 and an alpha factor of 100 share no axis, with each other or with a ratio.
 
     Multiline charts take regular expressions; a margin chart takes the tags of value, lower and upper end.
@@ -32,17 +32,17 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
     """
     layout: Layout = {
         "ESS overview": {
-            "Utilisation of every layer (effective / capacity)": _lines(
+            "Utilization of every layer (effective / capacity)": _lines(
                 "ess_utilization_ratio/.*", "ess_intervention_steps/.*"
             ),
-            "Utilisation of the model": _lines(re.escape(UTILIZATION_TAG)),
+            "Utilization of the model": _lines(re.escape(UTILIZATION_TAG)),
             "Effective state-size of every layer": _lines("ess_effective_size/.*"),
             "Retention of every layer (below 1 the decay costs memory)": _lines("ess_retention_ratio/.*"),
             "Layers in each condition": _lines(*(re.escape(condition_tag(name)) for name in CONDITIONS)),
             "Cost of the monitor (share of training time)": _lines(re.escape(OVERHEAD_TAG)),
         },
         "ESS and loss": {
-            "Utilisation against loss (loss as share of its highest)": _lines(
+            "Utilization against loss (loss as share of its highest)": _lines(
                 re.escape(UTILIZATION_TAG), re.escape(LOSS_RATIO_TAG), "ess_intervention_steps/.*"
             ),
             "Metrics of the training at the measured steps": _lines("ess_metrics/.*"),
@@ -58,10 +58,10 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
                     scalar_tag("effective_size_upper", layer),
                 ],
             ],
-            "Effective, entropy and theoretically realisable state-size": _lines(
+            "Effective, entropy and theoretically realizable state-size": _lines(
                 *(re.escape(scalar_tag(name, layer)) for name in ("effective_size", "entropy_size", "state_capacity"))
             ),
-            "Utilisation, retention and mean decay": _lines(
+            "Utilization, retention and mean decay": _lines(
                 *(
                     re.escape(scalar_tag(name, layer))
                     for name in ("utilization_ratio", "retention_ratio", "mean_decay")

@@ -34,7 +34,7 @@ def finding_markdown(finding: Finding) -> str:
 
 
 def action_table(actions: Iterable[Action]) -> str:
-    """Actions as a table, one a row; `before` and `after` are utilisation.
+    """Actions as a table, one a row; `before` and `after` are utilization.
 
     Example:
         >>> from ess_monitor.records import Action

@@ -29,7 +29,7 @@ class TerminalConfig(BaseModel):
     width: int | None = Field(default=None, ge=40)
     """Columns; None takes the terminal's, and 100 where there is none."""
     color: bool | None = None
-    """Escape codes for colours; None uses them when stderr is a terminal and NO_COLOR is not set."""
+    """Escape codes for colors; None uses them when stderr is a terminal and NO_COLOR is not set."""
 
 
 class TerminalExporter:

@@ -27,7 +27,7 @@ _NOTHING = "-"
 
 
 def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> Table:
-    """Layers as rows: effective size, capacity, utilisation, retention, condition.
+    """Layers as rows: effective size, capacity, utilization, retention, condition.
 
     Args:
         measurement: what is shown. A reading that is not ok shows its status in place of numbers.
@@ -61,7 +61,7 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
     table.add_column("layer", overflow="fold")
     table.add_column("ESS", justify="right", no_wrap=True)
     table.add_column("TSS", justify="right", no_wrap=True)
-    table.add_column("utilisation", no_wrap=True)
+    table.add_column("utilization", no_wrap=True)
     table.add_column("retention", justify="right", no_wrap=True)
     table.add_column("condition", no_wrap=True)
     readings = {reading.layer: reading for reading in measurement.readings}
@@ -82,16 +82,16 @@ def render_findings(measurement: Measurement) -> Text:
 
 
 def render_actions(measurement: Measurement) -> Text:
-    """What the autopilot did with this measurement: one line an action, coloured by its outcome.
+    """What the autopilot did with this measurement: one line an action, colored by its outcome.
 
     Example:
         >>> from ess_monitor.records import Action, Measurement
         >>> done = Action(step=7, layer="mixer", action="pull_to_identity", outcome="applied", finding="collapsed",
-        ...               message="regulariser attached", strength=0.5, utilization_before=0.12)
+        ...               message="regularizer attached", strength=0.5, utilization_before=0.12)
         >>> render_actions(
         ...     Measurement(step=7, timestamp_seconds=0.0, readings=(), conditions={}, actions=(done,))
         ... ).plain
-        'step 7, mixer: applied pull_to_identity 0.5, utilisation 12%: regulariser attached'
+        'step 7, mixer: applied pull_to_identity 0.5, utilization 12%: regularizer attached'
     """
     from rich.text import Text
 
@@ -102,7 +102,7 @@ def _action_line(action: Action) -> Text:
     what = action.action if action.strength is None else f"{action.action} {action.strength:g}"
     before, after = action.utilization_before, action.utilization_after
     sizes = " -> ".join(f"{ratio:.0%}" for ratio in (before, after) if ratio is not None)
-    utilization = f", utilisation {sizes}" if sizes else ""
+    utilization = f", utilization {sizes}" if sizes else ""
     line = f"step {action.step}, {action.layer or 'root'}: {action.outcome} {what}{utilization}: {action.message}"
     return _plain(" ".join(line.split()), _ACTION_STYLES[action.outcome])
 

@@ -41,7 +41,7 @@ def detector_table(story: RunHistory) -> Table | None:
         return None
     sides = _sides(story)
     return Table(
-        "Judged readings of each layer by their utilisation, and what came of them",
+        "Judged readings of each layer by their utilization, and what came of them",
         ("layer", "judged", *(title for title, _ in sides), "raised", "cleared", "first finding"),
         tuple(_row(story, layer, [lies for _, lies in sides]) for layer in story.layers),
     )
@@ -113,9 +113,9 @@ def _lines(story: RunHistory) -> Facts:
     def line(name: str) -> str:
         return _shown(_number(story, name))
 
-    low, starved = f"utilisation below {line('collapsed_below')}", []
+    low, starved = f"utilization below {line('collapsed_below')}", []
     if _has_task(story):
-        decay = f"utilisation below {line('starved_below')} at a retention below {line('retention_below')}"
+        decay = f"utilization below {line('starved_below')} at a retention below {line('retention_below')}"
         leaves = f"{line('starved_recovers_above')}, or a retention of {line('retention_recovers_above')}"
         starved = [("Collapsed by its decay", f"{decay}, until {leaves}")]
     elif story.info.diagnosis:
@@ -123,7 +123,7 @@ def _lines(story: RunHistory) -> Facts:
     return (
         ("Collapsed", f"{low}, until {line('collapsed_recovers_above')}"),
         *starved,
-        ("Saturated", f"utilisation {line('saturated_above')} or more, until below {line('saturated_recovers_below')}"),
+        ("Saturated", f"utilization {line('saturated_above')} or more, until below {line('saturated_recovers_below')}"),
     )
 
 
@@ -210,7 +210,7 @@ MEASURED_WITH: Mapping[str, bool | int | float] = {
 """Settings behind the figures. Warm-up and task metric are missing: those each run is told by its user."""
 
 HELD_OUT = Table(
-    "The default rules on 17 labelled runs that no threshold was chosen with",
+    "The default rules on 17 labeled runs that no threshold was chosen with",
     ("the run turned out", "runs", "called collapsed or full", "rightly", "found before 40 % of the training"),
     (
         ("healthy", "8", "0", "–", "–"),

@@ -87,7 +87,7 @@ def _profile(story: RunHistory, layer: str) -> Chart | None:
 
 
 def _readings_table(readings: Sequence[Reading]) -> Table:
-    columns = ("step", "ESS", "lower", "upper", "entropy-ESS", "TSS", "utilisation", "retention", "status")
+    columns = ("step", "ESS", "lower", "upper", "entropy-ESS", "TSS", "utilization", "retention", "status")
     rows = tuple(
         (
             str(reading.step),

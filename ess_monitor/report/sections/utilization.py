@@ -1,4 +1,4 @@
-"""A ratio of every layer over the steps, as rows of coloured cells."""
+"""A ratio of every layer over the steps, as rows of colored cells."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ess_monitor.report.history import RunHistory
 from ess_monitor.report.summary import layer_title, percent
 
 LEVELS = 11
-"""Colours of the scale, 0 to 10: more than an eye tells apart, few enough to name in a legend."""
+"""Colors of the scale, 0 to 10: more than an eye tells apart, few enough to name in a legend."""
 
 CELLS_OF_A_ROW = 240
 """Cells are a stretch of steps each; more than this are finer than the screen."""
@@ -24,7 +24,7 @@ MARKED: tuple[Condition, ...] = ("collapsed", "saturated")
 
 @dataclass(frozen=True)
 class Cell:
-    """A stretch of steps in one colour; `start` and `width` are in units of the plot area."""
+    """A stretch of steps in one color; `start` and `width` are in units of the plot area."""
 
     start: float
     width: float
@@ -82,7 +82,7 @@ def _row(story: RunHistory, layer: str, quantity: str, scale: Scale) -> HeatRow:
 
 
 def _edges(steps: list[int], scale: Scale) -> list[tuple[float, float]]:
-    """Every step with what lies nearer to it than to its neighbours."""
+    """Every step with what lies nearer to it than to its neighbors."""
     places = [UNITS * scale.place(step) for step in steps]
     if len(places) == 1:
         return [(0.0, UNITS)]
@@ -91,7 +91,7 @@ def _edges(steps: list[int], scale: Scale) -> list[tuple[float, float]]:
 
 
 def _binned(cells: list[tuple[float, float, float | None]]) -> list[tuple[float, float, float | None]]:
-    """At most `CELLS_OF_A_ROW` cells: means over neighbours; nothing where none of them was measured."""
+    """At most `CELLS_OF_A_ROW` cells: means over neighbors; nothing where none of them was measured."""
     size = max(-(-len(cells) // CELLS_OF_A_ROW), 1)
     binned: list[tuple[float, float, float | None]] = []
     for first in range(0, len(cells), size):
@@ -102,7 +102,7 @@ def _binned(cells: list[tuple[float, float, float | None]]) -> list[tuple[float,
 
 
 def _merged(cells: Sequence[tuple[float, float, str | None]]) -> tuple[Cell, ...]:
-    """Neighbours of one kind as one cell; what has no kind is left out."""
+    """Neighbors of one kind as one cell; what has no kind is left out."""
     merged = []
     for kind, group in groupby(cells, key=lambda cell: cell[2]):
         run = list(group)

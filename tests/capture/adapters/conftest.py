@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ess_monitor.interventions import identity_pull as regulariser
+from ess_monitor.interventions import identity_pull as regularizer
 
 
 @pytest.fixture
 def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a long sequence: worked through in parts."""
-    monkeypatch.setattr(regulariser, "_NUMBERS_AT_ONCE", 200)
+    monkeypatch.setattr(regularizer, "_NUMBERS_AT_ONCE", 200)

@@ -1,4 +1,4 @@
-"""What interventions do to the layers of libraries: the regulariser's gradients, and the exactness of alpha."""
+"""What interventions do to the layers of libraries: the regularizer's gradients, and the exactness of alpha."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_only_scrapes_with_the_right_credentials_succeed(scene: Scene) -> None:
     assert scraped == {"password", "token", "client certificate", "ess_monitor"}
 
 
-def test_two_ranks_are_found_through_files_labelled_and_seen_to_their_end(scene: Scene) -> None:
+def test_two_ranks_are_found_through_files_labeled_and_seen_to_their_end(scene: Scene) -> None:
     assert _eventually(
         lambda: (
             {place: value for place, value in scene.up().items() if place[0] == "ess_monitor"}

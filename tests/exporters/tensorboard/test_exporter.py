@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalars
-from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, History, colourize, heads, positions, spectrum
+from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, History, colorize, heads, positions, spectrum
 from ess_monitor.exporters.tensorboard.layout import Spikes
 from ess_monitor.records import Measurement
 from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, reading, run_info, snapshot
@@ -154,7 +154,7 @@ def test_the_newest_table_of_actions_has_all_of_them(tmp_path: Path) -> None:
     )
     header = ["step", "layer", "action", "strength", "before", "after", "outcome", "message"]
     pull = ["blocks.0.mixer", "pull_to_identity", "0.5", "12.5%"]
-    applied = ["300", *pull, "-", "applied", "regulariser attached"]
+    applied = ["300", *pull, "-", "applied", "regularizer attached"]
     assert _actions_as_shown(tmp_path / "demo") == [
         (290, [header, applied]),
         (
@@ -163,7 +163,7 @@ def test_the_newest_table_of_actions_has_all_of_them(tmp_path: Path) -> None:
                 header,
                 applied,
                 ["900", *pull, "50.0%", "recovered", "recovered in 600 steps"],
-                ["900", "blocks.1.mixer", "advise", "-", "-", "-", "dry_run", "regulariser attached"],
+                ["900", "blocks.1.mixer", "advise", "-", "-", "-", "dry_run", "regularizer attached"],
             ],
         ),
     ]
@@ -224,7 +224,7 @@ def test_what_was_applied_is_a_spike_at_its_own_step_and_its_strength_a_scalar(t
     assert {tag for tag in events.Tags()["scalars"] if "intervention" in tag and "blocks.1" in tag} == set()
 
 
-def test_spikes_of_neighbouring_steps_and_of_the_first_step_never_go_back() -> None:
+def test_spikes_of_neighboring_steps_and_of_the_first_step_never_go_back() -> None:
     spikes = Spikes()
     assert spikes.at(0) == [(0, 1.0), (1, 0.0)]
     points = [point for step in (1, 2, 5, 6, 7, 30) for point in spikes.at(step)]
@@ -308,13 +308,13 @@ def test_a_writer_that_fails_to_draw_is_still_closed(tmp_path: Path, monkeypatch
 
 
 def test_colours_get_brighter_with_the_value_and_nan_is_grey() -> None:
-    colours_CHT = colourize(torch.linspace(0, 1, 101).unsqueeze(0))
-    luminance = (torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1) * colours_CHT[:, 0]).sum(0)
+    colors_CHT = colorize(torch.linspace(0, 1, 101).unsqueeze(0))
+    luminance = (torch.tensor([0.2126, 0.7152, 0.0722]).view(3, 1) * colors_CHT[:, 0]).sum(0)
     assert (luminance.diff() > 0).all()
-    assert colours_CHT.min() >= 0
-    assert colours_CHT.max() <= 1
-    assert colourize(torch.tensor([[float("nan")]])).flatten().tolist() == [0.5, 0.5, 0.5]
-    assert torch.equal(colourize(torch.tensor([[-3.0, 9.0]])), colourize(torch.tensor([[0.0, 1.0]])))
+    assert colors_CHT.min() >= 0
+    assert colors_CHT.max() <= 1
+    assert colorize(torch.tensor([[float("nan")]])).flatten().tolist() == [0.5, 0.5, 0.5]
+    assert torch.equal(colorize(torch.tensor([[-3.0, 9.0]])), colorize(torch.tensor([[0.0, 1.0]])))
 
 
 def test_a_history_of_heads_is_bounded_and_leaves_gaps_for_heads_that_were_not_measured() -> None:

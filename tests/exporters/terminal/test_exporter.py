@@ -40,7 +40,7 @@ class _Screen:
         return len(self.texts) - before
 
 
-def test_a_row_shows_sizes_utilisation_retention_and_condition() -> None:
+def test_a_row_shows_sizes_utilization_retention_and_condition() -> None:
     measured = measurement(100, readings=(reading("mixer"),), conditions={"mixer": "collapsed"})
     (row,) = (line for line in _text(measured).splitlines() if line.startswith("mixer"))
     assert row.split() == ["mixer", "4.0", "16.0", "██▌·······", "25%", "0.50", "collapsed"]
@@ -81,7 +81,7 @@ def test_an_action_is_one_line_below_the_table_however_narrow_the_terminal(outco
     screen.export(300, actions=(action(step=300, **after),))
     *_, last = screen.texts[0].splitlines()
     assert last == (
-        f"step 300, blocks.0.mixer: {outcome} pull_to_identity 0.5, utilisation 12% -> 50%: "
+        f"step 300, blocks.0.mixer: {outcome} pull_to_identity 0.5, utilization 12% -> 50%: "
         "a reason that is long enough for two lines"
     )
 
@@ -91,15 +91,15 @@ def test_an_action_without_numbers_has_none_in_its_line() -> None:
     bare = {"action": "advise", "outcome": "dry_run", "strength": None, "utilization_before": None}
     screen.export(300, actions=(action(step=300, **bare), action("", 300)))
     *_, first, second = screen.texts[0].splitlines()
-    assert first == "step 300, blocks.0.mixer: dry_run advise: regulariser attached"
-    assert second.startswith("step 300, root: applied pull_to_identity 0.5, utilisation 12%: ")
+    assert first == "step 300, blocks.0.mixer: dry_run advise: regularizer attached"
+    assert second.startswith("step 300, root: applied pull_to_identity 0.5, utilization 12%: ")
 
 
 def test_actions_on_oddly_named_layers_stay_one_line_each_and_cannot_steer_the_terminal() -> None:
     screen = _Screen()
     screen.export(1, ODD_LAYERS, actions=tuple(action(layer, 7) for layer in ODD_LAYERS))
     lines = screen.texts[0].splitlines()[-len(ODD_LAYERS) :]
-    assert all(line.startswith("step 7, ") and line.endswith("regulariser attached") for line in lines)
+    assert all(line.startswith("step 7, ") and line.endswith("regularizer attached") for line in lines)
     assert "\x1b" not in screen.texts[0]
 
 

@@ -44,9 +44,9 @@ def test_samples_waiting_times_and_findings_are_told(tmp_path: Path) -> None:
     assert facts["Warm-up"] == "200 steps, 22.2 % of the 900 steps"
     assert facts["Patience"] == "5 measurements; 10 for saturation"
     assert facts["Task metric"] == "accuracy, solved at 0.9 or more"
-    assert facts["Collapsed"] == "utilisation below 0.3, until 0.35"
-    assert facts["Collapsed by its decay"].startswith("utilisation below 0.5 at a retention below 0.75, until 0.55")
-    assert facts["Saturated"] == "utilisation 0.97 or more, until below 0.9"
+    assert facts["Collapsed"] == "utilization below 0.3, until 0.35"
+    assert facts["Collapsed by its decay"].startswith("utilization below 0.5 at a retention below 0.75, until 0.55")
+    assert facts["Saturated"] == "utilization 0.97 or more, until below 0.9"
     assert (facts["Findings raised"], facts["Findings cleared"]) == ("1", "1")
     assert facts["First finding"] == "step 400, 44.4 % of the 900 steps"
 
@@ -69,7 +69,7 @@ def test_without_a_task_metric_the_line_asks_for_low_retention(tmp_path: Path) -
     story = _story(tmp_path, DiagnosisConfig(warmup_steps=0))
     facts = dict(detector_facts(story))
     assert facts["Task metric"] == "none"
-    assert facts["Collapsed"] == "utilisation below 0.3 at a retention below 0.75, until 0.35"
+    assert facts["Collapsed"] == "utilization below 0.3 at a retention below 0.75, until 0.35"
     assert "Collapsed by its decay" not in facts
     assert _rows(story)[LAYERS[1]]["below 0.3, retention below 0.75"] == "3"
 
@@ -103,7 +103,7 @@ def test_an_old_log_says_what_it_does_not_hold(tmp_path: Path) -> None:
     story = _story(tmp_path, None)
     facts = dict(detector_facts(story))
     assert facts["Warm-up"] == facts["Patience"] == facts["Task metric"] == "not in this log"
-    assert facts["Collapsed"] == "utilisation below 0.3, until an unknown line"
+    assert facts["Collapsed"] == "utilization below 0.3, until an unknown line"
     assert _rows(story)[LAYERS[1]]["below 0.3"] == "3"
     assert "How good these rules are" not in Page(render_report(story)).text
 
