@@ -353,9 +353,11 @@ class SampleResult:
     metrics: dict[str, float] = field(default_factory=dict)
     nonfinite: frozenset[str] = frozenset()
     """Metrics that were NaN or infinite."""
+    skipped: str = ""
+    """Why the sample is not judged on any rank; empty where it is. Not part of a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """Return plain values, for a checkpoint."""
         return {
             "step": self.step,
             "readings": [reading.model_dump(mode="json") for reading in self.readings],
@@ -365,6 +367,6 @@ class SampleResult:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> SampleResult:
-        """The evidence as it was."""
+        """Return the result as it was."""
         readings = tuple(Reading.model_validate(reading) for reading in state["readings"])
         return cls(int(state["step"]), readings, dict(state["metrics"]), frozenset(state["nonfinite"]))

@@ -12,7 +12,7 @@ from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.integrations.common import LoopFacts, loss_factor, require
 from ess_monitor.integrations.explicit import ExplicitLoop
 from ess_monitor.interventions.alpha import Optimizers
-from ess_monitor.pipeline.queue import Metrics
+from ess_monitor.pipeline.context import Metrics
 
 require("accelerate", extra="accelerate")
 

@@ -13,7 +13,7 @@ from torch import nn
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Exporter
 from ess_monitor.integrations.common import CallbackBase, LoopFacts
-from ess_monitor.pipeline.queue import Metrics
+from ess_monitor.pipeline.context import Metrics
 from ess_monitor.records import RunStatus
 
 Self = TypeVar("Self", bound="ExplicitLoop")

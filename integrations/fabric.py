@@ -13,7 +13,7 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Exporter
 from ess_monitor.integrations.common import LoopFacts, logger_exporters, loss_factor, require
 from ess_monitor.integrations.explicit import ExplicitLoop
-from ess_monitor.pipeline.queue import Metrics
+from ess_monitor.pipeline.context import Metrics
 
 require("lightning_fabric", "lightning.fabric", extra="lightning")
 

@@ -1,17 +1,129 @@
-"""What `Monitor` is given, looked at before a run begins: a mistake is said where it was made, not hours later."""
+"""What the stages of a run share, and what the first of them hands on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
 
 from ess_monitor import validation
+from ess_monitor.capture import Captured, CaptureFailure, Layer
+from ess_monitor.capture.capture_pass import require_layers
+from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import ConfigError
-from ess_monitor.records import RunStatus
+from ess_monitor.pipeline.counters import RunCounters
+from ess_monitor.pipeline.health import Health
+from ess_monitor.records import RUN_STATUSES, Part, Phase, RunStatus
+from ess_monitor.runtime import Cadence, Guard
+
+Metrics = Mapping[str, "float | torch.Tensor"]
+"""What the training loop knows of a step, by name: numbers, or tensors of one element."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Holds what every stage of one run needs. It is made once; no stage holds another stage."""
+
+    config: MonitorConfig
+    layers: tuple[Layer, ...]
+    """The measured layers, in model order."""
+    cadence: Cadence
+    counters: RunCounters
+    health: Health
+    clock: Callable[[], float]
+    """Seconds that never go back."""
+    wall_clock: Callable[[], float]
+    """Seconds since the epoch."""
+
+    @cached_property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the measured layers, in model order."""
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def guards(self) -> Mapping[Part, Guard]:
+        """One guard for each part of the monitor."""
+        return self.health.guards
+
+    @classmethod
+    def create(
+        cls,
+        model: nn.Module,
+        config: MonitorConfig,
+        *,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+        locked: bool,
+    ) -> RunContext:
+        """Build the context of a new run.
+
+        Args:
+            model: the watched model.
+            config: settings of its monitor.
+            clock, wall_clock: see the fields.
+            locked: whether the interval between samples changes by agreement only.
+
+        Raises:
+            NoLayersError: nothing in the model can be measured.
+        """
+        layers = require_layers(model, config.layers, in_training=True)
+        cadence = Cadence(config.every_n_steps, config.overhead_budget_ratio, locked=locked)
+        counters = RunCounters((layer.name for layer in layers), wall_clock=wall_clock)
+        return cls(config, layers, cadence, counters, Health(strict=config.strict), clock, wall_clock)
+
+    def count_step(self, step: int, seconds: float) -> None:
+        """Count an optimizer step that took so long; NaN for the first, whose start was not seen."""
+        seen = seconds >= 0  # False for NaN, and where the clock went back
+        self.counters.step(step, seconds if seen else None)
+        if seen:
+            self.cadence.stepped(seconds)
+
+    def charge(self, phase: Phase, seconds: float) -> None:
+        """Add to the cost of the monitor itself; nothing where the clock went back."""
+        seconds = max(0.0, seconds)
+        self.counters.spent(phase, seconds)
+        self.cadence.spent(seconds)
+        self.counters.overhead(self.cadence.overhead_ratio, self.cadence.interval_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return cadence and counters, for a checkpoint."""
+        return {"cadence": self.cadence.state_dict(), "ledger": self.counters.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.cadence.load_state_dict(state["cadence"])
+        self.counters.load_state_dict(state["ledger"])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was captured in one sampled forward pass."""
+
+    step: int
+    """Optimizer steps before the pass."""
+    captured: tuple[Captured, ...]
+    failures: tuple[CaptureFailure, ...] = ()
+    """Layers whose capture failed."""
+    requested: tuple[str, ...] = ()
+    """Names of the layers that were to be captured."""
+    share: float = 1.0
+    """Share of the configured samples and heads that was to be captured."""
+    hook_seconds: float = 0.0
+    """Time spent inside the forward pass."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of the training loop that were numbers already."""
 
 
 def check_run(
-    strategy: str, world_size: int | None, precision: str, agreement: object, functions: Mapping[str, object]
+    strategy: str,
+    world_size: int | None,
+    precision: str,
+    agreement: object,
+    functions: Mapping[str, object],
 ) -> None:
     """Raise `ConfigError` unless these are facts of a run; `functions` by the names of their arguments."""
     validation.instance("strategy", strategy, str, hint='for example "ddp"')
@@ -19,22 +131,20 @@ def check_run(
     if world_size is not None:
         validation.whole("world_size", world_size, 1)
     if agreement is not None and (isinstance(agreement, type) or not hasattr(agreement, "exchange")):
-        raise ConfigError(
-            f"agreement: {validation.type_of(agreement)} is not a StoreConsensus; leave it out to have one built"
-        )
-    for name, given in functions.items():
-        validation.function(name, given)
+        given = validation.type_of(agreement)
+        raise ConfigError(f"agreement: {given} is not a StoreConsensus; leave it out to have one built")
+    for name, function in functions.items():
+        if function is not None:
+            validation.function(name, function)
 
 
 def check_end(status: RunStatus, timeout_seconds: float) -> float:
-    """The time limit, or `ConfigError` where it or the status is none."""
-    if not isinstance(status, str) or status not in get_args(RunStatus):
-        raise ConfigError(
-            f"status: {validation.shown(status)} given; it must be one of {', '.join(get_args(RunStatus))}"
-        )
+    """Return the time limit; raise `ConfigError` unless it is one and `status` is the status of a run."""
+    if status not in RUN_STATUSES:
+        raise ConfigError(f"status: {validation.shown(status)} given; it must be one of {', '.join(RUN_STATUSES)}")
     return check_timeout(timeout_seconds)
 
 
 def check_timeout(timeout_seconds: float) -> float:
-    """The time limit, or `ConfigError` where it is no number of seconds."""
+    """Return the time limit; raise `ConfigError` unless it is a number of seconds."""
     return validation.real("timeout_seconds", timeout_seconds, low=0, hint="seconds to wait at most")

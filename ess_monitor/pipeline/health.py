@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ess_monitor.errors import PartError, format_error
-from ess_monitor.exporters import ExporterHub
 from ess_monitor.records import PARTS, HealthData, Part
 from ess_monitor.runtime import Breaker, Guard, SampleSizeBackoff
 from ess_monitor.runtime.guard import logger
@@ -26,7 +25,7 @@ class Health:
         self.strict = strict
         self.guards: Mapping[Part, Guard] = {part: Guard(part, strict=strict) for part in PARTS}
         self.layers = Breaker()
-        self.portion = SampleSizeBackoff()
+        self.backoff = SampleSizeBackoff()
         self._process_id = os.getpid()
 
     @property
@@ -59,8 +58,11 @@ class Health:
             for name, error in off.items()
         }
 
-    def raise_pending(self, hub: ExporterHub) -> None:
-        """Where it is strict, raise the first failure since the last call, of a part or of an exporter.
+    def raise_pending(self, take_export_errors: Callable[[], Mapping[str, BaseException]]) -> None:
+        """Raise the first failure since the last call, of a part or of an exporter, where failures are to be raised.
+
+        Args:
+            take_export_errors: returns the first error of each exporter since its last call.
 
         Raises:
             PartError: what failed, from its cause.
@@ -69,14 +71,14 @@ class Health:
             return
         for guard in self.guards.values():
             guard.raise_pending()
-        for name, error in hub.take_errors().items():
+        for name, error in take_export_errors().items():
             raise PartError("export", f"exporter {name!r} failed: {format_error(error)}") from error
 
-    def data(self, hub: ExporterHub) -> HealthData:
-        """As it is shown in a snapshot."""
+    def data(self, exporters_off: tuple[str, ...]) -> HealthData:
+        """Return it as it is shown in a snapshot."""
         return HealthData(
             part_failures_total={part: guard.failures for part, guard in self.guards.items()},
             parts_off=tuple(part for part, guard in self.guards.items() if not guard.open),
             layers_off=tuple(sorted(self.layers.off)),
-            exporters_off=hub.off,
+            exporters_off=exporters_off,
         )

@@ -1,170 +1,166 @@
-"""From evidence to consequences: diagnose, act, keep count, export. One place, so that all of them agree."""
+"""From a measured sample to its consequences: diagnose, act, count, export. One place, so that all of them agree."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from ess_monitor.capture import Layer
-from ess_monitor.diagnosis import DiagnosisConfig, Tracker
-from ess_monitor.exporters import ExporterHub
+from ess_monitor.diagnosis import Tracker
+from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
-from ess_monitor.pipeline.counters import RunCounters
-from ess_monitor.records import (
-    MEASURED,
-    Action,
-    Condition,
-    Finding,
-    Measurement,
-    Outcome,
-    Part,
-    Phase,
-    Reading,
-    SampleResult,
-)
-from ess_monitor.runtime import Cadence, Guard
+from ess_monitor.interventions.treatment import GradScale
+from ess_monitor.pipeline.context import RunContext
+from ess_monitor.records import MEASURED, Action, Condition, Finding, Measurement, Outcome, Reading, SampleResult
 
 _KEPT = 1000
 """Findings and actions that are remembered."""
 
 
-def undiagnosed(layers: Iterable[Layer], config: DiagnosisConfig) -> frozenset[str]:
-    """Names of the layers of which the diagnosis says nothing, because ESS says little of their kind."""
-    if config.judge_uninformative:
-        return frozenset()
-    return frozenset(layer.name for layer in layers if layer.spec.uninformative)
-
-
 class ResultHandler:
-    """Takes each sampled step's evidence to the diagnosis, the autopilot, the ledger and the exporters.
+    """Takes the result of each sample to the diagnosis, the autopilot, the counters and the exporters.
 
-    Each of them is guarded on its own: when one fails the others go on. Layers in `undiagnosed` are measured and
-    exported, and stay of unknown condition.
+    Each of them is guarded on its own: when one fails the others go on.
+
+    Args:
+        context: of the run.
+        grad_scale: what the loss is multiplied with before backward.
+        export: takes each measurement to the sinks.
     """
 
-    def __init__(
-        self,
-        layers: tuple[str, ...],
-        tracker: Tracker,
-        autopilot: Autopilot,
-        ledger: RunCounters,
-        cadence: Cadence,
-        guards: Mapping[Part, Guard],
-        *,
-        undiagnosed: frozenset[str] = frozenset(),
-        clock: Callable[[], float] = time.perf_counter,
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.hub = ExporterHub(())
-        """Where measurements go; replaced when the run starts."""
+    def __init__(self, context: RunContext, grad_scale: GradScale, export: Callable[[Measurement], None]) -> None:
+        config = context.config.diagnosis
         self.readings: dict[str, Reading] = {}
         """Latest reading of every layer."""
-        self.may_act = True
-        """False where the ranks of a distributed run no longer agree; the autopilot of mode auto then does nothing."""
         self.findings: tuple[Finding, ...] = ()
         self.actions: tuple[Action, ...] = ()
-        self._layers = layers
-        self._undiagnosed = undiagnosed
-        self._tracker = tracker
-        self._autopilot = autopilot
-        self._ledger = ledger
-        self._cadence = cadence
-        self._guards = guards
-        self._clock, self._wall_clock = clock, wall_clock
+        self.autopilot = Autopilot(
+            context.config.autopilot,
+            context.layers,
+            retention_below=config.retention_below,
+            grad_scale=grad_scale,
+            on_failure=context.guards["intervention"].count,
+        )
+        self._context, self._guards = context, context.guards
+        self._tracker = Tracker(config)
+        self._export_to_sinks = export
+        quiet = () if config.judge_uninformative else (layer for layer in context.layers if layer.spec.uninformative)
+        self._undiagnosed = frozenset(layer.name for layer in quiet)
+        """Layers that are measured and stay of unknown condition, because ESS says little of their kind."""
 
     @property
     def conditions(self) -> dict[str, Condition]:
         """Condition of every layer."""
         known = self._tracker.conditions
-        return {name: known.get(name, "unknown") for name in self._layers}
+        return {name: known.get(name, "unknown") for name in self._context.layer_names}
 
-    def judge(self, evidence: SampleResult, step: int, optimizer: Optimizers) -> None:
-        """Everything that follows from one sampled step; `step` is the present one, at which actions are taken."""
+    def handle(self, result: SampleResult, step: int, optimizer: Optimizers, *, may_act: bool) -> None:
+        """Draw all consequences of one sample.
+
+        Args:
+            result: of the sample. One that was skipped is counted and exported, and changes nothing.
+            step: the present one, at which actions are taken.
+            optimizer: whose moments are reset with a rescaled parameter.
+            may_act: whether interventions are allowed in mode auto.
+        """
         with self._guards["measurement"]:
-            started = self._clock()
-            findings = self._diagnose(evidence)
-            diagnosed = self._clock()
-            self.spent("diagnose", diagnosed - started)
-            actions = self._intervene(evidence, findings, step, optimizer)
-            intervened = self._clock()
-            self.spent("intervene", intervened - diagnosed)
-            self._export(evidence, findings, actions)
-            self.spent("export", self._clock() - intervened)
+            if result.skipped:
+                self._skip(result, may_act)
+                return
+            clock, charge = self._context.clock, self._context.charge
+            started = clock()
+            findings = self._diagnose(result)
+            diagnosed = clock()
+            charge("diagnose", diagnosed - started)
+            actions = self._intervene(result, findings, step, optimizer, may_act)
+            intervened = clock()
+            charge("intervene", intervened - diagnosed)
+            self._export(result, findings, actions)
+            charge("export", clock() - intervened)
 
-    def skip(self, step: int, reason: str) -> None:
-        """A sample that the ranks did not agree on is counted and shown; `reason` says where and why."""
-        with self._guards["measurement"]:
-            lost = tuple(Reading(step=step, layer=name, status="dropped", message=reason) for name in self._layers)
-            self.readings.update({reading.layer: reading for reading in lost})
-            self._ledger.measured("skipped", lost)
-            self.report_autopilot()
-            self._export(SampleResult(step, lost), (), ())
-
-    def spent(self, phase: Phase, seconds: float) -> None:
-        """The monitor itself took this long; where the clock went back, no time at all."""
-        seconds = max(0.0, seconds)
-        self._ledger.spent(phase, seconds)
-        self._cadence.spent(seconds)
-        self._ledger.overhead(self._cadence.overhead_ratio, self._cadence.interval_steps)
-
-    def report_autopilot(self, actions: tuple[Action, ...] = ()) -> None:
-        """Bring the ledger up to date with the autopilot."""
-        pilot = self._autopilot
+    def report_autopilot(self, actions: tuple[Action, ...] = (), *, may_act: bool = True) -> None:
+        """Bring the counters up to date with the autopilot."""
+        pilot = self.autopilot
         kinds = [treatment.action for treatment in pilot.active]
-        self._ledger.autopilot(actions, kinds, pilot.budget_remaining, self._is_auto and self.may_act)
+        self._context.counters.autopilot(actions, kinds, pilot.budget_remaining, self._is_auto and may_act)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of diagnosis and autopilot, for a checkpoint."""
+        return {"autopilot": self.autopilot.state_dict(), "diagnosis": self._tracker.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            CheckpointError: one of them cannot read its part. Both are left as they were.
+        """
+        before = self._tracker.state_dict()
+        self._tracker.load_state_dict(state["diagnosis"])
+        try:
+            self.autopilot.load_state_dict(state["autopilot"])
+        except CheckpointError:
+            self._tracker.load_state_dict(before)
+            raise
 
     @property
     def _is_auto(self) -> bool:
-        return self._autopilot.config.mode == "auto"
+        return self.autopilot.config.mode == "auto"
 
-    def _diagnose(self, evidence: SampleResult) -> tuple[Finding, ...]:
+    def _skip(self, result: SampleResult, may_act: bool) -> None:
+        names = self._context.layer_names
+        lost = tuple(Reading(step=result.step, layer=x, status="dropped", message=result.skipped) for x in names)
+        self.readings.update({reading.layer: reading for reading in lost})
+        self._context.counters.measured("skipped", lost)
+        self.report_autopilot(may_act=may_act)
+        self._export(SampleResult(result.step, lost), (), ())
+
+    def _diagnose(self, result: SampleResult) -> tuple[Finding, ...]:
         findings: tuple[Finding, ...] = ()
         if self._guards["diagnosis"].open:
             with self._guards["diagnosis"]:
-                judged = [reading for reading in evidence.readings if reading.layer not in self._undiagnosed]
-                findings = self._tracker.observe(judged, evidence.metrics, evidence.step)
-        self.readings.update({reading.layer: reading for reading in evidence.readings})
+                diagnosed = [reading for reading in result.readings if reading.layer not in self._undiagnosed]
+                findings = self._tracker.observe(diagnosed, result.metrics, result.step)
+        self.readings.update({reading.layer: reading for reading in result.readings})
         self.findings = (*self.findings, *findings)[-_KEPT:]
-        outcome: Outcome = "failed" if evidence.readings else "skipped"
-        if any(reading.status in MEASURED for reading in evidence.readings):
+        outcome: Outcome = "failed" if result.readings else "skipped"
+        if any(reading.status in MEASURED for reading in result.readings):
             outcome = "ok"
-        self._ledger.measured(outcome, evidence.readings, findings, self.conditions)
+        self._context.counters.measured(outcome, result.readings, findings, self.conditions)
         return findings
 
     def _intervene(
-        self, evidence: SampleResult, findings: tuple[Finding, ...], step: int, optimizer: Optimizers
+        self, result: SampleResult, findings: tuple[Finding, ...], step: int, optimizer: Optimizers, may_act: bool
     ) -> tuple[Action, ...]:
         actions: tuple[Action, ...] = ()
-        if self._guards["intervention"].open and (self.may_act or not self._is_auto):
+        if self._guards["intervention"].open and (may_act or not self._is_auto):
             with self._guards["intervention"]:
-                actions = self._autopilot.act(
+                actions = self.autopilot.act(
                     step,
-                    evidence.readings,
+                    result.readings,
                     self.conditions,
                     findings,
-                    evidence.metrics,
-                    loss_broken=self._autopilot.config.loss in evidence.nonfinite,
+                    result.metrics,
+                    loss_broken=self.autopilot.config.loss in result.nonfinite,
                     optimizer=optimizer,
                 )
         self.actions = (*self.actions, *actions)[-_KEPT:]
-        self.report_autopilot(actions)
+        self.report_autopilot(actions, may_act=may_act)
         return actions
 
-    def _export(self, evidence: SampleResult, findings: tuple[Finding, ...], actions: tuple[Action, ...]) -> None:
+    def _export(self, result: SampleResult, findings: tuple[Finding, ...], actions: tuple[Action, ...]) -> None:
         if not self._guards["export"].open:
             return
         with self._guards["export"]:
-            self.hub.export(
+            self._export_to_sinks(
                 Measurement(
-                    step=evidence.step,
-                    timestamp_seconds=self._wall_clock(),
-                    readings=evidence.readings,
+                    step=result.step,
+                    timestamp_seconds=self._context.wall_clock(),
+                    readings=result.readings,
                     conditions=self.conditions,
                     findings=findings,
                     actions=actions,
-                    metrics=evidence.metrics,
-                    overhead_ratio=self._cadence.overhead_ratio,
-                    interval_steps=self._cadence.interval_steps,
+                    metrics=result.metrics,
+                    overhead_ratio=self._context.cadence.overhead_ratio,
+                    interval_steps=self._context.cadence.interval_steps,
                 )
             )

@@ -1,171 +1,239 @@
-"""Samples that are judged at a step known beforehand, so that a resumed run and all ranks act at the same steps.
+"""When a sample is judged: as soon as it is measured, or at a step that all ranks and a resumed run know beforehand.
 
-A sample is judged a fixed number of steps after it was taken, and the training waits for its measurement if need be.
-Where ranks measure together they agree at that step, and the interval to the next sample is part of what they agree on.
+In lockstep a sample is judged a fixed number of steps after it was taken, and the training waits for its measurement if
+need be. Where ranks measure together they agree at that step, and the interval to the next sample is part of what they
+agree on.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
-from ess_monitor.config import MonitorConfig
-from ess_monitor.distributed.consensus import ConsensusResult, StoreConsensus
-from ess_monitor.distributed.reduction import RankReduction
-from ess_monitor.records import Part, Phase, SampleResult
-from ess_monitor.runtime import Cadence, Guard
+from ess_monitor.distributed import ConsensusResult, RankReduction, StoreConsensus
+from ess_monitor.pipeline.context import RunContext
+from ess_monitor.records import SampleResult
 
 
 class Source(Protocol):
-    """Where samples are measured."""
+    """Where samples are measured: the queue."""
+
+    def __len__(self) -> int:
+        """Samples under way."""
+
+    def poll(self) -> list[SampleResult]:
+        """Return the samples that are done, without waiting."""
+
+    def drain(self, timeout_seconds: float) -> list[SampleResult]:
+        """Wait for every sample under way, and return them."""
 
     def take(self, timeout_seconds: float | None = None) -> SampleResult | None:
         """Wait for the oldest sample, up to a limit; None when nothing is under way."""
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A sample that is not judged on any rank."""
+class Schedule(ABC):
+    """Decides when a sample is judged, and who takes part in it."""
 
-    step: int
-    """Step of the sample."""
-    reason: str
-    """Where it is skipped, and why."""
+    @property
+    def exchanges(self) -> bool:
+        """Whether this process decides together with others: it then takes part in every sample."""
+        return False
+
+    @property
+    def measures(self) -> bool:
+        """Whether this rank measures its own data."""
+        return True
+
+    @property
+    def needs_every_rank(self) -> bool:
+        """Whether every rank takes samples at the same steps, also one whose readings nobody asks for."""
+        return False
+
+    @property
+    def may_act(self) -> bool:
+        """Whether interventions are allowed: not once the ranks no longer agree, since their models would part."""
+        return True
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a sample is still to be judged. No other is taken until then."""
+        return False
+
+    @abstractmethod
+    def taken(self, step: int) -> None:
+        """Note that a sample was taken after `step` optimizer steps."""
+
+    @abstractmethod
+    def due(self, step: int) -> bool:
+        """Return whether `conclude` is to be called now."""
+
+    @abstractmethod
+    def conclude(self) -> list[SampleResult]:
+        """Return the samples to be judged now."""
+
+    @abstractmethod
+    def flush(self, timeout_seconds: float) -> list[SampleResult]:
+        """Wait for what is under way, and return it to be judged."""
+
+    @abstractmethod
+    def finish(self, timeout_seconds: float) -> list[SampleResult]:
+        """Wait for what is under way when the run ends; return what this run still judges, and not a resumed one."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sample that waits, for a checkpoint."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a monitor."""
 
 
-class Lockstep:
-    """The sample that waits for its step.
+class Immediate(Schedule):
+    """Judges a sample at the first step that finds it measured; nobody waits."""
+
+    def __init__(self, context: RunContext, source: Source) -> None:
+        self._cadence, self._worker, self._source = context.cadence, context.guards["worker"], source
+
+    def taken(self, step: int) -> None:
+        self._cadence.sampled(step)
+
+    def due(self, step: int) -> bool:
+        return len(self._source) > 0 and self._worker.open
+
+    def conclude(self) -> list[SampleResult]:
+        return self._source.poll()
+
+    def flush(self, timeout_seconds: float) -> list[SampleResult]:
+        return self._source.drain(timeout_seconds)
+
+    def finish(self, timeout_seconds: float) -> list[SampleResult]:
+        return self._source.drain(timeout_seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"judge_at": None, "evidence": None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["cadence"]["held"]:  # saved in lockstep: nothing will be judged here that could release the cadence
+            self._cadence.resume(state["cadence"]["interval_steps"])
+
+
+class Lockstep(Schedule):
+    """Judges a sample a fixed number of steps after it was taken, and holds the cadence until then.
 
     Args:
-        config: how many steps lie between a sample and its judgment, and which metrics are decided on.
-        layers: names of the measured layers.
-        cadence: held from a sample to its judgment.
-        source: what gives the evidence.
-        guards: that of the worker is around the wait for it, that of the agreement counts the samples skipped.
-        agreement: the exchange with the other ranks; None where this process decides alone.
-        spent: told how long the exchange took.
+        context: of the run.
+        source: gives the measured samples.
+        consensus: the exchange with the other ranks; None where this process decides alone.
     """
 
-    def __init__(
-        self,
-        config: MonitorConfig,
-        layers: Sequence[str],
-        cadence: Cadence,
-        source: Source,
-        guards: Mapping[Part, Guard],
-        agreement: StoreConsensus | None,
-        *,
-        spent: Callable[[Phase, float], None],
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._lag = config.autopilot.lag_steps
-        self._cadence = cadence
-        self._source = source
-        self._guards = guards
-        self._agreement = agreement
-        self._spent, self._clock = spent, clock
+    def __init__(self, context: RunContext, source: Source, consensus: StoreConsensus | None) -> None:
+        config = context.config
+        self._context, self._cadence, self._guards = context, context.cadence, context.guards
+        self._source, self._consensus = source, consensus
+        self._lag_steps = config.autopilot.lag_steps
         metrics = [name for name in (config.autopilot.loss, config.diagnosis.metric) if name is not None]
-        self._ballot = None if agreement is None else RankReduction(layers, metrics, agreement.measuring)
-        self._interval = cadence.every_n_steps
+        self._reduction = RankReduction(context.layer_names, metrics, () if consensus is None else consensus.measuring)
+        self._interval_steps = self._cadence.every_n_steps
         """The last agreed one: all ranks have it, whatever their own costs are."""
         self._judge_at: int | None = None
-        self._evidence: SampleResult | None = None
+        self._result: SampleResult | None = None
         """The sample that waits for its step, when it was read early for a checkpoint."""
 
     @property
     def exchanges(self) -> bool:
-        """True while this process decides together with others."""
-        return self._agreement is not None and not self._agreement.off
+        return self._consensus is not None and not self._consensus.off
 
     @property
     def measures(self) -> bool:
-        """False on a rank that only learns what the others measured."""
-        return not self.exchanges or self._agreement is None or self._agreement.measures
+        return self._consensus is None or self._consensus.off or self._consensus.measures
+
+    @property
+    def needs_every_rank(self) -> bool:
+        return True
 
     @property
     def may_act(self) -> bool:
-        """False once the ranks no longer agree: what one does alone would part their models."""
-        return self._agreement is None or not self._agreement.off
+        return self._consensus is None or not self._consensus.off
 
     @property
     def waiting(self) -> bool:
-        """True from a sample to its judgment."""
         return self._judge_at is not None
 
     def taken(self, step: int) -> None:
-        """A sample was taken after `step` optimizer steps. Nothing else is due until it is judged."""
+        self._cadence.sampled(step)
         self._cadence.hold()
-        self._judge_at = step + self._lag
+        self._judge_at = step + self._lag_steps
 
     def due(self, step: int) -> bool:
-        """True when the sample is to be judged now."""
         return self._judge_at is not None and step >= self._judge_at
 
-    def read_ahead(self, timeout_seconds: float | None = None) -> None:
-        """What is under way goes with the checkpoint."""
-        if self._judge_at is not None and self._evidence is None:
-            self._evidence = self._read(timeout_seconds)
-
-    def conclude(self) -> SampleResult | Skipped:
-        """What is to be judged, the same on all ranks; the next sample is scheduled."""
-        assert self._judge_at is not None, "nothing waits to be judged"
-        step, evidence = self._judge_at, self._evidence or self._read()
-        self._judge_at, self._evidence = None, None
-        interval = self._cadence.wanted_steps
+    def conclude(self) -> list[SampleResult]:
+        """Return the one sample to be judged, the same on all ranks, and schedule the next."""
+        if self._judge_at is None:
+            return []
+        step, result = self._judge_at, self._result or self._read()
+        self._judge_at, self._result = None, None
+        interval_steps = self._cadence.wanted_steps
         try:
-            if self._agreement is None or self._ballot is None or self._agreement.off:
-                return evidence
-            interval = self._interval
-            started = self._clock()
-            mine = self._ballot.post(evidence, self._cadence.wanted_steps) if self._agreement.measures else None
-            verdict = self._agreement.exchange(step, mine, self._ballot.fold)
+            if self._consensus is None or self._consensus.off:
+                return [result]
+            interval_steps = self._interval_steps
+            started = self._context.clock()
+            mine = self._reduction.post(result, self._cadence.wanted_steps) if self._consensus.measures else None
+            agreed = self._consensus.exchange(step, mine, self._reduction.fold)
             # Waiting for others is a cost of the monitor: the budget stretches the interval where ranks come apart.
-            self._spent("measure", self._clock() - started)
-            if verdict.values is None:
-                return Skipped(evidence.step, self._skipped(self._agreement, verdict))
-            evidence, interval = self._ballot.read(evidence, verdict.values)
-            self._interval = interval
-            return evidence
+            self._context.charge("measure", self._context.clock() - started)
+            if agreed.values is None:
+                return [SampleResult(result.step, (), skipped=self._report_skip(self._consensus, agreed))]
+            result, interval_steps = self._reduction.read(result, agreed.values)
+            self._interval_steps = interval_steps
+            return [result]
         finally:
-            self._cadence.resume(interval)
+            self._cadence.resume(interval_steps)
+
+    def flush(self, timeout_seconds: float) -> list[SampleResult]:
+        self._read_ahead(timeout_seconds)
+        return self.conclude()
+
+    def finish(self, timeout_seconds: float) -> list[SampleResult]:
+        self._read_ahead(timeout_seconds)  # it goes with the checkpoint, and a resumed run judges it at its step
+        return []
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        self.read_ahead()
-        return {
-            "judge_at": self._judge_at,
-            "evidence": None if self._evidence is None else self._evidence.state_dict(),
-        }
+        self._read_ahead()
+        evidence = None if self._result is None else self._result.state_dict()
+        return {"judge_at": self._judge_at, "evidence": evidence}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self._interval = self._cadence.interval_steps
+        self._interval_steps = self._cadence.interval_steps
         self._judge_at = state["judge_at"]
-        self._evidence = None if state["evidence"] is None else SampleResult.from_state(state["evidence"])
+        self._result = None if state["evidence"] is None else SampleResult.from_state(state["evidence"])
 
-    def _skipped(self, agreement: StoreConsensus, verdict: ConsensusResult) -> str:
+    def _read_ahead(self, timeout_seconds: float | None = None) -> None:
+        if self._judge_at is not None and self._result is None:
+            self._result = self._read(timeout_seconds)
+
+    def _read(self, timeout_seconds: float | None = None) -> SampleResult:
+        """Wait for the sample under way. One that is lost becomes a result without readings."""
+        taken_at = max(0, (self._judge_at or 0) - self._lag_steps)
+        if self._consensus is None or self._consensus.measures:
+            with self._guards["worker"]:
+                result = self._source.take(timeout_seconds)
+                while result is not None and result.step < taken_at:  # one that was given up, and came after all
+                    result = self._source.take(timeout_seconds)
+                if result is not None:
+                    return result
+        return SampleResult(taken_at, ())
+
+    def _report_skip(self, consensus: StoreConsensus, agreed: ConsensusResult) -> str:
         guard = self._guards["agreement"]
-        where = "on all ranks" if verdict.everywhere else f"on rank {agreement.rank} alone, the others may go on"
-        reason = f"skipped {where}: {verdict.reason}"
+        where = "on all ranks" if agreed.everywhere else f"on rank {consensus.rank} alone, the others may go on"
+        reason = f"skipped {where}: {agreed.reason}"
         guard.count(f"a sample is {reason}")
-        if agreement.off:
+        if consensus.off:
             guard.turn_off(
-                f"rank {agreement.rank}: {agreement.reason}. The autopilot does not act any more, and readings are "
+                f"rank {consensus.rank}: {consensus.reason}. The autopilot does not act any more, and readings are "
                 "those of this rank alone. Attach a new monitor on all ranks, or resume from a checkpoint, to turn it "
                 "on again."
             )
         return reason
-
-    def _read(self, timeout_seconds: float | None = None) -> SampleResult:
-        """Wait for the sample under way. One that is lost becomes evidence without readings."""
-        taken_at = max(0, (self._judge_at or 0) - self._lag)
-        if self._agreement is None or self._agreement.measures:
-            with self._guards["worker"]:
-                evidence = self._source.take(timeout_seconds)
-                while evidence is not None and evidence.step < taken_at:  # one that was given up, and came after all
-                    evidence = self._source.take(timeout_seconds)
-                if evidence is not None:
-                    return evidence
-        return SampleResult(taken_at, ())

@@ -161,7 +161,7 @@ def test_ranks_that_do_not_measure_have_no_hooks_and_the_same_readings() -> None
 
 def test_a_rank_whose_capture_is_off_still_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = ranks_of(2, config())
-    broken = ranks[1].monitor._sampling._sampler
+    broken = ranks[1].monitor._trigger._sampler
     collect = Sampler.collect
 
     def fail(sampler: Sampler) -> Any:
@@ -239,9 +239,9 @@ def test_steps_that_are_done_again_in_one_process_are_agreed_on_again() -> None:
 def test_the_interval_is_the_longest_that_a_rank_wants_until_they_agree_again() -> None:
     settings = config("advise", distributed={"ranks": "all"})
     ranks = ranks_of(2, settings)
-    ranks[1].monitor._cadence.budget_ratio = 0.5
-    ranks[1].monitor._cadence._sample_cost = 1e-9
-    ranks[1].monitor._cadence.spent(1000.0)  # as if it had been very slow once
+    ranks[1].monitor._context.cadence.budget_ratio = 0.5
+    ranks[1].monitor._context.cadence._sample_cost = 1e-9
+    ranks[1].monitor._context.cadence.spent(1000.0)  # as if it had been very slow once
     facts = in_threads(ranks, 12)
     assert facts[0] == facts[1]
     assert facts[0]["interval"] > 4

@@ -204,6 +204,7 @@ def layer_added(injection: Injection) -> Outcome:
         run.unchanged,
         {
             "the others go on, status ok": set(run.statuses) == {"ok"} and len(run.sink.steps) == 6,
-            "log, once": injection.said("layer blocks.2.mixer came into the model after the monitor was attached") == 1,
+            "log, once": injection.said("layer blocks.2.mixer was added to the model after the monitor was attached")
+            == 1,
         },
     )

@@ -144,7 +144,7 @@ def forked_child_closes(injection: Injection) -> Outcome:
     def meanwhile(step: int, monitor: Monitor) -> None:
         if step != 5:
             return
-        with monitor._measuring._executor._wake, monitor._ledger._lock, warnings.catch_warnings():
+        with monitor._queue._executor._wake, monitor._context.counters._lock, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             child = os.fork()
             if child == 0:

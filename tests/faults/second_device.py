@@ -121,7 +121,7 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tree_map_only(torch.Tensor, Elsewhere, result) if there else result
 
 
-class SecondLane:
+class SecondBackend:
     """Runs at once what it is given, and brings its results to the host."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class SecondLane:
 
 def moved() -> Outcome:
     """A model that is on the second device for some steps."""
-    lanes = {"cpu": HostBackend(), SECOND: SecondLane()}
+    backends = {"cpu": HostBackend(), SECOND: SecondBackend()}
 
     def edit(step: int, model: nn.Module) -> None:
         if step in (AWAY, BACK):
@@ -165,13 +165,13 @@ def moved() -> Outcome:
             data=data(),
             bare_data=data(),
             make_optimizer=torch.optim.SGD,
-            lanes=lambda device: lanes[device.type],
+            backends=lambda device: backends[device.type],
         )
     return Outcome(
         run.unchanged,
         {
             "goes on, status ok": set(run.statuses) == {"ok"} and run.sink.steps == [0, 2, 4, 6, 8, 10],
-            "samples 6 and 8, two layers and a loss each, on the second": lanes[SECOND].launches == 6,
+            "samples 6 and 8, two layers and a loss each, on the second": backends[SECOND].launches == 6,
         },
     )
 

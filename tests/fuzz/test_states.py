@@ -96,9 +96,9 @@ def check(state: Any) -> None:
     again = MONITOR.state_dict()
     json.dumps(to_json(again))  # as the next checkpoint has it
     MONITOR.load_state_dict(again)
-    assert MONITOR._cadence.due(10) in (True, False)
-    MONITOR._cadence.spent(0.1)
-    MONITOR._cadence.sampled(10)
+    assert MONITOR._context.cadence.due(10) in (True, False)
+    MONITOR._context.cadence.spent(0.1)
+    MONITOR._context.cadence.sampled(10)
 
 
 def test_a_whole_state_is_loaded_as_it_is() -> None:

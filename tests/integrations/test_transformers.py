@@ -106,7 +106,7 @@ def test_the_share_of_a_micro_batch_is_the_trainers_in_every_step(
 
     class Noting(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-            scale = ess.monitor._autopilot._grad_scale()
+            scale = ess.monitor._results.autopilot._grad_scale()
             seen.append((scale, trainer.current_gradient_accumulation_steps))
 
     resume = None

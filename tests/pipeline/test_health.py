@@ -265,7 +265,7 @@ def test_a_forked_child_that_goes_on_training_and_closes_the_monitor_waits_for_n
         held, release = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with monitor._measuring._executor._wake, monitor._ledger._lock:
+            with monitor._queue._executor._wake, monitor._context.counters._lock:
                 held.set()
                 release.wait(30)
 
@@ -327,7 +327,7 @@ def test_a_worker_whose_samples_are_given_up_one_after_the_other_is_off(
         for _ in range(200):
             monitor.model(torch.arange(96).reshape(4, 24) % 16)
             monitor.step({"loss": 1.0})
-            if not monitor._measuring._executor.stuck and "worker" in monitor.snapshot().health.parts_off:
+            if not monitor._queue._executor.stuck and "worker" in monitor.snapshot().health.parts_off:
                 break
             time.sleep(0.01)
         health = monitor.snapshot().health
@@ -337,7 +337,7 @@ def test_a_worker_whose_samples_are_given_up_one_after_the_other_is_off(
         for _ in range(4):
             monitor.model(torch.arange(96).reshape(4, 24) % 16)
             monitor.step({"loss": 1.0})
-        assert len(monitor._measuring) == 0
+        assert len(monitor._queue) == 0
         time.sleep(2 * seconds)
 
 
@@ -376,7 +376,7 @@ def test_close_and_flush_wait_no_longer_than_they_are_told_in_lockstep(monkeypat
         monitor.start()
         monitor.model(torch.arange(96).reshape(4, 24) % 16)
         monitor.step({"loss": 1.0})
-        assert len(monitor._measuring) == 1
+        assert len(monitor._queue) == 1
         started = time.monotonic()
         end(monitor, timeout_seconds=0.1)
         assert time.monotonic() - started < 30

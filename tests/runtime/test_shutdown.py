@@ -81,7 +81,7 @@ model(torch.randn(4, 16, 128)).sum().backward()
 monitor.step()
 monitor.flush()
 time.sleep(0.2)
-monitor._judge.hub.close("finished", timeout_seconds=0.05)
+monitor._hub.close("finished", timeout_seconds=0.05)
 monitor.close()
 sys.exit(3)
 """
@@ -173,7 +173,7 @@ def test_a_monitor_that_nobody_closed_is_closed_as_failed(
 
 
 def test_a_monitor_that_cannot_be_closed_changes_no_exit_status(status_of: Any, tmp_path: Path) -> None:
-    end = "monitor._autopilot.close = lambda: 1 / 0\nsys.exit(3)"
+    end = "monitor._results.autopilot.close = lambda: 1 / 0\nsys.exit(3)"
     status, printed = status_of(f"{MONITOR}\n{end}", str(tmp_path / "events.jsonl"))
     assert status == 3
     assert "could not be closed at the end of the process" in printed

@@ -1,0 +1,77 @@
+"""What is known of a run at this moment, for whoever holds its monitor."""
+
+from __future__ import annotations
+
+from ess_monitor.exporters import Exporter, ExporterHub
+from ess_monitor.pipeline.context import RunContext
+from ess_monitor.pipeline.results import ResultHandler
+from ess_monitor.pipeline.trigger import SampleTrigger
+from ess_monitor.records import Action, Condition, Finding, Reading, Snapshot
+
+
+class RunView:
+    """Answers what is known of a run. The base of `Monitor`, which sets these fields."""
+
+    _context: RunContext
+    _trigger: SampleTrigger
+    _results: ResultHandler
+    _hub: ExporterHub
+    _step: int
+    _running: bool
+    _samples: bool
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the measured layers, in model order."""
+        return self._context.layer_names
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """Latest reading of every layer that has one, whatever its status."""
+        latest = self._results.readings
+        return tuple(latest[name] for name in self.layers if name in latest)
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """Condition of every layer."""
+        return self._results.conditions
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The last 1000 changes of condition, oldest first."""
+        return self._results.findings
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """The last 1000 things the autopilot did or said, oldest first."""
+        return self._results.actions
+
+    @property
+    def overhead_ratio(self) -> float:
+        """Measured cost of the monitor so far as a share of the training time."""
+        return self._context.cadence.overhead_ratio
+
+    @property
+    def exporters(self) -> tuple[Exporter, ...]:
+        """The sinks in use, from the configuration and from the argument."""
+        return self._hub.exporters
+
+    def snapshot(self) -> Snapshot:
+        """Return all counters at this moment. Safe to call from any thread."""
+        hub, context = self._hub, self._context
+        return context.counters.snapshot(hub.errors, hub.dropped, hub.queue_lengths, context.health.data(hub.off))
+
+    @property
+    def sample_due(self) -> bool:
+        """True when the cadence asks for a sample now; never on a rank whose readings nobody asks for."""
+        return self._running and self._samples and self._context.cadence.due(self._step)
+
+    @property
+    def armed(self) -> bool:
+        """True while the next forward pass is to be sampled."""
+        return self._trigger.armed_at is not None
+
+    @property
+    def _alive(self) -> bool:
+        """False before the start and after the end, and in a forked child."""
+        return self._running and not self._context.health.forked
