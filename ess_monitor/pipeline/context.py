@@ -134,8 +134,7 @@ def check_run(
         given = validation.type_of(agreement)
         raise ConfigError(f"agreement: {given} is not a StoreConsensus; leave it out to have one built")
     for name, function in functions.items():
-        if function is not None:
-            validation.function(name, function)
+        validation.function(name, function)
 
 
 def check_end(status: RunStatus, timeout_seconds: float) -> float:
