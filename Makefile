@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -28,12 +29,13 @@ demo: $(DEV)
 observability: $(DEV)
 	$(BIN)/python examples/observability.py
 
+# A file's tests stay in one process, so that what they share is made once. WORKERS=0 runs all in this one.
 test: $(DEV)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Lines and branches; takes half as long again.
 coverage: $(DEV)
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term $(ARGS)
 
 # A quarter of an hour. mutmut has a folder of its own, so that its dependencies are none of ours.
 mutation: $(DEV) $(MUTMUT)
@@ -55,6 +57,7 @@ check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy ess_monitor
+	$(BIN)/codespell
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py tests/test_packaging.py -k "not build"
 
 bench: $(DEV)

@@ -7,18 +7,32 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "ess_monitor"
+from tests.architecture import (
+    ABOVE_THE_MONITOR,
+    ADAPTERS,
+    ARROWS,
+    LINKED,
+    ONLY_TO_TRAIN,
+    PACKAGE,
+    ROOT,
+    ROOT_MODULES,
+    STAGES,
+    TREES,
+    against_the_arrows,
+    circles,
+    class_names,
+    imports,
+    lines_by_folder,
+    module_name,
+    package_of,
+    python_files,
+)
+
 INTEGRATIONS = ROOT / "integrations"
-LINKED = ("alerts", "integrations")
-"""Rooms whose files lie at the top level of the repository; `ess_monitor/<name>` is only a link to them."""
-TREES = ("ess_monitor", *LINKED, "examples", "tests", "benchmarks")
 
 PUBLIC_NAMES = {
     "Action",
@@ -49,33 +63,6 @@ PUBLIC_NAMES = {
     "register_capture",
 }
 
-ARROWS: dict[str, set[str]] = {
-    "errors": set(),
-    "validation": {"errors"},
-    "records": {"errors"},
-    "ess": {"errors", "validation"},
-    "featurizers": {"errors", "ess", "validation"},
-    "tasks": {"errors", "validation"},
-    "runtime": {"errors", "records", "validation"},
-    "distributed": {"errors", "records", "runtime", "validation"},
-    "capture": {"distributed", "errors", "ess", "records", "validation"},
-    "interventions": {"capture", "errors", "ess", "records", "validation"},
-    "diagnosis": {"errors", "records", "validation"},
-    "exporters": {"errors", "records", "runtime", "validation"},
-    "config": {"capture", "diagnosis", "distributed", "errors", "exporters", "interventions", "runtime", "validation"},
-    "alerts": {"errors", "validation"},
-    "report": {"errors", "exporters", "records", "validation"},
-}
-"""Room -> the rooms it may import, itself apart. What is not listed stands above them all."""
-
-ABOVE_THE_MONITOR = {"alerts", "cli", "integrations", "report"}
-"""Rooms that the monitor must not know. Alerts and reports know nothing of it either: the ones speak of metrics by
-name, the others read event logs."""
-ONLY_TO_TRAIN = {"featurizers", "tasks"}
-
-ADAPTERS = {"ess_monitor.capture.adapters.featurizers": "featurizers"}
-"""Capture adapters, loaded by name once their library is in `sys.modules`. They alone may import it."""
-
 FRAMEWORKS = {
     "accelerate",
     "composer",
@@ -89,101 +76,42 @@ FRAMEWORKS = {
 }
 
 LINES_OF_A_FILE = 400
-
-
-class Import(NamedTuple):
-    """One imported module, as an absolute dotted name."""
-
-    module: str
-    line: int
-
-
-def _python_files(*trees: str) -> list[Path]:
-    """Every Python file of `trees`. The links are left out: what they lead to is found at its own place."""
-    files = (path for tree in trees for path in (ROOT / tree).rglob("*.py"))
-    return sorted(path for path in files if not any(PACKAGE / name in path.parents for name in LINKED))
-
-
-def _module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] in LINKED:
-        parts = ("ess_monitor", *parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _room(module: str) -> str:
-    """`ess_monitor.capture.adapters.featurizers` -> `capture`; the package's own `__init__` -> ``."""
-    return ".".join(module.split(".")[1:2])
-
-
-def _imports(path: Path) -> Iterator[Import]:
-    """Every import in the file, at any depth. `from a import b` counts as `a.b` where that is a module of ours."""
-    package = _module_name(path).split(".")
-    if path.name != "__init__.py":
-        package = package[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (Import(name.name, node.lineno) for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else []
-            module = ".".join([*base, *filter(None, [node.module])])
-            if module == "ess_monitor":
-                yield from (Import(f"{module}.{name.name}", node.lineno) for name in node.names)
-            else:
-                yield Import(module, node.lineno)
-
-
-def _may_import(module: str) -> set[str]:
-    """Rooms that `module` may import, its own among them."""
-    room = _room(module)
-    if room in ARROWS:
-        return ARROWS[room] | {room} | ({ADAPTERS[module]} if module in ADAPTERS else set())
-    rooms = {_room(_module_name(path)) for path in _python_files("ess_monitor")} | ABOVE_THE_MONITOR
-    if room == "cli":
-        return rooms - {"integrations"}
-    if room == "integrations":
-        return rooms - {"cli"} - ONLY_TO_TRAIN
-    return rooms - ABOVE_THE_MONITOR - ONLY_TO_TRAIN - {""}
+FILES_OF_A_FOLDER = 14
+LINES_OF_THE_MONITOR = 250
 
 
 def _relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", _python_files("ess_monitor", *LINKED), ids=_relative)
-def test_imports_follow_the_arrows(path: Path) -> None:
-    module = _module_name(path)
-    allowed = _may_import(module)
+@pytest.mark.parametrize("path", python_files("ess_monitor", *LINKED), ids=_relative)
+def testimports_follow_the_arrows(path: Path) -> None:
     public = {f"ess_monitor.{name}" for name in PUBLIC_NAMES}
-    against = [
-        f"{_relative(path)}:{line}: {module} must not import {imported}"
-        for imported, line in _imports(path)
-        if imported.split(".")[0] == "ess_monitor" and imported not in public and _room(imported) not in allowed
-    ]
+    against = against_the_arrows(path, public)
     assert not against, "\n".join(against)
 
 
 @pytest.mark.parametrize("room", sorted(ARROWS))
 def test_public_names_of_the_package_are_not_a_way_round_the_arrows(room: str) -> None:
-    paths = [path for path in _python_files("ess_monitor", *LINKED) if _room(_module_name(path)) == room]
+    paths = [path for path in python_files("ess_monitor", *LINKED) if package_of(module_name(path)) == room]
     assert paths, f"no room {room!r} is left in ess_monitor/: take it out of ARROWS"
     public = {f"ess_monitor.{name}" for name in PUBLIC_NAMES}
-    against = [f"{_relative(path)}:{line}" for path in paths for name, line in _imports(path) if name in public]
+    against = [f"{_relative(path)}:{line}" for path in paths for name, line, _ in imports(path) if name in public]
     assert not against, f"rooms import each other, not the package's front door: {against}"
 
 
-def test_no_room_imports_the_adapters_of_capture_by_name() -> None:
-    files = _python_files("ess_monitor", *LINKED)
-    assert {_module_name(path) for path in files} >= set(ADAPTERS)
-    against = [f"{_relative(path)}:{line}" for path in files for name, line in _imports(path) if name in ADAPTERS]
+def test_nopackage_ofimports_the_adapters_of_capture_by_name() -> None:
+    files = python_files("ess_monitor", *LINKED)
+    assert {module_name(path) for path in files} >= set(ADAPTERS)
+    against = [f"{_relative(path)}:{line}" for path in files for name, line, _ in imports(path) if name in ADAPTERS]
     assert not against, f"an adapter is loaded by capture's registry once its library is there: {against}"
 
 
-def test_the_package_imports_no_framework() -> None:
+def test_the_packageimports_no_framework() -> None:
     against = [
         f"{_relative(path)}:{line}: {name}"
-        for path in _python_files("ess_monitor")
-        for name, line in _imports(path)
+        for path in python_files("ess_monitor")
+        for name, line, _ in imports(path)
         if name.split(".")[0] in FRAMEWORKS
     ]
     assert not against, f"frameworks belong into integrations/ and into adapters that capture loads lazily: {against}"
@@ -192,19 +120,53 @@ def test_the_package_imports_no_framework() -> None:
 def test_integrations_are_imported_by_their_installed_name_only() -> None:
     against = [
         f"{_relative(path)}:{line}: {name}"
-        for path in _python_files(*TREES)
-        for name, line in _imports(path)
+        for path in python_files(*TREES)
+        for name, line, _ in imports(path)
         if name.split(".")[0] in {"integrations", "alerts"}
     ]
     assert not against, f"the bare name makes a second copy of every class; import ess_monitor.<name>: {against}"
 
 
-@pytest.mark.parametrize("path", _python_files(*TREES), ids=_relative)
+@pytest.mark.parametrize("path", python_files(*TREES), ids=_relative)
 def test_every_file_is_small_and_parses_under_python_3_10(path: Path) -> None:
     text = path.read_text()
     ast.parse(text, filename=str(path), feature_version=(3, 10))
     lines = len(text.splitlines())
     assert lines <= LINES_OF_A_FILE, f"{_relative(path)} has {lines} lines: split it"
+
+
+def test_the_root_of_the_package_holds_these_modules_and_packages_only() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_MODULES
+
+
+def test_no_folder_of_the_package_holds_too_many_files() -> None:
+    counts = {folder: len(set(files) - {"__init__.py"}) for folder, files in lines_by_folder().items()}
+    assert {folder: count for folder, count in counts.items() if count > FILES_OF_A_FOLDER} == {}
+
+
+def test_the_monitor_can_be_read_like_the_picture() -> None:
+    assert len((PACKAGE / "monitor.py").read_text(encoding="utf-8").splitlines()) <= LINES_OF_THE_MONITOR
+
+
+def test_the_stages_of_a_sample_do_not_know_each_other() -> None:
+    modules = {f"ess_monitor.pipeline.{stage}" for stage in STAGES}
+    against = [
+        f"{stage}: {name}"
+        for stage in STAGES
+        for name, _, _ in imports(PACKAGE / "pipeline" / f"{stage}.py")
+        if name in modules
+    ]
+    assert against == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles() == []
+
+
+def test_no_two_classes_bear_one_name() -> None:
+    twice = {name: places for name, places in class_names().items() if len(places) > 1}
+    assert twice.pop("ESSMonitorCallback"), "the callback has one name in every integration, on purpose"
+    assert twice == {}
 
 
 def test_the_public_names_are_the_documented_ones() -> None:
