@@ -22,7 +22,7 @@ from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.runtime import RuntimeConfig
 
 ENVIRONMENT_PREFIX = "ESS_MONITOR_"
-_PROBLEMS_TOLD = 10
+_MAX_PROBLEMS = 10
 
 
 class MonitorConfig(BaseModel):
@@ -51,7 +51,7 @@ class MonitorConfig(BaseModel):
     layers: LayerFilter = LayerFilter()
     """Which layers; a list is read as include patterns."""
     capture: CaptureConfig = CaptureConfig()
-    """How much of a forward pass is taken."""
+    """How much of a forward pass is captured."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Where the work runs."""
     distributed: DistributedConfig = DistributedConfig()
@@ -104,10 +104,10 @@ class MonitorConfig(BaseModel):
 
 
 def explain(error: ValidationError) -> str:
-    """What is wrong, the first problems of many: setting, problem, the value that was given."""
+    """Return what is wrong in words, the first of many problems: setting, problem, the value that was given."""
     lines = []
     problems = error.errors()
-    for problem in problems[:_PROBLEMS_TOLD]:
+    for problem in problems[:_MAX_PROBLEMS]:
         name = f"{'.'.join(str(part) for part in problem['loc']) or 'config':.200}"
         silent = problem["type"] in ("missing", "extra_forbidden") or _may_be_secret(problem["loc"])
         given = "" if silent else f" (got {_shown(problem['input'])})"
@@ -128,7 +128,7 @@ def _shown(value: Any) -> str:
 
 
 def _may_be_secret(location: tuple[int | str, ...]) -> bool:
-    """Credentials, and addresses, which can have a password in them."""
+    """Return whether a setting holds credentials, or an address, which can have a password in it."""
     return any(isinstance(part, str) and ("auth" in part or part.endswith("url")) for part in location) or (
         # The whole of an exporter's settings, when no part of it could be blamed.
         location[:1] == ("exporters",) and len(location) <= 3
@@ -190,12 +190,12 @@ _UNWRITABLE = re.compile("[\\0\ud800-\udfff]")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The settings in a file; none where it is empty.
+    """Return the settings in a YAML file; none where it is empty.
 
     Plain values, lists and mappings only: a tag that would make an object is refused (`yaml.SafeLoader`).
 
     Raises:
-        ConfigError: the file cannot be read, is too large, too deep or no YAML, or holds something else than a mapping
+        ConfigError: the file cannot be read, is too large, too deep or not YAML, or does not hold a mapping
             of names. The message says where, and quotes no line, as the file may be another one, with secrets in it.
     """
     try:
@@ -224,21 +224,21 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 class _TooMuch(yaml.MarkedYAMLError):
-    """The text means more than a configuration does."""
+    """Says that the text expands to more than a configuration."""
 
     def __init__(self, problem: str, found: yaml.Node | yaml.Event) -> None:
         super().__init__(problem=problem, problem_mark=found.start_mark)  # type: ignore[arg-type]
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, whose scalars fail with its own kind of error, and whose numbers have an end."""
+    """Loads plain values. Malformed scalars raise a YAML error, and numbers are limited to 64 bits."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             kind = node.tag.rpartition(":")[2]  # what the value's own type makes of it: `2001-13-01`, `!!int x`
-            raise yaml.constructor.ConstructorError(None, None, f"this is no {kind}", node.start_mark) from error
+            raise yaml.constructor.ConstructorError(None, None, f"this is not of type {kind}", node.start_mark) from error
         if isinstance(value, int) and abs(value) > MAX_INTEGER:
             raise _TooMuch("a whole number of more than 64 bits", node)
         if isinstance(value, str) and _UNWRITABLE.search(value):

@@ -1,7 +1,7 @@
 """A checkpoint state that version 0.1 saved loads, and is saved again as it was.
 
-The files in tests/data hold `Monitor.state_dict()` of the loops in tests/pipeline/test_autopilot.py, written by 0.1 with torch.save
-after 13 steps (auto) and 21 (advise).
+The files in tests/data hold `Monitor.state_dict()` of the loops in tests/pipeline/test_autopilot.py, written with
+torch.save by 0.1 after 13 steps (mode auto) and 21 (advise).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a monitor's state must look like, checked as a whole before any of it is used.
+"""Checks a monitor's state as a whole before any of it is used.
 
 A state comes out of a checkpoint, which others may have written or cut short. A wrong type in a counter would show up
 as a failing scrape hours later, one in a treatment inside the backward pass.
@@ -24,11 +24,11 @@ _Seconds = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]
 """Some 30,000 years: far from where arithmetic on them overflows."""
 
 
-class _Part(BaseModel):
+class _StatePart(BaseModel):
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
 
-class _Cadence(_Part):
+class _CadenceState(_StatePart):
     next_step: _Integer
     last_sample: _Integer
     interval_steps: Annotated[int, Field(ge=1, le=2**63 - 1)]
@@ -40,7 +40,7 @@ class _Cadence(_Part):
     held: bool
 
 
-class _Ledger(_Part):
+class _CountersState(_StatePart):
     steps_total: _Count
     measurements: dict[Outcome, _Count]
     changes: dict[Condition, _Count]
@@ -49,27 +49,27 @@ class _Ledger(_Part):
     interventions: dict[ActionKind, dict[ActionOutcome, _Count]]
 
 
-class _Evidence(_Part):
+class _ResultState(_StatePart):
     step: _Count
     readings: tuple[Reading, ...]
     metrics: dict[str, FiniteFloat]
     nonfinite: list[str]
 
 
-class _State(_Part):
+class _MonitorState(_StatePart):
     step: _Count
     judge_at: _Count | None
-    evidence: _Evidence | None
+    evidence: _ResultState | None
     autopilot: dict[str, Any]
-    cadence: _Cadence
+    cadence: _CadenceState
     diagnosis: dict[str, Any]
-    ledger: _Ledger
+    ledger: _CountersState
     turn: Annotated[int, Field(ge=0, le=2**62)]
     """Below the 64 bits of a generator's seed, to which it is added."""
 
 
 def read_state(state: Any) -> dict[str, Any]:
-    """`state` with every value of the type and in the range that `Monitor.state_dict` gives.
+    """Return `state` with every value of the type and in the range that `Monitor.state_dict` gives.
 
     The parts of the diagnosis and of the autopilot are checked where they are loaded.
 
@@ -89,7 +89,7 @@ def read_state(state: Any) -> dict[str, Any]:
             "measurements begin anew, the training is not affected)"
         )
     try:
-        return _State.model_validate(dict(state)).model_dump()
+        return _MonitorState.model_validate(dict(state)).model_dump()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))

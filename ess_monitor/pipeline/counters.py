@@ -1,4 +1,4 @@
-"""The run's counters. Everything a scrape shows is cut from here, under one lock, so that it is consistent.
+"""Counts what happens in a run. A scrape shows one snapshot of it, cut under one lock so that it is consistent.
 
 The training thread adds to it at every step, exporters read it from their own threads at any time.
 """
@@ -63,7 +63,12 @@ class _Histogram:
 
 
 class RunCounters:
-    """Counts what happened in a run."""
+    """Counts what happens in a run.
+
+    Args:
+        layers: names of the measured layers.
+        wall_clock: seconds since the epoch.
+    """
 
     def __init__(self, layers: Iterable[str], *, wall_clock: Callable[[], float] = time.time) -> None:
         names = tuple(layers)
@@ -92,12 +97,12 @@ class RunCounters:
         self._autopilot_enabled = False
 
     def set_status(self, status: RunStatus) -> None:
-        """The run entered `status`."""
+        """Set the status of the run."""
         with self._lock:
             self._status = status
 
     def step(self, step: int, seconds: float | None) -> None:
-        """An optimizer step ended; `seconds` is None for the first one, whose beginning was not seen."""
+        """Count an optimizer step; `seconds` is None for the first one, whose start was not seen."""
         now = self._wall_clock()
         with self._lock:
             self._status = "running"
@@ -108,12 +113,12 @@ class RunCounters:
                 self._step_seconds.add(seconds)
 
     def spent(self, phase: Phase, seconds: float) -> None:
-        """The monitor itself spent this long."""
+        """Add to the time that the monitor itself has spent in a phase."""
         with self._lock:
             self._overhead[phase].add(seconds)
 
     def overhead(self, ratio: float, interval_steps: int) -> None:
-        """The measured share of the training time, and the interval that follows from it."""
+        """Set the measured share of the training time, and the interval that follows from it."""
         with self._lock:
             self._overhead_ratio = ratio
             self._interval_steps = interval_steps
@@ -125,7 +130,7 @@ class RunCounters:
         findings: Iterable[Finding] = (),
         conditions: Mapping[str, Condition] | None = None,
     ) -> None:
-        """A sampled step came to its end."""
+        """Count a sample that has come to its end."""
         now = self._wall_clock()
         with self._lock:
             self._measurements[outcome] += 1
@@ -140,7 +145,7 @@ class RunCounters:
             self._conditions.update(conditions or {})
 
     def autopilot(self, actions: Iterable[Action], active: Iterable[ActionKind], budget: int, enabled: bool) -> None:
-        """What the autopilot did at this measurement, and where it stands."""
+        """Count what the autopilot did at this measurement, and set where it stands."""
         now = self._wall_clock()
         with self._lock:
             for action in actions:
@@ -159,7 +164,7 @@ class RunCounters:
         export_queue: Mapping[str, int] | None = None,
         health: HealthData | None = None,
     ) -> Snapshot:
-        """All counters at one moment."""
+        """Return all counters at one moment."""
         with self._lock:
             return Snapshot(
                 status=self._status,
@@ -188,7 +193,7 @@ class RunCounters:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters that go on after a resume; times and histograms are those of a process and start anew."""
+        """Return the counters that go on after a resume. Times and histograms are those of a process and start anew."""
         with self._lock:
             return {
                 "steps_total": self._steps_total,

@@ -1,4 +1,4 @@
-"""Which parts of a monitor work: a guard for each part, a breaker for the layers, and the memory for a sample."""
+"""Tracks which parts of a monitor work: a guard for each part, a breaker for the layers, a backoff for memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ess_monitor.runtime.guard import logger
 
 
 class Health:
-    """What has failed in a run, and what is off because of it.
+    """Holds what has failed in a run, and what is off because of it.
 
     A part fails as a whole and is turned off as a whole. A layer that fails in capture or measurement is counted in
-    that part, and turned off alone. A lack of memory turns nothing off: less is taken.
+    that part, and turned off alone. A lack of memory turns nothing off: samples become smaller.
 
     Args:
         strict: failures are kept, to be raised by `raise_pending`.
@@ -34,10 +34,10 @@ class Health:
         return os.getpid() != self._process_id
 
     def layers_failed(self, errors: Mapping[str, str], succeeded: set[str]) -> dict[str, str]:
-        """What one sample says of its layers: the errors of those that failed, and those that did not.
+        """Take in how one sample went: the errors of the layers that failed, and the names of those that did not.
 
         Returns:
-            For every layer that is off from now on, what its reading says of that.
+            For every layer that is off from now on, the message of its reading.
         """
         self.layers.succeeded(succeeded)
         off = {name: error for name, error in errors.items() if self.layers.failed(name, error)}

@@ -1,4 +1,4 @@
-"""From a captured operator to a `Reading`: the computation that runs beside the training, and what becomes of it."""
+"""From a captured operator to a `Reading`: the computation beside the training, and the averages of its results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Results = dict[str, torch.Tensor]
 
 
 def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) -> Results:
-    """Everything that is measured of one operator, as tensors on its device. Nothing here waits for the device."""
+    """Compute everything that is measured of one operator, as tensors on its device, without waiting for the device."""
     operator = captured.operator
     with torch.no_grad():
         measured = measure(operator, positions, tolerance=tolerance)
@@ -51,7 +51,7 @@ def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) ->
 
 
 def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor:
-    """One spectrum for a layer: the geometric mean of each singular value over samples and heads.
+    """Return one spectrum for a layer: the geometric mean of each singular value over samples and heads.
 
     It is drawn on a logarithmic axis, where this is the mean of what is drawn: one large head does not hide the others,
     and the spectrum crosses the tolerance near the mean ESS. A value counts as no less than a floor, so that one dead
@@ -77,23 +77,23 @@ def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor
 
 
 def _thinned(count: int, device: torch.device) -> torch.Tensor:
-    """Evenly spaced indices, the first and the last among them; from shapes alone, so nothing waits for the device."""
+    """Return evenly spaced indices with the first and the last, from shapes alone: nothing waits for the device."""
     kept = min(count, SPECTRUM_VALUES)
     return torch.arange(kept, device=device) * (count - 1) // max(kept - 1, 1)
 
 
 def positions_of(captured: Captured, positions: str | int) -> tuple[int, ...]:
-    """The positions asked for, in this operator's length."""
+    """Return the configured positions for this operator's length."""
     return operator_positions(captured.operator.length, positions)  # type: ignore[arg-type]
 
 
-def lost_reading(step: int, captured_name: str, status: Status, message: str) -> Reading:
-    """A reading without sizes."""
-    return Reading(step=step, layer=captured_name, status=status, message=message)
+def lost_reading(step: int, layer: str, status: Status, message: str) -> Reading:
+    """Build a reading without sizes."""
+    return Reading(step=step, layer=layer, status=status, message=message)
 
 
 def reading(step: int, captured: Captured, positions: tuple[int, ...], tolerance: float, results: Results) -> Reading:
-    """Average a layer's results, which are on the host by now."""
+    """Build a layer's reading: averages of its results, which are on the host by now."""
     name, length = captured.layer.name, captured.operator.length
     if not positions:
         message = f"a sequence of {length} token(s) has no past to remember; ESS needs at least 2"
@@ -149,7 +149,7 @@ def _mean(values: torch.Tensor | None) -> float | None:
 
 
 def _ratio(effective: float, undecayed: float | None) -> float | None:
-    """Of the averages, not an average of ratios: a head whose undecayed ESS is 0 must not decide."""
+    """Return the ratio of the averages: in an average of ratios a head whose undecayed ESS is 0 would decide."""
     if undecayed is None:
         return None
     return effective / undecayed if undecayed > 0 else 1.0

@@ -1,4 +1,4 @@
-"""What is known of a run when it starts."""
+"""Describes a run when it starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ess_monitor.records import RunInfo
 
 
 def run_info(model: nn.Module, config: MonitorConfig, started_seconds: float, facts: Mapping[str, Any]) -> RunInfo:
-    """The record that exporters are given at the start.
+    """Build the record that exporters are given at the start.
 
     Args:
         model: the watched model.
@@ -39,7 +39,7 @@ def run_info(model: nn.Module, config: MonitorConfig, started_seconds: float, fa
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of this package, torch and Python; "unknown" for a package that runs without being installed."""
+    """Return the versions of this package, torch and Python; "unknown" for a package that is not installed."""
     versions = {"python": platform.python_version()}
     for name, distribution in (("ess_monitor", "ess-monitor"), ("torch", "torch")):
         try:
