@@ -188,7 +188,7 @@ class Monitor:
         run = run_info(self.model, self.config, self._wall_clock(), self._facts)
         self._judge.hub.start(run, self.snapshot)
         self._running = True
-        shutdown.opened(self)
+        shutdown.close_at_exit(self)
         # One rank is a fair sample of a data-parallel run, unless its readings are asked for.
         asked = here.rank == 0 or self._lockstep is not None or bool(built or self._exporters)
         self._samples = asked and bool(self._layers)
@@ -202,7 +202,7 @@ class Monitor:
         if not self._alive:
             return
         self._running = False
-        shutdown.closed(self)
+        shutdown.forget(self)
         self._sampling.stop()
         with self._guards["worker"]:
             if self._lockstep is not None:

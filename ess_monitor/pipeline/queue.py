@@ -143,9 +143,9 @@ class MeasurementQueue:
         lacking = {name for name, cause in causes.items() if is_out_of_memory(cause)}
         measured = {r.layer for r in evidence.readings if r.status in MEASURED}
         if lacking:
-            portion.lacked(sample.share)
+            portion.record_out_of_memory(sample.share)
         elif measured:
-            portion.sufficed(sample.share)
+            portion.record_success(sample.share)
         return self._health.layers_failed({k: v for k, v in failed.items() if k not in lacking}, measured)
 
 

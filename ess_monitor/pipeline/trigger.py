@@ -41,7 +41,7 @@ class SampleTrigger:
     ) -> None:
         self.armed = False
         """True while the next forward pass is to be sampled."""
-        off, share = health.layers.off, health.portion.next
+        off, share = health.layers.off, health.portion.next_share
         self._sampler = Sampler(layers, config.capture, model=model, off=off, share=share, clock=clock)
         self._source = config.capture.source
         self._probe = TokenProbe(model, config.capture.samples) if self._source == "random_tokens" else None
