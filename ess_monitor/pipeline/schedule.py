@@ -119,13 +119,13 @@ class Lockstep:
                 return evidence
             interval = self._interval
             started = self._clock()
-            mine = self._ballot.post(evidence, self._cadence.wanted_steps) if self._agreement.measures else None
-            verdict = self._agreement.exchange(step, mine, self._ballot.fold)
+            mine = self._ballot.encode(evidence, self._cadence.wanted_steps) if self._agreement.measures else None
+            verdict = self._agreement.exchange(step, mine, self._ballot.reduce)
             # Waiting for others is a cost of the monitor: the budget stretches the interval where ranks come apart.
             self._spent("measure", self._clock() - started)
             if verdict.values is None:
                 return Skipped(evidence.step, self._skipped(self._agreement, verdict))
-            evidence, interval = self._ballot.read(evidence, verdict.values)
+            evidence, interval = self._ballot.decode(evidence, verdict.values)
             self._interval = interval
             return evidence
         finally:
