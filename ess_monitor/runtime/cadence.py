@@ -124,15 +124,11 @@ class Cadence:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.next_step = int(state["next_step"])
-        self._last_sample = int(state["last_sample"])
-        self.interval_steps = int(state["interval_steps"])
-        self.cost_seconds = float(state["cost_seconds"])
-        self.train_seconds = float(state["train_seconds"])
-        self._sample_cost = float(state["sample_cost"])
-        self._cost_since_sample = float(state["cost_since_sample"])
+        self.next_step, self.interval_steps = state["next_step"], state["interval_steps"]
+        self.cost_seconds, self.train_seconds = state["cost_seconds"], state["train_seconds"]
+        self._last_sample, self._held = state["last_sample"], state["held"]
+        self._sample_cost, self._cost_since_sample = state["sample_cost"], state["cost_since_sample"]
         self._steps.extend(state["steps"])
-        self._held = bool(state["held"])
 
     def _schedule(self) -> None:
         if not self._locked:
