@@ -113,11 +113,11 @@ def one_rank(rank: int, world: int, port: int, results: Any) -> None:
     agreement, papers = StoreConsensus(store, rank, world, limit_seconds=60), ballot(range(world))
     seconds, posted, read, calls = [], [], [], []
     for step in range(WARMUP + EXCHANGES):
-        values = papers.post(evidence(step, rank), 100)
+        values = papers.encode(evidence(step, rank), 100)
         before = store.posted, store.read, store.calls
         dist.barrier()
         started = time.perf_counter()
-        verdict = agreement.exchange(step, values, papers.fold)
+        verdict = agreement.exchange(step, values, papers.reduce)
         taken = time.perf_counter() - started
         assert verdict.values is not None
         if step >= WARMUP:
@@ -135,7 +135,7 @@ def measured() -> Result:
     """2, 4 and 8 processes of this machine."""
     context = get_context("spawn")
     rows, failures = [], []
-    post = 8 * len(ballot((0,)).post(evidence(0, 0), 100))
+    post = 8 * len(ballot((0,)).encode(evidence(0, 0), 100))
     for world in WORLDS:
         server = dist.TCPStore("127.0.0.1", 0, None, True)
         queue = context.Queue()
@@ -173,13 +173,13 @@ def measured() -> Result:
 def verdict_numbers() -> int:
     """How many numbers all ranks read."""
     papers = ballot((0, 1))
-    return len(papers.fold([papers.post(evidence(0, rank), 100) for rank in (0, 1)]))
+    return len(papers.reduce([papers.encode(evidence(0, rank), 100) for rank in (0, 1)]))
 
 
 def scrape() -> tuple[int, int]:
     """Series and bytes of one endpoint after an agreed measurement."""
     papers = ballot((0, 1))
-    agreed, _ = papers.read(evidence(0, 0), papers.fold([papers.post(evidence(0, rank), 100) for rank in (0, 1)]))
+    agreed, _ = papers.decode(evidence(0, 0), papers.reduce([papers.encode(evidence(0, rank), 100) for rank in (0, 1)]))
     names = [reading.layer for reading in agreed.readings]
     ledger = RunCounters(names)
     ledger.measured("ok", agreed.readings)
@@ -192,7 +192,7 @@ def scrape() -> tuple[int, int]:
 
 def computed() -> Result:
     """From the bytes of one exchange to a thousand ranks and more."""
-    post, verdict = 8 * len(ballot((0,)).post(evidence(0, 0), 100)), 8 * verdict_numbers()
+    post, verdict = 8 * len(ballot((0,)).encode(evidence(0, 0), 100)), 8 * verdict_numbers()
     series, size = scrape()
     rows = []
     for world, ranks, exporting in LARGE:

@@ -1,13 +1,4 @@
-"""The exception tree.
-
-    EssMonitorError
-    ├── ConfigError            a setting has a value it cannot have
-    ├── OperatorError          tensors do not form the operator they were given to (shape, dtype, range)
-    ├── CaptureError           a module cannot be read as a sequence mixer
-    │   └── NoLayersError      nothing in the model can be measured
-    ├── ExporterError          a sink that was asked for cannot start
-    ├── CheckpointError        a saved state or checkpoint cannot be used
-    └── PartError              with `strict=True`: a part of the monitor failed
+"""Defines the exceptions of this package; each inherits from `EssMonitorError`.
 
 Every message names the argument, the value that was given, what is allowed, and what to do next.
 """
@@ -44,7 +35,7 @@ class CheckpointError(EssMonitorError):
 
 
 class PartError(EssMonitorError):
-    """With `strict=True`: a part of the monitor failed while the training ran. `__cause__` is what it failed with.
+    """With `strict=True`: a part of the monitor failed while the training ran. `__cause__` is the original error.
 
     Args:
         part: the part, as in the metric `ess_monitor_part_failures_total`.
@@ -52,22 +43,16 @@ class PartError(EssMonitorError):
     """
 
     def __init__(self, part: str, message: str) -> None:
-        super().__init__(f"{part}: {message}; mend the cause, or set strict=False to train on without this part")
+        super().__init__(part, message)
         self.part = part
 
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickled with its text as it stands."""
-        return _part_error, (self.part, *self.args)
-
-
-def _part_error(part: str, text: str) -> PartError:
-    error = PartError(part, "")
-    error.args = (text,)
-    return error
+    def __str__(self) -> str:
+        part, message = self.args
+        return f"{part}: {message}; fix the cause, or set strict=False to train on without this part"
 
 
 def format_error(error: BaseException) -> str:
-    """Type and text of an error; an error whose text cannot be made must not become the next one.
+    """Return type and text of an error, or its type alone where making the text fails.
 
     >>> format_error(ValueError("no"))
     'ValueError: no'

@@ -124,7 +124,7 @@ class Monitor(RunView):
         self._results.report_autopilot()
         self._hub.start(run_info(self.model, self.config, context.wall_clock(), self._facts), self.snapshot)
         self._running = True
-        shutdown.opened(self)
+        shutdown.close_at_exit(self)
         # One rank is a fair sample of a data-parallel run, unless its readings are asked for.
         asked = here.rank == 0 or self._schedule.needs_every_rank or self._hub.exporters
         self._samples = bool(asked and context.layers)
@@ -138,7 +138,7 @@ class Monitor(RunView):
         if not self._alive:
             return
         self._running = False
-        shutdown.closed(self)
+        shutdown.forget(self)
         self._trigger.stop()
         with self._context.guards["worker"]:
             self._handle(self._schedule.finish(timeout_seconds))

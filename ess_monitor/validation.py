@@ -1,7 +1,7 @@
-"""Arguments of public functions, looked at where they come in.
+"""Checks arguments of public functions.
 
-Each function gives the value back, or raises with the argument's name, the value, what is allowed, and what to do. They
-cost less than a microsecond and never read what a tensor holds.
+Each check returns the value, or raises an error that names the argument, the value, what is allowed and what to do. A
+check takes less than a microsecond and never reads the values of a tensor.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+Error = type[EssMonitorError]
 
 _CREDENTIALS = re.compile(r"//[^/@\s]*@")
-"""A user and a password in an address."""
+"""User name and password in a URL."""
 
 LARGEST = 2**53
-"""Largest whole number that is let through where no other end is named: above it float64 is not exact, and sizes, steps
-and seeds never get there."""
+"""Largest whole number that is allowed by default: above it float64 is not exact."""
 
 
 def shown(value: Any) -> str:
-    """`value` for an error message: short, and never an error itself. Of what may have settings in it, and with them an
-    address with a password, only the type is told.
+    """Return `value` as short text for an error message; never raises.
+
+    A container shows its type only: its settings may hold a URL with a password.
 
     Example:
         >>> import torch
@@ -45,13 +46,13 @@ def shown(value: Any) -> str:
         return type_of(value)
     try:
         text = _CREDENTIALS.sub("//...@", repr(value))
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # Python refuses to write an integer of thousands of digits
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def type_of(value: object) -> str:
-    """What `value` is, without what is in it.
+    """Return the type of `value` as text, without its content.
 
     Example:
         >>> type_of({"password": "x"}), type_of(dict), type_of(None)
@@ -62,16 +63,8 @@ def type_of(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
-def whole(
-    name: str,
-    value: Any,
-    low: int,
-    high: int = LARGEST,
-    *,
-    hint: str = "",
-    error: type[EssMonitorError] = ConfigError,
-) -> int:
-    """A whole number in low..high. NumPy's integers are; flags, and floats without a fraction, are not.
+def whole(name: str, value: Any, low: int, high: int = LARGEST, *, hint: str = "", error: Error = ConfigError) -> int:
+    """Return a whole number in low..high. NumPy's integers are allowed; bools and floats are not.
 
     Example:
         >>> whole("width", 0, 1)
@@ -81,7 +74,7 @@ def whole(
     """
     try:
         number = None if isinstance(value, bool) else index(value)
-    except Exception:  # text, a float, a tensor of several elements or without memory
+    except Exception:  # tensors of several elements or without memory raise various errors
         number = None
     if number is None or not low <= number <= high:
         until = "up" if high == LARGEST and number is not None and number <= high else f"to {high}"
@@ -97,9 +90,9 @@ def real(
     above: float = -math.inf,
     high: float = math.inf,
     hint: str = "",
-    error: type[EssMonitorError] = ConfigError,
+    error: Error = ConfigError,
 ) -> float:
-    """A finite number from `low` (or above `above`) up to `high`.
+    """Return a finite number from `low` (or above `above`) up to `high`.
 
     Example:
         >>> real("beta", float("nan"), above=0, hint="the paper uses 16")
@@ -114,21 +107,15 @@ def real(
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high and number > above):
         start = f" above {above:g}" if above > -math.inf else f" from {low:g} up" if low > -math.inf else ""
-        raise error(
-            _message(name, value, f"a finite number{start}" + (f" to {high:g}" if high < math.inf else ""), hint)
-        )
+        end = f" to {high:g}" if high < math.inf else ""
+        raise error(_message(name, value, f"a finite number{start}{end}", hint))
     return number
 
 
 def instance(
-    name: str,
-    value: Any,
-    kind: type[T] | tuple[type[T], ...],
-    *,
-    hint: str = "",
-    error: type[EssMonitorError] = ConfigError,
+    name: str, value: Any, kind: type[T] | tuple[type[T], ...], *, hint: str = "", error: Error = ConfigError
 ) -> T:
-    """An object of class `kind`, or of one of several.
+    """Return an object of class `kind`, or of one of several classes.
 
     Example:
         >>> instance("config", {}, int)
@@ -138,76 +125,62 @@ def instance(
     """
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = f"of type {' or '.join(each.__name__ for each in kinds)}"
-        raise error(f"{name} is {type_of(value)}; it must be {wanted}{f', {hint}' if hint else ''}.")
+        raise error(_type_message(name, value, f"of type {' or '.join(each.__name__ for each in kinds)}", hint))
     return value
 
 
-def optional(
-    name: str, value: Any, kind: type[T], *, hint: str = "", error: type[EssMonitorError] = ConfigError
-) -> T | None:
-    """An object of class `kind`, or None. What only counts as false is not None: an empty mapping is no settings."""
-    return None if value is None else instance(name, value, kind, hint=hint or "or leave it out", error=error)
+def optional(name: str, value: Any, kind: type[T], *, hint: str = "or leave it out") -> T | None:
+    """Return an object of class `kind`, or None. Other false values, an empty mapping for example, are refused."""
+    return None if value is None else instance(name, value, kind, hint=hint)
 
 
-def flag(name: str, value: Any, *, hint: str = "", error: type[EssMonitorError] = ConfigError) -> bool:
-    """True or False, and nothing that only counts as one of them."""
+def flag(name: str, value: Any) -> bool:
+    """Return True or False; other true or false values are refused."""
     if not isinstance(value, bool):
-        raise error(_message(name, value, "True or False", hint))
+        raise ConfigError(_message(name, value, "True or False"))
     return value
 
 
-def function(
-    name: str, value: Any, *, hint: str = "", error: type[EssMonitorError] = ConfigError
-) -> Callable[..., Any]:
-    """Something that can be called. A class is taken for a mistake: it was meant to be made into an object first."""
+def function(name: str, value: Any, *, hint: str = "", error: Error = ConfigError) -> Callable[..., Any]:
+    """Return something that can be called. A class is refused: most often its instance was meant."""
     if not callable(value) or isinstance(value, type):
         raise error(_message(name, value, "a function", hint))
     given: Callable[..., Any] = value
     return given
 
 
-def listed(name: str, values: Any, *, hint: str = "", error: type[EssMonitorError] = ConfigError) -> tuple[Any, ...]:
-    """What is in a list, or in anything else that gives its items one by one; a text is one thing."""
-    found = _one_by_one(values)
+def listed(name: str, values: Any, *, hint: str = "") -> tuple[Any, ...]:
+    """Return the items of a list or of another iterable; a string is refused."""
+    found = _items(values)
     if found is None:
-        raise error(f"{name} is {type_of(values)}; it must be a list{f', {hint}' if hint else ''}.")
+        raise ConfigError(_type_message(name, values, "a list", hint))
     return found
 
 
-def several(
-    name: str, values: Any, kind: type[T], *, hint: str = "", error: type[EssMonitorError] = ConfigError
-) -> tuple[T, ...]:
-    """Some objects of class `kind`, in a list or anything else that gives them one by one."""
-    found = _one_by_one(values)
-    wrong = [values] if found is None else [item for item in found if not isinstance(item, kind)]
-    if found is None or wrong:
-        place = "is" if found is None else "holds"
-        wanted = f"a list of {kind.__name__}{f', {hint}' if hint else ''}"
-        raise error(f"{name} {place} {type_of(wrong[0])}; it must be {wanted}.")
+def several(name: str, values: Any, kind: type[T], *, hint: str = "") -> tuple[T, ...]:
+    """Return the items of a list or of another iterable, all of class `kind`."""
+    wanted = f"a list of {kind.__name__}"
+    found = _items(values)
+    if found is None:
+        raise ConfigError(_type_message(name, values, wanted, hint))
+    for item in found:
+        if not isinstance(item, kind):
+            raise ConfigError(_type_message(name, item, wanted, hint, verb="holds"))
     return found
 
 
 def wholes(
-    name: str,
-    values: Any,
-    low: int,
-    high: int = LARGEST,
-    *,
-    hint: str = "",
-    error: type[EssMonitorError] = ConfigError,
+    name: str, values: Any, low: int, high: int = LARGEST, *, hint: str = "", error: Error = ConfigError
 ) -> tuple[int, ...]:
-    """Some whole numbers in low..high."""
-    found = _one_by_one(values)
+    """Return whole numbers in low..high."""
+    found = _items(values)
     if found is None:
         raise error(_message(name, values, "a list of whole numbers", hint))
     return tuple(whole(name, value, low, high, hint=hint, error=error) for value in found)
 
 
-def tensor(
-    name: str, value: Any, expected: str, dimensions: Iterable[int], *, error: type[EssMonitorError]
-) -> torch.Tensor:
-    """A real floating tensor with one of these numbers of dimensions."""
+def tensor(name: str, value: Any, expected: str, dimensions: Iterable[int], *, error: Error) -> torch.Tensor:
+    """Return a real floating tensor with one of these numbers of dimensions."""
     if not _is_tensor(value):
         raise error(f"{name} is {shown(value)}; pass a floating tensor of shape {expected}.")
     if not value.is_floating_point():
@@ -219,9 +192,9 @@ def tensor(
 
 
 def has_long_integer(value: object) -> bool:
-    """True where a whole number of more than 64 bits is in `value`, at any depth of mappings and lists.
+    """Return whether `value` holds an integer of more than 64 bits, at any depth of mappings and lists.
 
-    Python does not write out numbers of thousands of digits, so that neither an error nor a file could hold one.
+    Python refuses to write integers of thousands of digits, so they break error messages and files.
 
     Example:
         >>> has_long_integer({"a": [1, (2**63,)]}), has_long_integer({"a": [1, 2.0**63]})
@@ -241,12 +214,12 @@ def has_long_integer(value: object) -> bool:
 
 
 def _is_tensor(value: object) -> bool:
-    """Rooms without a tensor check their arguments here too, and must not import torch for it."""
+    # Packages that never need torch use this module too, so it must not import torch.
     torch_here = sys.modules.get("torch")
     return torch_here is not None and isinstance(value, torch_here.Tensor)
 
 
-def _one_by_one(values: Any) -> tuple[Any, ...] | None:
+def _items(values: Any) -> tuple[Any, ...] | None:
     if isinstance(values, (str, bytes, type)) or _is_tensor(values):
         return None
     try:
@@ -255,5 +228,9 @@ def _one_by_one(values: Any) -> tuple[Any, ...] | None:
         return None
 
 
-def _message(name: str, value: Any, allowed: str, hint: str) -> str:
+def _message(name: str, value: Any, allowed: str, hint: str = "") -> str:
     return f"{name}={shown(value)} must be {allowed}{f'; {hint}' if hint else ''}."
+
+
+def _type_message(name: str, value: Any, allowed: str, hint: str, *, verb: str = "is") -> str:
+    return f"{name} {verb} {type_of(value)}; it must be {allowed}{f', {hint}' if hint else ''}."

@@ -1,5 +1,5 @@
-"""Thin adapters from training frameworks to `ess_monitor.Monitor`. They decide nothing.
+"""Connects training frameworks to `ess_monitor.Monitor`.
 
 Import the module of the framework you use, for example `from ess_monitor.integrations.lightning import
-ESSMonitorCallback`. Nothing here is imported by the rest of the package.
+ESSMonitorCallback`. The rest of the package imports nothing from here.
 """

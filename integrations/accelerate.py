@@ -1,4 +1,4 @@
-"""For training loops with Hugging Face accelerate."""
+"""Monitors training loops that use Hugging Face accelerate."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from torch import nn
 from ess_monitor.distributed.parallelism import sizes_of_config
 from ess_monitor.exporters import Exporter, TensorBoardExporter
 from ess_monitor.exporters.framework_logger import LoggerExporter
-from ess_monitor.integrations.common import LoopFacts, loss_factor, require
-from ess_monitor.integrations.explicit import ExplicitLoop
+from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, loss_factor, require
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.pipeline.context import Metrics
 
 require("accelerate", extra="accelerate")
 
-_SCALES_OUT_OF_SIGHT = ("DEEPSPEED", "MEGATRON_LM")
+_HIDES_LOSS_SCALE = ("DEEPSPEED", "MEGATRON_LM")
 
 
 class ESSMonitorCallback(ExplicitLoop):
@@ -53,9 +52,10 @@ class ESSMonitorCallback(ExplicitLoop):
     """
 
     _accelerator: Any = None
+    _not_copied = ("_accelerator", "_model")
 
     def watch(self, accelerator: Any, model: nn.Module) -> ESSMonitorCallback:
-        """Say what is watched, after `accelerator.prepare` and before `accelerator.load_state`.
+        """Set what is watched. Call it after `accelerator.prepare` and before `accelerator.load_state`.
 
         Args:
             accelerator: the loop's `Accelerator`.
@@ -89,7 +89,7 @@ class ESSMonitorCallback(ExplicitLoop):
             grad_scale=lambda: loss_factor(
                 accelerator.scaler, accelerator.device, accelerator.gradient_accumulation_steps
             ),
-            scale_known=kind not in _SCALES_OUT_OF_SIGHT,
+            scale_known=kind not in _HIDES_LOSS_SCALE,
             parallel=sizes_of_config(getattr(accelerator, "parallelism_config", None)),
         )
 
@@ -101,7 +101,3 @@ class ESSMonitorCallback(ExplicitLoop):
             else:
                 sinks.append(LoggerExporter(tracker.name, tracker.log))
         return [*sinks, *self._table(print)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles watch nothing until they are told to."""
-        return {**super().__getstate__(), "_accelerator": None, "_model": None}

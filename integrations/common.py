@@ -1,16 +1,19 @@
-"""What the callbacks of all training loops share: settings, the monitor that runs, its state, its end.
+"""Holds what the callbacks of all training loops share: settings, the running monitor, its state and its end.
 
-A callback says what it knows of its loop (`LoopFacts`) and calls `_open`, `_close` and `monitor.step`; everything else
-is here, so that a setting means the same in every loop.
+A callback describes its loop (`LoopFacts`) and calls `_open`, `_close` and `monitor.step`. Everything else is here, so
+that a setting means the same in every loop.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,34 +27,35 @@ from ess_monitor.exporters import Exporter, TensorBoardExporter, TerminalConfig,
 from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.exporters.prometheus.identity import configs_of_rank
 from ess_monitor.monitor import Monitor
+from ess_monitor.pipeline.context import Metrics
 from ess_monitor.records import RunStatus
 
-GradScale = Callable[[], "float | torch.Tensor"]
+Self = TypeVar("Self", bound="ExplicitLoop")
 
 
 def require(module: str, *others: str, extra: str) -> None:
-    """Say which extra is missing, unless one of the modules can be imported. Nothing is imported here.
+    """Raise an error that names the missing extra, unless one of the modules can be imported. Imports nothing.
 
     Raises:
         ModuleNotFoundError: none of them is installed.
     """
-    if not any(_installed(name) for name in (module, *others)):
+    if not any(_is_installed(name) for name in (module, *others)):
         raise ModuleNotFoundError(f'this integration needs {module}: pip install "ess-monitor[{extra}]"')
 
 
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     parts = name.split(".")
-    # A parent that is missing makes find_spec raise; asking from the top down never gets there.
+    # find_spec raises where a parent is missing, so the parents are looked up first.
     return all(find_spec(".".join(parts[: k + 1])) is not None for k in range(len(parts)))
 
 
 def loss_factor(scaler: Any, device: torch.device, accumulation_steps: float) -> float | torch.Tensor:
-    """What a loop multiplies the loss with before backward: the loss scaler's scale over the accumulation steps.
+    """Return the loss scaler's scale over the accumulation steps: the factor of the loss before backward.
 
     Args:
-        scaler: a `torch.amp.GradScaler`, or None. It is asked on its device, so nothing waits.
+        scaler: a `torch.amp.GradScaler`, or None. Its scale stays on its device, so nothing waits.
         device: where the loss lives.
-        accumulation_steps: what the loss is divided by.
+        accumulation_steps: the divisor of the loss.
 
     Example:
         >>> loss_factor(None, torch.device("cpu"), 4)
@@ -65,7 +69,7 @@ def loss_factor(scaler: Any, device: torch.device, accumulation_steps: float) ->
 
 @dataclass(frozen=True)
 class LoopFacts:
-    """What a callback knows of the loop it is in."""
+    """Describes the loop that a callback is in."""
 
     rank: int
     """Of this process. Rank 0 reports."""
@@ -74,19 +78,20 @@ class LoopFacts:
     world_size: int
     strategy: str
     precision: str
-    grad_scale: GradScale
-    """As for `Monitor`; asked during backward."""
+    grad_scale: Callable[[], float | torch.Tensor]
+    """As for `Monitor`; called during backward."""
     step: int = 0
-    """Optimizer steps made so far, for a run that resumes without a state of the monitor."""
+    """Optimizer steps so far, for a run that resumes without a state of the monitor."""
     scale_known: bool = True
-    """False where an engine scales the loss out of sight (DeepSpeed, Megatron-LM): the gradient of a regularizer could
-    not be scaled alike, so the autopilot must not act."""
+    """False where an engine hides its loss scale (DeepSpeed, Megatron-LM). The gradient of a regularizer could then not
+    be scaled like the loss, so the autopilot must not act."""
     parallel: Mapping[str, int] = field(default_factory=dict)
-    """Over how many processes the loop's settings split layers ("pipeline"), tokens ("context") or heads ("tensor")."""
+    """Number of processes over which the loop's settings split layers ("pipeline"), tokens ("context") or heads
+    ("tensor")."""
 
 
 def logger_exporters(loggers: Iterable[Any]) -> list[Exporter]:
-    """A sink for every logger of Lightning or Fabric; TensorBoard's also gets charts and heat maps."""
+    """Return a sink for every logger of Lightning or Fabric; TensorBoard's also gets charts and heat maps."""
     sinks: list[Exporter] = []
     for logger in loggers:
         if type(logger).__name__ == "TensorBoardLogger":
@@ -97,7 +102,7 @@ def logger_exporters(loggers: Iterable[Any]) -> list[Exporter]:
 
 
 class CallbackBase:
-    """Settings, running monitor and state of a callback.
+    """Holds settings, running monitor and state of a callback.
 
     Args:
         config: a `MonitorConfig`, or its settings as a dictionary (from a configuration file, for example).
@@ -109,6 +114,9 @@ class CallbackBase:
         ConfigError: a setting is unknown or has a value it cannot have.
     """
 
+    _not_copied: tuple[str, ...] = ()
+    """Attributes that belong to the running training; copies and pickles leave them out."""
+
     def __init__(
         self,
         config: MonitorConfig | dict[str, Any] | None = None,
@@ -119,52 +127,53 @@ class CallbackBase:
     ) -> None:
         super().__init__()
         exporters = validation.listed("exporters", exporters, hint='kinds such as "prometheus", settings, exporters')
-        validation.flag("table", table)
-        live = tuple(item for item in exporters if isinstance(item, Exporter) and not isinstance(item, (str, dict)))
-        given = tuple(item for item in exporters if not any(item is other for other in live))
-        if given:
-            settings["exporters"] = given
+        self.table = validation.flag("table", table)
+        self._live_exporters = tuple(item for item in exporters if isinstance(item, Exporter))
+        configured = tuple(item for item in exporters if not isinstance(item, Exporter))
+        if configured:
+            settings["exporters"] = configured
         if isinstance(config, MonitorConfig):
             config = config.model_dump()
         elif config is not None and not isinstance(config, dict):
             raise ConfigError(f"config: {type(config).__name__} given; pass a MonitorConfig, a dictionary or nothing")
         self.config = MonitorConfig.load(environment=True, **{**(config or {}), **settings})
-        self.table = table
         self.monitor: Monitor | None = None
         """The monitor of the training that runs now, or of the last one. None on ranks that do not measure."""
-        self._live_exporters = live
         self._state: dict[str, Any] | None = None
-        self._running = False
-        self._if_dropped: weakref.finalize[..., Any] | None = None
+        self._close_if_dropped: weakref.finalize[..., Any] | None = None
+        """Set while the monitor runs."""
 
-    # -- life ---------------------------------------------------------------------------------------------------------
+    @property
+    def _is_running(self) -> bool:
+        return self._close_if_dropped is not None
 
     def _open(self, model: nn.Module, facts: LoopFacts, sinks: Callable[[], Iterable[Exporter]]) -> None:
-        """Build the monitor, give it the state that was loaded, and start it.
+        """Build the monitor, load its state, and start it.
 
-        On rank 0, and on the ranks that an exporter asks for (`ranks`), each measuring its own data. When the autopilot
-        may act, or several ranks are to measure (`distributed.ranks`), on every rank, and all judge the same numbers.
+        It runs on rank 0 and on the ranks that an exporter asks for (`ranks`), each measuring its own data. When the
+        autopilot may act, or several ranks are to measure (`distributed.ranks`), it runs on every rank, and all judge
+        the same numbers.
 
         Raises:
-            ConfigError: mode auto where the loss is scaled out of sight, or a model whose layers or tokens are spread
-                over processes.
+            ConfigError: mode auto where the loss scale is hidden, or a model whose layers or tokens are spread over
+                processes.
         """
         acts = self.config.autopilot.mode == "auto"
         if acts and not facts.scale_known:
             raise ConfigError(
-                f'autopilot: mode "auto" is not possible under {facts.strategy}, which scales the loss out of sight; '
+                f'autopilot: mode "auto" is not possible under {facts.strategy}, which hides its loss scale; '
                 'use "advise"'
             )
-        # Before some ranks are left out: all of them end here, or none.
+        # Checked on all ranks, also on those that do not measure: either all of them end here, or none.
         require_data_parallel(model, facts.parallel, acts=acts, source=self.config.capture.source)
         exporters = configs_of_rank(self.config.exporters, facts.rank, facts.local_rank)
-        speaks = facts.rank == 0
-        if not (speaks or exporters or measure_together(self.config.distributed, facts.world_size, acts=acts)):
+        reports = facts.rank == 0
+        if not (reports or exporters or measure_together(self.config.distributed, facts.world_size, acts=acts)):
             return
         monitor = Monitor(
             model,
             self.config.model_copy(update={"exporters": exporters}),
-            exporters=(*sinks(), *self._live_exporters) if speaks else (),
+            exporters=(*sinks(), *self._live_exporters) if reports else (),
             strategy=facts.strategy,
             world_size=facts.world_size,
             precision=facts.precision,
@@ -175,27 +184,28 @@ class CallbackBase:
         elif facts.step > 0:
             monitor.load_state_dict({**monitor.state_dict(), "step": facts.step})
         monitor.start()
-        self.monitor, self._running = monitor, True
-        # A loop that dies without telling its callbacks, and is dropped with them, still ends the run in the exporters.
-        self._if_dropped = weakref.finalize(self, monitor.close, "failed")
-        self._if_dropped.atexit = False  # the monitor sees to that itself
+        self.monitor = monitor
+        # A loop that dies without calling its callbacks, and is dropped with them, still ends the run in the exporters.
+        self._close_if_dropped = weakref.finalize(self, monitor.close, "failed")
+        self._close_if_dropped.atexit = False  # the monitor does that itself
 
     def _close(self, status: RunStatus) -> None:
-        if self.monitor is None or not self._running:
+        if self.monitor is None or self._close_if_dropped is None:
             return
-        self._running = False
-        if self._if_dropped is not None:
-            self._if_dropped.detach()
+        self._close_if_dropped.detach()
+        self._close_if_dropped = None
         self.monitor.close(status)
         self._state = self.monitor.state_dict()
 
     def _table(self, write: Callable[[str], None]) -> list[Exporter]:
         return [TerminalExporter(TerminalConfig(), write=write)] if self.table else []
 
-    # -- state --------------------------------------------------------------------------------------------------------
+    def _validation_monitor(self) -> Monitor | None:
+        """Return the monitor where validation batches are sampled, else None."""
+        return self.monitor if self.config.capture.source == "validation" else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The monitor's state: plain values and tensors. Empty before the first training."""
+        """Return the monitor's state: plain values and tensors. Empty before the first training."""
         return self.monitor.state_dict() if self.monitor is not None else (self._state or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,6 +217,68 @@ class CallbackBase:
         self._state = state_dict or None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the settings and the state, not the running monitor."""
-        idle = {"monitor": None, "_running": False, "_if_dropped": None, "_state": self.state_dict() or None}
-        return {**self.__dict__, **idle}
+        """Return the settings and the state, without the running training, for copies and pickles."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in self._not_copied}
+        return {**kept, "monitor": None, "_close_if_dropped": None, "_state": self.state_dict() or None}
+
+
+class ExplicitLoop(CallbackBase):
+    """Serves loops that their users write themselves: they call `watch`, a with-block, `step` and `sample`."""
+
+    _model: nn.Module | None = None
+
+    @abstractmethod
+    def _facts(self) -> LoopFacts:
+        """Describe the watched loop."""
+
+    @abstractmethod
+    def _sinks(self) -> Iterable[Exporter]:
+        """Return the framework's own loggers, and the table."""
+
+    def __enter__(self: Self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close("finished" if kind is None else "failed")
+
+    def start(self) -> None:
+        """Build and start the monitor; the with-block does this. A second call does nothing.
+
+        Raises:
+            ConfigError: `watch` was not called, a layer pattern matches nothing, or mode auto is not possible here.
+            NoLayersError: nothing in the model can be measured.
+            CheckpointError: the state that was loaded is not a monitor's.
+            ExporterError: a sink that was asked for cannot be opened.
+        """
+        if self._is_running:
+            return
+        if self._model is None:
+            raise ConfigError(f"{type(self).__name__}: nothing to watch; call .watch(...) with the model first")
+        self._open(self._model, self._facts(), self._sinks)
+
+    def close(self, status: RunStatus = "finished") -> None:
+        """End the run; the with-block does this. A second call does nothing."""
+        self._close(status)
+
+    @contextmanager
+    def sample(self, metrics: Metrics | None = None) -> Iterator[None]:
+        """Sample the forward pass inside the block if a sample is due; for one validation batch.
+
+        Use it with `capture={"source": "validation"}`: training batches are not sampled then.
+        """
+        if self.monitor is None or not self.monitor.sample_due:
+            yield
+            return
+        with self.monitor.sample(metrics):
+            yield
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()` of an earlier run. During a run the monitor is restarted from it."""
+        was_running = self._is_running
+        self._close("finished")
+        super().load_state_dict(state_dict)
+        if was_running:
+            self.start()

@@ -1,4 +1,4 @@
-"""For training loops with Lightning Fabric, from `lightning.fabric` and from `lightning_fabric`."""
+"""Monitors training loops that use Lightning Fabric, from `lightning.fabric` or `lightning_fabric`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import nn
 from ess_monitor.distributed.parallelism import sizes_of_mesh
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Exporter
-from ess_monitor.integrations.common import LoopFacts, logger_exporters, loss_factor, require
-from ess_monitor.integrations.explicit import ExplicitLoop
+from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, logger_exporters, loss_factor, require
 from ess_monitor.pipeline.context import Metrics
 
 require("lightning_fabric", "lightning.fabric", extra="lightning")
@@ -21,10 +20,10 @@ require("lightning_fabric", "lightning.fabric", extra="lightning")
 class ESSMonitorCallback(ExplicitLoop):
     """Shows the memory utilization of every sequence mixer while a loop with Fabric trains.
 
-    Give it to `Fabric(callbacks=[...])`, through which it learns of every optimizer step; `watch` names the model; the
-    with-block is the run; `step` brings the metrics. Loops that call hooks instead use `fabric.call("on_train_start")`,
-    `fabric.call("on_train_batch_end", outputs)`, `fabric.call("on_train_end")` and
-    `fabric.call("on_exception", error)`. In `fabric.save` and `fabric.load` it stands beside the model:
+    Pass it to `Fabric(callbacks=[...])`, which calls it at every optimizer step. `watch` names the model, the
+    with-block is the run, and `step` passes the metrics. Loops that call hooks instead use
+    `fabric.call("on_train_start")`, `fabric.call("on_train_batch_end", outputs)`, `fabric.call("on_train_end")` and
+    `fabric.call("on_exception", error)`. For `fabric.save` and `fabric.load` put it beside the model:
     `{"model": model, "optimizer": optimizer, "ess_monitor": ess}`.
 
     Args:
@@ -44,9 +43,10 @@ class ESSMonitorCallback(ExplicitLoop):
     _divisor = 1
     _stepped: tuple[torch.optim.Optimizer, ...] = ()
     """Optimizers that made a step since the last call of `step`."""
+    _not_copied = ("_fabric", "_model", "_stepped")
 
     def watch(self, fabric: Any, model: nn.Module, *, accumulation_steps: int = 1) -> ESSMonitorCallback:
-        """Say what is watched, after `fabric.setup`.
+        """Set what is watched. Call it after `fabric.setup`.
 
         Args:
             fabric: the loop's `Fabric`; this callback must be among its callbacks.
@@ -64,13 +64,13 @@ class ESSMonitorCallback(ExplicitLoop):
         if accumulation_steps < 1:
             raise ConfigError(f"accumulation_steps: {accumulation_steps} given; at least 1, the divisor of the loss")
         self._fabric, self._divisor = fabric, accumulation_steps
-        # The user's own module inside Fabric's wrapper: layers keep their names.
+        # Fabric's wrapper would change the layers' names, so the module inside it is watched.
         wrapper: Any = model
         self._model = wrapper.module if hasattr(wrapper, "_forward_module") else model
         return self
 
     def step(self, metrics: Metrics | None = None, *, step: int | None = None) -> None:
-        """Bring the metrics of an optimizer step; while gradients accumulate this does nothing.
+        """Pass the metrics of an optimizer step; while gradients accumulate this does nothing.
 
         Args:
             metrics: numbers or tensors of one element; tensors are not waited for.
@@ -80,33 +80,29 @@ class ESSMonitorCallback(ExplicitLoop):
         if self.monitor is not None and stepped:
             self.monitor.step(metrics, optimizer=stepped, step=step)
 
-    # -- hooks --------------------------------------------------------------------------------------------------------
-
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
-        """Fabric calls this by itself."""
+        """Remember that this optimizer made a step. Fabric calls this by itself."""
         if not any(optimizer is other for other in self._stepped):
             self._stepped = (*self._stepped, optimizer)
 
     def on_train_start(self) -> None:
-        """As entering the with-block."""
+        """Start the run, like entering the with-block."""
         self.start()
 
     def on_train_batch_end(self, outputs: Any = None, batch: Any = None, batch_idx: int | None = None) -> None:
-        """As `step`, with the loss, or a mapping of metrics, as `outputs`."""
+        """Do the same as `step`, with the loss, or a mapping of metrics, as `outputs`."""
         if isinstance(outputs, Mapping):
             self.step(outputs)
         else:
             self.step({"loss": outputs} if isinstance(outputs, torch.Tensor) else None)
 
     def on_train_end(self) -> None:
-        """As leaving the with-block."""
+        """End the run, like leaving the with-block."""
         self.close("finished")
 
     def on_exception(self, exception: BaseException | None = None) -> None:
-        """As leaving the with-block by an exception."""
+        """End the run as failed, like leaving the with-block by an exception."""
         self.close("failed")
-
-    # -- inside -------------------------------------------------------------------------------------------------------
 
     def _facts(self) -> LoopFacts:
         fabric = self._fabric
@@ -125,7 +121,3 @@ class ESSMonitorCallback(ExplicitLoop):
 
     def _sinks(self) -> list[Exporter]:
         return [*logger_exporters(self._fabric.loggers), *self._table(print)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles watch nothing until they are told to."""
-        return {**super().__getstate__(), "_fabric": None, "_model": None, "_stepped": ()}

@@ -1,4 +1,4 @@
-"""A state of plain values and tensors as JSON, bit for bit, and back. Reading it runs nothing."""
+"""Converts a state of plain values and tensors to JSON and back, bit for bit. Reading it runs no code."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ess_monitor.errors import CheckpointError
+from ess_monitor.errors import CheckpointError, format_error
 
 _TENSOR = "tensor:base64"
 
 
 def to_json(value: Any) -> Any:
-    """`value` with every tensor replaced by its bytes, dtype and shape.
+    """Return `value` with every tensor replaced by its bytes, dtype and shape.
 
     Example:
         >>> to_json({"step": 3, "tensor": torch.tensor([1.0])})
@@ -36,37 +36,30 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given; tuples come back as lists.
+    """Return what `to_json` was given; tuples come back as lists.
 
     Raises:
-        CheckpointError: a tensor's bytes do not fit its dtype and shape, or the value is nested too deep.
+        CheckpointError: a tensor's bytes do not fit its dtype and shape, or the value is nested too deeply.
     """
     try:
-        return _from_json(value)
+        return _decode(value)
     except RecursionError:
-        raise CheckpointError(
-            "state: nested too deep to be a monitor's; the checkpoint is damaged, resume without the monitor's state"
-        ) from None
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        if _TENSOR in value:
-            return _tensor(value)
-        return {name: _from_json(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
-    return value
-
-
-def _tensor(value: Mapping[str, Any]) -> torch.Tensor:
-    try:
-        dtype = getattr(torch, value["dtype"])
-        raw = base64.b64decode(value[_TENSOR])
-        flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-        return flat.reshape(value["shape"])
+        why = "it is nested too deeply"
     except Exception as error:
-        raise CheckpointError(
-            f"state: a tensor in it cannot be read ({type(error).__name__}: {error!s:.200}); the checkpoint is "
-            "damaged, resume without the monitor's state"
-        ) from error
+        why = f"{format_error(error):.200}"
+    raise CheckpointError(
+        f"state: cannot be read ({why}); the checkpoint is damaged, resume without the monitor's state"
+    )
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if _TENSOR not in value:
+        return {name: _decode(item) for name, item in value.items()}
+    dtype = getattr(torch, value["dtype"])
+    raw = base64.b64decode(value[_TENSOR])
+    flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    return flat.reshape(value["shape"])

@@ -1,4 +1,4 @@
-"""The PyTorch Lightning callback, for `pytorch_lightning` and for `lightning.pytorch`."""
+"""Monitors trainings of PyTorch Lightning, from `pytorch_lightning` or `lightning.pytorch`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
 
 
 def _callback_bases() -> tuple[type, ...]:
-    """The `Callback` classes of the Lightning packages in use: those already imported, else the first installed."""
+    """Return the `Callback` class of each Lightning package that is imported, else of the first that is installed."""
     names = [name for name in _FRAMEWORKS if name in sys.modules]
     for name in names or _FRAMEWORKS:
         try:
@@ -39,8 +39,8 @@ else:
 class ESSMonitorCallback(CallbackBase, _Base):
     """Shows the memory utilization of every sequence mixer of a `LightningModule` while it trains.
 
-    Attach it to a Trainer and that is all: the effective state-size goes through every logger the trainer has (with
-    custom charts and heat maps where that is TensorBoard), and a table of the layers appears beside the progress bar.
+    Pass it to a Trainer: the effective state-size goes to every logger of the trainer (with custom charts and heat maps
+    where that is TensorBoard), and a table of the layers appears beside the progress bar.
 
     Args:
         config: a `MonitorConfig`, or its settings as a dictionary (from LightningCLI, for example).
@@ -56,96 +56,82 @@ class ESSMonitorCallback(CallbackBase, _Base):
     """
 
     _optimizer_steps = 0
-
-    # -- life ---------------------------------------------------------------------------------------------------------
+    _not_copied = ("log", "log_dict")
+    """Lightning sets them on a callback in a trainer."""
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Build and start the monitor. After the sanity check and after a checkpoint's state was loaded."""
+        """Build and start the monitor, after the sanity check and after a checkpoint's state was loaded."""
         facts = LoopFacts(
             rank=trainer.global_rank,
             local_rank=trainer.local_rank,
             world_size=trainer.world_size,
             strategy=type(trainer.strategy).__name__,
             precision=str(trainer.precision),
-            grad_scale=lambda: _grad_scale(trainer),
+            grad_scale=lambda: loss_factor(
+                getattr(trainer.precision_plugin, "scaler", None),
+                trainer.strategy.root_device,
+                trainer.accumulate_grad_batches,
+            ),
             parallel=sizes_of_mesh(getattr(trainer.strategy, "_device_mesh", None)),
         )
         self._open(pl_module, facts, lambda: self._sinks(trainer))
         self._optimizer_steps = trainer.global_step
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """The run came to its end."""
+        """End the run as finished."""
         self._close("finished")
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
-        """The run did not."""
+        """End the run as failed."""
         self._close("failed")
 
     def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
-        """Whatever happened, nothing of ours stays attached or open."""
+        """End the run as failed if it is still open: nothing stays attached."""
         self._close("failed")
 
     def _sinks(self, trainer: Any) -> list[Exporter]:
         bar = trainer.progress_bar_callback
         return [*logger_exporters(trainer.loggers), *self._table(print if bar is None else bar.print)]
 
-    # -- steps --------------------------------------------------------------------------------------------------------
-
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """One comparison, unless an optimizer step was made."""
+        """Report an optimizer step, if this batch made one."""
         if self.monitor is None or trainer.global_step == self._optimizer_steps:
             return
         self._optimizer_steps = trainer.global_step
         metrics = _metrics(trainer, outputs) if self.monitor.armed else None
-        # The axis of Lightning's own loggers: steps of the loop, which differ from `global_step` when a step has
-        # several optimizers. It is counted up only after this hook.
+        # Lightning's loggers use steps of the loop, which differ from `global_step` when a step has several optimizers.
+        # The count is increased only after this hook.
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         self.monitor.step(metrics, optimizer=trainer.optimizers, step=steps)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Sample the first validation batch when that is where samples come from."""
-        if self._samples_validation(trainer, batch_idx, dataloader_idx) and self.monitor.sample_due:  # type: ignore[union-attr]
-            self.monitor.arm()  # type: ignore[union-attr]
+        """Sample the first validation batch where validation batches are the source."""
+        monitor = self._validation_monitor()
+        if monitor is not None and monitor.sample_due and _is_first_batch(trainer, batch_idx, dataloader_idx):
+            monitor.arm()
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Hand over what the first validation batch gave."""
-        if self._samples_validation(trainer, batch_idx, dataloader_idx) and self.monitor.armed:  # type: ignore[union-attr]
-            self.monitor.disarm(_metrics(trainer, outputs))  # type: ignore[union-attr]
-
-    def _samples_validation(self, trainer: Any, batch_idx: int, dataloader_idx: int) -> bool:
-        return (
-            self.monitor is not None
-            and self.config.capture.source == "validation"
-            and batch_idx == 0
-            and dataloader_idx == 0
-            and not trainer.sanity_checking
-        )
-
-    # -- state --------------------------------------------------------------------------------------------------------
+        """Send the sample of the first validation batch to be measured."""
+        monitor = self._validation_monitor()
+        if monitor is not None and monitor.armed and _is_first_batch(trainer, batch_idx, dataloader_idx):
+            monitor.disarm(_metrics(trainer, outputs))
 
     @property
     def state_key(self) -> str:
-        """One per run, whatever the settings: a resumed run may change them."""
+        """Return one key for all settings: a resumed run may change them."""
         return "ess_monitor"
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what Lightning attaches to a callback in a trainer."""
-        attached_by_lightning = ("log", "log_dict")
-        mine = super().__getstate__()
-        return {name: value for name, value in mine.items() if name not in attached_by_lightning}
 
-
-def _grad_scale(trainer: Any) -> float | torch.Tensor:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return loss_factor(scaler, trainer.strategy.root_device, trainer.accumulate_grad_batches)
+def _is_first_batch(trainer: Any, batch_idx: int, dataloader_idx: int) -> bool:
+    return batch_idx == 0 and dataloader_idx == 0 and not trainer.sanity_checking
 
 
 def _metrics(trainer: Any, outputs: Any) -> dict[str, Any]:
-    """What the module logged so far, and the loss it returned."""
+    """Return what the module has logged, and the loss it returned."""
     metrics = dict(trainer.callback_metrics)
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if isinstance(loss, torch.Tensor):

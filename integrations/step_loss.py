@@ -1,4 +1,4 @@
-"""The loss of one step, taken from what the model returns, for loops that do not tell their callbacks."""
+"""Reads the loss of one step from the model's output, for loops that do not pass it to their callbacks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ess_monitor.capture.hooks.forward_errors import when_raised
 
 
 class StepLoss:
-    """Listens to a model's training passes from its construction until `take`, or until one of them raises.
+    """Collects the losses of a model's training passes from its construction until `take`, or until a pass raises.
 
-    The Trainer of transformers takes the loss from the model's output, `output["loss"]` or `output[0]`, and hands it to
-    no callback. What is kept here are the same tensors; nothing waits for the device.
+    The Trainer of transformers reads the loss from the model's output, `output["loss"]` or `output[0]`, and passes it
+    to no callback. The same tensors are kept here; nothing waits for the device.
 
     Example:
         >>> class Model(nn.Module):
@@ -30,34 +30,34 @@ class StepLoss:
 
     def __init__(self, model: nn.Module) -> None:
         self._losses: list[torch.Tensor] = []
-        self._shared_count = False
-        self._handle = model.register_forward_hook(self._listen, with_kwargs=True)
-        self._forget = when_raised(model, self._leave)
+        self._are_shares = False
+        self._handle = model.register_forward_hook(self._collect, with_kwargs=True)
+        self._stop_watching = when_raised(model, self._detach)
 
     def take(self) -> torch.Tensor | None:
-        """Stop listening. The loss of the step; None when the model did not return one.
+        """Detach from the model and return the loss of the step; None when the model returned none.
 
-        Micro-batches are averaged, unless the model was told how many tokens the whole step has: then each loss is a
-        share, and the step's is their sum.
+        The losses of micro-batches are averaged. Where the model was given the number of tokens of the whole step, each
+        loss is a share, and they are summed.
         """
-        self._leave()
+        self._detach()
         if not self._losses:
             return None
         losses = torch.stack([loss.reshape(()) for loss in self._losses])
-        return losses.sum() if self._shared_count else losses.mean()
+        return losses.sum() if self._are_shares else losses.mean()
 
-    def _leave(self) -> None:
+    def _detach(self) -> None:
         self._handle.remove()
-        self._forget()
+        self._stop_watching()
 
-    def _listen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _collect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
         loss = _loss_of(output)
         if loss is not None:
-            # An alias, not a copy: where the Trainer rescales the loss in place (several processes), this one follows.
+            # An alias, not a copy: with several processes the Trainer rescales the loss in place afterwards.
             self._losses.append(loss.detach())
-            self._shared_count = kwargs.get("num_items_in_batch") is not None
+            self._are_shares = kwargs.get("num_items_in_batch") is not None
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:

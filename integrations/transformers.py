@@ -1,4 +1,4 @@
-"""The callback for the Hugging Face Trainer."""
+"""Monitors trainings of the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ess_monitor.distributed.parallelism import sizes_of_config
-from ess_monitor.errors import ConfigError
+from ess_monitor.errors import ConfigError, format_error
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.integrations.step_loss import StepLoss
@@ -25,12 +25,12 @@ _LOG = logging.getLogger(__name__)
 class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
     """Shows the memory utilization of every sequence mixer of a model while a `transformers.Trainer` trains it.
 
-    `Trainer(..., callbacks=[ESSMonitorCallback()])` is all. The diagnosis sees the loss of the sampled step and the
-    newest value of everything the Trainer logged, evaluation included (`eval_loss`, ...). The state is kept in
-    `trainer_state.json` of every checkpoint and taken up by `trainer.train(resume_from_checkpoint=...)`.
+    Pass it to `Trainer(..., callbacks=[ESSMonitorCallback()])`. The diagnosis uses the loss of the sampled step and the
+    newest value of everything the Trainer logged, evaluations included (`eval_loss`, ...). The state is saved in
+    `trainer_state.json` of every checkpoint and loaded by `trainer.train(resume_from_checkpoint=...)`.
 
-    The Trainer tells its callbacks nothing when training fails. `with callback: trainer.train()` ends the run in the
-    exporters at once; without it that happens when the callback is discarded, when training starts again, or when the
+    The Trainer does not notify its callbacks when training fails. `with callback: trainer.train()` ends the run in the
+    exporters at once. Without it the run ends when the callback is discarded, when training starts again, or when the
     program ends.
 
     Args:
@@ -50,13 +50,12 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
     _logged: dict[str, float]
     """Newest value of everything that was logged."""
     _loss: StepLoss | None = None
-    """Of the sampled step, while it runs."""
+    """Collects the loss of the sampled step, while that runs."""
     _shares: _LossShares
+    _not_copied = ("_loss", "_shares", "_logged")
     exported_state: dict[str, Any] | None = None
-    """Set by the Trainer where it builds its callbacks anew (`restore_callback_states_from_checkpoint`). Not read: the
+    """Set by the Trainer where it builds its callbacks anew (`restore_callback_states_from_checkpoint`). Not used: the
     Trainer's state holds the same."""
-
-    # -- life ---------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> ESSMonitorCallback:
         return self
@@ -67,16 +66,16 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
         self.close()
 
     def close(self) -> None:
-        """End a run that failed. After `trainer.train()` came to its end this does nothing."""
+        """End the run as failed. After a `trainer.train()` that finished this does nothing."""
         self._drop_loss()
         self._close("failed")
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Build and start the monitor, from the checkpoint's state where training resumes."""
+        """Build and start the monitor, with the checkpoint's state where training resumes."""
         self.close()
-        self._state = self._resumed(state)
+        self._state = self._state_to_resume(state)
         self._logged = {}
         for logs in state.log_history:
             self._logged.update(logs)
@@ -98,28 +97,26 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
         self._open(model, facts, lambda: self._table(_writer(args)))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The run came to its end."""
+        """End the run as finished."""
         self._drop_loss()
         self._close("finished")
 
-    # -- steps --------------------------------------------------------------------------------------------------------
-
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Batches are counted from here."""
+        """Count the epoch's batches from here."""
         self._shares.epoch_begins(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Look at the loss of the step that is sampled."""
+        """Collect the loss of the step if it is sampled."""
         self._shares.step_begins(state.global_step)
         if self.monitor is None or not self.monitor.armed:
             return
         if self.config.capture.source == "validation":
-            self.monitor.disarm()  # the evaluation that was announced did not come
+            self.monitor.disarm()  # the expected evaluation did not happen
             return
         self._loss = StepLoss(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """An optimizer step is done."""
+        """Report the optimizer step, with the loss and the logged metrics if it was sampled."""
         if self.monitor is None:
             return
         metrics: dict[str, Any] | None = None
@@ -132,65 +129,57 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
         self._expect_evaluation(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation may follow."""
+        """Arm the monitor if an evaluation follows."""
         self._expect_evaluation(control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Remember what was logged, an evaluation's metrics among it."""
-        if self._running:
+        """Keep what was logged, an evaluation's metrics included."""
+        if self._is_running:
             self._logged.update(logs or {})
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hand over what the first evaluation batch gave, when that is where samples come from."""
-        if self._samples_validation() and self.monitor.armed:  # type: ignore[union-attr]
-            self.monitor.disarm(self._logged)  # type: ignore[union-attr]
+        """Send the sample of the first evaluation batch to be measured, where evaluations are the source."""
+        monitor = self._validation_monitor()
+        if monitor is not None and monitor.armed:
+            monitor.disarm(self._logged)
 
     def _expect_evaluation(self, control: Any) -> None:
-        if control.should_evaluate and self._samples_validation() and self.monitor.sample_due:  # type: ignore[union-attr]
-            self.monitor.arm()  # type: ignore[union-attr]
-
-    def _samples_validation(self) -> bool:
-        return self.monitor is not None and self.config.capture.source == "validation"
+        monitor = self._validation_monitor()
+        if monitor is not None and control.should_evaluate and monitor.sample_due:
+            monitor.arm()
 
     def _drop_loss(self) -> torch.Tensor | None:
-        watched, self._loss = self._loss, None
-        return None if watched is None else watched.take()
-
-    # -- state --------------------------------------------------------------------------------------------------------
+        collected, self._loss = self._loss, None
+        return None if collected is None else collected.take()
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes into `trainer_state.json`: settings, and the monitor's state."""
+        """Return what the Trainer writes into `trainer_state.json`: settings, and the monitor's state."""
         settings = {"config": self.config.model_dump(mode="json"), "table": self.table}
         try:
             exported = to_json(self.state_dict())
             json.dumps(exported)
-        except Exception as error:  # a checkpoint must be written whatever happens here
-            _LOG.warning("the monitor's state is not in this checkpoint: %s: %s", type(error).__name__, error)
+        except Exception as error:  # the checkpoint must still be written
+            _LOG.warning("the monitor's state is not in this checkpoint: %s", format_error(error))
             exported = None
         return {"args": settings, "attributes": {"exported_state": exported}}
 
-    def _resumed(self, state: Any) -> dict[str, Any] | None:
+    def _state_to_resume(self, state: Any) -> dict[str, Any] | None:
         name = type(self).__name__
-        # A checkpoint that was written without this callback: the Trainer looks the name up when it saves.
+        # A checkpoint may lack this callback's state, and the Trainer looks up the name when it saves.
         stored = state.stateful_callbacks.setdefault(name, self.state())
         if isinstance(stored, list):
             raise ConfigError(f"callbacks: {len(stored)} of {name} given; one watches all layers of the model")
         if state.global_step == 0:
-            return None  # training begins anew, and its steps are counted anew
+            return None  # training starts anew, and so do the steps
         exported = stored["attributes"].get("exported_state")
         return from_json(exported) if exported else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to the training that runs."""
-        mine = super().__getstate__()
-        return {name: value for name, value in mine.items() if name not in ("_loss", "_shares", "_logged")}
-
 
 class _LossShares:
-    """Into how many micro-batches the step under way is divided: the last one of an epoch may have fewer.
+    """Counts the micro-batches of the current step: the last step of an epoch may have fewer.
 
     The Trainer weights micro-batches by 1 / their number, or by their share of the step's tokens. The regularizer is a
-    mean over sequences and positions, so 1 / their number is its weight in both.
+    mean over sequences and positions, so its weight is 1 / their number in both cases.
     """
 
     def __init__(self, args: Any, loader: Any) -> None:
@@ -199,18 +188,18 @@ class _LossShares:
         self._skips_data = not args.ignore_data_skip
         try:
             self._batches: int | None = len(loader)
-        except TypeError:  # a stream: every step is taken for a full one
+        except TypeError:  # a stream has no length: every step counts as full
             self._batches = None
         self._first_step: int | None = None
 
     def epoch_begins(self, step: int) -> None:
-        """An epoch begins after `step` optimizer steps; the first one of a resumed run perhaps in its middle."""
+        """Note that an epoch begins after `step` optimizer steps; a resumed run may begin within an epoch."""
         resumed = self._first_step is None and self._skips_data
         done = 0 if self._batches is None or not resumed else step % -(-self._batches // self._full)
         self._first_step = step - done
 
     def step_begins(self, step: int) -> None:
-        """A step begins after `step` optimizer steps."""
+        """Count the micro-batches of the step after `step` optimizer steps."""
         if self._batches is None or self._first_step is None:
             return
         left = self._batches - (step - self._first_step) * self._full
@@ -218,7 +207,7 @@ class _LossShares:
 
 
 def _writer(args: Any) -> Any:
-    """Where the table goes: past the Trainer's progress bar."""
+    """Return a function that prints the table without breaking the Trainer's progress bar."""
     if args.disable_tqdm:
         return print
     from tqdm import tqdm  # type: ignore[import-untyped]

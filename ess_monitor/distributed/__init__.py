@@ -1,4 +1,4 @@
-"""Several processes: which of them measure, and how all of them decide on the same numbers."""
+"""Decides which processes of a run measure, and lets all of them act on the same numbers."""
 
 from ess_monitor.distributed.config import DistributedConfig, measuring_ranks
 from ess_monitor.distributed.consensus import ConsensusResult, StoreConsensus

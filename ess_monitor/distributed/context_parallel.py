@@ -1,4 +1,4 @@
-"""Tokens that a block around the forward pass spreads over processes, which leaves no trace in the model."""
+"""Detects PyTorch's `context_parallel`, a block around the forward pass that leaves no trace in the model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _CONTEXT_PARALLEL = (
     "torch.distributed.tensor.experimental._context_parallel._attention",
     "torch.distributed.tensor.experimental._attention",
 )
-"""Where PyTorch keeps it, in newer and older versions. Looked at only where it has been imported."""
+"""Modules that hold it, in newer and older versions of PyTorch. They are never imported here."""
 
 
 def tokens_are_spread() -> bool:
-    """Whether this code runs inside PyTorch's `context_parallel`.
+    """Return whether this code runs inside PyTorch's `context_parallel`, which spreads tokens over processes.
 
-    The block puts a function of its own in the place of torch's softmax attention, behind a tap of ours or over it.
+    The block replaces torch's softmax attention by a function of its own, which may lie under or over our hook.
 
     Example:
         >>> tokens_are_spread()

@@ -1,4 +1,4 @@
-"""Where this process stands in a distributed run, and with whom it measures."""
+"""Tells which rank this process has, and builds the exchange with the other ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ess_monitor.errors import ConfigError
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process of a run."""
+    """Identifies one process of a run."""
 
     rank: int = 0
     local_rank: int = 0
@@ -23,7 +23,7 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """As `torch.distributed` and the launcher say; alone where no process group is initialized.
+    """Return the ranks given by `torch.distributed` and the launcher; rank 0 of 1 without a process group.
 
     >>> rank_info()
     RankInfo(rank=0, local_rank=0, world_size=1)
@@ -36,7 +36,7 @@ def rank_info() -> RankInfo:
 
 
 def measure_together(config: DistributedConfig, world_size: int, *, acts: bool) -> bool:
-    """Whether all ranks take part in every sample: several measure, or the autopilot may act.
+    """Return whether all ranks take part in every sample: several measure, or the autopilot may act.
 
     >>> [measure_together(DistributedConfig(ranks=ranks), 8, acts=False) for ranks in (None, "all")]
     [False, True]
@@ -45,10 +45,10 @@ def measure_together(config: DistributedConfig, world_size: int, *, acts: bool) 
 
 
 def consensus_of_the_run(config: DistributedConfig, world_size: int, *, acts: bool) -> StoreConsensus | None:
-    """Build the exchange that these settings ask for; None where this process decides alone.
+    """Build the exchange that these settings need; None where this process decides alone.
 
     Raises:
-        ConfigError: there are several ranks, but no process group whose store they could meet at.
+        ConfigError: there are several ranks, but no process group of that size.
     """
     if not measure_together(config, world_size, acts=acts):
         return None

@@ -1,9 +1,9 @@
-"""What the ranks tell each other of one sample, and what it comes to: a flat list of numbers either way.
+"""Encodes one sample of each rank as a flat list of numbers, reduces the lists to one, and decodes it.
 
-A post holds a checksum of the layers' names and the interval a rank wants, then value and brokenness of each metric,
-then seven quantities of each layer and whether it holds NaN or Inf. What the posts come to holds the same, and three
-more numbers of each layer: how many ranks measured it, the smallest utilization among them, and the rank it was seen
-on. NaN stands for a number that a rank does not have.
+A rank's list holds a checksum of the layers' names and the interval the rank wants; then the value of each metric and
+whether it is not finite; then seven quantities of each layer and whether its state is not finite. The reduced list
+holds the same, and three more numbers of each layer: how many ranks measured it, the smallest utilization among them,
+and the rank it was seen on. NaN stands for a number that a rank does not have.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _QUANTITIES = (
 """Fields of a reading that become means over the ranks. Diagnosis and autopilot decide on these."""
 _SIZE, _UTILIZATION = _QUANTITIES.index("effective_size"), _QUANTITIES.index("utilization_ratio")
 _WIDTH = len(_QUANTITIES) + 1
-"""Of a layer in a post: the quantities, and 1 where its state is not finite."""
-_MORE = 3
+"""Numbers of a layer in a rank's list: the quantities, and 1 where its state is not finite."""
+_REDUCED_WIDTH = _WIDTH + 3
 
 
 class RankReduction:
-    """Evidence as numbers that can be exchanged, and back.
+    """Turns samples into numbers that ranks can exchange, and back.
 
     Args:
         layers: names of the measured layers, the same on all ranks.
-        metrics: names of the training loop's metrics that are decided on.
-        ranks: who posts, in the order of the posts.
+        metrics: names of the training loop's metrics that decisions use.
+        ranks: the measuring ranks, in the order of their lists.
 
     Example:
         >>> from ess_monitor.records import Reading
-        >>> ballot = RankReduction(["mixer"], [], ranks=(0, 4))
-        >>> def seen(use):
+        >>> reduction = RankReduction(["mixer"], [], ranks=(0, 4))
+        >>> def sample(use):
         ...     reading = Reading(step=7, layer="mixer", status="ok", effective_size=8 * use, utilization_ratio=use)
         ...     return SampleResult(7, (reading,))
-        >>> values = ballot.fold([ballot.post(seen(0.75), 100), ballot.post(seen(0.25), 120)])
-        >>> both, interval = ballot.read(seen(0.75), values)
-        >>> (reading,) = both.readings
+        >>> values = reduction.reduce([reduction.encode(sample(0.75), 100), reduction.encode(sample(0.25), 120)])
+        >>> agreed, interval = reduction.decode(sample(0.75), values)
+        >>> (reading,) = agreed.readings
         >>> reading.utilization_ratio, reading.utilization_min_ratio, reading.worst_rank, reading.ranks, interval
         (0.5, 0.25, 4, 2, 120)
     """
@@ -58,93 +58,86 @@ class RankReduction:
         self._checksum = float(zlib.crc32("\n".join(self._layers).encode()))
         self._start = 2 + 2 * len(self._metrics)
 
-    def post(self, evidence: SampleResult, interval_steps: int) -> list[float]:
-        """What this rank tells the others."""
+    def encode(self, sample: SampleResult, interval_steps: int) -> list[float]:
+        """Return this rank's list: its sample, and the interval it wants."""
         values = [self._checksum, float(interval_steps)]
         for name in self._metrics:
-            values += [evidence.metrics.get(name, math.nan), float(name in evidence.nonfinite)]
-        mine = {reading.layer: reading for reading in evidence.readings if reading.status == "ok"}
-        broken = {reading.layer for reading in evidence.readings if reading.status == "nonfinite"}
+            values += [sample.metrics.get(name, math.nan), float(name in sample.nonfinite)]
+        measured = {reading.layer: reading for reading in sample.readings if reading.status == "ok"}
+        nonfinite = {reading.layer for reading in sample.readings if reading.status == "nonfinite"}
         for name in self._layers:
-            values += [_number(getattr(mine.get(name), quantity, None)) for quantity in _QUANTITIES]
-            values.append(float(name in broken))
+            quantities = (getattr(measured.get(name), quantity, None) for quantity in _QUANTITIES)
+            values += [math.nan if value is None else float(value) for value in quantities]
+            values.append(float(name in nonfinite))
         return values
 
-    def fold(self, posts: Sequence[Sequence[float]]) -> list[float]:
-        """What the posts come to: the longest interval, means, and the worst rank of each layer.
+    def reduce(self, encoded: Sequence[Sequence[float]]) -> list[float]:
+        """Return the reduced list: the longest interval, means, and the worst rank of each layer.
 
         Raises:
-            ValueError: they are not of one length, or of other layers.
+            ValueError: the lists differ in length or in their layers.
         """
-        columns = list(zip(*posts, strict=True))
+        columns = list(zip(*encoded, strict=True))
         if set(columns[0]) != {self._checksum}:
             raise ValueError("their layers differ")
         values = [self._checksum, max(columns[1])]
         for k in range(2, self._start, 2):
-            values += [agreed_mean(columns[k]), max(columns[k + 1])]
+            values += [mean_of_present(columns[k]), max(columns[k + 1])]
         for k in range(self._start, self._start + _WIDTH * len(self._layers), _WIDTH):
-            *block, broken = columns[k : k + _WIDTH]
-            seen = [(use, rank) for use, rank in zip(block[_UTILIZATION], self._ranks, strict=True) if use == use]
-            least, worst = min(seen, default=(math.nan, math.nan))
-            count = sum(size == size for size in block[_SIZE])
-            values += [*(agreed_mean(column) for column in block), max(broken), float(count), least, float(worst)]
+            *block, nonfinite = columns[k : k + _WIDTH]
+            uses = zip(block[_UTILIZATION], self._ranks, strict=True)
+            least, worst = min(((use, rank) for use, rank in uses if not math.isnan(use)), default=(math.nan, math.nan))
+            count = sum(not math.isnan(size) for size in block[_SIZE])
+            values += [*map(mean_of_present, block), max(nonfinite), float(count), least, float(worst)]
         return values
 
-    def read(self, evidence: SampleResult, values: Sequence[float]) -> tuple[SampleResult, int]:
-        """What this rank makes of it: evidence that is the same on all of them, and the interval.
+    def decode(self, sample: SampleResult, values: Sequence[float]) -> tuple[SampleResult, int]:
+        """Return the sample that all ranks agree on, and the interval.
 
-        A layer counts as measured where at least one rank measured it; a layer or a metric is non-finite where it is on
-        any rank.
+        A layer counts as measured where at least one rank measured it. A layer or a metric is not finite where it is
+        not finite on any rank. What ranks do not exchange (heads, positions) stays as in this rank's `sample`.
         """
-        numbers, broken = dict(evidence.metrics), set(evidence.nonfinite)
+        metrics, nonfinite = dict(sample.metrics), set(sample.nonfinite)
         for k, name in enumerate(self._metrics):
-            mean, is_broken = values[2 + 2 * k : 4 + 2 * k]
-            numbers.pop(name, None)
+            mean, is_nonfinite = values[2 + 2 * k : 4 + 2 * k]
+            metrics.pop(name, None)
+            nonfinite.discard(name)
             if not math.isnan(mean):
-                numbers[name] = mean
-            broken = broken | {name} if is_broken else broken - {name}
-        mine = {reading.layer: reading for reading in evidence.readings}
-        width = _WIDTH + _MORE
+                metrics[name] = mean
+            if is_nonfinite:
+                nonfinite.add(name)
+        local = {reading.layer: reading for reading in sample.readings}
         readings = []
         for k, name in enumerate(self._layers):
-            block = values[self._start + k * width : self._start + (k + 1) * width]
-            means, (is_broken, count, least, worst) = block[: len(_QUANTITIES)], block[len(_QUANTITIES) :]
-            local = mine.get(name)
-            if is_broken:
-                readings.append(_broken(evidence.step, name, local))
-                continue
-            if count == 0:
-                readings += [local] if local is not None else []
-                continue
-            base = local or Reading(step=evidence.step, layer=name, status="ok")
-            changes = {quantity: _value(mean) for quantity, mean in zip(_QUANTITIES, means, strict=True)}
-            spread = {"ranks": int(count), "utilization_min_ratio": _value(least)}
-            who = {"worst_rank": None if math.isnan(worst) else int(worst)}
-            readings.append(base.model_copy(update={**changes, **spread, **who, "status": "ok", "message": ""}))
-        agreed = SampleResult(evidence.step, tuple(readings), numbers, frozenset(broken))
-        return agreed, int(values[1])
+            block = values[self._start + k * _REDUCED_WIDTH : self._start + (k + 1) * _REDUCED_WIDTH]
+            reading = _agreed_reading(sample.step, name, local.get(name), block)
+            if reading is not None:
+                readings.append(reading)
+        return SampleResult(sample.step, tuple(readings), metrics, frozenset(nonfinite)), int(values[1])
 
 
-def agreed_mean(column: Sequence[float]) -> float:
-    """Mean over the ranks that have the number; NaN when none has.
+def mean_of_present(column: Sequence[float]) -> float:
+    """Return the mean over the ranks that have the number; NaN when none has.
 
-    >>> agreed_mean([1.0, float("nan"), 3.0])
+    >>> mean_of_present([1.0, float("nan"), 3.0])
     2.0
     """
     present = [value for value in column if not math.isnan(value)]
     return math.fsum(present) / len(present) if present else math.nan
 
 
-def _broken(step: int, name: str, local: Reading | None) -> Reading:
-    """Without sizes, as on a rank that saw it."""
-    if local is not None and local.status == "nonfinite":
+def _agreed_reading(step: int, name: str, local: Reading | None, block: Sequence[float]) -> Reading | None:
+    """Return a layer's reading from its numbers; `local`, which may be None, where no rank measured it."""
+    nonfinite, count, least, worst = block[len(_QUANTITIES) :]
+    if nonfinite:
+        if local is not None and local.status == "nonfinite":
+            return local
+        return Reading(step=step, layer=name, status="nonfinite", message="NaN or Inf on another rank")
+    if count == 0:
         return local
-    return Reading(step=step, layer=name, status="nonfinite", message="NaN or Inf on another rank")
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _value(number: float) -> float | None:
-    return None if math.isnan(number) else number
+    base = local or Reading(step=step, layer=name, status="ok")
+    changes: dict[str, object] = {"status": "ok", "message": "", "ranks": int(count)}
+    numbers = {**dict(zip(_QUANTITIES, block, strict=False)), "utilization_min_ratio": least}
+    changes |= {field: None if math.isnan(number) else number for field, number in numbers.items()}
+    changes["worst_rank"] = None if math.isnan(worst) else int(worst)
+    return base.model_copy(update=changes)

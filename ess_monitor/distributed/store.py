@@ -1,7 +1,7 @@
-"""The key-value store of a distributed run, which its processes met at, over a connection of our own.
+"""Opens a separate connection to the key-value store that the processes of a run met at.
 
-The training's process groups use the store too, and a call that waits for a key holds its connection. With one of our
-own neither side ever waits for the other's calls.
+The training's process groups use the store too, and a call that waits for a key blocks its connection. With two
+connections neither side ever waits for the other's calls.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from typing import Any, Protocol
 
 import torch.distributed
 
-from ess_monitor.errors import ConfigError
+from ess_monitor.errors import ConfigError, format_error
 
 dist: Any = torch.distributed
-"""Its stubs do not export the stores."""
+"""Untyped, because the stubs do not export the stores."""
 
 
 class Store(Protocol):
-    """What is needed of `torch.distributed.Store`. TCPStore, FileStore, HashStore and PrefixStore have it."""
+    """Has the methods of `torch.distributed.Store` that are used; all of torch's stores have them."""
 
     def set(self, key: str, value: Any, /) -> None:
         """Set a key."""
 
     def get(self, key: str, /) -> bytes:
-        """The value of a key; waits for one that is not there."""
+        """Return the value of a key; wait for the key if it is missing."""
 
     def check(self, keys: list[str], /) -> bool:
-        """True when all keys are there; never waits for them."""
+        """Return whether all keys exist, without waiting."""
 
     def compare_set(self, key: str, expected: str, desired: Any, /) -> bytes:
-        """Set a key that is not there yet (`expected` empty), in one go; the value it has afterwards."""
+        """Set a key atomically if it is missing (`expected` is empty); return its value afterwards."""
 
     def delete_key(self, key: str, /) -> bool:
         """Remove a key."""
 
 
 def store_of_the_run() -> Store:
-    """The default group's store, in a namespace that is this monitor's on all ranks.
+    """Return the default group's store, in a namespace that only this monitor uses, on all ranks.
 
-    The namespace counts the monitors that this rank has built in the run, so that two in one process, or a second
-    training, never read each other's keys. All ranks build theirs in the same order, so they count alike. The restarts
-    of an elastic run are part of it, because torchrun keeps the store.
+    The namespace counts the monitors that this rank has built in the run, so that two monitors in one process never
+    read each other's keys. All ranks build theirs in the same order, so the counts agree. The number of restarts of an
+    elastic run is part of the namespace, because torchrun keeps the store.
 
     Raises:
         ConfigError: the process group has no store (MPI), or it cannot be reached.
@@ -54,7 +54,7 @@ def store_of_the_run() -> Store:
         built: int = shared.add(f"built/{dist.get_rank()}", 1)
     except Exception as error:
         raise ConfigError(
-            f"distributed: the process group's store cannot be used ({type(error).__name__}: {error}), so the ranks "
+            f"distributed: the process group's store cannot be used ({format_error(error)}), so the ranks "
             'cannot agree; set autopilot="advise" and distributed={"ranks": "zero"}'
         ) from error
     mine: Store = dist.PrefixStore(str(built), shared)
@@ -62,9 +62,9 @@ def store_of_the_run() -> Store:
 
 
 def own_connection(store: Any) -> Any:
-    """`store` over a connection of its own; the store itself where it is in memory or a file.
+    """Return `store` over a new connection, or the store itself where it is in memory or a file.
 
-    The prefixes of a store that cannot be cloned (torch before 2.8 or so) are left out: our keys have their own.
+    A store that cannot be cloned (torch before about 2.8) loses its prefixes, which is harmless: our keys have one.
     """
     if hasattr(store, "clone"):
         return store.clone()

@@ -145,9 +145,9 @@ class MeasurementQueue:
         out_of_memory = {name for name, cause in causes.items() if is_out_of_memory(cause)}
         measured = {r.layer for r in result.readings if r.status in MEASURED}
         if out_of_memory:
-            backoff.lacked(sample.share)
+            backoff.record_out_of_memory(sample.share)
         elif measured:
-            backoff.sufficed(sample.share)
+            backoff.record_success(sample.share)
         return self._health.layers_failed({k: v for k, v in failed.items() if k not in out_of_memory}, measured)
 
 

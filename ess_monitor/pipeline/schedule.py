@@ -179,13 +179,13 @@ class Lockstep(Schedule):
                 return [result]
             interval_steps = self._interval_steps
             started = self._context.clock()
-            mine = self._reduction.post(result, self._cadence.wanted_steps) if self._consensus.measures else None
-            agreed = self._consensus.exchange(step, mine, self._reduction.fold)
+            mine = self._reduction.encode(result, self._cadence.wanted_steps) if self._consensus.measures else None
+            agreed = self._consensus.exchange(step, mine, self._reduction.reduce)
             # Waiting for others is a cost of the monitor: the budget stretches the interval where ranks come apart.
             self._context.charge("measure", self._context.clock() - started)
             if agreed.values is None:
                 return [SampleResult(result.step, (), skipped=self._report_skip(self._consensus, agreed))]
-            result, interval_steps = self._reduction.read(result, agreed.values)
+            result, interval_steps = self._reduction.decode(result, agreed.values)
             self._interval_steps = interval_steps
             return [result]
         finally:

@@ -23,7 +23,7 @@ class SampleTrigger:
 
     def __init__(self, model: nn.Module, context: RunContext) -> None:
         config, health = context.config, context.health
-        off, share = health.layers.off, health.backoff.next
+        off, share = health.layers.off, health.backoff.next_share
         self.armed_at: int | None = None
         """Step of the sample that is under way; None while no forward pass is to be sampled."""
         self._sampler = Sampler(context.layers, config.capture, model=model, off=off, share=share, clock=context.clock)

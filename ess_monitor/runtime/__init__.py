@@ -1,6 +1,6 @@
-"""When and where the work runs: cadence and overhead budget, worker and side stream, failure guards.
+"""Decides when and where measurements run: cadence and budget, worker and side stream, failure guards.
 
-Its names are imported when they are first used: exporters and reports need the guard and the shutdown, and no torch.
+Names are imported at their first use: exporters and reports use `guard` and `shutdown`, and must not load torch.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ __all__ = [
     "is_out_of_memory",
 ]
 
-_MODULES = ("backends", "backoff", "cadence", "executor", "guard")
+_MODULES = ("guard", "cadence", "backends", "backoff", "executor")
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in map(import_module, (f"{__name__}.{module}" for module in _MODULES)):
-            if getattr(getattr(module, name, None), "__module__", None) == module.__name__:
-                return getattr(module, name)
+        for module in _MODULES:
+            value = getattr(import_module(f"{__name__}.{module}"), name, None)
+            if value is not None:
+                return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""When a step is sampled: every n steps, or less often when the measured cost would pass the budget."""
+"""Decides which steps are sampled: every n steps, or fewer where the measured cost would exceed the budget."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from ess_monitor import validation
 
 _SMOOTHING = 0.5
-"""Weight of the newest sample's cost in the running cost: costs change when shapes change, not from step to step."""
+"""Weight of the newest sample's cost in the running mean of costs."""
 
 
 class Cadence:
     """Decides the next step to sample.
 
     The interval is max(every_n_steps, cost / (budget * step time)): a sample that costs as much as ten training steps
-    is taken every 1000 steps under a budget of 1 %; without a budget (None) the interval is `every_n_steps`. Step time
-    is the median of the last intervals between steps, so that a validation epoch in between does not count as training.
+    is taken every 1000 steps under a budget of 1 %. Without a budget the interval is `every_n_steps`. Step time is the
+    median of the last intervals between steps, so that a validation epoch in between does not count as training.
 
     Args:
         every_n_steps: the shortest interval.
-        budget_ratio: share of the training time that the monitor may take; None for any.
-        locked: the interval changes with `resume` only, never with a cost that is known to this process alone.
-        window: steps whose time is looked at.
+        budget_ratio: share of the training time that the monitor may take; None for no limit.
+        locked: change the interval in `resume` only, never because of a cost that this process alone knows.
+        window: number of latest steps in the median.
 
     Example:
         >>> cadence = Cadence(every_n_steps=10, budget_ratio=0.01)
@@ -41,30 +41,27 @@ class Cadence:
     def __init__(
         self, every_n_steps: int, budget_ratio: float | None, *, locked: bool = False, window: int = 64
     ) -> None:
-        every_n_steps = validation.whole("every_n_steps", every_n_steps, 1)
-        if budget_ratio is not None:
-            budget_ratio = validation.real(
-                "budget_ratio", budget_ratio, above=0, hint="or None: the interval never stretches"
-            )
-        window = validation.whole("window", window, 1, 2**20)
-        self.every_n_steps = every_n_steps
-        self.budget_ratio = budget_ratio
+        hint = "or None: the interval never stretches"
+        self.every_n_steps = validation.whole("every_n_steps", every_n_steps, 1)
+        self.budget_ratio = (
+            None if budget_ratio is None else validation.real("budget_ratio", budget_ratio, above=0, hint=hint)
+        )
         self.cost_seconds = 0.0
-        """Everything the monitor has spent so far."""
+        """Total cost of the monitor so far."""
         self.train_seconds = 0.0
-        """All time between steps so far."""
+        """Total time between steps so far."""
         self.next_step = 0
-        self.interval_steps = every_n_steps
+        self.interval_steps = self.every_n_steps
         self._locked = locked
-        self._steps: deque[float] = deque(maxlen=window)
-        self._last_sample = -every_n_steps
+        self._steps: deque[float] = deque(maxlen=validation.whole("window", window, 1, 2**20))
+        self._last_sample = -self.every_n_steps
         self._sample_cost = 0.0
         self._cost_since_sample = 0.0
         self._held = False
 
     @property
     def overhead_ratio(self) -> float:
-        """Cost so far as a share of the time so far."""
+        """Cost so far as a share of the training time so far."""
         return self.cost_seconds / self.train_seconds if self.train_seconds > 0 else 0.0
 
     @property
@@ -78,38 +75,41 @@ class Cadence:
         return max(self.every_n_steps, stretched)
 
     def due(self, step: int) -> bool:
-        """True when the forward pass after `step` optimizer steps is to be sampled."""
+        """Return whether to sample the forward pass after `step` optimizer steps."""
         return not self._held and step >= self.next_step
 
     def stepped(self, seconds: float) -> None:
-        """One training step took this long."""
+        """Record the duration of one training step."""
         self._steps.append(seconds)
         self.train_seconds += seconds
 
     def sampled(self, step: int) -> None:
-        """A sample was taken after `step` optimizer steps; its costs arrive later through `spent`."""
-        self._fold_cost()
+        """Record a sample taken after `step` optimizer steps; its costs arrive later through `spent`."""
+        if self._cost_since_sample > 0:
+            old = self._sample_cost or self._cost_since_sample
+            self._sample_cost = _SMOOTHING * self._cost_since_sample + (1 - _SMOOTHING) * old
+            self._cost_since_sample = 0.0
         self._last_sample = step
         self._schedule()
 
     def hold(self) -> None:
-        """Nothing is due until `resume`: the sample that was taken is to be judged first."""
+        """Make no sample due until `resume`: the last one is to be judged first."""
         self._held = True
 
     def resume(self, interval_steps: int) -> None:
-        """The next sample comes this many steps after the last one."""
+        """End `hold` and schedule the next sample this many steps after the last one."""
         self._held = False
         self.interval_steps = interval_steps
         self.next_step = self._last_sample + interval_steps
 
     def spent(self, seconds: float) -> None:
-        """The monitor spent this long on the sample that was taken last."""
+        """Add to the cost of the last sample."""
         self.cost_seconds += seconds
         self._cost_since_sample += seconds
         self._schedule()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on sampling at the same steps."""
+        """Return what a resumed run needs to go on sampling at the same steps."""
         return {
             "next_step": self.next_step,
             "last_sample": self._last_sample,
@@ -124,21 +124,11 @@ class Cadence:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.next_step = int(state["next_step"])
-        self._last_sample = int(state["last_sample"])
-        self.interval_steps = int(state["interval_steps"])
-        self.cost_seconds = float(state["cost_seconds"])
-        self.train_seconds = float(state["train_seconds"])
-        self._sample_cost = float(state["sample_cost"])
-        self._cost_since_sample = float(state["cost_since_sample"])
+        self.next_step, self.interval_steps = state["next_step"], state["interval_steps"]
+        self.cost_seconds, self.train_seconds = state["cost_seconds"], state["train_seconds"]
+        self._last_sample, self._held = state["last_sample"], state["held"]
+        self._sample_cost, self._cost_since_sample = state["sample_cost"], state["cost_since_sample"]
         self._steps.extend(state["steps"])
-        self._held = bool(state["held"])
-
-    def _fold_cost(self) -> None:
-        if self._cost_since_sample > 0:
-            old = self._sample_cost or self._cost_since_sample
-            self._sample_cost = _SMOOTHING * self._cost_since_sample + (1 - _SMOOTHING) * old
-            self._cost_since_sample = 0.0
 
     def _schedule(self) -> None:
         if not self._locked:

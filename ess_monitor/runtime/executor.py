@@ -1,7 +1,7 @@
-"""One worker, one bounded queue, results in the order of their samples.
+"""Measures samples on one worker thread, in order, with a bounded queue.
 
-The training thread only puts a job on a queue and looks whether the oldest one is done. A job that finds the queue full
-is refused (the newest sample is dropped); one that takes too long is given up, and its late results are thrown away.
+The training thread only puts a job on a queue and asks whether the oldest one is done. A job that finds the queue full
+is dropped; one that takes too long is given up, and its late results are discarded.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -24,9 +24,10 @@ from ess_monitor.runtime.shutdown import SHUTDOWN_GRACE_SECONDS, TorchThread
 
 Tag = TypeVar("Tag")
 
-
-_LAST_LAYER = 30.0
-"""Seconds for which the end of the process waits for the layer that the worker is at."""
+_LAST_TASK_SECONDS = 30.0
+"""Seconds for which the end of the process waits for the task that the worker computes."""
+_POLL_SECONDS = 0.005
+"""Seconds between two looks at a job that is waited for: results on a device arrive without a notification."""
 
 
 class RuntimeConfig(BaseModel):
@@ -35,7 +36,7 @@ class RuntimeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     queue_length: int = Field(default=2, ge=1)
-    """Samples that may wait or be under way. 2 lets one finish while the next is taken; more only delays the news."""
+    """Samples that may wait or be under way. 2 lets one finish while the next is taken; more only delay results."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of the worker. 1 leaves the cores to the training."""
     timeout_seconds: float = Field(default=120.0, gt=0)
@@ -44,31 +45,32 @@ class RuntimeConfig(BaseModel):
 
 @dataclass(eq=False)
 class Task:
-    """A computation on tensors of one device."""
+    """Describes a computation on tensors of one device, and holds its result."""
 
-    lane: ComputeBackend
+    backend: ComputeBackend
     inputs: tuple[torch.Tensor, ...]
     compute: Callable[[], dict[str, torch.Tensor]]
     ready: Any = None
     launched: Launched | None = None
     error: str = ""
     cause: BaseException | None = None
-    """What `error` tells of, without its traceback, whose frames would keep the tensors."""
+    """The exception behind `error`, without its traceback, whose frames would keep the tensors alive."""
 
 
 @dataclass(eq=False)
 class Job(Generic[Tag]):
-    """One sample: a task per layer, and whatever the caller wants back with it."""
+    """Groups the tasks of one sample, with a tag that the caller gets back."""
 
     tag: Tag
     tasks: list[Task]
     submitted: float = 0.0
-    state: Literal["waiting", "launched", "abandoned"] = "waiting"
+    state: Literal["submitted", "abandoned"] = "submitted"
     finished: bool = False
-    error: str = field(default="")
+    """True once the worker is through with it; results may still be on their way to the host."""
+    error: str = ""
 
     def done(self) -> bool:
-        """True when every task has failed or has its results on the host."""
+        """Return whether every task has failed or has its results on the host."""
         return self.finished and all(task.launched is None or task.launched.done() for task in self.tasks)
 
 
@@ -76,14 +78,14 @@ class Executor(Generic[Tag]):
     """Runs jobs on one daemon worker thread. The thread starts with the first job and ends with `close`."""
 
     def __init__(self, config: RuntimeConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
-        validation.function("clock", clock)
         self.config = validation.instance("config", config, RuntimeConfig)
         self.dropped = 0
-        self._clock = clock
+        self._clock = validation.function("clock", clock)
         self._open: deque[Job[Tag]] = deque()
+        """Submitted and not yet returned, oldest first."""
         self._todo: deque[Job[Tag]] = deque()
+        """Not yet begun by the worker."""
         self._running: Job[Tag] | None = None
-        """What the worker computes."""
         self._wake = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -98,24 +100,24 @@ class Executor(Generic[Tag]):
         return running is not None and running.state == "abandoned"
 
     def submit(self, tag: Tag, tasks: list[Task]) -> bool:
-        """Queue a job; False when the queue is full or closed, or the worker stuck: the job is dropped and counted."""
+        """Queue a job. Drop and count it, and return False, where the queue is full or closed or the worker stuck."""
         if self._closing or self.stuck or len(self._open) >= self.config.queue_length:
             self.dropped += 1
             return False
         job = Job(tag, tasks, submitted=self._clock())
         for task in tasks:
-            task.ready = task.lane.ready()
+            task.ready = task.backend.ready()
         self._open.append(job)
         with self._wake:
             self._todo.append(job)
             self._wake.notify_all()
         if self._thread is None or not self._thread.is_alive():
-            self._thread = TorchThread(self._work, "ess-monitor-worker", self._leave)
+            self._thread = TorchThread(self._work, "ess-monitor-worker", self._request_stop)
             self._thread.start()
         return True
 
     def poll(self) -> list[Job[Tag]]:
-        """Jobs that are done or given up, oldest first. Never waits: one that is done waits for those before it."""
+        """Return jobs that are done or given up, oldest first, without waiting. A later job never passes an earlier."""
         finished: list[Job[Tag]] = []
         while self._open:
             job = self._open[0]
@@ -127,44 +129,45 @@ class Executor(Generic[Tag]):
         return finished
 
     def drain(self, timeout_seconds: float) -> list[Job[Tag]]:
-        """Wait up to `timeout_seconds` for everything under way, then `poll`. For the end of a run and for tests."""
-        deadline = self._clock() + timeout_seconds
-        with self._wake:
-            while self._clock() < deadline and any(not job.done() for job in self._open):
-                self._wake.wait(timeout=0.005)
+        """Wait up to `timeout_seconds` for all open jobs, then `poll`."""
+        self._wait_for(self._open, timeout_seconds)
         return self.poll()
 
     def take(self, timeout_seconds: float) -> Job[Tag] | None:
-        """The oldest job, waited for up to `timeout_seconds` and then given up; None when there is none."""
+        """Wait up to `timeout_seconds` for the oldest job, then give it up. Return it; None when there is none."""
         if not self._open:
             return None
-        job, deadline = self._open[0], self._clock() + timeout_seconds
-        with self._wake:
-            while not job.done() and self._clock() < deadline:
-                self._wake.wait(timeout=0.005)
+        job = self._open[0]
+        self._wait_for([job], timeout_seconds)
         if not job.done():
             self._give_up(job, f"not measured within {timeout_seconds:g} seconds of its judgment")
         return self._open.popleft()
 
-    def _give_up(self, job: Job[Tag], why: str) -> None:
-        job.state, job.error = "abandoned", why
-        with self._wake:
-            if job in self._todo:  # behind one that hangs: what it has captured is not needed any more
-                self._todo.remove(job)
-
     def close(self, timeout_seconds: float = 2.0) -> None:
-        """End the worker with the task it is at; one that takes longer is left behind in its daemon thread."""
-        self._leave()
+        """End the worker after its present task. Where that takes longer, leave it behind in its daemon thread."""
+        self._request_stop()
         if self._thread is not None:
             self._thread.join(timeout_seconds)
 
-    def _leave(self) -> float:
-        patience = SHUTDOWN_GRACE_SECONDS if self.stuck else _LAST_LAYER
+    def _wait_for(self, jobs: Collection[Job[Tag]], timeout_seconds: float) -> None:
+        deadline = self._clock() + timeout_seconds
+        with self._wake:
+            while self._clock() < deadline and not all(job.done() for job in jobs):
+                self._wake.wait(timeout=_POLL_SECONDS)
+
+    def _give_up(self, job: Job[Tag], why: str) -> None:
+        job.state, job.error = "abandoned", why
+        with self._wake:
+            if job in self._todo:  # behind a job that hangs: releases the captured tensors
+                self._todo.remove(job)
+
+    def _request_stop(self) -> float:
+        grace_seconds = SHUTDOWN_GRACE_SECONDS if self.stuck else _LAST_TASK_SECONDS
         with self._wake:
             self._closing = True
             self._todo.clear()
             self._wake.notify_all()
-        return patience
+        return grace_seconds
 
     def _work(self) -> None:
         while True:
@@ -176,20 +179,18 @@ class Executor(Generic[Tag]):
                 job = self._running = self._todo.popleft()
             self._launch(job)
             with self._wake:
-                if job.state == "waiting":
-                    job.state = "launched"
                 job.finished = True
                 self._running = None
                 self._wake.notify_all()
-            del job  # what it has captured is not kept until the next sample
+            del job  # or its captured tensors would be kept until the next sample
 
     def _launch(self, job: Job[Tag]) -> None:
         for task in job.tasks:
             if job.state == "abandoned" or self._closing:
                 break
             try:
-                task.launched = task.lane.launch(task.ready, task.inputs, task.compute)
-            except BaseException as error:  # sys.exit() in there must not end the worker with a job that never ends
+                task.launched = task.backend.launch(task.ready, task.inputs, task.compute)
+            except BaseException as error:  # sys.exit() in a task must not end the worker with an unfinished job
                 task.error = format_error(error)
                 logger.debug("ess_monitor: failure in the worker", exc_info=error)
                 task.cause = error.with_traceback(None)

@@ -1,8 +1,9 @@
-"""Nothing of ours may stop a training run.
+"""Keeps failures of the monitor away from the training, and turns off what fails repeatedly.
 
-A guarded block swallows the exceptions of one part of the monitor, counts them, logs the first one, and after repeated
-failures turns the part off and says once how to turn it on again. A strict guard also keeps the first one, to be raised
-where the training can see it.
+`Guard` protects the training from one part of the monitor: a guarded block swallows exceptions, counts them, logs the
+first one, and turns the part off after several in a row. A strict guard also keeps the first one, to be raised where
+the training can see it. `Breaker` counts failures in a row per name, so that one layer is turned off and the others go
+on.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ logger = logging.getLogger("ess_monitor")
 class Guard:
     """Protects the training from one part of the monitor.
 
-    Used as a block it stands around one unit of the part's work: `limit` failures in a row turn the part off, a unit
-    that ends well in between starts the count anew. Of blocks inside each other the outermost is the unit.
+    A block stands around one unit of the part's work: `limit` failed units in a row turn the part off, a successful
+    unit starts the count anew. Of nested blocks the outermost is the unit.
 
     Args:
         part: its name in log lines and metrics.
-        limit: blocks in a row.
+        limit: failures in a row that turn the part off.
         strict: keep the first failure for `raise_pending`.
 
     Example:
@@ -40,23 +41,19 @@ class Guard:
     def __init__(self, part: str, *, limit: int = 5, strict: bool = False) -> None:
         self.part = validation.instance("part", part, str)
         self.limit = validation.whole("limit", limit, 1)
+        self.open = True
+        """False once the part is off."""
         self.failures = 0
-        """Failures so far."""
         self.last_error = ""
         self._strict = strict
         self._pending: PartError | None = None
         self._in_a_row = 0
         self._depth = 0
-        self._clean = True
-        self._off = False
-
-    @property
-    def open(self) -> bool:
-        """False once the part has turned itself off."""
-        return not self._off
+        self._unit_failed = False
 
     def __enter__(self) -> Guard:
-        self._clean = self._clean or self._depth == 0
+        if self._depth == 0:
+            self._unit_failed = False
         self._depth += 1
         return self
 
@@ -64,17 +61,17 @@ class Guard:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         self._depth -= 1
-        if error is None:
-            if self._depth == 0 and self._clean:
-                self._in_a_row = 0
-            return False
-        return self._swallow(error)
+        if error is not None:
+            return self._swallow(error)
+        if self._depth == 0 and not self._unit_failed:
+            self._in_a_row = 0
+        return False
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """A block around the beginning of a unit of work, whose end is another block.
+        """Guard the first half of a unit of work whose second half is another block.
 
-        A failure counts as any other; an end without one says nothing of the unit yet, and leaves the count in a row.
+        A failure counts as in any other block. A success does not end the count in a row: the unit may still fail.
         """
         try:
             yield
@@ -83,9 +80,9 @@ class Guard:
                 raise
 
     def count(self, message: str, cause: BaseException | None = None) -> None:
-        """Count a failure for which the part is not to blame as a whole: that of one layer, for example.
+        """Count a failure that never turns the whole part off, for example that of one layer.
 
-        It is logged if it is the first, and never turns the part off. Safe to call from any thread.
+        It is logged if it is the first. Safe to call from any thread.
         """
         self.failures += 1
         self.last_error = message
@@ -99,13 +96,13 @@ class Guard:
             self._pending.__cause__ = cause
 
     def turn_off(self, why: str) -> None:
-        """Turn the part off for the rest of the run, and say so once.
+        """Turn the part off for the rest of the run, and log it once.
 
         Args:
-            why: the reason, and how it is turned on again; sentences.
+            why: the reason, and how to turn the part on again; sentences.
         """
-        if not self._off:
-            self._off = True
+        if self.open:
+            self.open = False
             logger.warning("ess_monitor: %s is off for the rest of this run: %s", self.part, why)
 
     def raise_pending(self) -> None:
@@ -121,7 +118,7 @@ class Guard:
     def _swallow(self, error: BaseException) -> bool:
         if not isinstance(error, Exception):
             return False
-        self._clean = False
+        self._unit_failed = True
         message = format_error(error)
         self.count(message, error)
         self._in_a_row += 1
@@ -134,7 +131,7 @@ class Guard:
 
 
 class Breaker:
-    """Turns off what fails `limit` times in a row, each by itself: the others go on.
+    """Turns off each name that fails `limit` times in a row; the others go on.
 
     Args:
         limit: failures without a success in between.
@@ -150,16 +147,16 @@ class Breaker:
     def __init__(self, *, limit: int = 5) -> None:
         self.limit = validation.whole("limit", limit, 1)
         self.off: dict[str, str] = {}
-        """What is off, and its last error. It stays off: only a new breaker turns it on again."""
+        """Last error of every name that is off. A name stays off: only a new breaker turns it on again."""
         self._in_a_row: dict[str, int] = {}
 
     def succeeded(self, names: Iterable[str]) -> None:
-        """These did not fail."""
+        """Start the counts of these names anew."""
         for name in names:
             self._in_a_row.pop(name, None)
 
     def failed(self, name: str, error: str) -> bool:
-        """One more failure; True when it is the one that turns `name` off."""
+        """Count a failure; return True when it turns `name` off."""
         if name in self.off:
             return False
         self._in_a_row[name] = self._in_a_row.get(name, 0) + 1

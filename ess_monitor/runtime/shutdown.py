@@ -1,8 +1,9 @@
-"""The end of the interpreter, while threads of the monitor are still at work.
+"""Ends the monitor's threads before the interpreter ends.
 
-A daemon thread that comes back from torch's C++ code then cannot go on in Python; Python ends it, C++ takes that for an
-error and aborts the process: exit status 134 after a run that went well. So the end of the interpreter closes the
-monitors that nobody has closed, asks the threads that compute to stop, and waits for them, but not for ever.
+A daemon thread that returns from torch's C++ code while the interpreter ends cannot go on in Python. Python ends it,
+C++ takes that for an error and aborts the process: exit status 134 after a run that went well. So the end of the
+interpreter closes the monitors that are still open, asks the threads that compute to stop, and waits for them for a
+limited time.
 """
 
 from __future__ import annotations
@@ -21,62 +22,65 @@ from ess_monitor.records import RunStatus
 
 logger = logging.getLogger("ess_monitor")
 
-
-class Closeable(Protocol):
-    """A monitor."""
-
-    def close(self, status: RunStatus = "finished") -> None:
-        """End it."""
-
-
 SHUTDOWN_GRACE_SECONDS = 2.0
 """Seconds for which the end of the process waits for what may never return: a sink, a store, a worker that hangs."""
+
+
+class Closeable(Protocol):
+    """Ends a run when it is closed, as a monitor does."""
+
+    def close(self, status: RunStatus = "finished") -> None:
+        """End the run with `status`."""
+
 
 _OPEN: weakref.WeakSet[Closeable] = weakref.WeakSet()
 
 
 class TorchThread(threading.Thread):
-    """A daemon thread that calls torch, or code of others that may.
+    """Runs work that calls torch, or code of others that may, on a daemon thread.
 
     Args:
-        work: runs in it.
+        work: runs on the thread.
         name: of the thread.
-        leave: asks `work` to return soon, and says for how many seconds its return is worth waiting for.
+        request_stop: asks `work` to return soon; returns for how many seconds its return is worth waiting.
     """
 
-    def __init__(self, work: Callable[[], None], name: str, leave: Callable[[], float]) -> None:
-        _at_exit()
+    def __init__(self, work: Callable[[], None], name: str, request_stop: Callable[[], float]) -> None:
+        _register()
         super().__init__(target=work, name=name, daemon=True)
-        self.leave = leave
+        self.request_stop = request_stop
 
 
-def opened(monitor: Closeable) -> None:
-    """Close it at the end of the interpreter, unless it has been closed by then."""
-    _at_exit()
+def close_at_exit(monitor: Closeable) -> None:
+    """Close `monitor` as failed at the end of the interpreter, unless `forget` is called first."""
+    _register()
     _OPEN.add(monitor)
 
 
-def closed(monitor: Closeable) -> None:
-    """Nothing is left to do for it."""
+def forget(monitor: Closeable) -> None:
+    """Undo `close_at_exit`."""
     _OPEN.discard(monitor)
 
 
 @cache
-def _at_exit() -> None:
-    """Once, when there is something to end: an import registers nothing."""
-    atexit.register(_leave)
+def _register() -> None:
+    """Register the handlers once, at the first use: an import registers nothing."""
+    atexit.register(_shut_down)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_OPEN.clear)  # they are the parent's
+        os.register_at_fork(after_in_child=_OPEN.clear)  # the monitors belong to the parent
 
 
-def _leave() -> None:
+def _shut_down() -> None:
     for monitor in list(_OPEN):
-        logger.warning("nobody closed the monitor: the run counts as failed. Call close() at its end, or use `with`.")
+        logger.warning(
+            "the monitor was never closed: the run counts as failed. Call close() at its end, or use `with`."
+        )
         try:
             monitor.close("failed")
         except Exception as error:
             logger.warning("the monitor could not be closed at the end of the process", exc_info=error)
     threads = [thread for thread in threading.enumerate() if isinstance(thread, TorchThread)]
-    began = time.monotonic()
-    for thread, seconds in [(thread, thread.leave()) for thread in threads]:
-        thread.join(max(0.0, began + seconds - time.monotonic()))
+    started = time.monotonic()
+    # All are asked to stop before the first is waited for.
+    for thread, seconds in [(thread, thread.request_stop()) for thread in threads]:
+        thread.join(max(0.0, started + seconds - time.monotonic()))

@@ -1,4 +1,4 @@
-"""The exchange between ranks: one verdict for all, whoever is late, dead or cut off."""
+"""The exchange between ranks: one result for all, whoever is late, dead or cut off."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def in_threads(work: list[Callable[[], Any]]) -> list[Any]:
 def test_every_rank_gets_what_the_posts_come_to() -> None:
     store = dist.HashStore()
     ranks = [StoreConsensus(store, rank, 5) for rank in range(5)]
-    verdicts = in_threads([lambda a=a: a.exchange(10, [a.rank, 0.1], sums) for a in ranks])
-    assert {v.values for v in verdicts} == {(10.0, 0.1 + 0.1 + 0.1 + 0.1 + 0.1)}
+    results = in_threads([lambda a=a: a.exchange(10, [a.rank, 0.1], sums) for a in ranks])
+    assert {v.values for v in results} == {(10.0, 0.1 + 0.1 + 0.1 + 0.1 + 0.1)}
 
 
-def test_ranks_that_do_not_measure_read_the_verdict() -> None:
+def test_ranks_that_do_not_measure_read_the_result() -> None:
     store = dist.HashStore()
     ranks = [StoreConsensus(store, rank, 6, measuring=(0, 3)) for rank in range(6)]
     assert [a.measures for a in ranks] == [True, False, False, True, False, False]
@@ -70,21 +70,21 @@ def test_ranks_that_do_not_measure_read_the_verdict() -> None:
     limits=st.lists(st.sampled_from([0.01, 0.04, 0.06]), min_size=9, max_size=9),
     seed=st.integers(0, 2**32),
 )
-def test_whatever_the_delays_all_ranks_read_the_same_verdict(
+def test_whatever_the_delays_all_ranks_read_the_same_result(
     delays: list[float], limits: list[float], seed: int
 ) -> None:
     store, world = dist.HashStore(), len(delays)
 
     def rank(r: int) -> list[Any]:
         chance, agreement = random.Random(seed + r), StoreConsensus(store, r, world, limit_seconds=limits[r])
-        verdicts = []
+        results = []
         for step in range(3):
             time.sleep(delays[r] * chance.random())
-            verdicts.append(agreement.exchange(step, [float(r)], sums))
-        return [verdicts, agreement.off, agreement.skipped]
+            results.append(agreement.exchange(step, [float(r)], sums))
+        return [results, agreement.off, agreement.skipped]
 
     results = in_threads([lambda r=r: rank(r) for r in range(world)])
-    # A loaded machine may take longer than the store is given; that is a rank of its own mind, not another verdict.
+    # A loaded machine may take longer than the store is given; that rank then skips alone, which is no other result.
     reached = [result for result in results if not any("cannot be reached" in v.reason for v in result[0])]
     assert all(result == reached[0] for result in reached)
 
@@ -117,15 +117,15 @@ def test_steps_that_are_done_again_are_agreed_on_again() -> None:
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("x"), OverflowError("x"), ValueError("x")])
 def test_numbers_that_cannot_be_brought_together_skip_the_sample_on_all_ranks(error: Exception) -> None:
-    def fold(posts: Any) -> list[float]:
+    def reduce(posts: Any) -> list[float]:
         raise error
 
     store = dist.HashStore()
     ranks = [StoreConsensus(store, rank, 2) for rank in range(2)]
-    verdicts = in_threads([lambda a=a: a.exchange(100, [1.0], fold) for a in ranks])
-    assert verdicts[0] == verdicts[1]
-    assert verdicts[0].everywhere
-    assert "the ranks' numbers" in verdicts[0].reason
+    results = in_threads([lambda a=a: a.exchange(100, [1.0], reduce) for a in ranks])
+    assert results[0] == results[1]
+    assert results[0].everywhere
+    assert "the ranks' numbers" in results[0].reason
     assert not ranks[0].off
 
 
@@ -134,9 +134,9 @@ def test_a_rank_that_loses_the_store_does_not_speak_for_the_others() -> None:
         def check(self, keys: list[str]) -> bool:
             raise RuntimeError("connection reset")
 
-    verdict = StoreConsensus(Gone(), 1, 2).exchange(100, [1.0], sums)
-    assert verdict.values is None
-    assert not verdict.everywhere
+    result = StoreConsensus(Gone(), 1, 2).exchange(100, [1.0], sums)
+    assert result.values is None
+    assert not result.everywhere
 
 
 def test_after_skips_in_a_row_all_ranks_turn_the_exchange_off_and_nobody_waits_again() -> None:
@@ -189,9 +189,9 @@ def test_the_store_does_not_grow() -> None:
 def test_numbers_that_do_not_fit_together_skip_the_sample_and_say_why() -> None:
     store = dist.HashStore()
     ranks = [StoreConsensus(store, rank, 2) for rank in range(2)]
-    verdicts = in_threads([lambda a=a: a.exchange(1, [1.0] * (a.rank + 1), sums) for a in ranks])
-    assert verdicts[0] == verdicts[1]
-    assert "give all ranks the same model and settings" in verdicts[0].reason
+    results = in_threads([lambda a=a: a.exchange(1, [1.0] * (a.rank + 1), sums) for a in ranks])
+    assert results[0] == results[1]
+    assert "give all ranks the same model and settings" in results[0].reason
 
 
 class Broken:
@@ -213,9 +213,9 @@ class Broken:
 def test_without_the_store_a_rank_skips_on_its_own_and_does_not_ask_again(error: Exception | None) -> None:
     agreement = StoreConsensus(Broken(error), 1, 2, limit_seconds=0.05)  # type: ignore[arg-type]
     started = time.monotonic()
-    verdict = agreement.exchange(1, [1.0], sums)
-    assert verdict.values is None
-    assert "store cannot be reached" in verdict.reason
+    result = agreement.exchange(1, [1.0], sums)
+    assert result.values is None
+    assert "store cannot be reached" in result.reason
     assert agreement.off
     assert agreement.exchange(2, [1.0], sums).values is None
     assert time.monotonic() - started < PATIENT / 2
@@ -258,8 +258,8 @@ def late_once(kind: str, rank: int, world: int, folder: str, results: Queue[Any]
         before = summed(rank + step)
         if step == 2 and rank == world - 1:
             time.sleep(2.5)
-        verdict = agreement.exchange(step, [float(rank), step * 0.1], sums)
-        told.append((before, verdict.values, verdict.reason, summed(1.0)))
+        result = agreement.exchange(step, [float(rank), step * 0.1], sums)
+        told.append((before, result.values, result.reason, summed(1.0)))
     told.append(second.exchange(0, [1.0], sums).values)
     results.put((rank, told))
     dist.barrier()  # the host of the store stays until all have read

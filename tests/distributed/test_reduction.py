@@ -14,10 +14,10 @@ def seen(status: str, use: float | None = None, **more: object) -> SampleResult:
 
 
 def test_a_layer_that_is_not_finite_on_one_rank_is_so_on_all() -> None:
-    ballot = RankReduction(["mixer"], ["loss"], ranks=(0, 1, 2))
+    reduction = RankReduction(["mixer"], ["loss"], ranks=(0, 1, 2))
     mine = [seen("ok", 0.75), seen("nonfinite", message="2 of 8 operators hold NaN or Inf"), seen("failed")]
-    values = ballot.fold([ballot.post(evidence, 100) for evidence in mine])
-    agreed = [ballot.read(evidence, values)[0].readings[0] for evidence in mine]
+    values = reduction.reduce([reduction.encode(evidence, 100) for evidence in mine])
+    agreed = [reduction.decode(evidence, values)[0].readings[0] for evidence in mine]
     assert [reading.status for reading in agreed] == ["nonfinite"] * 3
     assert [reading.utilization_ratio for reading in agreed] == [None] * 3
     assert agreed[0].message == "NaN or Inf on another rank"
@@ -28,4 +28,4 @@ def test_ranks_that_watch_other_layers_do_not_average_them() -> None:
     here, there = RankReduction(["a", "b"], [], ranks=(0, 1)), RankReduction(["b", "c"], [], ranks=(0, 1))
     evidence = SampleResult(7, ())
     with pytest.raises(ValueError, match="layers differ"):
-        here.fold([here.post(evidence, 100), there.post(evidence, 100)])
+        here.reduce([here.encode(evidence, 100), there.encode(evidence, 100)])

@@ -90,7 +90,7 @@ def left_without_close(injection: Injection) -> Outcome:
         (injection.folder / "state").read_bytes() == train(backbone()),
         {
             "the exit status of the training": ended.returncode == 7,
-            "log": ended.stderr.count("nobody closed the monitor") == 1,
+            "log": ended.stderr.count("the monitor was never closed") == 1,
             "run_finished": [e.data.status for e in events if e.event == "run_finished"] == ["failed"],
             "what was measured came in": any(e.event == "measurement" for e in events),
         },

@@ -12,8 +12,7 @@ import torch
 
 from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.featurizers import GLA
-from ess_monitor.runtime import Executor, HostBackend, RuntimeConfig, Task
-from ess_monitor.runtime import backends as lanes
+from ess_monitor.runtime import Executor, HostBackend, RuntimeConfig, Task, backends
 
 Result = TypeVar("Result")
 
@@ -34,7 +33,7 @@ def in_a_new_thread(function: Callable[[], Result]) -> Result:
     return results[0]
 
 
-def in_the_lane(lane: HostBackend, times: int = 1) -> list[int]:
+def in_the_backend(backend: HostBackend, times: int = 1) -> list[int]:
     """Threads that each of so many computations of one thread runs with."""
     seen: list[int] = []
 
@@ -44,7 +43,7 @@ def in_the_lane(lane: HostBackend, times: int = 1) -> list[int]:
         return {}
 
     for _ in range(times):
-        lane.launch(None, (), compute)
+        backend.launch(None, (), compute)
     return seen
 
 
@@ -68,21 +67,21 @@ def test_a_thread_that_was_there_before_and_computes_only_later_has_the_training
 
     thread = threading.Thread(target=early)
     thread.start()
-    in_a_new_thread(lambda: in_the_lane(HostBackend()))
+    in_a_new_thread(lambda: in_the_backend(HostBackend()))
     measured.set()
     thread.join(30)
     assert seen == [2]
 
 
 def test_the_limit_holds_for_every_computation_of_the_worker() -> None:
-    assert in_a_new_thread(lambda: in_the_lane(HostBackend(threads=1), times=3)) == [1, 1, 1]
-    assert in_a_new_thread(lambda: in_the_lane(HostBackend(threads=3))) == [3]
+    assert in_a_new_thread(lambda: in_the_backend(HostBackend(threads=1), times=3)) == [1, 1, 1]
+    assert in_a_new_thread(lambda: in_the_backend(HostBackend(threads=3))) == [3]
     assert (in_a_new_thread(torch.get_num_threads), torch.get_num_threads()) == (2, 2)
 
 
 def test_a_second_worker_of_the_same_lane_has_the_limit_too() -> None:
-    lane = HostBackend(threads=1)
-    assert [in_a_new_thread(lambda: in_the_lane(lane)) for _ in range(2)] == [[1], [1]]
+    backend = HostBackend(threads=1)
+    assert [in_a_new_thread(lambda: in_the_backend(backend)) for _ in range(2)] == [[1], [1]]
 
 
 def test_the_limit_is_set_once_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +93,7 @@ def test_the_limit_is_set_once_a_thread(monkeypatch: pytest.MonkeyPatch) -> None
         real(threads)
 
     monkeypatch.setattr(torch, "set_num_threads", counted)
-    in_a_new_thread(lambda: in_the_lane(HostBackend(), times=3))
+    in_a_new_thread(lambda: in_the_backend(HostBackend(), times=3))
     assert [threads for _, threads in calls] == [1, 2]
     assert len({ident for ident, _ in calls}) == 2
 
@@ -105,11 +104,11 @@ def test_workers_that_begin_at_the_same_moment_do_not_take_each_others_limit_for
         together = threading.Barrier(len(three))
         seen: list[list[int]] = []
 
-        def work(lane: HostBackend, together: threading.Barrier, seen: list[list[int]]) -> None:
+        def work(backend: HostBackend, together: threading.Barrier, seen: list[list[int]]) -> None:
             together.wait(30)
-            seen.append(in_the_lane(lane))
+            seen.append(in_the_backend(backend))
 
-        threads = [threading.Thread(target=work, args=(lane, together, seen)) for lane in three]
+        threads = [threading.Thread(target=work, args=(backend, together, seen)) for backend in three]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -123,7 +122,7 @@ def test_the_number_for_new_threads_is_the_trainings_whenever_the_lock_is_free(m
     real = torch.set_num_threads
 
     def looked(threads: int) -> None:
-        held.append(lanes._LIMITING.locked())
+        held.append(backends._THREAD_COUNT_LOCK.locked())
         real(threads)
 
     monkeypatch.setattr(torch, "set_num_threads", looked)
@@ -132,7 +131,7 @@ def test_the_number_for_new_threads_is_the_trainings_whenever_the_lock_is_free(m
     executor.drain(10)
     executor.close()
     assert held == [True, True]
-    assert not lanes._LIMITING.locked()
+    assert not backends._THREAD_COUNT_LOCK.locked()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
@@ -143,14 +142,14 @@ def test_a_fork_waits_for_that_lock_and_the_child_has_it_free() -> None:
     def fork() -> None:
         child = os.fork()
         if child == 0:
-            os._exit(lanes._LIMITING.locked())
+            os._exit(backends._THREAD_COUNT_LOCK.locked())
         ended.append(os.waitpid(child, 0)[1])
 
     thread = threading.Thread(target=fork)
-    with lanes._LIMITING:
+    with backends._THREAD_COUNT_LOCK:
         thread.start()
         thread.join(0.1)
         assert thread.is_alive()
     thread.join(30)
     assert ended == [0]
-    assert not lanes._LIMITING.locked()
+    assert not backends._THREAD_COUNT_LOCK.locked()

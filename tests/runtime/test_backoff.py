@@ -8,14 +8,14 @@ import torch
 from ess_monitor.runtime import SampleSizeBackoff, is_out_of_memory
 
 
-def shares(portion: SampleSizeBackoff, lacking: str) -> list[float | None]:
+def shares(backoff: SampleSizeBackoff, lacking: str) -> list[float | None]:
     """The shares of as many samples as `lacking` has letters: x lacked memory, o had enough; a pause takes none."""
     taken = []
     for letter in lacking:
-        share = portion.next()
+        share = backoff.next_share()
         taken.append(share)
         if share is not None:
-            (portion.lacked if letter == "x" else portion.sufficed)(share)
+            (backoff.record_out_of_memory if letter == "x" else backoff.record_success)(share)
     return taken
 
 
@@ -30,18 +30,18 @@ def test_one_step_up_after_enough_good_samples_in_a_row() -> None:
 
 
 def test_of_several_samples_under_way_only_the_first_leads_a_step_down() -> None:
-    portion = SampleSizeBackoff()
-    under_way = [portion.next() for _ in range(3)]
+    backoff = SampleSizeBackoff()
+    under_way = [backoff.next_share() for _ in range(3)]
     for share in under_way:
-        portion.lacked(share)
-    assert portion.next() == 0.5
+        backoff.record_out_of_memory(share)
+    assert backoff.next_share() == 0.5
 
 
 def test_a_small_sample_that_is_late_does_not_count_for_a_larger_size() -> None:
-    portion = SampleSizeBackoff(patience=1)
-    portion.lacked(1.0)
-    portion.sufficed(0.0)
-    assert portion.next() == 0.5
+    backoff = SampleSizeBackoff(patience=1)
+    backoff.record_out_of_memory(1.0)
+    backoff.record_success(0.0)
+    assert backoff.next_share() == 0.5
 
 
 def test_each_step_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -149,12 +149,12 @@ class TestOnASimulatedDevice:
     def device(self) -> SimulatedStreams:
         return SimulatedStreams()
 
-    def stream_task(self, lane: StreamBackend, tensor: torch.Tensor) -> Task:
-        return Task(lane, (tensor,), lambda: {"double": tensor * 2})
+    def stream_task(self, backend: StreamBackend, tensor: torch.Tensor) -> Task:
+        return Task(backend, (tensor,), lambda: {"double": tensor * 2})
 
     def test_nothing_is_done_before_the_side_stream_has_run(self, device: SimulatedStreams, executor) -> None:
-        lane = StreamBackend(device)
-        executor.submit("a", [self.stream_task(lane, torch.ones(2))])
+        backend = StreamBackend(device)
+        executor.submit("a", [self.stream_task(backend, torch.ones(2))])
         wait_until_launched(executor, 1)
         assert executor.poll() == []
         device.side[0].run()
@@ -162,9 +162,9 @@ class TestOnASimulatedDevice:
         assert job.tasks[0].launched.results["double"].tolist() == [2.0, 2.0]
 
     def test_the_side_stream_waits_for_the_copies_on_the_main_stream(self, device: SimulatedStreams, executor) -> None:
-        lane = StreamBackend(device)
+        backend = StreamBackend(device)
         device.main.work.append(lambda: None)  # the copy, still queued
-        executor.submit("a", [self.stream_task(lane, torch.ones(2))])
+        executor.submit("a", [self.stream_task(backend, torch.ones(2))])
         wait_until_launched(executor, 1)
         device.side[0].run()
         assert executor.poll() == []
@@ -183,9 +183,9 @@ class TestOnASimulatedDevice:
         assert [job.tag for job in executor.poll()] == ["first", "second"]
 
     def test_the_allocator_is_told_of_every_input_that_the_side_stream_reads(self, device, executor) -> None:
-        lane = StreamBackend(device)
+        backend = StreamBackend(device)
         tensor = torch.ones(2)
-        executor.submit("a", [self.stream_task(lane, tensor)])
+        executor.submit("a", [self.stream_task(backend, tensor)])
         wait_until_launched(executor, 1)
         assert [(t is tensor, stream) for t, stream in device.kept] == [(True, device.side[0])]
 
@@ -213,11 +213,11 @@ class TestOnASimulatedDevice:
 def test_results_of_a_real_side_stream_arrive_on_the_host() -> None:
     from ess_monitor.runtime import backend_for
 
-    lane = backend_for(torch.device("cuda"), threads=1)
-    assert isinstance(lane, StreamBackend)
+    backend = backend_for(torch.device("cuda"), threads=1)
+    assert isinstance(backend, StreamBackend)
     executor: Executor[str] = Executor(RuntimeConfig())
     x = torch.randn(4, 64, 64, device="cuda")
-    executor.submit("a", [Task(lane, (x,), lambda: {"s": torch.linalg.svdvals(x)})])
+    executor.submit("a", [Task(backend, (x,), lambda: {"s": torch.linalg.svdvals(x)})])
     (job,) = executor.drain(60)
     result = job.tasks[0].launched.results["s"]
     assert result.device.type == "cpu"

@@ -123,7 +123,7 @@ class TestStrict:
         guard = Guard("capture", strict=True)
         fail(guard)
         guard.count("another")
-        with pytest.raises(PartError, match=r"^capture: ValueError: boom; mend the cause") as raised:
+        with pytest.raises(PartError, match=r"^capture: ValueError: boom; fix the cause") as raised:
             guard.raise_pending()
         assert raised.value.part == "capture"
         assert isinstance(raised.value.__cause__, ValueError)

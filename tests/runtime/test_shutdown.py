@@ -27,8 +27,8 @@ def compute():
     print("computed", flush=True)
     return {"matrix": matrix}
 
-lane, executor = HostBackend(), Executor(RuntimeConfig())
-executor.submit(None, [Task(lane, (), compute), Task(lane, (), compute)])
+backend, executor = HostBackend(), Executor(RuntimeConfig())
+executor.submit(None, [Task(backend, (), compute), Task(backend, (), compute)])
 time.sleep(0.5)
 """
 
@@ -164,7 +164,7 @@ def test_a_monitor_that_nobody_closed_is_closed_as_failed(
     log = tmp_path / "events.jsonl"
     status, printed = status_of(f"{MONITOR}\n{end}", str(log))
     assert status == expected, printed
-    assert printed.count("nobody closed the monitor") == 1
+    assert printed.count("the monitor was never closed") == 1
     events = list(read_event_log(log))
     assert [e.data.status for e in events if e.event == "run_finished"] == ["failed"]
     measured = [e.data for e in events if e.event == "measurement"]
