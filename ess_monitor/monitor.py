@@ -23,7 +23,7 @@ from ess_monitor.distributed.ranks import consensus_of_the_run, measure_together
 from ess_monitor.errors import CheckpointError
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter
 from ess_monitor.exporters.base import check_exporters
-from ess_monitor.exporters.prometheus.identity import configs_of_rank
+from ess_monitor.exporters.config import configs_of_rank
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.pipeline.checkpoint import STATE_VERSION, read_state
