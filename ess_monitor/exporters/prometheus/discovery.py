@@ -1,4 +1,4 @@
-"""Service discovery by file (`file_sd_configs`): one entry per process, as long as it can be scraped."""
+"""Announces a process to Prometheus by a file (`file_sd_configs`), as long as it can be scraped."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import socket
 import weakref
 from pathlib import Path
 
-from ess_monitor.exporters.prometheus.atomic_file import replace_file
+from ess_monitor.exporters.prometheus.base import replace_file
 from ess_monitor.exporters.prometheus.identity import RunIdentity
 
-_EVERYWHERE = ("", "0.0.0.0", "::")
+_ALL_ADDRESSES = ("", "0.0.0.0", "::")
 
 
 class FileSdEntry:
-    """The file `<run_id>-<rank>.json` with the address of one process.
+    """Writes and removes the file `<run_id>-<rank>.json` with the address of one process.
 
-    `job` is not in it: that is the name of the scrape configuration which reads the folder. The entry goes with
-    `remove`, and at the latest when the interpreter ends. The entry of a process that was killed stays: Prometheus then
-    shows the target as down, which it is.
+    It has no `job`: that is the name of the scrape configuration which reads the folder. The file is removed by
+    `remove`, or when the interpreter ends. The file of a killed process stays, and Prometheus shows its target as down.
 
     Args:
-        folder: where Prometheus looks for `*.json`; made when it does not exist.
+        folder: where Prometheus looks for `*.json`; created if it is missing.
         identity: run and rank.
         target: `host:port` as Prometheus reaches it.
         scheme: "http" or "https".
@@ -40,23 +39,23 @@ class FileSdEntry:
         self._removal = weakref.finalize(self, _unlink, self.path.absolute(), data, os.getpid())
 
     def remove(self) -> None:
-        """Take the entry away; a second call does nothing."""
+        """Remove the file; a second call does nothing."""
         self._removal()
 
 
 def advertised_target(host: str, port: int, advertise_host: str | None = None) -> str:
-    """`host:port` for others; the machine's name where the endpoint listens on all addresses.
+    """Return `host:port` for other machines; with the machine's name if the endpoint listens on all addresses.
 
     >>> advertised_target("::1", 9464), advertised_target("0.0.0.0", 9464, "node7")
     ('[::1]:9464', 'node7:9464')
     """
-    name = advertise_host or (socket.gethostname() if host in _EVERYWHERE else host)
+    name = advertise_host or (socket.gethostname() if host in _ALL_ADDRESSES else host)
     return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
 
 
 def _unlink(path: Path, data: bytes, process_id: int) -> None:
     if os.getpid() != process_id:
-        return  # a forked child that ends must not take its parent's entry along
+        return  # a forked child that ends must not remove its parent's file
     with contextlib.suppress(OSError):
-        if path.read_bytes() == data:  # by now it may be the entry of a later run with the same identifier
+        if path.read_bytes() == data:  # a later run with the same identifier may have replaced it
             path.unlink()

@@ -35,7 +35,7 @@ class IdentifiedConfig(BaseModel):
 
     run_id: str | None = Field(default=None, pattern=_RUN_ID_PATTERN)
     """Identifier of the run, the same on all its ranks. None: the one of torchrun or Slurm in a distributed run,
-    otherwise one made from the run's name. Letters, digits, dot, dash and underscore: it becomes part of a file name."""
+    otherwise one made from the run's name. Letters, digits, dot, dash and underscore: it is part of a file name."""
     ranks: Ranks = "zero"
     """Which processes export. "zero" by default: one process sees enough of a data-parallel run, and the autopilot
     acts on its numbers. "local_zero" and "all" show how ranks differ."""
