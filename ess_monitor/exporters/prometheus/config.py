@@ -47,8 +47,8 @@ class PrometheusConfig(IdentifiedConfig):
     it ends with the process, or when a second run in the process needs the port. 0 by default, which frees the port
     with the run; two scrape intervals are enough if the process goes on."""
     file_sd_dir: Path | None = None
-    """Folder for `<run_id>-<rank>.json` with the address, for Prometheus' `file_sd_configs`. None: no file; a fixed port
-    needs no discovery."""
+    """Folder for `<run_id>-<rank>.json` with the address, for Prometheus' `file_sd_configs`. None: no file, as a fixed
+    port needs no discovery."""
     advertise_host: str | None = Field(default=None, min_length=1)
     """Name or address of this machine in that file. None: `host`, or the machine's name if `host` is all addresses."""
 

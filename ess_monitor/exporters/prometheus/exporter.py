@@ -6,6 +6,8 @@ import errno
 import ssl
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ess_monitor import validation
@@ -23,8 +25,6 @@ from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
-
-    from ess_monitor.exporters.prometheus.collector import SnapshotCollector
 
 _lingering: set[PrometheusExporter] = set()
 """Exporters of finished runs of this process that still serve their last state. The next run may need their port."""
@@ -65,9 +65,8 @@ class PrometheusExporter:
         self._registry = registry
         self._lock = threading.Lock()  # the training thread and the timer may both call `stop`
         self._snapshot: Callable[[], Snapshot] | None = None
-        self._collector: SnapshotCollector | None = None
         self._endpoint: Endpoint | None = None
-        self._entry: FileSdEntry | None = None
+        self._cleanup = ExitStack()
         self._timer: threading.Timer | None = None
 
     @property
@@ -85,28 +84,25 @@ class PrometheusExporter:
                 share no run_id.
         """
         config = self.config
-        identity = self.identity or identify(config, run)
+        self.identity = identity = self.identity or identify(config, run)
         if not identity.takes_part(config.ranks):
-            self.identity = identity
             return
         collector = new_collector(self.name, run, self._current)
         authenticator = None if config.auth is None else Authenticator(load_credentials(config.auth))
         tls = None if config.certfile is None else server_context(config.certfile, config.keyfile, config.client_cafile)
         registry = self._registry if self._registry is not None else new_registry()
-        self._snapshot = snapshot
-        registry.register(collector)
-        endpoint: Endpoint | None = None
-        try:
+        with ExitStack() as cleanup:
+            self._snapshot = snapshot
+            cleanup.callback(setattr, self, "_snapshot", None)
+            registry.register(collector)
+            cleanup.callback(registry.unregister, collector)
             port = config.port if identity.local_rank == 0 else 0
             endpoint = self._listen(Pages(registry, authenticator), port, tls)
-            self._entry = self._announce(identity, endpoint)
-        except BaseException:
-            registry.unregister(collector)
-            self._snapshot = None
-            if endpoint is not None:
-                endpoint.close()
-            raise
-        self.identity, self._registry, self._collector, self._endpoint = identity, registry, collector, endpoint
+            cleanup.callback(endpoint.close)
+            if config.file_sd_dir is not None:
+                # Called before `endpoint.close`: Prometheus must not be sent to a closed port.
+                cleanup.callback(self._announce(config.file_sd_dir, identity, endpoint).remove)
+            self._endpoint, self._cleanup = endpoint, cleanup.pop_all()
 
     def export(self, measurement: Measurement) -> None:
         """Do nothing: Prometheus pulls the numbers."""
@@ -134,20 +130,13 @@ class PrometheusExporter:
     def stop(self) -> None:
         """Stop serving now, lingering or not; a second call does nothing."""
         with self._lock:
-            endpoint, self._endpoint = self._endpoint, None
-            entry, self._entry = self._entry, None
-            collector, self._collector = self._collector, None
+            cleanup, self._cleanup = self._cleanup, ExitStack()
             timer, self._timer = self._timer, None
-            self._snapshot = None
+            self._endpoint = self._snapshot = None
         _lingering.discard(self)
-        if entry is not None:
-            entry.remove()  # before the port closes: Prometheus must not be sent to a closed port
         if timer is not None:
             timer.cancel()
-        if endpoint is not None:
-            endpoint.close()
-        if self._registry is not None and collector is not None:
-            self._registry.unregister(collector)
+        cleanup.close()
 
     def _current(self) -> Snapshot:
         snapshot = self._snapshot
@@ -163,10 +152,7 @@ class PrometheusExporter:
                 return self._listen(pages, port, tls)
             raise ExporterError(_cannot_listen(self.config.host, port, error)) from error
 
-    def _announce(self, identity: RunIdentity, endpoint: Endpoint) -> FileSdEntry | None:
-        folder = self.config.file_sd_dir
-        if folder is None:
-            return None
+    def _announce(self, folder: Path, identity: RunIdentity, endpoint: Endpoint) -> FileSdEntry:
         target = advertised_target(self.config.host, endpoint.port, self.config.advertise_host)
         try:
             return FileSdEntry(folder, identity, target, "http" if self.config.certfile is None else "https")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import field_validator
 
@@ -14,9 +15,6 @@ from ess_monitor.exporters.base import final_snapshot
 from ess_monitor.exporters.prometheus.base import new_collector, new_registry, replace_file
 from ess_monitor.exporters.prometheus.identity import IdentifiedConfig, RunIdentity, identify
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
-
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
 
 
 class TextfileConfig(IdentifiedConfig):
@@ -57,7 +55,7 @@ class TextfileExporter:
         self.path: Path | None = None
         """The file, with run and rank filled in; None before the start."""
         self._snapshot: Callable[[], Snapshot] | None = None
-        self._registry: CollectorRegistry | None = None
+        self._run: RunInfo | None = None
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Write the file for the first time.
@@ -68,45 +66,35 @@ class TextfileExporter:
         self.identity = self.identity or identify(self.config, run)
         if not self.identity.takes_part(self.config.ranks):
             return
-        labels = self.identity.labels
         path = str(self.config.path)
-        for label, value in labels.items():
+        for label, value in self.identity.labels.items():
             path = path.replace(f"{{{label}}}", value)
-        self._registry = new_registry(new_collector(self.name, run, self._current, labels))
-        self.path, self._snapshot = Path(path), snapshot
+        self.path, self._run = Path(path), run
         try:
-            self._write()
+            self._write(snapshot)
         except OSError as error:
-            self._snapshot = None
             raise ExporterError(
                 f"textfile.path={path!r} cannot be written ({format_error(error)}). Give a path in a folder this "
                 "process may write to, or leave `textfile` out of `exporters`."
             ) from error
+        self._snapshot = snapshot
 
     def export(self, measurement: Measurement) -> None:
         """Write the current counters. Raises OSError when they cannot be written."""
         if self._snapshot is not None:
-            self._write()
+            self._write(self._snapshot)
 
     def close(self, status: RunStatus) -> None:
         """Write the last state, which stays. Raises OSError when it cannot be written."""
-        snapshot = self._snapshot
-        if snapshot is None:
-            return
-        try:
-            last = final_snapshot(snapshot, status)
-            self._snapshot = lambda: last
-            self._write()
-        finally:
-            self._snapshot = None
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None:
+            self._write(partial(final_snapshot, snapshot, status))
 
-    def _current(self) -> Snapshot:
-        assert self._snapshot is not None
-        return self._snapshot()
-
-    def _write(self) -> None:
+    def _write(self, snapshot: Callable[[], Snapshot]) -> None:
         from prometheus_client import generate_latest
 
         assert self.path is not None
-        assert self._registry is not None
-        replace_file(self.path, generate_latest(self._registry))
+        assert self._run is not None
+        assert self.identity is not None
+        collector = new_collector(self.name, self._run, snapshot, self.identity.labels)
+        replace_file(self.path, generate_latest(new_registry(collector)))

@@ -67,8 +67,7 @@ class Endpoint:
         self._max_connections = max_connections
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
-        self._connections: dict[int, _Connection] = {}  # oldest first
-        self._accepted = 0
+        self._connections: dict[_Connection, None] = {}  # oldest first
         self._handlers = threading.BoundedSemaphore(_MAX_HANDLERS)
         self._closed = False
         self._listener = _listen(host, port)
@@ -126,15 +125,12 @@ class Endpoint:
         self._cut_down_to(self._max_connections - 1)
         connection = _Connection(sock)
         with self._lock:
-            self._accepted += 1
-            number = self._accepted
-            self._connections[number] = connection
-        thread = threading.Thread(target=self._serve, args=(number, connection), name="ess-monitor-scrape", daemon=True)
+            self._connections[connection] = None
+        thread = threading.Thread(target=self._serve, args=(connection,), name="ess-monitor-scrape", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the process cannot start another thread
-            self._forget(number)
-            connection.close()
+            self._end(connection)
 
     def _cut_down_to(self, keep: int) -> None:
         """Cut connections until `keep` are left."""
@@ -142,20 +138,12 @@ class Endpoint:
             with self._lock:
                 if len(self._connections) <= keep:
                     return
-                waiting = (number for number, connection in self._connections.items() if not connection.has_requested)
-                oldest = next(waiting, None)
-                if oldest is None:
-                    oldest = next(iter(self._connections))
-                connection = self._connections.pop(oldest)
-            connection.cut()
+                silent = (connection for connection in self._connections if not connection.has_requested)
+                oldest = next(silent, None) or next(iter(self._connections))
+                del self._connections[oldest]
+            oldest.cut()
 
-    def _forget(self, number: int) -> None:
-        with self._lock:
-            connection = self._connections.pop(number, None)
-        if connection is not None:
-            connection.cut()
-
-    def _serve(self, number: int, connection: _Connection) -> None:
+    def _serve(self, connection: _Connection) -> None:
         # Whatever a peer does (resets, garbage instead of a handshake) ends its own connection and nothing else.
         try:
             with contextlib.suppress(OSError, ValueError, Disconnected):
@@ -163,8 +151,14 @@ class Endpoint:
                     connection.handshake(self._tls, self._timeout_seconds)
                 self._respond(connection)
         finally:
-            self._forget(number)
-            connection.close()
+            self._end(connection)
+
+    def _end(self, connection: _Connection) -> None:
+        """End a connection, on the thread that reads and writes it."""
+        with self._lock:
+            self._connections.pop(connection, None)
+        connection.cut()
+        connection.close()
 
     def _respond(self, connection: _Connection) -> None:
         sock = connection.sock
@@ -234,11 +228,6 @@ class _Connection:
         with self._lock:
             self.sock.close()
 
-    def drop_descriptor(self) -> None:
-        """Close this process's copy of the descriptor; the connection itself stays open."""
-        with contextlib.suppress(OSError):
-            os.close(self.sock.detach())
-
 
 def _listen(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -261,7 +250,8 @@ def _drop_sockets_in_child(this: weakref.ref[Endpoint]) -> None:
         return
     # Take no lock: a thread of the parent may have held it, and nothing in this process would release it.
     endpoint._closed = True
-    for connection in list(endpoint._connections.values()):
-        connection.drop_descriptor()
+    for connection in list(endpoint._connections):
+        with contextlib.suppress(OSError):
+            os.close(connection.sock.detach())  # this process's copy; the connection itself stays open
     for sock in (endpoint._listener, endpoint._wake_receiver, endpoint._wake_sender):
         sock.close()
