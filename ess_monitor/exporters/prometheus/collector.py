@@ -44,6 +44,8 @@ _LAYER_GAUGES = (
     ("utilization_min_ratio", "Smallest utilization of a layer over the ranks that measure; absent with one rank."),
     ("worst_rank", "Rank on which it was smallest; absent with one rank."),
 )
+_EPOCH = "in seconds since the epoch"
+_EPOCH_OR_NONE = f"{_EPOCH}; absent before the first"
 _EMPTY = HistogramData(bounds=(), counts=())
 
 
@@ -77,21 +79,11 @@ def _run_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     yield info("build", "Versions of what runs.", run.versions)
     yield info("run", "What the run is.", facts)
     yield gauge("run_status", "1 for the status the run is in.", _one_hot(RUN_STATUSES, now.status), "status")
-    yield gauge(
-        "run_start_timestamp_seconds",
-        "When the run started, in seconds since the epoch.",
-        _since_epoch(run.start_timestamp_seconds),
-    )
-    yield gauge(
-        "last_step_timestamp_seconds",
-        "When the last optimizer step ended, in seconds since the epoch; absent before the first.",
-        _since_epoch(now.last_step_timestamp_seconds),
-    )
-    yield gauge(
-        "last_measurement_timestamp_seconds",
-        "When the last measurement was taken, in seconds since the epoch; absent before the first.",
-        _since_epoch(now.last_measurement_timestamp_seconds),
-    )
+    started, stepped = _since_epoch(run.start_timestamp_seconds), _since_epoch(now.last_step_timestamp_seconds)
+    measured = _since_epoch(now.last_measurement_timestamp_seconds)
+    yield gauge("run_start_timestamp_seconds", f"When the run started, {_EPOCH}.", started)
+    yield gauge("last_step_timestamp_seconds", f"When the last optimizer step ended, {_EPOCH_OR_NONE}.", stepped)
+    yield gauge("last_measurement_timestamp_seconds", f"When the last sample was taken, {_EPOCH_OR_NONE}.", measured)
     yield gauge("last_step", "Optimizer step the run is at.", now.last_step)
     yield counter("steps", "Optimizer steps of this process.", now.steps_total)
     yield histogram("training_step_seconds", "Duration of a training step in seconds.", now.step_seconds)
@@ -119,30 +111,20 @@ def _layer_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
 
 
 def _intervention_families(now: Snapshot) -> Iterator[Metric]:
-    yield counter(
-        "interventions",
-        "What the autopilot did, would have done or refused to do.",
-        {
-            (action, outcome): now.interventions_total.get(action, {}).get(outcome, 0)
-            for action in ACTIONS
-            for outcome in ACTION_OUTCOMES
-        },
-        "action",
-        "outcome",
-    )
+    done = {
+        (action, outcome): now.interventions_total.get(action, {}).get(outcome, 0)
+        for action in ACTIONS
+        for outcome in ACTION_OUTCOMES
+    }
+    what = "What the autopilot did, would have done or refused to do."
+    yield counter("interventions", what, done, "action", "outcome")
     active = _by_name(ACTIONS, now.interventions_active)
     yield gauge("interventions_active", "Treatments of layers that are under way.", active, "action")
-    yield gauge(
-        "intervention_budget_remaining",
-        "Actions the autopilot may still take in this run.",
-        now.intervention_budget_remaining,
-    )
-    yield gauge(
-        "last_intervention_timestamp_seconds",
-        "When an action of this kind was last applied, in seconds since the epoch; absent before.",
-        {action: _since_epoch(seconds) for action, seconds in now.last_intervention_timestamp_seconds.items()},
-        "action",
-    )
+    budget = now.intervention_budget_remaining
+    yield gauge("intervention_budget_remaining", "Actions the autopilot may still take in this run.", budget)
+    last = {action: _since_epoch(seconds) for action, seconds in now.last_intervention_timestamp_seconds.items()}
+    applied = f"When an action of this kind was last applied, {_EPOCH_OR_NONE}."
+    yield gauge("last_intervention_timestamp_seconds", applied, last, "action")
     yield gauge("autopilot_enabled", "1 when the autopilot may act (mode auto).", now.autopilot_enabled)
 
 
@@ -152,14 +134,9 @@ def _monitor_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     overhead = _by_name(PHASES, now.overhead_seconds, _EMPTY)
     yield histogram("overhead_seconds", "Time of the monitor itself in seconds, by phase.", overhead, "phase")
     yield gauge("overhead_ratio", "Measured cost of the monitor over training time.", now.overhead_ratio)
-    yield gauge(
-        "overhead_budget_ratio", "Cost over training time that the monitor may have.", run.overhead_budget_ratio
-    )
-    yield gauge(
-        "measurement_interval_steps",
-        "Steps between measurements, after the overhead budget has stretched them.",
-        now.interval_steps,
-    )
+    budget, interval = run.overhead_budget_ratio, now.interval_steps
+    yield gauge("overhead_budget_ratio", "Cost over training time that the monitor may have.", budget)
+    yield gauge("measurement_interval_steps", "Steps between measurements, stretched by the overhead budget.", interval)
     health, exporters = now.health, now.export_errors_total
     failures = _by_name(PARTS, health.part_failures_total)
     yield counter("part_failures", "Failures of a part of the monitor.", failures, "part")

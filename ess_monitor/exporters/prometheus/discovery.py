@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from ess_monitor.exporters.prometheus.base import replace_file
@@ -15,32 +16,28 @@ from ess_monitor.exporters.prometheus.identity import RunIdentity
 _ALL_ADDRESSES = ("", "0.0.0.0", "::")
 
 
-class FileSdEntry:
-    """Writes and removes the file `<run_id>-<rank>.json` with the address of one process.
+def announce(folder: Path, identity: RunIdentity, target: str, scheme: str, endpoint: object) -> Callable[[], object]:
+    """Write the file `<run_id>-<rank>.json` with the address of one process, and return what removes it.
 
-    It has no `job`: that is the name of the scrape configuration which reads the folder. The file is removed by
-    `remove`, or when the interpreter ends. The file of a killed process stays, and Prometheus shows its target as down.
+    The file has no `job`: that is the name of the scrape configuration which reads the folder. It is also removed when
+    the endpoint is freed or the interpreter ends. The file of a killed process stays, and Prometheus shows its target
+    as down.
 
     Args:
         folder: where Prometheus looks for `*.json`; created if it is missing.
         identity: run and rank.
         target: `host:port` as Prometheus reaches it.
         scheme: "http" or "https".
+        endpoint: what listens there.
 
     Raises:
-        OSError: the entry cannot be written.
+        OSError: the file cannot be written.
     """
-
-    def __init__(self, folder: Path, identity: RunIdentity, target: str, scheme: str) -> None:
-        self.path = folder / f"{identity.run_id}-{identity.rank}.json"
-        labels = {**identity.labels, **({"__scheme__": scheme} if scheme != "http" else {})}
-        data = (json.dumps([{"targets": [target], "labels": labels}], indent=2) + "\n").encode()
-        replace_file(self.path, data)
-        self._removal = weakref.finalize(self, _unlink, self.path.absolute(), data, os.getpid())
-
-    def remove(self) -> None:
-        """Remove the file; a second call does nothing."""
-        self._removal()
+    path = folder / f"{identity.run_id}-{identity.rank}.json"
+    labels = {**identity.labels, **({"__scheme__": scheme} if scheme != "http" else {})}
+    data = (json.dumps([{"targets": [target], "labels": labels}], indent=2) + "\n").encode()
+    replace_file(path, data)
+    return weakref.finalize(endpoint, _unlink, path.absolute(), data, os.getpid())
 
 
 def advertised_target(host: str, port: int, advertise_host: str | None = None) -> str:

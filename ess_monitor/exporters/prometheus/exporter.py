@@ -16,7 +16,7 @@ from ess_monitor.exporters.base import final_snapshot
 from ess_monitor.exporters.prometheus.auth import Authenticator, load_credentials
 from ess_monitor.exporters.prometheus.base import new_collector, new_registry
 from ess_monitor.exporters.prometheus.config import PrometheusConfig
-from ess_monitor.exporters.prometheus.discovery import FileSdEntry, advertised_target
+from ess_monitor.exporters.prometheus.discovery import advertised_target, announce
 from ess_monitor.exporters.prometheus.http.pages import METRICS_PATH, Pages
 from ess_monitor.exporters.prometheus.http.server import Endpoint
 from ess_monitor.exporters.prometheus.http.tls import server_context
@@ -101,7 +101,7 @@ class PrometheusExporter:
             cleanup.callback(endpoint.close)
             if config.file_sd_dir is not None:
                 # Called before `endpoint.close`: Prometheus must not be sent to a closed port.
-                cleanup.callback(self._announce(config.file_sd_dir, identity, endpoint).remove)
+                cleanup.callback(self._announce(config.file_sd_dir, identity, endpoint))
             self._endpoint, self._cleanup = endpoint, cleanup.pop_all()
 
     def export(self, measurement: Measurement) -> None:
@@ -152,10 +152,10 @@ class PrometheusExporter:
                 return self._listen(pages, port, tls)
             raise ExporterError(_cannot_listen(self.config.host, port, error)) from error
 
-    def _announce(self, folder: Path, identity: RunIdentity, endpoint: Endpoint) -> FileSdEntry:
+    def _announce(self, folder: Path, identity: RunIdentity, endpoint: Endpoint) -> Callable[[], object]:
         target = advertised_target(self.config.host, endpoint.port, self.config.advertise_host)
         try:
-            return FileSdEntry(folder, identity, target, "http" if self.config.certfile is None else "https")
+            return announce(folder, identity, target, endpoint.url.partition(":")[0], endpoint)
         except OSError as error:
             raise ExporterError(
                 f"prometheus.file_sd_dir={str(folder)!r} cannot be written to ({format_error(error)}). "
