@@ -24,8 +24,8 @@ from ess_monitor.distributed.parallelism import require_data_parallel
 from ess_monitor.distributed.ranks import measure_together
 from ess_monitor.errors import CheckpointError, ConfigError
 from ess_monitor.exporters import Exporter, TensorBoardExporter, TerminalConfig, TerminalExporter
+from ess_monitor.exporters.config import configs_of_rank
 from ess_monitor.exporters.framework_logger import LoggerExporter
-from ess_monitor.exporters.prometheus.identity import configs_of_rank
 from ess_monitor.monitor import Monitor
 from ess_monitor.pipeline.context import Metrics
 from ess_monitor.records import RunStatus

@@ -1,14 +1,14 @@
-"""Where measurements go: Prometheus (scraped, pushed, or through a file), TensorBoard, a JSON-lines event log, the
-terminal, the process's log.
+"""Writes measurements to Prometheus (scraped, pushed, or through a file), TensorBoard, a JSON-lines event log, the
+terminal and the process's log.
 
-This room knows `ess_monitor.records` only. Importing it imports no sink: `prometheus_client`, `tensorboard` and `rich`
-are imported by the exporter that needs them, when it starts.
+Importing this package imports no sink: `prometheus_client`, `tensorboard` and `rich` are imported by the exporter that
+needs them, when it starts.
 """
 
 from __future__ import annotations
 
 from ess_monitor.exporters.base import Exporter
-from ess_monitor.exporters.config import ExporterConfig, build_exporter
+from ess_monitor.exporters.config import ExporterConfig, build_exporter, configs_of_rank
 from ess_monitor.exporters.event_log.events import Event, EventReader, read_event_log
 from ess_monitor.exporters.event_log.exporter import EventLogConfig, EventLogExporter
 from ess_monitor.exporters.hub import ExporterHub
@@ -16,7 +16,7 @@ from ess_monitor.exporters.log import LogConfig, LogExporter
 from ess_monitor.exporters.prometheus.auth import AuthConfig
 from ess_monitor.exporters.prometheus.config import PrometheusConfig
 from ess_monitor.exporters.prometheus.exporter import PrometheusExporter
-from ess_monitor.exporters.prometheus.identity import RunIdentity, configs_of_rank
+from ess_monitor.exporters.prometheus.identity import RunIdentity
 from ess_monitor.exporters.prometheus.pushgateway import PushgatewayConfig, PushgatewayExporter
 from ess_monitor.exporters.prometheus.textfile import TextfileConfig, TextfileExporter
 from ess_monitor.exporters.scalars import scalars

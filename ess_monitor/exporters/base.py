@@ -1,9 +1,9 @@
-"""The exporter seam.
+"""Defines what an exporter is: three methods, called by the hub (`ess_monitor.exporters.hub`).
 
-An exporter is three methods. The hub (`ess_monitor.exporters.hub`) calls them: `start` on the training thread, where an
-error stops the start; `export` and `close` on the exporter's own thread behind a bounded queue, where an error is
-counted and never reaches the training. An exporter with `inline = True` is called on the training thread instead
-(framework loggers are not thread-safe), with the same protection.
+`start` runs on the training thread, where an error stops the start of the run. `export` and `close` run on the
+exporter's own thread behind a bounded queue, where an error is counted and never reaches the training. An exporter with
+`inline = True` is called on the training thread instead (framework loggers are not thread-safe), with the same
+protection.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 
 @runtime_checkable
 class Exporter(Protocol):
-    """Where measurements go."""
+    """Writes measurements to one sink."""
 
     name: str
     """Stable short name: the `exporter` label of the Prometheus metrics."""
@@ -40,10 +40,15 @@ class Exporter(Protocol):
 
 
 def check_exporters(exporters: Iterable[Exporter]) -> tuple[Exporter, ...]:
-    """The sinks, or `ConfigError` where one is something else, such as its settings."""
+    """Return the exporters as a tuple; raise `ConfigError` if one is something else, such as its settings."""
     hint = "for settings use MonitorConfig(exporters=...), or build_exporter(...)"
     found = validation.listed("exporters", exporters, hint=hint)
     for item in found:
         if isinstance(item, type) or not isinstance(item, Exporter):
-            raise ConfigError(f"exporters: {validation.type_of(item)} is no exporter; {hint}")
+            raise ConfigError(f"exporters: {validation.type_of(item)} is not an exporter; {hint}")
     return found
+
+
+def final_snapshot(snapshot: Callable[[], Snapshot], status: RunStatus) -> Snapshot:
+    """Return the counters of a run that ends with `status`. The monitor itself still counts as running here."""
+    return snapshot().model_copy(update={"status": status})

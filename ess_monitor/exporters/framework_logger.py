@@ -1,4 +1,4 @@
-"""Scalars through a logger of the training framework, whichever it is (W&B, MLflow, CSV, ...)."""
+"""Sends scalars to a logger of the training framework (W&B, MLflow, CSV, ...)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class LoggerExporter:
         self._log = log
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """The logger is open already: it belongs to the framework."""
+        """Do nothing: the framework has opened its logger."""
 
     def export(self, measurement: Measurement) -> None:
-        """One call, one step."""
+        """Log the scalars of one measurement, in one call."""
         self._log(scalars(measurement), step=measurement.step)
 
     def close(self, status: RunStatus) -> None:
-        """The framework closes its own logger."""
+        """Do nothing: the framework closes its logger."""

@@ -1,4 +1,4 @@
-"""Fan-out: one measurement in, every exporter served, none able to hurt the training or each other."""
+"""Hands one measurement to every exporter; none of them can hurt the training or each other."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterable
 
 from ess_monitor import validation
-from ess_monitor.errors import ExporterError
+from ess_monitor.errors import ExporterError, format_error
 from ess_monitor.exporters.base import Exporter, check_exporters
-from ess_monitor.exporters.channel import Guard, Worker, logger
+from ess_monitor.exporters.channel import ExporterChannel, logger
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 
 _DRAIN_SHARE = 0.8
@@ -20,11 +20,11 @@ class ExporterHub:
     """Hands every measurement to every exporter.
 
     `start` is strict: a sink that was asked for and cannot start raises. After that nothing raises: errors are counted
-    in `errors`, logged once per exporter, and after `max_consecutive_errors` in a row that exporter is turned off and
-    says so. An exporter with `inline = True` is called right away; each of the others has a bounded queue and a daemon
-    thread of its own, and when its queue is full the newest measurement is dropped and counted in `dropped`.
+    in `errors` and logged once per exporter, and `max_consecutive_errors` in a row turn that exporter off, which is
+    logged too. An exporter with `inline = True` is called at once. Each of the others has a bounded queue and a daemon
+    thread of its own; when its queue is full, the newest measurement is dropped and counted in `dropped`.
 
-    Two exporters with the same name are told apart as `event_log`, `event_log-2`, ... in the order given.
+    Exporters with the same name become `event_log`, `event_log-2`, ... in the order given.
 
     In a forked child (a DataLoader worker) the hub does nothing: its threads live in the parent only.
 
@@ -54,50 +54,46 @@ class ExporterHub:
     ) -> None:
         queue_length = validation.whole("queue_length", queue_length, 1, 2**20)
         max_consecutive_errors = validation.whole("max_consecutive_errors", max_consecutive_errors, 1)
-        validation.function("clock", clock)
+        self._clock = validation.function("clock", clock)
         exporters = check_exporters(exporters)
         names = _unique_names([exporter.name for exporter in exporters])
-        self._guards = tuple(
-            Guard(name, exporter, max_consecutive_errors) for name, exporter in zip(names, exporters, strict=True)
+        self._channels = tuple(
+            ExporterChannel(name, exporter, queue_length, max_consecutive_errors)
+            for name, exporter in zip(names, exporters, strict=True)
         )
-        self._workers = {guard.name: Worker(guard, queue_length) for guard in self._guards if not guard.exporter.inline}
-        self._clock = clock
         self._process_id = os.getpid()
-        self._started = False
-        self._closed = False
+        self._is_started = False
+        self._is_closed = False
 
     @property
     def exporters(self) -> tuple[Exporter, ...]:
         """The sinks, in the order given."""
-        return tuple(guard.exporter for guard in self._guards)
+        return tuple(channel.exporter for channel in self._channels)
 
     @property
     def errors(self) -> dict[str, int]:
         """Calls that raised, per exporter; every name is there from the beginning."""
-        return {guard.name: guard.errors for guard in self._guards}
+        return {channel.name: channel.errors for channel in self._channels}
 
     @property
     def dropped(self) -> dict[str, int]:
         """Measurements that were never exported, per exporter."""
-        return {guard.name: guard.dropped for guard in self._guards}
-
-    @property
-    def off(self) -> tuple[str, ...]:
-        """Exporters that have been turned off."""
-        return tuple(guard.name for guard in self._guards if not guard.open)
-
-    def take_errors(self) -> dict[str, BaseException]:
-        """The first error of each exporter since the last call."""
-        found = {guard.name: guard.take_error() for guard in self._guards}
-        return {name: error for name, error in found.items() if error is not None}
+        return {channel.name: channel.dropped for channel in self._channels}
 
     @property
     def queue_lengths(self) -> dict[str, int]:
         """Measurements that wait, per exporter; always 0 for an inline one."""
-        return {
-            guard.name: self._workers[guard.name].waiting if guard.name in self._workers else 0
-            for guard in self._guards
-        }
+        return {channel.name: channel.waiting for channel in self._channels}
+
+    @property
+    def off(self) -> tuple[str, ...]:
+        """Exporters that have been turned off."""
+        return tuple(channel.name for channel in self._channels if not channel.is_on)
+
+    def take_errors(self) -> dict[str, BaseException]:
+        """Return the first error of each exporter since the last call."""
+        found = {channel.name: channel.take_error() for channel in self._channels}
+        return {name: error for name, error in found.items() if error is not None}
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Start every exporter, in the order given.
@@ -105,79 +101,73 @@ class ExporterHub:
         Raises:
             ExporterError: one could not start. Those that had started are closed again.
         """
-        if self._started or self._closed:
+        if self._is_started or self._is_closed:
             raise ExporterError("this ExporterHub has already been started; build a new one for every run")
-        self._started = True
-        started: list[Guard] = []
+        self._is_started = True
+        opened: list[ExporterChannel] = []
         try:
-            for guard in self._guards:
+            for channel in self._channels:
                 try:
-                    guard.exporter.start(run, snapshot)
+                    channel.exporter.start(run, snapshot)
                 except ExporterError as error:
-                    raise ExporterError(f"exporter {guard.name!r} cannot start: {error}") from error
+                    raise ExporterError(f"exporter {channel.name!r} cannot start: {error}") from error
                 except Exception as error:
                     raise ExporterError(
-                        f"exporter {guard.name!r} cannot start: {type(error).__name__}: {error}. "
-                        "Mend the sink, or leave it out of `exporters`."
+                        f"exporter {channel.name!r} cannot start: {format_error(error)}. "
+                        "Fix the sink, or leave it out of `exporters`."
                     ) from error
-                started.append(guard)
-            for worker in self._workers.values():
-                worker.start()
+                opened.append(channel)
+            for channel in self._channels:
+                channel.start()
         except BaseException:
-            self._closed = True
-            for worker in self._workers.values():
-                worker.stop("failed")
-            for guard in reversed(started):
-                guard.close("failed")
+            self._is_closed = True
+            for channel in self._channels:
+                channel.stop("failed")
+            for channel in reversed(opened):
+                channel.close("failed")
             raise
 
     def export(self, measurement: Measurement) -> None:
         """Hand one measurement to every exporter. Never raises, never waits for a queued exporter."""
-        if not self._started or self._closed or self._in_forked_child():
-            return
-        for guard in self._guards:
-            worker = self._workers.get(guard.name)
-            if worker is None:
-                guard.deliver(measurement)
-            else:
-                worker.put(measurement)
+        if self._is_open():
+            for channel in self._channels:
+                channel.put(measurement)
 
     def close(self, status: RunStatus, timeout_seconds: float = 5.0) -> None:
         """Write what is queued and close every exporter, within `timeout_seconds`; a second call does nothing.
 
         What a slow sink has not taken by then is dropped and counted; a sink that hangs is left to its daemon thread.
         """
-        if not self._started or self._closed or self._in_forked_child():
+        if not self._is_open():
             return
-        self._closed = True
+        self._is_closed = True
         begin = self._clock()
-        workers = tuple(self._workers.values())
-        for worker in workers:
-            worker.stop(status)
-        for guard in self._guards:
-            if guard.name not in self._workers:
-                guard.close(status)
-        for worker in workers:
-            worker.join(begin + _DRAIN_SHARE * timeout_seconds - self._clock())
-        for worker in workers:
-            if worker.running:
-                worker.discard()
-        for worker in workers:
-            worker.join(begin + timeout_seconds - self._clock())
-            if worker.running:
+        for channel in self._channels:
+            channel.stop(status)
+        for channel in self._channels:
+            if channel.exporter.inline:
+                channel.close(status)
+        for channel in self._channels:
+            channel.join(begin + _DRAIN_SHARE * timeout_seconds - self._clock())
+        for channel in self._channels:
+            if channel.is_running:
+                channel.discard()
+        for channel in self._channels:
+            channel.join(begin + timeout_seconds - self._clock())
+            if channel.is_running:
                 logger.warning(
                     "exporter %r did not close within %g s and is left behind; its last lines may be missing.",
-                    worker.guard.name,
+                    channel.name,
                     timeout_seconds,
                 )
 
-    def _in_forked_child(self) -> bool:
-        # Locks may have been held by a thread that does not exist in the child: touch none of them there.
-        return os.getpid() != self._process_id
+    def _is_open(self) -> bool:
+        # In a forked child, locks may be held by a thread that does not exist there: touch none of them.
+        return self._is_started and not self._is_closed and os.getpid() == self._process_id
 
 
 def _unique_names(names: list[str]) -> list[str]:
-    """Append -2, -3, ... to repeated names, skipping those that are taken.
+    """Return the names, with -2, -3, ... appended to repeated ones; names that are taken are skipped.
 
     >>> _unique_names(["a", "b", "a", "a-2", "a"])
     ['a', 'b', 'a-3', 'a-2', 'a-4']

@@ -1,4 +1,4 @@
-"""A measurement as flat scalars: the one naming scheme that TensorBoard and every framework logger share.
+"""Flattens a measurement to scalars, with the tags that TensorBoard and every framework logger share.
 
 Tags are `<section>/<name>`. Loggers group by the part before the first slash, so a section holds one quantity for all
 layers (layers are compared with each other far more often than two quantities of one layer):
@@ -8,7 +8,7 @@ layers (layers are compared with each other far more often than two quantities o
     ess_interventions/<layer>   strength of what was applied to it, only in the measurement that applied it
     ess_monitor/...             the whole model, and the monitor's own cost
 
-In TensorBoard, whose charts set the loss beside the sizes, also
+TensorBoard, whose charts show the loss beside the sizes, also has
 
     ess_metrics/<metric>        what the training loop gave to the monitor, at the measured steps
 """
@@ -41,20 +41,20 @@ LAYER_QUANTITIES: tuple[str, ...] = (
 
 UTILIZATION_TAG = "ess_monitor/utilization_ratio"
 """Sum of effective sizes over sum of capacities: the ratio of the whole model (a mean of ratios would overweigh small
-layers). Layers whose capacity grows with the position are left out: their capacity is no design choice."""
+layers). Layers whose capacity grows with the position are left out: their capacity is not a design choice."""
 OVERHEAD_TAG = "ess_monitor/overhead_ratio"
 INTERVAL_TAG = "ess_monitor/interval_steps"
 LOSS_RATIO_TAG = "ess_monitor/loss_ratio"
-"""Loss as a share of the highest positive one so far, to be drawn on one axis with a utilization. TensorBoard alone."""
+"""Loss over its highest positive value so far, drawn on one axis with a utilization. TensorBoard only."""
 
 _UNSAFE = re.compile(r"[^\w.\-]")
 
 
 def layer_tag(layer: str) -> str:
-    """A layer's name as loggers accept it: letters, digits, `_`, `-` and `.`.
+    """Return a layer's name in the characters that every logger accepts: letters, digits, `_`, `-` and `.`.
 
-    A name that has anything else keeps its safe characters and gets a checksum of the original, so that two layers
-    never share a tag and a layer keeps its tag from run to run.
+    A name with other characters gets a checksum of the original, so that two layers never share a tag and a layer keeps
+    its tag from run to run.
 
     >>> layer_tag("blocks.0.mixer")
     'blocks.0.mixer'
@@ -70,7 +70,7 @@ def layer_tag(layer: str) -> str:
 
 
 def scalar_tag(quantity: str, layer: str) -> str:
-    """The tag of one quantity of one layer.
+    """Return the tag of one quantity of one layer.
 
     >>> scalar_tag("utilization_ratio", "blocks.0.mixer")
     'ess_utilization_ratio/blocks.0.mixer'
@@ -78,27 +78,8 @@ def scalar_tag(quantity: str, layer: str) -> str:
     return f"ess_{quantity}/{layer_tag(layer)}"
 
 
-def condition_tag(condition: str) -> str:
-    """The tag of the number of layers in a condition."""
-    return f"ess_layers/{condition}"
-
-
-def intervention_tag(layer: str) -> str:
-    """The tag of the strength that was applied to a layer."""
-    return f"ess_interventions/{layer_tag(layer)}"
-
-
-def metric_tag(name: str) -> str:
-    """The tag of a metric of the training loop.
-
-    >>> metric_tag("loss")
-    'ess_metrics/loss'
-    """
-    return f"ess_metrics/{layer_tag(name)}"
-
-
 def loss_name(metrics: Iterable[str]) -> str | None:
-    """Which of these metrics is the loss: the one of that name, else the first that has the word in it.
+    """Return the metric named "loss", or else the first whose name contains the word; None if there is none.
 
     >>> loss_name(["accuracy", "val/Loss"])
     'val/Loss'
@@ -108,7 +89,7 @@ def loss_name(metrics: Iterable[str]) -> str | None:
 
 
 def scalars(measurement: Measurement) -> dict[str, float]:
-    """Every number of a measurement worth a curve, by tag. Only finite numbers; only readings with status ok.
+    """Return the finite numbers of a measurement by tag, from readings with status ok.
 
     Example:
         >>> from ess_monitor.records import Measurement, Reading
@@ -125,18 +106,17 @@ def scalars(measurement: Measurement) -> dict[str, float]:
             values[scalar_tag(quantity, reading.layer)] = getattr(reading, quantity)
     conditions = list(measurement.conditions.values())
     for condition in CONDITIONS:
-        values[condition_tag(condition)] = float(conditions.count(condition))
+        values[f"ess_layers/{condition}"] = float(conditions.count(condition))
     for action in measurement.actions:
         if action.outcome == "applied":
-            values[intervention_tag(action.layer)] = action.strength
-    values[UTILIZATION_TAG] = model_utilization_ratio(measured)
+            values[f"ess_interventions/{layer_tag(action.layer)}"] = action.strength
+    values[UTILIZATION_TAG] = _model_utilization_ratio(measured)
     values[OVERHEAD_TAG] = measurement.overhead_ratio
     values[INTERVAL_TAG] = float(measurement.interval_steps)
     return {tag: float(value) for tag, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def model_utilization_ratio(readings: list[Reading]) -> float | None:
-    """Sum of effective sizes over sum of capacities; None where nothing has both."""
+def _model_utilization_ratio(readings: list[Reading]) -> float | None:
     effective = capacity = 0.0
     for reading in readings:
         if reading.effective_size is not None and reading.state_capacity is not None and not reading.capacity_grows:

@@ -29,6 +29,7 @@ class Guard:
         part: its name in log lines and metrics.
         limit: failures in a row that turn the part off.
         strict: keep the first failure for `raise_pending`.
+        advice: how to turn the part on again; logged when it turns itself off.
 
     Example:
         >>> guard = Guard("capture", limit=2)
@@ -38,7 +39,14 @@ class Guard:
         (0, True)
     """
 
-    def __init__(self, part: str, *, limit: int = 5, strict: bool = False) -> None:
+    def __init__(
+        self,
+        part: str,
+        *,
+        limit: int = 5,
+        strict: bool = False,
+        advice: str = "Attach a new monitor to turn it on again.",
+    ) -> None:
         self.part = validation.instance("part", part, str)
         self.limit = validation.whole("limit", limit, 1)
         self.open = True
@@ -46,6 +54,7 @@ class Guard:
         self.failures = 0
         self.last_error = ""
         self._strict = strict
+        self._advice = validation.instance("advice", advice, str)
         self._pending: PartError | None = None
         self._in_a_row = 0
         self._depth = 0
@@ -123,10 +132,7 @@ class Guard:
         self.count(message, error)
         self._in_a_row += 1
         if self._in_a_row >= self.limit:
-            self.turn_off(
-                f"it failed {self.limit} times in a row, the last error was: {message}. "
-                "Attach a new monitor to turn it on again."
-            )
+            self.turn_off(f"it failed {self.limit} times in a row, the last error was: {message}. {self._advice}")
         return True
 
 

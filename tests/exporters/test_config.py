@@ -69,7 +69,7 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_an_unknown_setting_is_refused_and_settings_are_frozen(kind: str) -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
-        LIST.validate_python([{"kind": kind, "color": 1}])
+        LIST.validate_python([{"kind": kind, "unheard_of": 1}])
     with pytest.raises(ValidationError, match="frozen"):
         KINDS[kind]().kind = "other"
 

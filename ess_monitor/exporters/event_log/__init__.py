@@ -1,1 +1,1 @@
-"""The event log: one JSON line for every measurement, finding and action."""
+"""Writes one JSON line for every measurement, finding and action."""

@@ -1,4 +1,4 @@
-"""The lines of the event log as types, and how to write and read them."""
+"""Defines the lines of the event log as types, and writes and reads them."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from ess_monitor.exporters.event_log.rotating_file import rotated_path
 from ess_monitor.records import SCHEMA_VERSION, Action, Finding, Measurement, RunInfo, Snapshot
 
 MAX_LINE_BYTES = 16 * 2**20
-"""A longer line is skipped, and never held in memory whole: a measurement of a thousand layers takes about one MiB."""
+"""Longer lines are skipped and never held in memory as a whole; a measurement of 1000 layers takes about one MiB."""
 
 
 class _EventBase(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    # Exactly this version: a line of another schema is a foreign line and never half understood.
+    # Exactly this version: a line of another schema must not be misread.
     schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
     timestamp_seconds: float
     run: str
 
 
 class RunStartedEvent(_EventBase):
-    """A run began or was resumed on this file."""
+    """Records that a run started or was resumed on this file."""
 
     event: Literal["run_started"] = "run_started"
     data: RunInfo
 
 
 class MeasurementEvent(_EventBase):
-    """One sampled step."""
+    """Records one sampled step."""
 
     event: Literal["measurement"] = "measurement"
     data: Measurement
 
 
 class FindingEvent(_EventBase):
-    """A layer's condition changed."""
+    """Records that a layer's condition changed."""
 
     event: Literal["finding"] = "finding"
     data: Finding
 
 
 class ActionEvent(_EventBase):
-    """The autopilot did something, would have done it, or refused to."""
+    """Records what the autopilot did, would have done, or refused to do."""
 
     event: Literal["action"] = "action"
     data: Action
 
 
 class RunFinishedEvent(_EventBase):
-    """The run ended; `data.status` says how, and the counters are the final ones."""
+    """Records the end of the run, with its status and its final counters."""
 
     event: Literal["run_finished"] = "run_finished"
     data: Snapshot
@@ -65,31 +65,31 @@ Event = RunStartedEvent | MeasurementEvent | FindingEvent | ActionEvent | RunFin
 """Any line of the event log."""
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
-"""What validates one line."""
+"""Validates one line."""
 
 
 def encode_event(event: Event) -> bytes:
-    """One line of JSON with its newline; JSON escapes the newlines inside texts."""
+    """Return one line of JSON with its newline; JSON escapes the newlines inside texts."""
     return event.model_dump_json().encode() + b"\n"
 
 
 class EventReader(Iterator[Event]):
-    """Iterates over the events of a log, skipping what is not an event of this schema.
+    """Iterates over the events of a log, skipping lines that are not events of this schema.
 
-    Skipped are a torn line (the process or the disk stopped in the middle of it), one of another schema version, one
-    with a number that is not finite, one longer than `MAX_LINE_BYTES`, and anything else that does not validate.
-    Blank lines are not counted. The files are read as a stream.
+    Skipped are torn lines (the process or the disk stopped in the middle), lines of another schema version, with a
+    number that is not finite, or longer than `MAX_LINE_BYTES`, and all others that do not validate. Blank lines are not
+    counted. The files are read as a stream.
 
     Args:
         paths: the parts of the log, oldest first.
 
     Raises:
-        OSError: on the way, when a part cannot be opened.
+        OSError: during the iteration, when a part cannot be opened.
     """
 
     def __init__(self, *paths: Path) -> None:
         self.skipped_lines = 0
-        """Lines so far that were no event."""
+        """Skipped lines so far."""
         self._events = self._read(paths)
 
     def __next__(self) -> Event:
@@ -113,18 +113,18 @@ class EventReader(Iterator[Event]):
 
 
 def read_event_log(path: str | Path, *, rotated: bool = False) -> EventReader:
-    """Read an event log back.
+    """Read an event log.
 
     Args:
         path: the file that `EventLogExporter` wrote.
-        rotated: read the rotated older part, `<name>.1`, first, where there is one. It ends where this file begins. A
-            run that was killed while it rotated may have left the older part alone.
+        rotated: first read the older part, `<name>.1`, if there is one. It ends where this file begins. A run that was
+            killed during a rotation may have left only the older part.
 
     Returns:
-        An iterator of events; its `skipped_lines` counts the lines that were no event.
+        An iterator of events; its `skipped_lines` counts the lines that are not events.
 
     Raises:
-        ConfigError: `path` names no file, or `rotated` no flag.
+        ConfigError: `path` does not name a file, or `rotated` is not a flag.
         OSError: with the first event, when the file cannot be opened.
 
     Example:
@@ -144,7 +144,7 @@ def read_event_log(path: str | Path, *, rotated: bool = False) -> EventReader:
     validation.flag("rotated", rotated)
     path = Path(path)
     if not path.name:
-        raise ConfigError(f"path={validation.shown(str(path))} names no file; give the event log itself.")
+        raise ConfigError(f"path={validation.shown(str(path))} does not name a file; give the event log itself.")
     older = rotated_path(path)
     if not rotated or not older.exists():
         return EventReader(path)

@@ -1,6 +1,6 @@
-"""A file of lines that is only ever appended to, and stays readable after a write that failed half way.
+"""Appends lines to a file that rotates and stays readable after a failed write.
 
-Several processes may write to one: each follows when another has renamed the file to begin a new one.
+Several processes may write to one file: each follows when another has renamed it and begun a new one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LineFile:
     """Appends whole lines, unbuffered, so that nothing is lost or written twice when the process dies or forks.
 
     Args:
-        path: the file; parent folders are made by `open`.
+        path: the file; `open` creates missing folders.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class LineFile:
         self._torn = False
 
     def open(self) -> None:
-        """Open what is at the path for appending, and close what was open. Raises OSError."""
+        """Open the file at the path for appending, and close the previous one. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = io.FileIO(self.path, "ab")
         try:
@@ -51,42 +51,41 @@ class LineFile:
         """Append one line, its newline included, to the file that is at the path now.
 
         Args:
-            line: is not lost when another process has renamed or removed the file since the last one.
-            max_bytes: a file that would become larger is rotated before.
-            heading: makes the line that comes first where this file was not written to before.
+            line: is kept even if another process has renamed or removed the file since the last line.
+            max_bytes: a file that would become larger is rotated first.
+            heading: makes the first line that this object writes to a new file.
 
         Raises:
-            OSError: the disk does not take all of it, or the rotation failed.
+            OSError: the line cannot be written as a whole, or the rotation failed.
         """
-        if self._file is None:
-            raise OSError(f"{self.path} is not open")
-        another = self._follow()
+        self._opened()
+        is_new = not self._is_at_path()
+        if is_new:
+            self.open()
         if max_bytes is not None and self.size + len(line) > max_bytes:
-            another = self.rotate() or another
-        if another and heading is not None:
+            is_new = self.rotate() or is_new
+        if is_new and heading is not None:
             self._append(heading())
         self._append(line)
 
     def rotate(self) -> bool:
         """Rename the file to `<name>.1`, replacing an older one, and begin a new one.
 
-        Of several processes that are about to, one does; the others go on in its new file.
+        Of several processes that try at once, one does it; the others go on in its new file.
 
         Returns:
-            Whether another file is open now: not while another process is just renaming this one.
+            Whether another file is open now; False while another process is renaming this one.
 
         Raises:
-            OSError: where only the renaming failed the file stays open, so that a later attempt may succeed.
+            OSError: the file stays open if only the renaming failed, so that a later attempt may succeed.
         """
-        file = self._file
-        if file is None:
-            raise OSError(f"{self.path} is not open")
+        file = self._opened()
         if not _lock(file):
             return False
         try:
             if self._is_at_path():
                 if _WINDOWS:
-                    file.close()  # it renames no file that is open
+                    file.close()  # Windows does not rename an open file
                 os.replace(self.path, rotated_path(self.path))
         finally:
             _unlock(file)
@@ -99,33 +98,29 @@ class LineFile:
             self._file.close()
             self._file = None
 
-    def _follow(self) -> bool:
-        """Open the file at the path if that is another one by now; whether it was."""
-        if self._is_at_path():
-            return False
-        self.open()
-        return True
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
+            raise OSError(f"{self.path} is not open")
+        return self._file
 
     def _is_at_path(self) -> bool:
-        """Whether the open file is the one at the path, whose size is taken over."""
+        """Return whether the open file is the one at the path, and update its size."""
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
             return False
         except OSError:
-            return True  # a folder that may not be looked into any more: what is open can still be written
+            return True  # the folder cannot be read any more, but the open file can still be written
         if _identity(found) != self._identity:
             return False
         self.size = found.st_size
         return True
 
     def _append(self, line: bytes) -> None:
-        if self._file is None:
-            raise OSError(f"{self.path} is not open")
         data = b"\n" + line if self._torn else line
         # Until the write has succeeded the file may end inside a line.
         self._torn = True
-        written = self._file.write(data) or 0
+        written = self._opened().write(data) or 0
         self.size += written
         if written < len(data):
             raise OSError(f"{self.path}: only {written} of {len(data)} bytes were written; is the disk full?")
@@ -133,7 +128,7 @@ class LineFile:
 
 
 def rotated_path(path: Path) -> Path:
-    """Where the older part of a rotated file lies.
+    """Return the path of the older part of a rotated file.
 
     >>> rotated_path(Path("runs/events.jsonl")).name
     'events.jsonl.1'
@@ -142,7 +137,7 @@ def rotated_path(path: Path) -> Path:
 
 
 def _ends_with_newline(path: Path, size: int) -> bool:
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # renamed in this moment, by another process
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # another process may just rename it
         file.seek(size - 1)
         return file.read(1) in (b"\n", b"")
     return True
@@ -153,19 +148,19 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 
 
 def _lock(file: io.FileIO) -> bool:
-    """Be the only process that renames this file; False while another one does."""
+    """Reserve the renaming of this file; return False while another process holds it."""
     if fcntl is not None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:
-            return True  # a file system without locks
+            return True  # the file system has no locks
     return True
 
 
 def _unlock(file: io.FileIO) -> None:
-    """Not left to closing the file, which a forked process may have open too."""
+    """Release the lock. Closing the file is not enough: a forked process may have it open too."""
     if fcntl is not None:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)

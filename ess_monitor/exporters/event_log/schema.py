@@ -1,4 +1,4 @@
-"""The event log's format as JSON Schema, for whoever reads it without this package.
+"""Describes the event log's format as JSON Schema, for readers without this package.
 
 python -m ess_monitor.exporters.event_log.schema > docs/event-log.schema.json
 """
@@ -16,11 +16,10 @@ from ess_monitor.records import SCHEMA_VERSION
 
 
 def event_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of one line of the event log, built from the records.
+    """Build the JSON Schema (draft 2020-12) of one line of the event log from the records.
 
-    Fields that the records give a default are optional: lines of an older release of the same schema version may lack
-    them. Unknown fields are allowed for the same reason, seen from the other side: a field that is added does not raise
-    the version, so a reader must let it pass.
+    Fields with a default are optional: lines of an older release of the same schema version may lack them. Unknown
+    fields are allowed: a newer release of the same version may add some.
 
     Example:
         >>> sorted(event_schema()["discriminator"]["mapping"])
@@ -39,7 +38,7 @@ def event_schema() -> dict[str, Any]:
 
 
 def _field_texts(name: str) -> dict[str, str]:
-    """The sentences under the fields of a record. Python keeps no docstring of an attribute, so the source is read."""
+    """Return the docstrings of a record's fields. Python does not keep them, so the source is read."""
     record = getattr(records, name, None)
     if record is None:
         return {}

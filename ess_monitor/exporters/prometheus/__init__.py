@@ -1,1 +1,1 @@
-"""Prometheus: scraped, pushed to a Pushgateway, or written to a textfile."""
+"""Exports metrics to Prometheus: scraped, pushed to a Pushgateway, or through a textfile."""

@@ -1,4 +1,4 @@
-"""Basic and bearer authentication (RFC 7617, RFC 6750), with secrets that are never part of the settings."""
+"""Checks and sends basic and bearer credentials (RFC 7617, RFC 6750). Secrets are never part of the settings."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ _MAX_SECRET_BYTES = 4096
 
 
 class AuthConfig(BaseModel):
-    """Who may read, or who we are: a user with a password, or a bearer token.
+    """Names the source of credentials: a password with a user name, or a bearer token.
 
-    Settings travel into logs, checkpoints and experiment trackers, so the secret itself cannot be a setting: only the
-    file or the environment variable that holds it.
+    Settings end up in logs, checkpoints and experiment trackers. So the secret itself cannot be a setting: only the
+    file or the environment variable that holds it can.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     username: str | None = Field(default=None, min_length=1, pattern=r"^[^:\x00-\x1f\x7f]+$")
-    """Given, authentication is basic, with the secret as its password; None: the secret is a bearer token. None, as a
-    token needs no name."""
+    """User of basic authentication, with the secret as the password. None: the secret is a bearer token."""
     secret_file: Path | None = None
-    """File with the secret, surrounding white space ignored, as Prometheus reads `password_file` and
-    `credentials_file`. No default: there is no secret to guess."""
+    """File with the secret. Surrounding white space is ignored, as Prometheus does for `password_file` and
+    `credentials_file`."""
     secret_env: str | None = Field(default=None, min_length=1)
-    """Environment variable with the secret, where there is no file. The process's children inherit it."""
+    """Environment variable with the secret, if there is no file. The process's children inherit it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> AuthConfig:
@@ -45,23 +44,23 @@ class AuthConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Credentials:
-    """What stands in an Authorization header: the scheme, and what follows it."""
+    """Holds the two words of an Authorization header: the scheme and the value."""
 
     scheme: Literal["Basic", "Bearer"]
     value: SecretStr
 
     @property
     def header(self) -> str:
-        """The header's value, in the clear."""
+        """The whole header, with the secret in plain text."""
         return f"{self.scheme} {self.value.get_secret_value()}"
 
 
 def load_credentials(config: AuthConfig, environ: Mapping[str, str] = os.environ) -> Credentials:
-    """Read the secret.
+    """Read the secret from its source.
 
     Raises:
-        ExporterError: there is none where the settings say, or it cannot be sent in a header. The message never holds
-            any part of it.
+        ExporterError: the source holds no secret, or one that cannot be sent in a header. The message never holds any
+            part of it.
     """
     secret = _read(config, environ)
     if config.username is not None:
@@ -70,16 +69,16 @@ def load_credentials(config: AuthConfig, environ: Mapping[str, str] = os.environ
     if not all("!" <= character <= "~" for character in secret):
         raise ExporterError(
             f"auth: the token in {_source(config)} has blanks, control or non-ASCII characters. Give a token of "
-            "printable ASCII characters, such as `openssl rand -hex 32` makes."
+            "printable ASCII characters, for example from `openssl rand -hex 32`."
         )
     return Credentials("Bearer", SecretStr(secret))
 
 
 class Authenticator:
-    """Lets requests with the right credentials through.
+    """Admits requests with the right credentials.
 
-    Only a digest is kept, and digests are compared in constant time: neither length nor content shows in the time that
-    a refusal takes.
+    Only a digest is kept, and digests are compared in constant time: the time of a refusal reveals neither the length
+    nor the content of the secret.
     """
 
     def __init__(self, credentials: Credentials) -> None:
@@ -88,12 +87,12 @@ class Authenticator:
 
     @property
     def challenge(self) -> dict[str, str]:
-        """Header of the 401 that says how to authenticate."""
+        """Header of a 401 that names the way to authenticate."""
         charset = ', charset="UTF-8"' if self._scheme == "Basic" else ""
         return {"WWW-Authenticate": f'{self._scheme} realm="ess_monitor"{charset}'}
 
     def admits(self, headers: Mapping[str, str]) -> bool:
-        """True when `headers` (lower-case names) carry the credentials."""
+        """Return whether `headers` (lower-case names) carry the credentials."""
         scheme, _, value = headers.get("authorization", "").partition(" ")
         return hmac.compare_digest(_digest(value.strip()), self._digest) and scheme.lower() == self._scheme.lower()
 
@@ -117,11 +116,11 @@ def _read(config: AuthConfig, environ: Mapping[str, str]) -> str:
             f"auth: {_source(config)} cannot be read ({error.strerror}). Give a file that this process may read."
         ) from error
     except UnicodeDecodeError:
-        # Without its cause, which holds the bytes.
+        # `from None`: the cause holds the bytes.
         raise ExporterError(f"auth: {_source(config)} is not UTF-8 text. Give a file of one line.") from None
     if not secret:
         raise ExporterError(
-            f"auth: there is no secret in {_source(config)}. Set one; an empty secret protects nothing."
+            f"auth: there is no secret in {_source(config)}. Set one: an empty secret protects nothing."
         )
     return secret
 

@@ -1,8 +1,14 @@
-"""A run's metrics as `prometheus_client` knows them. The client is imported when an exporter starts, not before."""
+"""Makes collectors, registries and files for the exporters of Prometheus metrics.
+
+`prometheus_client` is imported when an exporter starts, not before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ess_monitor.errors import ExporterError
@@ -14,8 +20,10 @@ if TYPE_CHECKING:
     from ess_monitor.exporters.prometheus.collector import SnapshotCollector
 
 
-def snapshot_collector(exporter: str, run: RunInfo, snapshot: Callable[[], Snapshot]) -> SnapshotCollector:
-    """The collector of a run.
+def new_collector(
+    exporter: str, run: RunInfo, snapshot: Callable[[], Snapshot], labels: Mapping[str, str] | None = None
+) -> SnapshotCollector:
+    """Make the collector of a run; `labels` are further labels of every series.
 
     Raises:
         ExporterError: `prometheus_client` is missing.
@@ -27,11 +35,34 @@ def snapshot_collector(exporter: str, run: RunInfo, snapshot: Callable[[], Snaps
             f"the exporter {exporter!r} needs prometheus_client ({error}). Install it with "
             f"`pip install prometheus-client`, or leave {exporter!r} out of `exporters`."
         ) from error
-    return SnapshotCollector(run, snapshot)
+    return SnapshotCollector(run, snapshot, labels)
 
 
-def new_registry() -> CollectorRegistry:
-    """A registry of its own: in the client's global one a second run in this process would clash with the first."""
+def new_registry(collector: SnapshotCollector | None = None) -> CollectorRegistry:
+    """Make a new registry: in the client's global one, two runs in one process would clash."""
     from prometheus_client import CollectorRegistry
 
-    return CollectorRegistry()
+    registry = CollectorRegistry()
+    if collector is not None:
+        registry.register(collector)
+    return registry
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file as a whole, so that its readers see the old content or the new one, never a part.
+
+    Missing folders are created. The permissions are those of the process's umask: the standard library's temporary
+    files are readable by their owner only, and the readers (Prometheus, node_exporter) run as other users.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # neither `*.json` nor `*.prom` matches it
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

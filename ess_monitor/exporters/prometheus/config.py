@@ -1,4 +1,4 @@
-"""Settings of the Prometheus endpoint."""
+"""Defines the settings of the Prometheus endpoint."""
 
 from __future__ import annotations
 
@@ -23,35 +23,34 @@ class PrometheusConfig(IdentifiedConfig):
     kind: Literal["prometheus"] = "prometheus"
     """Which exporter this is."""
     host: str = "127.0.0.1"
-    """Address to listen on; "0.0.0.0" is all of IPv4, "::" all of IPv6. Loopback by default: what others may see is for
-    the user to say."""
+    """Address to listen on; "0.0.0.0" is all of IPv4, "::" all of IPv6. Loopback by default: only the user decides who
+    else may see the metrics."""
     port: int = Field(default=9464, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one, which `PrometheusExporter.url` tells. 9464 is also the habit of
-    OpenTelemetry's Prometheus exporters. Only the first process of a machine has it, others take a free one."""
+    """Port to listen on; 0 takes a free one, which `PrometheusExporter.url` holds. 9464 is also the default of
+    OpenTelemetry's Prometheus exporters. Only the first process of a machine uses it, others take a free one."""
     auth: AuthConfig | None = None
-    """Credentials that `/metrics` asks for. None, as nobody else reaches the default address but users of the same
-    machine."""
+    """Credentials that `/metrics` asks for. None by default: only users of the same machine reach the default
+    address."""
     allow_unauthenticated: bool = False
     """Allows a `host` that other machines can reach without `auth` or `client_cafile`: everybody who can reach it can
-    then read the metrics. False, as that should not happen by accident."""
+    then read the metrics."""
     certfile: Path | None = None
-    """PEM file with the certificate (chain); given, the endpoint speaks HTTPS only. None: credentials and metrics cross
-    the network in the clear."""
+    """PEM file with the certificate (chain), for HTTPS only. None: credentials and metrics cross the network in plain
+    text."""
     keyfile: Path | None = None
-    """PEM file with the private key. None: it is in `certfile`."""
+    """PEM file with the private key. None: the key is in `certfile`."""
     client_cafile: Path | None = None
-    """PEM file of an authority; given, only clients with a certificate signed by it can connect (mutual TLS). None, as
-    most servers authenticate with `auth`."""
+    """PEM file of an authority: only clients with a certificate signed by it can connect (mutual TLS). None: every
+    client can connect, and `auth` decides who may read."""
     linger_seconds: float = Field(default=0.0, ge=0, le=3600)
-    """How long the endpoint stays after the end of the run, so that a scrape sees its last state. Nobody waits for it:
-    a process that ends takes it along, a second run in the process that needs the port ends it. 0, as a port should be
-    free when the run is over; two scrape intervals where the process lives on."""
+    """How long the endpoint stays after the end of the run, so that a scrape sees its last state. Nothing waits for it:
+    it ends with the process, or when a second run in the process needs the port. 0 by default, which frees the port
+    with the run; two scrape intervals are enough if the process goes on."""
     file_sd_dir: Path | None = None
-    """Folder that gets `<run_id>-<rank>.json` with the address, for Prometheus' `file_sd_configs`. None, as a fixed
+    """Folder for `<run_id>-<rank>.json` with the address, for Prometheus' `file_sd_configs`. None: no file, as a fixed
     port needs no discovery."""
     advertise_host: str | None = Field(default=None, min_length=1)
-    """Name or address of this machine in that file. None: `host`, or the machine's name where `host` is all
-    addresses."""
+    """Name or address of this machine in that file. None: `host`, or the machine's name if `host` is all addresses."""
 
     @model_validator(mode="after")
     def _check(self) -> PrometheusConfig:
@@ -65,17 +64,17 @@ class PrometheusConfig(IdentifiedConfig):
         for name in ("keyfile", "client_cafile"):
             value = getattr(self, name)
             if value is not None and self.certfile is None:
-                raise ValueError(f"{name}={str(value)!r} is of no use without certfile: give both or neither")
+                raise ValueError(f"{name}={str(value)!r} has no effect without certfile: give both or neither")
         if self.ranks == "all" and self.file_sd_dir is None:
             raise ValueError(
-                'ranks="all" gives every process of a machine but the first a free port, which Prometheus finds '
-                'through files only: set file_sd_dir, or use ranks="local_zero"'
+                'ranks="all" gives every process of a machine but the first a free port, which Prometheus only '
+                'finds through files: set file_sd_dir, or use ranks="local_zero"'
             )
         return self
 
 
 def is_loopback(host: str) -> bool:
-    """True where only this machine can connect.
+    """Return whether only this machine can connect.
 
     >>> is_loopback("127.0.0.1"), is_loopback("localhost.example.org")
     (True, False)

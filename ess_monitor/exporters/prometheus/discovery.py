@@ -1,4 +1,4 @@
-"""Service discovery by file (`file_sd_configs`): one entry per process, as long as it can be scraped."""
+"""Announces a process to Prometheus by a file (`file_sd_configs`), as long as it can be scraped."""
 
 from __future__ import annotations
 
@@ -7,56 +7,52 @@ import json
 import os
 import socket
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
-from ess_monitor.exporters.prometheus.atomic_file import replace_file
+from ess_monitor.exporters.prometheus.base import replace_file
 from ess_monitor.exporters.prometheus.identity import RunIdentity
 
-_EVERYWHERE = ("", "0.0.0.0", "::")
+_ALL_ADDRESSES = ("", "0.0.0.0", "::")
 
 
-class FileSdEntry:
-    """The file `<run_id>-<rank>.json` with the address of one process.
+def announce(folder: Path, identity: RunIdentity, target: str, scheme: str, endpoint: object) -> Callable[[], object]:
+    """Write the file `<run_id>-<rank>.json` with the address of one process, and return what removes it.
 
-    `job` is not in it: that is the name of the scrape configuration which reads the folder. The entry goes with
-    `remove`, and at the latest when the interpreter ends. The entry of a process that was killed stays: Prometheus then
-    shows the target as down, which it is.
+    The file has no `job`: that is the name of the scrape configuration which reads the folder. It is also removed when
+    the endpoint is freed or the interpreter ends. The file of a killed process stays, and Prometheus shows its target
+    as down.
 
     Args:
-        folder: where Prometheus looks for `*.json`; made when it does not exist.
+        folder: where Prometheus looks for `*.json`; created if it is missing.
         identity: run and rank.
         target: `host:port` as Prometheus reaches it.
         scheme: "http" or "https".
+        endpoint: what listens there.
 
     Raises:
-        OSError: the entry cannot be written.
+        OSError: the file cannot be written.
     """
-
-    def __init__(self, folder: Path, identity: RunIdentity, target: str, scheme: str) -> None:
-        self.path = folder / f"{identity.run_id}-{identity.rank}.json"
-        labels = {**identity.labels, **({"__scheme__": scheme} if scheme != "http" else {})}
-        data = (json.dumps([{"targets": [target], "labels": labels}], indent=2) + "\n").encode()
-        replace_file(self.path, data)
-        self._removal = weakref.finalize(self, _unlink, self.path.absolute(), data, os.getpid())
-
-    def remove(self) -> None:
-        """Take the entry away; a second call does nothing."""
-        self._removal()
+    path = folder / f"{identity.run_id}-{identity.rank}.json"
+    labels = {**identity.labels, **({"__scheme__": scheme} if scheme != "http" else {})}
+    data = (json.dumps([{"targets": [target], "labels": labels}], indent=2) + "\n").encode()
+    replace_file(path, data)
+    return weakref.finalize(endpoint, _unlink, path.absolute(), data, os.getpid())
 
 
 def advertised_target(host: str, port: int, advertise_host: str | None = None) -> str:
-    """`host:port` for others; the machine's name where the endpoint listens on all addresses.
+    """Return `host:port` for other machines; with the machine's name if the endpoint listens on all addresses.
 
     >>> advertised_target("::1", 9464), advertised_target("0.0.0.0", 9464, "node7")
     ('[::1]:9464', 'node7:9464')
     """
-    name = advertise_host or (socket.gethostname() if host in _EVERYWHERE else host)
+    name = advertise_host or (socket.gethostname() if host in _ALL_ADDRESSES else host)
     return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
 
 
 def _unlink(path: Path, data: bytes, process_id: int) -> None:
     if os.getpid() != process_id:
-        return  # a forked child that ends must not take its parent's entry along
+        return  # a forked child that ends must not remove its parent's file
     with contextlib.suppress(OSError):
-        if path.read_bytes() == data:  # by now it may be the entry of a later run with the same identifier
+        if path.read_bytes() == data:  # a later run with the same identifier may have replaced it
             path.unlink()

@@ -1,4 +1,4 @@
-"""Prometheus: the run's counters on an HTTP(S) endpoint of this process, cut anew for every scrape."""
+"""Serves the run's counters on an HTTP(S) endpoint of this process."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import errno
 import ssl
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ess_monitor import validation
-from ess_monitor.errors import ConfigError, ExporterError
+from ess_monitor.errors import ConfigError, ExporterError, format_error
+from ess_monitor.exporters.base import final_snapshot
 from ess_monitor.exporters.prometheus.auth import Authenticator, load_credentials
-from ess_monitor.exporters.prometheus.base import new_registry, snapshot_collector
+from ess_monitor.exporters.prometheus.base import new_collector, new_registry
 from ess_monitor.exporters.prometheus.config import PrometheusConfig
-from ess_monitor.exporters.prometheus.discovery import FileSdEntry, advertised_target
+from ess_monitor.exporters.prometheus.discovery import advertised_target, announce
 from ess_monitor.exporters.prometheus.http.pages import METRICS_PATH, Pages
-from ess_monitor.exporters.prometheus.http.server import Endpoint, Linger, make_way
+from ess_monitor.exporters.prometheus.http.server import Endpoint
 from ess_monitor.exporters.prometheus.http.tls import server_context
 from ess_monitor.exporters.prometheus.identity import RunIdentity, identify
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
@@ -23,17 +26,18 @@ from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-    from ess_monitor.exporters.prometheus.collector import SnapshotCollector
+_lingering: set[PrometheusExporter] = set()
+"""Exporters of finished runs of this process that still serve their last state. The next run may need their port."""
 
 
 class PrometheusExporter:
     """Serves `/metrics` and `/-/healthy`; every other path is a 404.
 
-    `export` has nothing to do: a scrape pulls from `snapshot()`. The endpoint ends with the run, or lingers for
-    `config.linger_seconds` and shows the last state. On a rank that `config.ranks` leaves out nothing happens at all.
+    `export` does nothing: every scrape calls `snapshot()`. The endpoint ends with the run, or shows the last state for
+    another `config.linger_seconds`. On a rank that `config.ranks` leaves out, nothing is served.
 
     Args:
-        config: where to listen, who may read, how to be found.
+        config: the address, who may read, and service discovery.
         registry: where the collector is registered; None makes a fresh one.
         identity: run and rank, where the caller knows better than `identify`.
 
@@ -42,7 +46,8 @@ class PrometheusExporter:
         True
     """
 
-    inline = True  # nothing to do in `export`, so no thread is spent on it
+    name = "prometheus"
+    inline = True  # `export` does nothing, so it needs no thread
 
     def __init__(
         self,
@@ -50,21 +55,19 @@ class PrometheusExporter:
         registry: CollectorRegistry | None = None,
         identity: RunIdentity | None = None,
     ) -> None:
-        self.name = "prometheus"
         self.config = validation.optional("config", config, PrometheusConfig) or PrometheusConfig()
         if registry is not None and (isinstance(registry, type) or not hasattr(registry, "register")):
             raise ConfigError(
-                f"registry: {validation.type_of(registry)} is no CollectorRegistry; None makes a fresh one"
+                f"registry: {validation.type_of(registry)} is not a CollectorRegistry; None makes a fresh one"
             )
         self.identity = validation.optional("identity", identity, RunIdentity)
-        """Run and rank; known once the exporter has started."""
+        """Run and rank; None before the start."""
         self._registry = registry
-        self._lock = threading.Lock()  # the end may come from the training thread and from the lingering one
+        self._lock = threading.Lock()  # the training thread and the timer may both call `stop`
         self._snapshot: Callable[[], Snapshot] | None = None
-        self._collector: SnapshotCollector | None = None
         self._endpoint: Endpoint | None = None
-        self._entry: FileSdEntry | None = None
-        self._linger: Linger | None = None
+        self._cleanup = ExitStack()
+        self._timer: threading.Timer | None = None
 
     @property
     def url(self) -> str | None:
@@ -73,72 +76,67 @@ class PrometheusExporter:
         return None if endpoint is None else f"{endpoint.url}{METRICS_PATH}"
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Listen, and write the file for service discovery.
+        """Start serving, and write the file for service discovery.
 
         Raises:
-            ExporterError: prometheus_client is missing, the address is taken or not of this machine, the certificate or
-                the secret cannot be used, the folder for discovery cannot be written to, or the ranks share no run_id.
+            ExporterError: prometheus_client is missing, the address is taken or not one of this machine, the
+                certificate or the secret cannot be used, the folder for discovery cannot be written to, or the ranks
+                share no run_id.
         """
         config = self.config
-        identity = self.identity or identify(config, run)
+        self.identity = identity = self.identity or identify(config, run)
         if not identity.takes_part(config.ranks):
-            self.identity = identity
             return
-        collector = snapshot_collector(self.name, run, self._current)
-        gate = None if config.auth is None else Authenticator(load_credentials(config.auth))
+        collector = new_collector(self.name, run, self._current)
+        authenticator = None if config.auth is None else Authenticator(load_credentials(config.auth))
         tls = None if config.certfile is None else server_context(config.certfile, config.keyfile, config.client_cafile)
         registry = self._registry if self._registry is not None else new_registry()
-        self._snapshot = snapshot
-        registry.register(collector)
-        endpoint: Endpoint | None = None
-        try:
+        with ExitStack() as cleanup:
+            self._snapshot = snapshot
+            cleanup.callback(setattr, self, "_snapshot", None)
+            registry.register(collector)
+            cleanup.callback(registry.unregister, collector)
             port = config.port if identity.local_rank == 0 else 0
-            endpoint = self._listen(Pages(registry, gate), port, tls)
-            self._entry = self._announce(identity, endpoint)
-        except BaseException:
-            registry.unregister(collector)
-            self._snapshot = None
-            if endpoint is not None:
-                endpoint.close()
-            raise
-        self.identity, self._registry, self._collector, self._endpoint = identity, registry, collector, endpoint
+            endpoint = self._listen(Pages(registry, authenticator), port, tls)
+            cleanup.callback(endpoint.close)
+            if config.file_sd_dir is not None:
+                # Called before `endpoint.close`: Prometheus must not be sent to a closed port.
+                cleanup.callback(self._announce(config.file_sd_dir, identity, endpoint))
+            self._endpoint, self._cleanup = endpoint, cleanup.pop_all()
 
     def export(self, measurement: Measurement) -> None:
-        """Nothing: the numbers are pulled."""
+        """Do nothing: Prometheus pulls the numbers."""
 
     def close(self, status: RunStatus) -> None:
-        """End the run: stop serving, or linger with its last state. Returns at once either way."""
+        """Stop serving, now or after `linger_seconds`. Returns at once either way."""
         endpoint, snapshot = self._endpoint, self._snapshot
-        if endpoint is None or snapshot is None or self._linger is not None:
+        if endpoint is None or snapshot is None or self._timer is not None:
             return
         if self.config.linger_seconds == 0:
             self.stop()
             return
         try:
-            last = snapshot().model_copy(update={"status": status})
+            last = final_snapshot(snapshot, status)
         except BaseException:
             self.stop()
             raise
-        # What lingers holds numbers only: the model behind `snapshot` can be freed.
-        self._snapshot = lambda: last
-        self._linger = Linger(endpoint.port, self.config.linger_seconds, self.stop)
+        self._snapshot = lambda: last  # keeps numbers only: the model behind `snapshot` can be freed
+        self._timer = threading.Timer(self.config.linger_seconds, self.stop)
+        self._timer.name = "ess-monitor-linger"
+        self._timer.daemon = True  # a process that ends does not wait
+        _lingering.add(self)
+        self._timer.start()
 
     def stop(self) -> None:
         """Stop serving now, lingering or not; a second call does nothing."""
         with self._lock:
-            endpoint, self._endpoint = self._endpoint, None
-            entry, self._entry = self._entry, None
-            collector, self._collector = self._collector, None
-            linger, self._linger = self._linger, None
-            self._snapshot = None
-        if entry is not None:
-            entry.remove()  # first, so that nobody is sent to a closed port
-        if linger is not None:
-            linger.cancel()
-        if endpoint is not None:
-            endpoint.close()
-        if self._registry is not None and collector is not None:
-            self._registry.unregister(collector)
+            cleanup, self._cleanup = self._cleanup, ExitStack()
+            timer, self._timer = self._timer, None
+            self._endpoint = self._snapshot = None
+        _lingering.discard(self)
+        if timer is not None:
+            timer.cancel()
+        cleanup.close()
 
     def _current(self) -> Snapshot:
         snapshot = self._snapshot
@@ -150,32 +148,39 @@ class PrometheusExporter:
         try:
             return Endpoint(pages.respond, self.config.host, port, tls)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE and make_way(port):
+            if error.errno == errno.EADDRINUSE and _stop_lingering_on(port):
                 return self._listen(pages, port, tls)
-            raise ExporterError(_explain(self.config.host, port, error)) from error
+            raise ExporterError(_cannot_listen(self.config.host, port, error)) from error
 
-    def _announce(self, identity: RunIdentity, endpoint: Endpoint) -> FileSdEntry | None:
-        folder = self.config.file_sd_dir
-        if folder is None:
-            return None
+    def _announce(self, folder: Path, identity: RunIdentity, endpoint: Endpoint) -> Callable[[], object]:
         target = advertised_target(self.config.host, endpoint.port, self.config.advertise_host)
         try:
-            return FileSdEntry(folder, identity, target, "http" if self.config.certfile is None else "https")
+            return announce(folder, identity, target, endpoint.url.partition(":")[0], endpoint)
         except OSError as error:
             raise ExporterError(
-                f"prometheus.file_sd_dir={str(folder)!r} cannot be written to ({type(error).__name__}: {error}). "
+                f"prometheus.file_sd_dir={str(folder)!r} cannot be written to ({format_error(error)}). "
                 "Give a folder this process may write to, or leave file_sd_dir out."
             ) from error
 
 
-def _explain(host: str, port: int, error: OSError) -> str:
+def _stop_lingering_on(port: int) -> bool:
+    """Stop an exporter that lingers on this port; return whether there was one."""
+    for exporter in list(_lingering):
+        endpoint = exporter._endpoint
+        if endpoint is not None and endpoint.port == port:
+            exporter.stop()
+            return True
+    return False
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> str:
     where = f"prometheus.host={host!r}, port={port}"
     if error.errno == errno.EADDRINUSE:
         return (
-            f"{where}: port {port} is in use, by another run perhaps. Set another port, or port=0 to take a free one "
-            "(`PrometheusExporter.url` tells which)."
+            f"{where}: port {port} is in use, perhaps by another run. Set another port, or port=0 to take a free one "
+            "(`PrometheusExporter.url` holds it)."
         )
     return (
-        f"{where} cannot be listened on ({type(error).__name__}: {error}). Set an address of this machine and a port "
+        f"{where}: this process cannot listen there ({format_error(error)}). Set an address of this machine and a port "
         "above 1023, or port=0 to take a free one."
     )

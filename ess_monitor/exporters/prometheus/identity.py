@@ -1,7 +1,7 @@
-"""Which run, and which of its processes: what tells the series of one process from those of another.
+"""Identifies the run and the process, so that the series of one process differ from those of another.
 
-Prometheus calls it `run_id` and `rank`. Service discovery attaches both to the target
-(`discovery`), a push puts them into the grouping key, a textfile writes them into the series.
+In Prometheus these are the labels `run_id` and `rank`. Service discovery attaches both to the target (`discovery`), a
+push puts them into the grouping key, a textfile writes them into the series.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,22 +28,22 @@ _RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
 class IdentifiedConfig(BaseModel):
-    """What every exporter of Prometheus metrics is told about the run it belongs to."""
+    """Settings that all exporters of Prometheus metrics share: the identifier of the run, and the ranks that export."""
 
     # Settings name files and variables that hold secrets: an error must not print what somebody pasted in their place.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     run_id: str | None = Field(default=None, pattern=_RUN_ID_PATTERN)
-    """Identifier of the run, the same on all its ranks. None: that of torchrun or Slurm in a distributed run, otherwise
-    made from the run's name. Letters, digits, dot, dash and underscore, as it becomes part of a file name."""
+    """Identifier of the run, the same on all its ranks. None: the one of torchrun or Slurm in a distributed run,
+    otherwise one made from the run's name. Letters, digits, dot, dash and underscore: it is part of a file name."""
     ranks: Ranks = "zero"
-    """Which processes export. "zero", as one process sees enough of a data-parallel run, and its numbers are the ones
-    that are acted upon; "local_zero" and "all" show how ranks differ."""
+    """Which processes export. "zero" by default: one process sees enough of a data-parallel run, and the autopilot
+    acts on its numbers. "local_zero" and "all" show how ranks differ."""
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """One process of one run."""
+    """Names one process of one run."""
 
     run_id: str
     rank: int = 0
@@ -57,7 +57,7 @@ class RunIdentity:
         validation.whole("local_rank", self.local_rank, 0)
 
     def takes_part(self, ranks: Ranks) -> bool:
-        """True where this process is one of `ranks`.
+        """Return whether this process is one of `ranks`.
 
         >>> RunIdentity("wla-7", rank=8, local_rank=0).takes_part("local_zero")
         True
@@ -66,23 +66,8 @@ class RunIdentity:
 
     @property
     def labels(self) -> dict[str, str]:
-        """As Prometheus labels."""
+        """Labels of Prometheus."""
         return {"run_id": self.run_id, "rank": str(self.rank)}
-
-
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
-
-def configs_of_rank(configs: Iterable[ConfigT], rank: int, local_rank: int) -> tuple[ConfigT, ...]:
-    """The exporters that this process runs: by `ranks` where there is such a setting, on rank 0 otherwise."""
-    hint = "settings such as LogConfig()"
-    checked: tuple[ConfigT, ...] = validation.several("configs", configs, BaseModel, hint=hint)  # type: ignore[arg-type]
-    here = RunIdentity("", rank, local_rank)
-    return tuple(
-        config
-        for config in checked
-        if here.takes_part(config.ranks if isinstance(config, IdentifiedConfig) else "zero")
-    )
 
 
 def identify(
@@ -92,13 +77,13 @@ def identify(
     environ: Mapping[str, str] = os.environ,
     distributed_rank: Callable[[], int | None] | None = None,
 ) -> RunIdentity:
-    """Identity of this process in `run`; every exporter of the process comes to the same one.
+    """Return the identity of this process in `run`; it is the same for every exporter of the process.
 
-    The ranks are those of `torch.distributed`, torchrun or Slurm. A run of one process has rank 0 whatever its
-    environment says: eight independent runs under one `srun` are no ranks of each other.
+    Ranks come from `torch.distributed`, torchrun or Slurm. A run of one process has rank 0 whatever its environment
+    says: eight independent runs under one `srun` are not ranks of each other.
 
     Raises:
-        ExporterError: several ranks export, and nothing tells the identifier that they share.
+        ExporterError: several ranks export, and they share no identifier.
     """
     if run.world_size <= 1:
         return RunIdentity(config.run_id or generated_run_id(run))
@@ -114,12 +99,12 @@ def identify(
                 'torchrun nor Slurm has set one. Set run_id to the same text on every rank, or use ranks="zero".'
             )
         run_id = generated_run_id(run)
-    # Unknown: better no endpoint of a machine than several that fight for its port.
+    # With an unknown local rank, no endpoint on a machine is better than several that fight for its port.
     return RunIdentity(run_id, rank, rank if local_rank is None else local_rank)
 
 
 def shared_run_id(environ: Mapping[str, str]) -> str | None:
-    """What the launcher calls this run on all ranks alike; None where it calls it nothing.
+    """Return the launcher's identifier of this run, which all ranks share; None if there is none.
 
     >>> shared_run_id({"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"})
     'slurm-4711.0'
@@ -135,7 +120,7 @@ def shared_run_id(environ: Mapping[str, str]) -> str | None:
 
 
 def generated_run_id(run: RunInfo) -> str:
-    """From the run's name; a few digits tell apart runs of one name (a sweep) and are the same for every exporter."""
+    """Make an identifier from the run's name and six digits, which tell runs of one name (a sweep) apart."""
     origin = f"{socket.gethostname()} {os.getpid()} {run.start_timestamp_seconds}"
     return f"{_as_run_id(run.run_name)[:100]}-{hashlib.sha256(origin.encode()).hexdigest()[:6]}"
 
@@ -149,7 +134,7 @@ def _first_number(environ: Mapping[str, str], *names: str) -> int | None:
 
 
 def _distributed_rank() -> int | None:
-    # Asked, not imported: a process that has not loaded it is no part of a process group.
+    # A process that has not imported it belongs to no process group.
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None

@@ -1,1 +1,1 @@
-"""TensorBoard: scalars, histograms, images and text."""
+"""Writes scalars, images and text to TensorBoard."""

@@ -1,4 +1,4 @@
-"""TensorBoard: curves of every layer, a ready-made page of charts, heat maps, findings and actions as text."""
+"""Writes curves of every layer, a page of charts, heat maps, findings and actions to TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor import validation
-from ess_monitor.errors import ConfigError, ExporterError
-from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, layer_tag, loss_name, metric_tag, scalars
+from ess_monitor.errors import ConfigError, ExporterError, format_error
+from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, layer_tag, loss_name, scalars
 from ess_monitor.exporters.tensorboard.layout import Spikes, custom_scalars_layout, spike_tag
 from ess_monitor.exporters.tensorboard.markdown import action_table, finding_markdown
 from ess_monitor.records import Action, Measurement, RunInfo, RunStatus, Snapshot
 
 if TYPE_CHECKING:
-    from ess_monitor.exporters.tensorboard.heatmaps import History
+    from ess_monitor.exporters.tensorboard.heatmaps import Heatmap
 
 ACTIONS_TAG = "ess_actions/table"
 """Text tag of the table of actions."""
@@ -27,7 +27,7 @@ PICTURES_TAG = "ess_help/pictures"
 """Text tag of the legend of the heat maps."""
 
 _TABLE_ROWS = 100
-"""Actions the table holds, the newest ones: many times what a run's budget allows."""
+"""Newest actions that the table holds: many times what a run's budget allows."""
 _INSTALL = 'pip install "ess-monitor[tensorboard]"'
 
 
@@ -39,42 +39,44 @@ class TensorBoardConfig(BaseModel):
     kind: Literal["tensorboard"] = "tensorboard"
     """Which exporter this is."""
     log_dir: Path = Path("runs")
-    """Folder that `tensorboard --logdir` is pointed at; each run writes into a sub-folder named after it, as two runs
-    in one folder are drawn as one zigzag. Not used with an injected writer. `runs` is the habit of PyTorch's writer."""
+    """Folder for `tensorboard --logdir`. Each run writes into a sub-folder of its name: two runs in one folder would be
+    drawn as one zigzag. Not used with an injected writer. `runs` is the default of PyTorch's writer."""
     scalars: bool = True
-    """False: no curves, for when something else logs them to the same writer (a framework's own loggers)."""
+    """False: no curves, if something else logs them to the same writer (a framework's own loggers)."""
     layout: bool = True
-    """Adds the custom-scalars page. False keeps a page of your own: a run has room for one."""
+    """Adds the custom-scalars page. False keeps a page of your own: a run has only one."""
     heatmap_columns: int = Field(default=128, ge=0, le=1024)
-    """Measurements a heat map shows, the newest ones; 0 draws none. 128 squares fit a screen."""
+    """Newest measurements that a heat map shows; 0 draws no heat maps. 128 squares fit a screen."""
     heatmap_rows: int = Field(default=64, ge=1, le=1024)
-    """Heads or positions a heat map shows at most: more rows cannot be told apart on a screen."""
+    """Most heads or positions that a heat map shows: a screen cannot show more rows distinctly."""
 
 
 class TensorBoardExporter:
     """Writes measurements into a `SummaryWriter`.
 
-    Global step is `measurement.step`. One heat map (heads, positions or spectrum of one layer) is drawn per
-    measurement, all in turn, because a picture costs a hundred times what a scalar does; closing draws those that have
-    changed since. The table of actions is written anew with each action and holds the earlier ones too, so that its
-    newest version tells the whole story.
+    Global step is `measurement.step`. Each measurement draws one heat map (heads, positions or spectrum of one layer),
+    in turn, because a picture costs a hundred times what a scalar does; closing draws those that have changed since.
+    The table of actions is written again with each action; its newest version holds the earlier actions too.
 
     Args:
         config: what is written.
         writer: an open `torch.utils.tensorboard.SummaryWriter`, such as a framework logger's own. It is flushed but
             never closed here, and it is called on the training thread, as framework loggers are not thread-safe.
-            None: a writer of our own, made by `start`.
+            None: `start` opens a writer.
     """
 
+    name = "tensorboard"
+
     def __init__(self, config: TensorBoardConfig | None = None, writer: Any = None) -> None:
-        self.name = "tensorboard"
         self.inline = writer is not None
         self.config = validation.optional("config", config, TensorBoardConfig) or TensorBoardConfig()
         if writer is not None and (isinstance(writer, type) or not hasattr(writer, "add_scalar")):
-            raise ConfigError(f"writer: {validation.type_of(writer)} is no SummaryWriter; None opens one below log_dir")
+            raise ConfigError(
+                f"writer: {validation.type_of(writer)} is not a SummaryWriter; None opens one below log_dir"
+            )
         self._injected = writer
         self._writer: Any = None
-        self._pictures: dict[str, History] = {}
+        self._pictures: dict[str, Heatmap] = {}
         self._next_picture = 0
         self._loss: str | None = None
         self._highest_loss = 0.0
@@ -83,7 +85,7 @@ class TensorBoardExporter:
         self._last: Measurement | None = None
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Open the writer and lay out the page.
+        """Open the writer and write the layout of the page.
 
         Raises:
             ExporterError: tensorboard is not installed, or the folder cannot be written.
@@ -115,11 +117,11 @@ class TensorBoardExporter:
                 f"ess_findings/{layer_tag(finding.layer)}", finding_markdown(finding), global_step=step, walltime=when
             )
         self._write_actions(measurement)
-        self._remember(measurement)
+        self._add_columns(measurement)
         self._draw_next(measurement)
 
     def close(self, status: RunStatus) -> None:
-        """Draw what is not drawn yet, flush, and close the writer if it is our own."""
+        """Draw what has changed, flush, and close the writer unless it was injected."""
         writer, self._writer = self._writer, None
         if writer is None:
             return
@@ -146,16 +148,16 @@ class TensorBoardExporter:
         except OSError as error:
             raise ExporterError(
                 f"tensorboard.log_dir={str(self.config.log_dir)!r}: {str(folder)!r} cannot be written "
-                f"({type(error).__name__}: {error}). Give a folder this process may write to."
+                f"({format_error(error)}). Give a folder this process may write to."
             ) from error
 
     def _metrics(self, measurement: Measurement) -> dict[str, float]:
-        """The loop's metrics, which framework loggers have from the loop itself, and the loss between 0 and 1."""
-        values = {metric_tag(name): value for name, value in measurement.metrics.items()}
+        """Return the metrics of the loop, which framework loggers get from the loop itself, and the loss ratio."""
+        values = {f"ess_metrics/{layer_tag(name)}": value for name, value in measurement.metrics.items()}
         self._loss = self._loss or loss_name(measurement.metrics)
         loss = measurement.metrics.get(self._loss or "", 0.0)
         self._highest_loss = max(self._highest_loss, loss)
-        if loss > 0:  # a share of what may be negative means nothing
+        if loss > 0:  # a share of a value that may be negative means nothing
             values[LOSS_RATIO_TAG] = loss / self._highest_loss
         return values
 
@@ -170,10 +172,10 @@ class TensorBoardExporter:
                 for step, height in self._spikes.setdefault(action.layer, Spikes()).at(action.step):
                     self._writer.add_scalar(spike_tag(action.layer), height, global_step=step, walltime=when)
 
-    def _remember(self, measurement: Measurement) -> None:
+    def _add_columns(self, measurement: Measurement) -> None:
         if not self.config.heatmap_columns:
             return
-        from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, History
+        from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, Heatmap
 
         for reading in measurement.readings:
             if reading.status != "ok":
@@ -181,21 +183,20 @@ class TensorBoardExporter:
             for section, read in PICTURES.items():
                 tag = f"{section}/{layer_tag(reading.layer)}"
                 if tag not in self._pictures:
-                    self._pictures[tag] = History(read, self.config.heatmap_columns, self.config.heatmap_rows)
+                    self._pictures[tag] = Heatmap(read, self.config.heatmap_columns, self.config.heatmap_rows)
                 self._pictures[tag].add(reading)
 
     def _draw_next(self, measurement: Measurement) -> None:
         tags = list(self._pictures)
-        for _ in tags:  # one that has nothing new takes no turn
+        for _ in tags:  # a heat map without a new column loses its turn
             tag = tags[self._next_picture % len(tags)]
             self._next_picture += 1
             if self._draw(self._writer, tag, measurement):
                 return
 
     def _draw(self, writer: Any, tag: str, measurement: Measurement) -> bool:
-        history = self._pictures[tag]
-        if not history.changed:
+        heatmap = self._pictures[tag]
+        if not heatmap.changed:
             return False
-        image, when = history.image(), measurement.timestamp_seconds
-        writer.add_image(tag, image, global_step=measurement.step, walltime=when)
+        writer.add_image(tag, heatmap.image(), global_step=measurement.step, walltime=measurement.timestamp_seconds)
         return True

@@ -1,4 +1,4 @@
-"""Pictures of a layer over the run: columns are measurements, rows are heads, positions or singular values.
+"""Draws heat maps of a layer over the run: columns are measurements; rows are heads, positions or singular values.
 
 Legend: R rows, T measurements (columns), C = 3 color channels.
 """
@@ -15,38 +15,38 @@ from torch import Tensor
 
 from ess_monitor.records import Reading
 
-# Dark to bright, lightness rising all the way, so that the order survives grayscale and color-blind eyes.
+# Lightness rises all the way, so that the order also shows in grayscale and to color-blind readers.
 _ANCHORS = ((0.07, 0.06, 0.24), (0.20, 0.20, 0.55), (0.10, 0.45, 0.60), (0.25, 0.70, 0.45), (0.98, 0.91, 0.20))
 _MISSING = (0.5, 0.5, 0.5)
 _CELL_PIXELS = 8
 _SINGLE_PRECISION = 1e-7
-"""Where nothing is a tolerance, what is this much smaller than the largest singular value is dark."""
+"""Without a tolerance, singular values below this share of the largest one are dark."""
 
 
 @dataclass(frozen=True)
-class Column:
-    """One measurement."""
+class HeatmapColumn:
+    """Holds the values of one measurement."""
 
     cells: Mapping[int, float]
-    """row -> value from 0 up; 0 is the darkest color. Empty: the reading says nothing of it."""
+    """Values from 0 up by row; 0 is the darkest color. Empty: the reading has none."""
     brightest: float = 0.0
-    """Value of the brightest color, unless a larger one was seen."""
+    """Value of the brightest color, unless a larger one has been seen."""
 
 
-def heads(reading: Reading) -> Column:
-    """Effective size of every head, against the capacity."""
-    # Which heads are measured may rotate; without `heads` they are numbered in the order given.
+def heads(reading: Reading) -> HeatmapColumn:
+    """Return the effective size of every head; the capacity is brightest."""
+    # The measured heads may rotate; without `heads` they are numbered in order.
     rows = reading.heads or range(len(reading.per_head))
-    return Column(dict(zip(rows, reading.per_head, strict=False)), _capacity(reading))
+    return HeatmapColumn(dict(zip(rows, reading.per_head, strict=False)), _capacity(reading))
 
 
-def positions(reading: Reading) -> Column:
-    """Effective size at every measured position of the sequence, against the capacity."""
-    return Column(dict(zip(reading.positions, reading.per_position, strict=False)), _capacity(reading))
+def positions(reading: Reading) -> HeatmapColumn:
+    """Return the effective size at every measured position of the sequence; the capacity is brightest."""
+    return HeatmapColumn(dict(zip(reading.positions, reading.per_position, strict=False)), _capacity(reading))
 
 
-def spectrum(reading: Reading) -> Column:
-    """Powers of ten by which each singular value is above the tolerance: what is not dark is counted by the ESS.
+def spectrum(reading: Reading) -> HeatmapColumn:
+    """Return the powers of ten by which each singular value exceeds the tolerance; the ESS does not count dark ones.
 
     >>> values = spectrum(Reading(step=0, layer="", status="ok", spectrum=(1.0, 0.1, 1e-5), spectrum_ranks=(1, 2, 3)))
     >>> [round(decades, 3) for decades in values.cells.values()]
@@ -54,15 +54,15 @@ def spectrum(reading: Reading) -> Column:
     """
     dark = reading.tolerance or _SINGLE_PRECISION * max(reading.spectrum, default=0.0)
     decades = [math.log10(value / dark) if value > dark > 0 else 0.0 for value in reading.spectrum]
-    return Column(dict(zip(reading.spectrum_ranks, decades, strict=False)), brightest=1.0)
+    return HeatmapColumn(dict(zip(reading.spectrum_ranks, decades, strict=False)), brightest=1.0)
 
 
-PICTURES: dict[str, Callable[[Reading], Column]] = {
+PICTURES: dict[str, Callable[[Reading], HeatmapColumn]] = {
     "ess_heads": heads,
     "ess_positions": positions,
     "ess_spectrum": spectrum,
 }
-"""Section of the image's tag -> what it shows."""
+"""What a heat map shows, by the section of its tag."""
 
 LEGEND = """\
 Pictures of a layer: one column is one measurement, the newest on the right. Gray was not measured.
@@ -75,11 +75,11 @@ Pictures of a layer: one column is one measurement, the newest on the right. Gra
 
 Where the capacity grows with the position (softmax attention), and in spectra, yellow is the largest value seen so far.
 """
-"""What the image page cannot say beside a picture, as Markdown."""
+"""Explanation of the heat maps in Markdown, for the text page: an image has no caption."""
 
 
 def colorize(values_RT: Tensor) -> Tensor:
-    """Colors of numbers in 0..1; below and above are clipped, NaN is gray.
+    """Return the colors of numbers; they are clipped to 0..1, and NaN is gray.
 
     Args:
         values_RT: (R, T) floats.
@@ -93,67 +93,63 @@ def colorize(values_RT: Tensor) -> Tensor:
     """
     anchors = torch.tensor(_ANCHORS)
     missing_RT = values_RT.isnan()
-    place_RT = values_RT.nan_to_num(0.0).clamp(0.0, 1.0) * (len(_ANCHORS) - 1)
-    lower_RT = place_RT.floor().long().clamp(max=len(_ANCHORS) - 2)
-    share_RT1 = (place_RT - lower_RT).unsqueeze(-1)
-    colors_RTC = anchors[lower_RT] * (1 - share_RT1) + anchors[lower_RT + 1] * share_RT1
+    anchor_RT = values_RT.nan_to_num(0.0).clamp(0.0, 1.0) * (len(_ANCHORS) - 1)
+    lower_RT = anchor_RT.floor().long().clamp(max=len(_ANCHORS) - 2)
+    blend_RT1 = (anchor_RT - lower_RT).unsqueeze(-1)
+    colors_RTC = anchors[lower_RT] * (1 - blend_RT1) + anchors[lower_RT + 1] * blend_RT1
     colors_RTC[missing_RT] = torch.tensor(_MISSING)
     return colors_RTC.permute(2, 0, 1)
 
 
-class History:
-    """The last measurements of one layer, bounded in both directions.
+class Heatmap:
+    """Keeps and draws the last measurements of one layer, up to a number of columns and rows.
 
     Args:
-        read: what of a reading is shown, one of `PICTURES`.
-        columns: measurements kept; the oldest goes first.
+        read: extracts a column from a reading, one of `PICTURES`.
+        columns: measurements kept; the oldest is dropped first.
         rows: rows kept. Of more, evenly spaced ones are chosen; those seen first stay.
     """
 
-    def __init__(self, read: Callable[[Reading], Column], columns: int, rows: int) -> None:
+    def __init__(self, read: Callable[[Reading], HeatmapColumn], columns: int, rows: int) -> None:
         self._read = read
         self._columns: deque[dict[int, float]] = deque(maxlen=columns)
-        self._limit = rows
+        self._max_rows = rows
         self._rows: set[int] = set()
         self._scale = 0.0
-        self._dirty = False
-
-    @property
-    def changed(self) -> bool:
+        self.changed = False
         """True when a column was added since the last image."""
-        return self._dirty
 
     def add(self, reading: Reading) -> None:
-        """Take one reading; one that says nothing of this adds nothing."""
+        """Add the column of a reading, if the reading has one."""
         column = self._read(reading)
         new = sorted(column.cells.keys() - self._rows)
-        self._rows.update(_evenly(new, self._limit - len(self._rows)))
+        self._rows.update(_evenly(new, self._max_rows - len(self._rows)))
         cells = {row: value for row, value in column.cells.items() if row in self._rows}
         if not cells:
             return
         self._columns.append(cells)
         # The scale only grows, so that an image is comparable with the one before.
         self._scale = max(self._scale, column.brightest, *cells.values())
-        self._dirty = True
+        self.changed = True
 
     def values(self) -> Tensor:
-        """(R, T) values as a share of the scale; NaN where a row was not measured."""
+        """Return (R, T) values as a share of the scale; NaN where a row was not measured."""
         scale = self._scale or 1.0
         rows = [[column.get(row, math.nan) / scale for column in self._columns] for row in sorted(self._rows)]
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(self._columns))
 
     def image(self) -> Tensor:
-        """(3, height, width) picture, one square per row and measurement. Needs at least one column."""
-        self._dirty = False
+        """Return the picture (3, height, width), one square per row and measurement. Needs at least one column."""
+        self.changed = False
         image_CRT = colorize(self.values())
         return image_CRT.repeat_interleave(_CELL_PIXELS, dim=1).repeat_interleave(_CELL_PIXELS, dim=2)
 
 
 def _capacity(reading: Reading) -> float:
-    """Brightest where it is a constant; what grows with the position would leave a short sequence in the dark."""
+    # A capacity that grows with the position would leave short sequences dark.
     return 0.0 if reading.capacity_grows else reading.state_capacity or 0.0
 
 
 def _evenly(items: Sequence[int], count: int) -> Sequence[int]:
-    """At most `count` of them with even gaps."""
+    """Return at most `count` of the items, evenly spaced."""
     return items if len(items) <= count else [items[index * len(items) // count] for index in range(count)]

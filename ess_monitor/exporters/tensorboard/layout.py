@@ -1,18 +1,11 @@
-"""The custom-scalars page of TensorBoard: an overview of the model, its use of memory beside the loss, every layer."""
+"""Lays out the custom-scalars page of TensorBoard, and makes the spikes that mark actions in its charts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-from ess_monitor.exporters.scalars import (
-    LOSS_RATIO_TAG,
-    OVERHEAD_TAG,
-    UTILIZATION_TAG,
-    condition_tag,
-    layer_tag,
-    scalar_tag,
-)
+from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, OVERHEAD_TAG, UTILIZATION_TAG, layer_tag, scalar_tag
 from ess_monitor.records import CONDITIONS
 
 Layout = dict[str, dict[str, list[object]]]
@@ -20,10 +13,10 @@ Layout = dict[str, dict[str, list[object]]]
 
 
 def custom_scalars_layout(layers: Iterable[str]) -> Layout:
-    """The layout for these layers, in this order.
+    """Return the layout for these layers, in this order.
 
-    Charts of utilization also show when a layer was acted upon, as spikes up to 1. The strengths stay on the scalars
-    page: a lambda of 0.5 and an alpha factor of 100 share no axis, with each other or with a ratio.
+    Charts of utilization also show the steps of actions, as spikes up to 1. The strengths stay on the scalars page: a
+    lambda of 0.5, an alpha factor of 100 and a ratio do not fit one axis.
 
     Multiline charts take regular expressions; a margin chart takes the tags of value, lower and upper end.
 
@@ -38,7 +31,7 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
             "Utilization of the model": _lines(re.escape(UTILIZATION_TAG)),
             "Effective state-size of every layer": _lines("ess_effective_size/.*"),
             "Retention of every layer (below 1 the decay costs memory)": _lines("ess_retention_ratio/.*"),
-            "Layers in each condition": _lines(*(re.escape(condition_tag(name)) for name in CONDITIONS)),
+            "Layers in each condition": _lines(*(f"ess_layers/{name}" for name in CONDITIONS)),
             "Cost of the monitor (share of training time)": _lines(re.escape(OVERHEAD_TAG)),
         },
         "ESS and loss": {
@@ -49,41 +42,32 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
         },
     }
     for layer in layers:
+
+        def tags(*quantities: str, layer: str = layer) -> list[str]:
+            return [scalar_tag(quantity, layer) for quantity in quantities]
+
         layout[f"ESS layer: {layer or 'root'}"] = {
             "Effective state-size, certified bounds over all positions": [
                 "Margin",
-                [
-                    scalar_tag("effective_size", layer),
-                    scalar_tag("effective_size_lower", layer),
-                    scalar_tag("effective_size_upper", layer),
-                ],
+                tags("effective_size", "effective_size_lower", "effective_size_upper"),
             ],
             "Effective, entropy and theoretically realizable state-size": _lines(
-                *(re.escape(scalar_tag(name, layer)) for name in ("effective_size", "entropy_size", "state_capacity"))
+                *map(re.escape, tags("effective_size", "entropy_size", "state_capacity"))
             ),
             "Utilization, retention and mean decay": _lines(
-                *(
-                    re.escape(scalar_tag(name, layer))
-                    for name in ("utilization_ratio", "retention_ratio", "mean_decay")
-                ),
-                re.escape(spike_tag(layer)),
+                *map(re.escape, [*tags("utilization_ratio", "retention_ratio", "mean_decay"), spike_tag(layer)])
             ),
         }
     return layout
 
 
-def _lines(*patterns: str) -> list[object]:
-    # TensorBoard searches, so an expression without anchors would also match longer tags.
-    return ["Multiline", [f"^{pattern}$" for pattern in patterns]]
-
-
 def spike_tag(layer: str) -> str:
-    """The tag of the spikes of one layer."""
+    """Return the tag of the spikes of one layer."""
     return f"ess_intervention_steps/{layer_tag(layer)}"
 
 
 class Spikes:
-    """The points of one series that is 1 at the steps of events and 0 right beside them.
+    """Makes the points of a curve that is 1 at the steps of events and 0 right beside them.
 
     Example:
         >>> spikes = Spikes()
@@ -97,8 +81,13 @@ class Spikes:
         self._last_step = -1
 
     def at(self, step: int) -> list[tuple[int, float]]:
-        """(step, height) of the points to append for an event at `step`."""
-        # TensorBoard takes a step that goes back for a restarted run and drops what came after it.
+        """Return the points (step, height) to append for an event at `step`."""
+        # TensorBoard takes a smaller step than the last for a restarted run and drops what came after it.
         foot = [(step - 1, 0.0)] if step - 1 > self._last_step else []
         self._last_step = step + 1
         return [*foot, (step, 1.0), (step + 1, 0.0)]
+
+
+def _lines(*patterns: str) -> list[object]:
+    # Without anchors an expression would also match longer tags.
+    return ["Multiline", [f"^{pattern}$" for pattern in patterns]]

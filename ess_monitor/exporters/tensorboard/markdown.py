@@ -1,4 +1,4 @@
-"""Findings and actions as Markdown for TensorBoard's text page, where a layer's name must not become markup."""
+"""Formats findings and actions as Markdown for TensorBoard's text page; a layer's name never becomes markup."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 from ess_monitor.records import Action, Finding
 
-# Everything that Markdown or HTML may take for syntax inside a line. An underscore inside a word is none.
+# Everything that Markdown or HTML may take for syntax inside a line. An underscore inside a word is not syntax.
 _SYNTAX = re.compile(r"[^\w\s.,;:%()'\-=/?]|(?<![^\W_])_|_(?![^\W_])")
 _COLUMNS = ("step", "layer", "action", "strength", "before", "after", "outcome", "message")
 
 
 def escape(text: str) -> str:
-    """`text` as one line that Markdown shows as it is; syntax becomes character references, which tables allow too.
+    """Return `text` as one line that Markdown shows as it is: syntax becomes character references, also in tables.
 
     >>> escape("A->I | on blocks.0.mixer")
     'A-&#62;I &#124; on blocks.0.mixer'
@@ -25,7 +25,7 @@ def escape(text: str) -> str:
 
 
 def finding_markdown(finding: Finding) -> str:
-    """A finding as paragraphs: what changed, why, what to do."""
+    """Format a finding as paragraphs: what changed, why, and what to do."""
     layer = escape(finding.layer or "root")
     paragraphs = [f"**{layer}**: {finding.previous} → **{finding.condition}**", escape(finding.reason)]
     if finding.advice:
@@ -34,7 +34,7 @@ def finding_markdown(finding: Finding) -> str:
 
 
 def action_table(actions: Iterable[Action]) -> str:
-    """Actions as a table, one a row; `before` and `after` are utilization.
+    """Format actions as a table with one row each; `before` and `after` are utilization.
 
     Example:
         >>> from ess_monitor.records import Action

@@ -1,1 +1,1 @@
-"""The live table in a terminal."""
+"""Prints a table of the layers to the terminal."""

@@ -1,4 +1,4 @@
-"""The table of layers in the terminal, next to whatever progress bar is there."""
+"""Prints the table of layers to the terminal, beside any progress bar."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class TerminalConfig(BaseModel):
     kind: Literal["terminal"] = "terminal"
     """Which exporter this is."""
     every_seconds: float = Field(default=10.0, ge=0.0)
-    """Least time between two tables; findings and actions do not wait. Ten seconds can be read, and bury no log."""
+    """Shortest time between two tables; findings and actions do not wait. Ten seconds leave the log readable."""
     width: int | None = Field(default=None, ge=40)
-    """Columns; None takes the terminal's, and 100 where there is none."""
+    """Columns of the table; None: those of the terminal, or 100 without a terminal."""
     color: bool | None = None
-    """Escape codes for colors; None uses them when stderr is a terminal and NO_COLOR is not set."""
+    """Escape codes for colors; None: only if stderr is a terminal and NO_COLOR is not set."""
 
 
 class TerminalExporter:
-    """Prints a table at the first measurement, with every finding and action, and at the end; else now and then.
+    """Prints a table at the first measurement, with every finding and action, every few seconds, and at the end.
 
-    A table is written in one piece and never overwritten: cursor movements and progress bars get in each other's way.
+    A table is written in one piece and never overwritten: cursor movements would break progress bars.
 
     Args:
         config: how often and how wide.
-        write: takes the finished text and ends the line itself, as `print` and `tqdm.write` do; None writes to stderr,
-            where it stays out of a pipe.
+        write: writes the finished text and a newline, as `print` and `tqdm.write` do; None writes to stderr, which
+            keeps tables out of a pipe.
         clock: seconds that never go back.
 
     Example:
@@ -49,6 +49,7 @@ class TerminalExporter:
         'terminal'
     """
 
+    name = "terminal"
     inline = False
 
     def __init__(
@@ -57,7 +58,6 @@ class TerminalExporter:
         write: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name = "terminal"
         self.config = validation.optional("config", config, TerminalConfig) or TerminalConfig()
         self._write = _write_to_stderr if write is None else validation.function("write", write, hint="such as print")
         self._clock = validation.function("clock", clock)
@@ -66,7 +66,7 @@ class TerminalExporter:
         self._pending: Measurement | None = None
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Remember the layers; there is nothing to open."""
+        """Store the layers; there is nothing to open."""
         self._layers = run.layers
 
     def export(self, measurement: Measurement) -> None:
@@ -79,7 +79,7 @@ class TerminalExporter:
             self._pending = measurement
 
     def close(self, status: RunStatus) -> None:
-        """Print the newest table, unless it is on the screen already."""
+        """Print the newest table if it has not been printed."""
         if self._pending is not None:
             self._print(self._pending)
 
@@ -112,11 +112,11 @@ class TerminalExporter:
 
 
 def _write_to_stderr(text: str) -> None:
-    stream = sys.stderr  # looked up now: progress bars and notebooks replace it
+    stream = sys.stderr  # not at import: progress bars and notebooks replace it
     text += "\n"
     try:
         stream.write(text)
-    except UnicodeEncodeError:  # a terminal without the characters of the bar
+    except UnicodeEncodeError:  # the terminal lacks the characters of the bar
         encoding = stream.encoding or "ascii"
         stream.write(text.encode(encoding, "replace").decode(encoding))
     stream.flush()

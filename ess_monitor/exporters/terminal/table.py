@@ -1,4 +1,4 @@
-"""One measurement as a table for people."""
+"""Renders one measurement as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ess_monitor import validation
-from ess_monitor.records import Action, ActionOutcome, Condition, LayerInfo, Measurement, Reading
+from ess_monitor.records import CONDITION_INFO, Action, ActionOutcome, Condition, LayerInfo, Measurement, Reading
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-_STYLES: dict[Condition, str] = {"unknown": "dim", "healthy": "green", "saturated": "yellow", "collapsed": "bold red"}
 _ACTION_STYLES: dict[ActionOutcome, str] = {
     "applied": "bold cyan",
     "dry_run": "cyan",
@@ -27,11 +26,11 @@ _NOTHING = "-"
 
 
 def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> Table:
-    """Layers as rows: effective size, capacity, utilization, retention, condition.
+    """Return a table with one row per layer: effective size, capacity, utilization, retention, condition.
 
     Args:
         measurement: what is shown. A reading that is not ok shows its status in place of numbers.
-        layers: gives the order of the rows and the layers without a reading; readings of others follow.
+        layers: sets the order of the rows and adds layers without a reading; other layers follow.
 
     Returns:
         A rich table; print it with `rich.print` or any console.
@@ -49,9 +48,8 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
 
     table = Table(
         title=f"state of the memory at step {measurement.step}",
-        caption=_plain(
-            f"next sample in {measurement.interval_steps} steps; cost {measurement.overhead_ratio:.2%} of training time"
-        ),
+        caption=f"next sample in {measurement.interval_steps} steps; "
+        f"cost {measurement.overhead_ratio:.2%} of training time",
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
@@ -67,22 +65,22 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
     readings = {reading.layer: reading for reading in measurement.readings}
     for name in dict.fromkeys([*(layer.name for layer in layers), *readings]):
         condition = measurement.conditions.get(name, "unknown")
-        table.add_row(_plain(name or "root"), *_cells(readings.get(name)), _plain(condition, _STYLES[condition]))
+        table.add_row(_text(name or "root"), *_cells(readings.get(name)), _text(condition, _condition_style(condition)))
     return table
 
 
 def render_findings(measurement: Measurement) -> Text:
-    """What changed with this measurement: one line a finding, no line without one."""
+    """Return one line per finding of this measurement."""
     lines = [
         f"step {finding.step}, {finding.layer or 'root'}: {finding.previous} -> {finding.condition}. "
         f"{finding.reason} {finding.advice}".rstrip()
         for finding in measurement.findings
     ]
-    return _plain("\n".join(lines), "bold")
+    return _text("\n".join(lines), "bold")
 
 
 def render_actions(measurement: Measurement) -> Text:
-    """What the autopilot did with this measurement: one line an action, colored by its outcome.
+    """Return one line per action of the autopilot in this measurement, colored by its outcome.
 
     Example:
         >>> from ess_monitor.records import Action, Measurement
@@ -98,17 +96,8 @@ def render_actions(measurement: Measurement) -> Text:
     return Text("\n").join(_action_line(action) for action in measurement.actions)
 
 
-def _action_line(action: Action) -> Text:
-    what = action.action if action.strength is None else f"{action.action} {action.strength:g}"
-    before, after = action.utilization_before, action.utilization_after
-    sizes = " -> ".join(f"{ratio:.0%}" for ratio in (before, after) if ratio is not None)
-    utilization = f", utilization {sizes}" if sizes else ""
-    line = f"step {action.step}, {action.layer or 'root'}: {action.outcome} {what}{utilization}: {action.message}"
-    return _plain(" ".join(line.split()), _ACTION_STYLES[action.outcome])
-
-
 def utilization_bar(ratio: float) -> str:
-    """A bar of ten cells and the percentage.
+    """Return a bar of ten cells and the percentage.
 
     >>> utilization_bar(0.25)
     '██▌·······  25%'
@@ -120,26 +109,36 @@ def utilization_bar(ratio: float) -> str:
     return f"{bar:·<{_BAR_CELLS}} {ratio:>4.0%}"
 
 
-def _cells(reading: Reading | None) -> tuple[Text, Text, Text, Text]:
+def _action_line(action: Action) -> Text:
+    what = action.action if action.strength is None else f"{action.action} {action.strength:g}"
+    before, after = action.utilization_before, action.utilization_after
+    sizes = " -> ".join(f"{ratio:.0%}" for ratio in (before, after) if ratio is not None)
+    utilization = f", utilization {sizes}" if sizes else ""
+    line = f"step {action.step}, {action.layer or 'root'}: {action.outcome} {what}{utilization}: {action.message}"
+    return _text(" ".join(line.split()), _ACTION_STYLES[action.outcome])
+
+
+def _condition_style(condition: Condition) -> str:
+    color = CONDITION_INFO[condition].color
+    return {"gray": "dim", "red": "bold red"}.get(color, color)
+
+
+def _cells(reading: Reading | None) -> tuple[str, str, str | Text, str]:
     if reading is None:
-        return _plain(_NOTHING), _plain(_NOTHING), _plain("not measured", "dim"), _plain(_NOTHING)
+        return _NOTHING, _NOTHING, _text("not measured", "dim"), _NOTHING
+    capacity, ratio = _number(reading.state_capacity, 1), reading.utilization_ratio
     if reading.status != "ok":
-        return _plain(_NOTHING), _size(reading.state_capacity), _plain(reading.status, "yellow"), _plain(_NOTHING)
-    ratio = reading.utilization_ratio
-    return (
-        _size(reading.effective_size),
-        _size(reading.state_capacity),
-        _plain(_NOTHING if ratio is None else utilization_bar(ratio)),
-        _plain(_NOTHING if reading.retention_ratio is None else f"{reading.retention_ratio:.2f}"),
-    )
+        return _NOTHING, capacity, _text(reading.status, "yellow"), _NOTHING
+    bar = _NOTHING if ratio is None else utilization_bar(ratio)
+    return _number(reading.effective_size, 1), capacity, bar, _number(reading.retention_ratio, 2)
 
 
-def _size(value: float | None) -> Text:
-    return _plain(_NOTHING if value is None else f"{value:.1f}")
+def _number(value: float | None, digits: int) -> str:
+    return _NOTHING if value is None else f"{value:.{digits}f}"
 
 
-def _plain(text: str, style: str = "") -> Text:
-    """Text that is shown as it is: no markup, and no control characters that would steer the terminal."""
+def _text(text: str, style: str = "") -> Text:
+    """Return a text without markup, and without control characters that would steer the terminal."""
     from rich.text import Text
 
     return Text(

@@ -205,7 +205,7 @@ for step in count():
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("moment", ["at any time", "in the middle of a line"])
 def test_a_process_killed_with_sigkill_loses_at_most_its_last_line(path: Path, moment: str) -> None:
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[2]
     command = [sys.executable, "-c", KILLED, str(tests.parent / "ess_monitor"), str(tests), str(path), moment]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     if moment == "at any time":
@@ -229,7 +229,7 @@ def test_a_process_killed_with_sigkill_loses_at_most_its_last_line(path: Path, m
     assert again.skipped_lines == reader.skipped_lines
 
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "event-log.schema.json"
+SCHEMA = Path(__file__).parents[3] / "docs" / "event-log.schema.json"
 
 
 def test_the_documented_schema_is_the_one_of_the_records() -> None:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalars
-from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, History, colorize, heads, positions, spectrum
+from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, Heatmap, colorize, heads, positions, spectrum
 from ess_monitor.exporters.tensorboard.layout import Spikes
 from ess_monitor.records import Measurement
 from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, reading, run_info, snapshot
@@ -318,7 +318,7 @@ def test_colours_get_brighter_with_the_value_and_nan_is_grey() -> None:
 
 
 def test_a_history_of_heads_is_bounded_and_leaves_gaps_for_heads_that_were_not_measured() -> None:
-    history = History(heads, columns=3, rows=2)
+    history = Heatmap(heads, columns=3, rows=2)
     for measured, sizes in (((0, 1), (9.0, 9.0)), ((0, 1), (4.0, 8.0)), ((1, 2), (16.0, 5.0)), ((0,), (0.0,))):
         history.add(reading(heads=measured, per_head=sizes, state_capacity=16.0))
     values = history.values().nan_to_num(-1.0)
@@ -326,7 +326,7 @@ def test_a_history_of_heads_is_bounded_and_leaves_gaps_for_heads_that_were_not_m
 
 
 def test_a_history_scales_growing_capacity_by_what_was_seen() -> None:
-    history = History(heads, columns=3, rows=2)
+    history = Heatmap(heads, columns=3, rows=2)
     history.add(reading(heads=(), per_head=(5.0, 10.0), state_capacity=1000.0, capacity_grows=True))
     assert history.values().tolist() == [[0.5], [1.0]]
     assert history.changed
@@ -335,14 +335,14 @@ def test_a_history_scales_growing_capacity_by_what_was_seen() -> None:
 
 
 def test_a_history_of_positions_keeps_evenly_spaced_ones() -> None:
-    history = History(positions, columns=2, rows=3)
+    history = Heatmap(positions, columns=2, rows=3)
     places = tuple(range(1, 10))
     history.add(reading(positions=places, per_position=tuple(float(place) for place in places), state_capacity=10.0))
     torch.testing.assert_close(history.values(), torch.tensor([[0.1], [0.4], [0.7]]))
 
 
 def test_a_picture_of_spectra_lights_up_what_the_tolerance_counts() -> None:
-    history = History(spectrum, columns=4, rows=32)
+    history = Heatmap(spectrum, columns=4, rows=32)
     ranks = (1, 2, 3, 4)
     history.add(reading(spectrum=(10.0, 0.1, 1e-3, 0.0), spectrum_ranks=ranks, tolerance=1e-3))
     history.add(reading(spectrum=(1e-3, 1e-4, 1e-9, 0.0), spectrum_ranks=ranks, tolerance=1e-3))

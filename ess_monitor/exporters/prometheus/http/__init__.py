@@ -1,1 +1,1 @@
-"""The HTTP server of the /metrics endpoint."""
+"""Serves HTTP(S) for the /metrics endpoint."""

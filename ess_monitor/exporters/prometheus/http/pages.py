@@ -1,4 +1,4 @@
-"""What the endpoint answers: `/metrics` to those who may read it, `/-/healthy` to everybody, nothing else."""
+"""Answers requests: `/metrics` for authorized readers, `/-/healthy` for everybody, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from ess_monitor.errors import format_error
 from ess_monitor.exporters.prometheus.auth import Authenticator
 from ess_monitor.exporters.prometheus.http.request import Request, Response, text_response
 
@@ -20,41 +21,40 @@ HEALTH_PATH = "/-/healthy"
 
 
 class Pages:
-    """The handler of the endpoint.
+    """Handles the requests to the endpoint.
 
-    `/-/healthy` needs no credentials: the probes of a cluster cannot send any, and "ok" tells nothing of the run. With
-    client certificates there is no connection without one, for health neither.
+    `/-/healthy` needs no credentials: the probes of a cluster cannot send any, and "ok" reveals nothing about the run.
+    Where client certificates are required, they are required for `/-/healthy` too.
 
     Args:
         registry: what `/metrics` shows.
-        gate: who may see it; None: whoever can connect.
+        authenticator: checks who may see it; None: everybody who can connect.
     """
 
-    def __init__(self, registry: CollectorRegistry, gate: Authenticator | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry, authenticator: Authenticator | None = None) -> None:
         self._registry = registry
-        self._gate = gate
-        self._complained = False
+        self._authenticator = authenticator
+        self._has_logged_error = False
 
     def respond(self, request: Request) -> Response:
-        """The response to a request. Raises what the registry raises."""
+        """Return the response to a request. Raises what the registry raises."""
         if request.path not in (METRICS_PATH, HEALTH_PATH):
             return text_response(HTTPStatus.NOT_FOUND, f"not found; there are {METRICS_PATH} and {HEALTH_PATH}")
         if request.method not in ("GET", "HEAD"):
             return text_response(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD", {"Allow": "GET, HEAD"})
         if request.path == HEALTH_PATH:
             return text_response(HTTPStatus.OK, "ok")
-        if self._gate is not None and not self._gate.admits(request.headers):
-            return text_response(HTTPStatus.UNAUTHORIZED, "credentials are needed", self._gate.challenge)
+        if self._authenticator is not None and not self._authenticator.admits(request.headers):
+            return text_response(HTTPStatus.UNAUTHORIZED, "credentials are needed", self._authenticator.challenge)
         try:
             return self._metrics(request)
         except Exception as error:
-            if not self._complained:
-                self._complained = True
+            if not self._has_logged_error:
+                self._has_logged_error = True
                 logger.warning(
-                    "exporter 'prometheus' answers scrapes with status 500: %s: %s. The training goes on; further "
-                    "errors of this kind are not logged.",
-                    type(error).__name__,
-                    error,
+                    "exporter 'prometheus' answers scrapes with status 500: %s. The training goes on; further errors "
+                    "of this kind are not logged.",
+                    format_error(error),
                 )
             raise
 

@@ -1,6 +1,6 @@
-"""Just enough HTTP for an endpoint that is scraped: one bounded request in, one response out, then the connection ends.
+"""Reads one bounded HTTP request and writes one response; the connection ends after it.
 
-Closing after every response keeps idle peers from holding a connection, and needs no parsing of request bodies.
+Closing after every response keeps idle peers from holding a connection, and makes it unnecessary to parse bodies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_REQUEST_BYTES = 16 * 1024
 
 
 class BadRequest(Exception):
-    """A request that is answered with an error status."""
+    """The request is answered with an error status."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
@@ -26,12 +26,12 @@ class BadRequest(Exception):
 
 
 class Disconnected(Exception):
-    """The peer went away before its request was complete: nobody is there to be answered."""
+    """The peer closed before its request was complete, so there is nobody to answer."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Method, path without its query, and the headers with lower-case names (not in `repr`: one may be a secret)."""
+    """Holds method, path without its query, and headers with lower-case names (not in `repr`: one may be a secret)."""
 
     method: str
     path: str
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """What is sent back; Content-Length and Connection are added on the way."""
+    """Holds an answer; `send_response` adds Content-Length and Connection."""
 
     status: HTTPStatus
     body: bytes
@@ -48,7 +48,7 @@ class Response:
 
 
 def text_response(status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None) -> Response:
-    """A plain-text response of one line."""
+    """Make a plain-text response of one line."""
     fixed = {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
     return Response(status, f"{message}\n".encode(), {**fixed, **(headers or {})})
 
@@ -57,7 +57,7 @@ def receive_request(connection: socket.socket, timeout_seconds: float) -> Reques
     """Read one request; the whole of it must arrive within the timeout, however slowly its bytes drip in.
 
     Raises:
-        BadRequest: too large, too slow, or no HTTP.
+        BadRequest: it is too large, too slow, or not HTTP.
         Disconnected: the peer closed first.
     """
     deadline = time.monotonic() + timeout_seconds
@@ -85,7 +85,7 @@ def parse_request(received: bytes) -> Request:
     r"""Parse the head of a request.
 
     Raises:
-        BadRequest: it is no HTTP/1 request.
+        BadRequest: it is not an HTTP/1 request.
 
     >>> parse_request(b"GET /metrics?x=1 HTTP/1.1\r\nAccept: */*\r\n\r\n")
     Request(method='GET', path='/metrics')
@@ -107,19 +107,21 @@ def send_response(connection: socket.socket, response: Response, timeout_seconds
     """Send a response within the timeout; with `head`, its headers only.
 
     Raises:
-        OSError: the peer does not take it.
+        OSError: the peer does not receive it.
     """
     headers = {**response.headers, "Content-Length": str(len(response.body)), "Connection": "close"}
     lines = [f"HTTP/1.1 {response.status.value} {response.status.phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     payload = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    connection.settimeout(timeout_seconds)  # for all of it, over TLS too
+    connection.settimeout(timeout_seconds)  # `sendall` applies it to the whole response, over TLS too
     connection.sendall(payload if head else payload + response.body)
 
 
 def drain(connection: socket.socket, timeout_seconds: float = 0.5, max_bytes: int = 256 * 1024) -> None:
-    """Read away what the peer still sends. Closing over unread bytes makes the kernel reset the connection, and the
-    peer would lose the error message that was just sent. Raises OSError."""
+    """Discard what the peer still sends. Raises OSError.
+
+    Closing with unread bytes makes the kernel reset the connection, and the peer would lose the error message.
+    """
     deadline = time.monotonic() + timeout_seconds
     while max_bytes > 0 and (left := deadline - time.monotonic()) > 0:
         connection.settimeout(left)

@@ -1,20 +1,20 @@
-"""The server side of TLS, from PEM files."""
+"""Makes the server side of TLS from PEM files."""
 
 from __future__ import annotations
 
 import ssl
 from pathlib import Path
 
-from ess_monitor.errors import ExporterError
+from ess_monitor.errors import ExporterError, format_error
 
 
 def server_context(certfile: Path, keyfile: Path | None = None, client_cafile: Path | None = None) -> ssl.SSLContext:
-    """A context that shows `certfile` and, given `client_cafile`, demands a client certificate signed by it.
+    """Make a context that presents `certfile` and, with `client_cafile`, requires a client certificate signed by it.
 
     TLS 1.2 or newer, with the ciphers of the Python in use.
 
     Raises:
-        ExporterError: a file is missing, is no PEM, needs a password, or key and certificate do not belong together.
+        ExporterError: a file is missing, is not a PEM file or needs a password, or key and certificate do not match.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
@@ -23,14 +23,14 @@ def server_context(certfile: Path, keyfile: Path | None = None, client_cafile: P
     except (OSError, ValueError) as error:
         raise ExporterError(
             f"prometheus.certfile={str(certfile)!r}, keyfile={str(keyfile)!r} cannot be used "
-            f"({type(error).__name__}: {error}). Give PEM files of a certificate and its key without password."
+            f"({format_error(error)}). Give PEM files of a certificate and its key without a password."
         ) from error
     if client_cafile is not None:
         try:
             context.load_verify_locations(cafile=client_cafile)
         except (OSError, ValueError) as error:
             raise ExporterError(
-                f"prometheus.client_cafile={str(client_cafile)!r} cannot be used ({type(error).__name__}: {error}). "
+                f"prometheus.client_cafile={str(client_cafile)!r} cannot be used ({format_error(error)}). "
                 "Give a PEM file of the authority that signs the clients' certificates."
             ) from error
         context.verify_mode = ssl.CERT_REQUIRED

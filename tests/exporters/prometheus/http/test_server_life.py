@@ -133,7 +133,7 @@ exporter.start(run_info(), lambda: snapshot())
 exporter.close("finished")
 print(len(list(Path({str(tmp_path)!r}).glob("*.json"))))
 """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert (process.returncode, process.stdout, process.stderr) == (0, "1\n", "")
     assert list(tmp_path.iterdir()) == []
