@@ -1,18 +1,33 @@
-"""Records as tables for a terminal."""
+"""Output of the commands, as tables for a terminal and as JSON."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from ess_monitor.records import LayerInfo, Reading
+from ess_monitor.records import SCHEMA_VERSION, LayerInfo, Reading
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as the terminal; without one, wide enough for dotted module names."""
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
+    console.print(table)
+
+
+def print_json(**content: Any) -> None:
+    """Print one JSON object that names the schema version."""
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, allow_nan=False))
 
 
 def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
-    """What `describe` found, a row a layer."""
+    """Return what `describe` found, with a row for each layer."""
     table = _table(title)
     for heading in ("layer", "module", "operator", "TSS", "channels", "handles or reason"):
         table.add_column(heading, overflow="fold", justify="right" if heading in ("TSS", "channels") else "left")
@@ -30,7 +45,7 @@ def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
 
 
 def reading_table(title: str, readings: Iterable[Reading]) -> Table:
-    """What `profile` measured, a row a layer. Columns as in the paper: ESS (tolerance), entropy-ESS, TSS, ESS / TSS."""
+    """Return what `profile` measured, with a row for each layer. ESS is the tolerance-ESS."""
     table = _table(title)
     table.add_column("layer", overflow="fold")
     for heading in ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A"):
@@ -53,7 +68,7 @@ def reading_table(title: str, readings: Iterable[Reading]) -> Table:
 
 
 def featurizer_table(title: str, sizes: Sequence[int], rows: Iterable[dict[str, Any]]) -> Table:
-    """Tolerance-ESS of each featurizer (`featurizer`, `tolerance_ess`, `scaling`), a column a TSS."""
+    """Return the tolerance-ESS of each featurizer, with a column for each TSS."""
     table = _table(title)
     table.add_column("featurizer", no_wrap=True)
     for size in sizes:
