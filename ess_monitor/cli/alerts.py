@@ -32,12 +32,8 @@ def export_alerts(
 
     The written files are listed. Nothing is written where a file already exists and differs.
     """
-    given = _parsed(settings or ())
-    if job is not None:
-        if "job" in given:
-            raise ConfigError(f"job: given twice, as --job {job} and --set job={given['job']}; drop one of them")
-        given["job"] = job
-    for path in export(directory, None, overwrite=overwrite, **given):
+    given = [] if job is None else [f"job={job}"]
+    for path in export(directory, None, overwrite=overwrite, **_parsed([*given, *(settings or ())])):
         print(path)
 
 
@@ -51,6 +47,6 @@ def _parsed(settings: Iterable[str]) -> dict[str, str]:
         if name not in AlertsConfig.model_fields:
             raise ConfigError(f"--set {name}: no such setting; the settings are {', '.join(AlertsConfig.model_fields)}")
         if name in parsed:
-            raise ConfigError(f"--set {name}: given twice, as {parsed[name]} and {value}; drop one of them")
+            raise ConfigError(f"{name}: given twice, as {parsed[name]} and {value}; drop one of them")
         parsed[name] = value
     return parsed

@@ -30,10 +30,8 @@ def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.M
 
     The current directory is searched as `python -m` does.
 
-    Args:
-        target: `package.module:name`; `name` may be dotted.
-        kwargs: keyword arguments of the call, as a JSON object.
-        seed: seed of torch, set before the import and again before the call, because the import may draw numbers.
+    `name` may be dotted, and `kwargs` is a JSON object. The seed of torch is set before the import and again before the
+    call, because the import may draw numbers.
 
     Raises:
         ConfigError: the target does not exist, does not take these arguments, or is not a model. Errors of the
@@ -62,8 +60,7 @@ def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.M
 def model_of_hf_config(path: Path) -> nn.Module:
     """Build the model of a transformers `config.json` on the meta device, without memory or weights.
 
-    Args:
-        path: the file, or the directory that holds it. A causal language model is built where the type has one.
+    `path` is the file or its directory. A causal language model is built where the model type has one.
 
     Raises:
         ConfigError: the file cannot be read, or transformers is not installed or does not know the model type.
@@ -105,17 +102,11 @@ def make_inputs(
 ) -> torch.Tensor:
     """Return a random batch on the model's device.
 
-    Args:
-        model: its first embedding gives `vocab_size` unless that is given.
-        kind: `gaussian` for standard normal (batch, length, width) in the model's dtype, or `tokens` for uniform ids in
-            0..vocab_size-1 of shape (batch, length).
-        batch, length: sequences, and tokens per sequence.
-        width: features per token, for `gaussian`.
-        vocab_size: number of token ids, for `tokens`.
-        seed: seed of the generator.
+    `gaussian` is standard normal of shape (batch, length, width) in the model's dtype. `tokens` are uniform in
+    0..vocab_size-1, of shape (batch, length); the default vocabulary is that of the model's first embedding.
 
     Raises:
-        ConfigError: a size that is needed is not known.
+        ConfigError: `width` or `vocab_size` is needed and not known.
 
     Example:
         >>> make_inputs(nn.Embedding(10, 4), InputKind.tokens, batch=2, length=5).shape

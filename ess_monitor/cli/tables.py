@@ -28,9 +28,8 @@ def print_json(**content: Any) -> None:
 
 def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
     """Return what `describe` found, with a row for each layer."""
-    table = _table(title)
-    for heading in ("layer", "module", "operator", "TSS", "channels", "handles or reason"):
-        table.add_column(heading, overflow="fold", justify="right" if heading in ("TSS", "channels") else "left")
+    table = _table(title, "layer", "module", "operator", numbers=("TSS", "channels"))
+    table.add_column("handles or reason", overflow="fold")
     for layer in layers:
         if layer.supported:
             capacity = "?" if layer.state_capacity is None else str(layer.state_capacity)
@@ -46,10 +45,8 @@ def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
 
 def reading_table(title: str, readings: Iterable[Reading]) -> Table:
     """Return what `profile` measured, with a row for each layer. ESS is the tolerance-ESS."""
-    table = _table(title)
-    table.add_column("layer", overflow="fold")
-    for heading in ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A"):
-        table.add_column(heading, justify="right")
+    numbers = ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A")
+    table = _table(title, "layer", numbers=numbers)
     for reading in readings:
         if reading.status != "ok":
             table.add_row(reading.layer, f"{reading.status}: {reading.message}", style="yellow")
@@ -69,18 +66,21 @@ def reading_table(title: str, readings: Iterable[Reading]) -> Table:
 
 def featurizer_table(title: str, sizes: Sequence[int], rows: Iterable[dict[str, Any]]) -> Table:
     """Return the tolerance-ESS of each featurizer, with a column for each TSS."""
-    table = _table(title)
-    table.add_column("featurizer", no_wrap=True)
-    for size in sizes:
-        table.add_column(f"TSS {size}", justify="right")
+    table = _table(title, "featurizer", numbers=[f"TSS {size}" for size in sizes])
     table.add_column("ESS over TSS")
     for row in rows:
         table.add_row(row["featurizer"], *(f"{ess:.1f}" for ess in row["tolerance_ess"]), row["scaling"])
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+def _table(title: str, *texts: str, numbers: Iterable[str]) -> Table:
+    """Return a table with columns of text, then columns of numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _number(value: float | None) -> str:

@@ -22,11 +22,8 @@ def load_weights(path: str | Path, *, prefix: str = "") -> dict[str, torch.Tenso
     """Return the tensors of a file by parameter name, on the CPU.
 
     `*.safetensors` files are read as such, all others by `torch.load(weights_only=True)`, which refuses pickles that
-    hold more than tensors and plain containers. The file holds a state dict, or a Lightning checkpoint with one.
-
-    Args:
-        path: the file.
-        prefix: keep only names that begin with it, and cut it off (`model.` where a LightningModule holds the model).
+    hold more than tensors and plain containers. The file holds a state dict, or a Lightning checkpoint with one. Only
+    names that begin with `prefix` are kept, without it (`model.` where a LightningModule holds the model).
 
     Raises:
         CheckpointError: the file is missing, is not a file of weights, or has no name with `prefix`.

@@ -12,7 +12,6 @@ from ess_monitor.report.history import RunHistory
 from ess_monitor.report.summary import layer_title, sentence, timeline
 
 T = TypeVar("T")
-
 ROWS_OF_A_TABLE = 40
 """Largest number of measurements in a table; they are evenly spaced."""
 METRICS_SHOWN = 6

@@ -68,9 +68,7 @@ class LogScale(Scale):
     """
 
     def place(self, value: float) -> float:
-        if value <= self.low:
-            return 0.0
-        return min(math.log(value / self.low) / math.log(self.high / self.low), 1.0)
+        return Scale(math.log(self.low), math.log(self.high)).place(math.log(max(value, self.low)))
 
     def ticks(self, count: int = 4) -> tuple[float, ...]:
         """Return powers of ten inside the axis, about `count` of them.

@@ -24,7 +24,7 @@ MEASUREMENTS_KEPT = 2000
 """Above this number every other measurement is dropped, so that the log of a very long run fits into memory. It is more
 than a chart can show. All findings and actions are kept."""
 
-_PART_SUFFIXES = ("*.jsonl", "*.jsonl.1")
+_LOG_PATTERNS = ("*.jsonl", "*.jsonl.1")
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,9 @@ def find_event_log(path: str | Path) -> Path:
         raise ConfigError(
             f"RUN_DIR: {validation.shown(str(path))} does not exist; give the folder of a run, or its event log"
         )
-    files = sorted(file for pattern in _PART_SUFFIXES for file in path.rglob(pattern))
-    logs = sorted({file.with_name(file.name.removesuffix(".1")) for file in files if _holds_events(file)})
+    files = [file for pattern in _LOG_PATTERNS for file in path.rglob(pattern)]
+    with_events = [file for file in files if next(read_event_log(file), None) is not None]
+    logs = sorted({file.with_name(file.name.removesuffix(".1")) for file in with_events})
     if not logs:
         raise ConfigError(
             f"RUN_DIR: {path} holds no event log; train with the exporter `event_log` "
@@ -179,10 +180,6 @@ def load_history(path: str | Path) -> RunHistory:
             "give the file that the exporter `event_log` wrote"
         )
     return run.history(log, reader.skipped_lines)
-
-
-def _holds_events(path: Path) -> bool:
-    return next(read_event_log(path), None) is not None
 
 
 @dataclass
