@@ -205,8 +205,9 @@ def _bad_readings(history: RunHistory) -> Iterator[Paragraph]:
         bad = [each for readings in history.readings.values() for each in readings if each.status == status]
         if bad:
             layers = list(dict.fromkeys(reading.layer for reading in bad))
-            seen = f"{len(bad)} readings of {named(layers)}, the last at step {bad[-1].step}."
-            message = f" {bad[-1].message}" if status == "failed" else ""
+            last = max(bad, key=lambda reading: reading.step)
+            seen = f"{len(bad)} readings of {named(layers)}, the last at step {last.step}."
+            message = f" {last.message}" if status == "failed" else ""
             yield Paragraph(f"Readings without a size: {status}", (seen,), (_sentence(advice + message),))
 
 

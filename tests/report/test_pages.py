@@ -262,6 +262,14 @@ def test_the_room_knows_no_tensor() -> None:
     assert answer.stdout == "False\n"
 
 
+def test_the_names_of_0_1_still_work(rescued: Path) -> None:
+    from ess_monitor.report import RunStory, load_story
+
+    history = load_story(rescued)
+    assert isinstance(history, RunStory)
+    assert render_report(story=history) == render_report(history)
+
+
 def test_histograms_without_an_observation_are_left_out(tmp_path: Path) -> None:
     empty = HistogramData(bounds=(1.0,), counts=(0,))
     log = write_log(tmp_path / "log.jsonl", [measurement(0)], step_seconds=empty, overhead_seconds={"capture": empty})

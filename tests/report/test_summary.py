@@ -143,6 +143,14 @@ def test_readings_without_a_size_are_counted_and_explained(status: str) -> None:
     assert len(paragraph.advice[0]) > 40
 
 
+def test_the_last_bad_reading_is_the_last_of_all_layers() -> None:
+    late = measurement(200, readings=(reading(FIRST, 200, status="failed", message="late"),))
+    early = measurement(100, readings=(reading(SECOND, 100, status="failed", message="early"),))
+    paragraph = _about(_history([early, late]), "Readings without a size: failed")
+    assert paragraph.seen == (f"2 readings of {FIRST} and {SECOND}, the last at step 200.",)
+    assert paragraph.advice[0].endswith("late.")
+
+
 def test_short_sequences_an_exceeded_budget_and_lost_lines_are_said() -> None:
     short = measurement(0, readings=(reading(FIRST, 0, attainable_size=10.0),), overhead_ratio=0.2)
     final = snapshot("finished", export_dropped_total={"prometheus": 3}, export_errors_total={"tensorboard": 2})
