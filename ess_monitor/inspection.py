@@ -1,4 +1,4 @@
-"""Looking at a model without training it: `describe` (nothing runs) and `profile` (one forward pass)."""
+"""Inspect a model without training it: `describe` runs nothing, `profile` runs one forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ess_monitor.pipeline.readings import compute, positions_of, reading
 from ess_monitor.records import LayerInfo, Reading
 
 DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
-"""More of everything than while training: 8 samples as in the paper's section 3, every head, 8 positions."""
+"""Finer than during training: 8 samples as in the paper's section 3, every head, 8 positions."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Description:
     model: str
     """Class of the model."""
     layers: tuple[LayerInfo, ...]
-    """Every layer that mixes along the sequence, measured or skipped; a skipped one says why."""
+    """Every layer that mixes along the sequence; one that cannot be measured has a reason."""
 
     @property
     def supported(self) -> tuple[LayerInfo, ...]:
@@ -36,13 +36,11 @@ class Description:
         lines = [f"{self.model}: {len(self.supported)} of {len(self.layers)} sequence mixers can be measured"]
         for layer in self.layers:
             if layer.supported:
-                capacity = (
-                    "TSS known after a forward pass" if layer.state_capacity is None else f"TSS {layer.state_capacity}"
-                )
-                capacity = "TSS grows with the position" if layer.capacity_grows else capacity
+                size = "known after a forward pass" if layer.state_capacity is None else str(layer.state_capacity)
+                size = "grows with the position" if layer.capacity_grows else size
                 channels = f"{layer.channels or '?'} operators"
                 handles = "; ".join(layer.handles) or "none"
-                line = f"  {layer.name}: {layer.module}, {layer.operator}, {capacity}, {channels}, handles: {handles}"
+                line = f"  {layer.name}: {layer.module}, {layer.operator}, TSS {size}, {channels}, handles: {handles}"
                 lines.append(line + (f"; not diagnosed: {layer.uninformative}" if layer.uninformative else ""))
             else:
                 lines.append(f"  {layer.name}: {layer.module}, skipped: {layer.reason}")
@@ -50,11 +48,11 @@ class Description:
 
 
 def describe(model: nn.Module, *, layers: LayerFilter | None = None) -> Description:
-    """Say of every sequence-mixing layer whether it can be measured: operator, TSS, handles, or why not.
+    """Return every sequence-mixing layer with its operator, TSS and handles, or the reason why it cannot be measured.
 
     Args:
         model: any module; it is not run.
-        layers: the same filter as `MonitorConfig.layers`; a layer left out by it is listed as skipped.
+        layers: the same filter as `MonitorConfig.layers`; a layer that it excludes is listed as skipped.
 
     Raises:
         ConfigError: a pattern of `layers` matches no layer.
@@ -68,13 +66,13 @@ def describe(model: nn.Module, *, layers: LayerFilter | None = None) -> Descript
           0: GLA, DiagonalRecurrence, TSS 8, 2 operators, handles: decay: gate
           1: SA, SoftmaxAttention, TSS grows with the position, 2 operators, handles: none
     """
-    find_layers(model, layers)  # a pattern that matches nothing is a typing error, here as in a run
+    find_layers(model, layers)  # raises where a pattern matches nothing
     return Description(type(model).__name__, layer_infos(model, layers))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What one forward pass shows of every layer."""
+    """Readings of every layer from one forward pass."""
 
     model: str
     """Class of the model."""
@@ -83,17 +81,17 @@ class Profile:
 
 
 def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None, **named_inputs: Any) -> Profile:
-    """Measure every sequence mixer on one batch. Eval mode, no gradients; the model is left as it was.
+    """Measure every sequence mixer on one batch, in eval mode and without gradients. The model is not changed.
 
     Args:
         model: the model.
-        inputs, named_inputs: what its forward takes.
+        inputs, named_inputs: arguments of its forward.
         config: `tolerance`, `positions`, `layers` and `capture` are used; the default measures 8 samples, all heads and
             8 positions of at most 1024 tokens.
 
     Raises:
-        NoLayersError: nothing in the model can be measured.
-        CaptureError: a layer was not called or could not be read.
+        NoLayersError: no layer of the model can be measured.
+        CaptureError: a layer was not called, or its inputs could not be captured.
 
     Example:
         >>> import torch

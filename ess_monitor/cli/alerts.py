@@ -1,4 +1,4 @@
-"""`ess-monitor alerts export`: rules, dashboards and runbooks as files, for a job name and thresholds."""
+"""`ess-monitor alerts export`: rules, dashboards and runbooks as files."""
 
 from __future__ import annotations
 
@@ -11,22 +11,12 @@ import typer
 from ess_monitor.alerts import AlertsConfig, export
 from ess_monitor.errors import ConfigError
 
-alerts_app = typer.Typer(
-    help="Alerting rules, dashboards and runbooks.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-@alerts_app.callback()
-def _root() -> None:
-    """Alerting rules, dashboards and runbooks."""
+alerts_app = typer.Typer(help="Alerting rules, dashboards and runbooks.", no_args_is_help=True)
 
 
 @alerts_app.command("export")
 def export_alerts(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if need be.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder; created where it does not exist.")],
     job: Annotated[str | None, typer.Option(help="Name of the scrape configuration. Default: ess_monitor.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -40,19 +30,15 @@ def export_alerts(
 ) -> None:
     """Write Prometheus rules and their tests, Alertmanager routes, Grafana dashboards, runbooks and a compose file.
 
-    The files that were written are listed. Nothing is written where one is there already and differs.
+    The written files are listed. Nothing is written where a file already exists and differs.
     """
-    given = _parsed(settings or ())
-    if job is not None:
-        if "job" in given:
-            raise ConfigError(f"job: given twice, as --job {job} and --set job={given['job']}; drop one of them")
-        given["job"] = job
-    for path in export(directory, None, overwrite=overwrite, **given):
+    given = [] if job is None else [f"job={job}"]
+    for path in export(directory, None, overwrite=overwrite, **_parsed([*given, *(settings or ())])):
         print(path)
 
 
 def _parsed(settings: Iterable[str]) -> dict[str, str]:
-    """Names and values, as text: what values a setting takes, `AlertsConfig` says."""
+    """Return the text of each setting by name; `AlertsConfig` checks the values."""
     parsed: dict[str, str] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -61,6 +47,6 @@ def _parsed(settings: Iterable[str]) -> dict[str, str]:
         if name not in AlertsConfig.model_fields:
             raise ConfigError(f"--set {name}: no such setting; the settings are {', '.join(AlertsConfig.model_fields)}")
         if name in parsed:
-            raise ConfigError(f"--set {name}: given twice, as {parsed[name]} and {value}; drop one of them")
+            raise ConfigError(f"{name}: given twice, as {parsed[name]} and {value}; drop one of them")
         parsed[name] = value
     return parsed

@@ -1,4 +1,4 @@
-"""From what a command line can say to a model and a batch for it."""
+"""Build a model and a random batch from the options of a command."""
 
 from __future__ import annotations
 
@@ -7,31 +7,35 @@ import inspect
 import json
 import os
 import sys
+from enum import Enum
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from ess_monitor.errors import ConfigError
 
-InputKind = Literal["gaussian", "tokens"]
+
+class InputKind(str, Enum):
+    """Kind of random input."""
+
+    gaussian = "gaussian"
+    tokens = "tokens"
 
 
 def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.Module:
-    """The model that `package.module:name` stands for: a module, or what a class or function returns when called.
+    """Return the model at `package.module:name`: a module, or what the class or function there returns.
 
     The current directory is searched as `python -m` does.
 
-    Args:
-        target: `package.module:name`; `name` may be dotted.
-        kwargs: keyword arguments of the call, as a JSON object.
-        seed: of torch, set before the import and again before the call, so that what is drawn at import does not count.
+    `name` may be dotted, and `kwargs` is a JSON object. The seed of torch is set before the import and again before the
+    call, because the import may draw numbers.
 
     Raises:
-        ConfigError: there is no such thing, it does not take these arguments, or it is not a model. What the target's
-            own code raises is passed on.
+        ConfigError: the target does not exist, does not take these arguments, or is not a model. Errors of the
+            target's own code are passed on.
 
     Example:
         >>> load_model("torch.nn:Linear", '{"in_features": 3, "out_features": 2}')
@@ -41,7 +45,7 @@ def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.M
     found = _find(target)
     if isinstance(found, nn.Module):
         if kwargs is not None:
-            raise ConfigError(f"kwargs: {target} is a model already and takes none; drop --kwargs, or name a factory")
+            raise ConfigError(f"kwargs: {target} is a model already; drop --kwargs, or name a class or function")
         return found
     if not callable(found):
         raise ConfigError(f"target: {target} is a {type(found).__name__}; allowed are a model, a class or a function")
@@ -54,13 +58,12 @@ def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.M
 
 
 def model_of_hf_config(path: Path) -> nn.Module:
-    """The model of a transformers `config.json`, on the meta device: its structure without memory or weights.
+    """Build the model of a transformers `config.json` on the meta device, without memory or weights.
 
-    Args:
-        path: the file, or the directory that holds it. A causal language model is built where the type has one.
+    `path` is the file or its directory. A causal language model is built where the model type has one.
 
     Raises:
-        ConfigError: the file cannot be read, transformers is not installed, or does not know the model type.
+        ConfigError: the file cannot be read, or transformers is not installed or does not know the model type.
     """
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -69,20 +72,20 @@ def model_of_hf_config(path: Path) -> nn.Module:
         raise ConfigError(f"hf-config: {path} cannot be read as JSON: {error}; give a model's config.json") from error
     model_type = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(model_type, str):
-        raise ConfigError(f"hf-config: {path} has no model_type, so it is no transformers config")
+        raise ConfigError(f"hf-config: {path} has no model_type, so it is not a transformers config")
     try:
         transformers: Any = importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         raise ConfigError('hf-config: needs transformers: pip install "ess-monitor[transformers]"') from error
     try:
         config = transformers.CONFIG_MAPPING[model_type].from_json_file(path)
-    except Exception as error:  # each config class has rules and errors of its own
+    except Exception as error:  # each config class raises its own errors
         found = f"{path} (model_type {model_type!r}): {type(error).__name__}: {error}"
         raise ConfigError(f"hf-config: transformers {transformers.__version__} cannot read {found}") from error
     with torch.device("meta"):
         try:
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-        except ValueError:  # a type that is no causal language model
+        except ValueError:  # not a causal language model
             model = transformers.AutoModel.from_config(config)
     return model
 
@@ -97,29 +100,24 @@ def make_inputs(
     vocab_size: int | None = None,
     seed: int = 0,
 ) -> torch.Tensor:
-    """A random batch for `model`, on its device: standard normal (batch, length, width) in its dtype, or token ids.
+    """Return a random batch on the model's device.
 
-    Args:
-        model: where it has an embedding, that gives `vocab_size` unless it is given.
-        kind: `gaussian` or `tokens`; tokens are uniform in 0..vocab_size-1, shape (batch, length).
-        batch, length: sequences and tokens per sequence.
-        width: features per token, for `gaussian`.
-        vocab_size: for `tokens`.
-        seed: of a generator of its own.
+    `gaussian` is standard normal of shape (batch, length, width) in the model's dtype. `tokens` are uniform in
+    0..vocab_size-1, of shape (batch, length); the default vocabulary is that of the model's first embedding.
 
     Raises:
-        ConfigError: a size that is needed is not known.
+        ConfigError: `width` or `vocab_size` is needed and not known.
 
     Example:
-        >>> make_inputs(nn.Embedding(10, 4), "tokens", batch=2, length=5).shape
+        >>> make_inputs(nn.Embedding(10, 4), InputKind.tokens, batch=2, length=5).shape
         torch.Size([2, 5])
     """
     generator = torch.Generator().manual_seed(seed)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if kind == "gaussian":
+    if kind is InputKind.gaussian:
         if width is None:
             raise ConfigError(
-                "width: not given; Gaussian input needs the model's feature width, --width N (or use tokens)"
+                "width: not given; Gaussian input needs the model's feature width, --width N (or --input tokens)"
             )
         values = torch.randn(batch, length, width, generator=generator)
         return values.to(device=parameter.device, dtype=parameter.dtype)
@@ -142,7 +140,7 @@ def _find(target: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the target was found, and what it imports was not
+            raise  # the target exists, but a module that it imports does not
         raise ConfigError(
             f"target: no module {error.name!r} in {os.getcwd()} or among the installed packages; check the spelling, "
             "or run from the directory that holds it"
@@ -166,5 +164,5 @@ def _arguments(target: str, factory: Any, kwargs: str | None) -> dict[str, Any]:
     except TypeError as error:
         raise ConfigError(f"kwargs: {target} does not take these arguments: {error}; set them with --kwargs") from error
     except ValueError:
-        pass  # a builtin without a signature: the call itself will tell
+        pass  # a builtin without a signature: the call itself checks the arguments
     return arguments

@@ -1,4 +1,4 @@
-"""`ess-monitor report` and `ess-monitor compare`: pages for people, from the event logs of runs."""
+"""`ess-monitor report` and `ess-monitor compare`: HTML pages from the event logs of runs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def report(
 ) -> None:
     """Write one HTML page about a run: what was found, what to do next, and every layer over the steps.
 
-    It needs no network and no other file. Without -o it is written beside the event log, as ess_report.html.
+    The page works without a network or another file. Without -o it is written beside the event log, as ess_report.html.
     """
-    story = load_history(run)
-    _write(render_report(story), output or str(story.path.with_name("ess_report.html")))
+    history = load_history(run)
+    _write(render_report(history), output or str(history.path.with_name("ess_report.html")))
 
 
 def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a run, or its event log.")],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run to set beside it.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run to compare it with.")],
     output: Output = None,
 ) -> None:
-    """Write one HTML page that sets two runs side by side, at equal steps.
+    """Write one HTML page that compares two runs at equal steps.
 
     Without -o it is written to the working directory, as ess_compare.html.
     """

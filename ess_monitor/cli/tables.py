@@ -1,21 +1,35 @@
-"""Records as tables for a terminal."""
+"""Output of the commands, as tables for a terminal and as JSON."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from ess_monitor.records import LayerInfo, Reading
+from ess_monitor.records import SCHEMA_VERSION, LayerInfo, Reading
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as the terminal; without one, wide enough for dotted module names."""
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
+    console.print(table)
+
+
+def print_json(**content: Any) -> None:
+    """Print one JSON object that names the schema version."""
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **content}, indent=2, allow_nan=False))
 
 
 def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
-    """What `describe` found, a row a layer."""
-    table = _table(title)
-    for heading in ("layer", "module", "operator", "TSS", "channels", "handles or reason"):
-        table.add_column(heading, overflow="fold", justify="right" if heading in ("TSS", "channels") else "left")
+    """Return what `describe` found, with a row for each layer."""
+    table = _table(title, "layer", "module", "operator", numbers=("TSS", "channels"))
+    table.add_column("handles or reason", overflow="fold")
     for layer in layers:
         if layer.supported:
             capacity = "?" if layer.state_capacity is None else str(layer.state_capacity)
@@ -30,11 +44,9 @@ def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
 
 
 def reading_table(title: str, readings: Iterable[Reading]) -> Table:
-    """What `profile` measured, a row a layer. Columns as in the paper: ESS (tolerance), entropy-ESS, TSS, ESS / TSS."""
-    table = _table(title)
-    table.add_column("layer", overflow="fold")
-    for heading in ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A"):
-        table.add_column(heading, justify="right")
+    """Return what `profile` measured, with a row for each layer. ESS is the tolerance-ESS."""
+    numbers = ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A")
+    table = _table(title, "layer", numbers=numbers)
     for reading in readings:
         if reading.status != "ok":
             table.add_row(reading.layer, f"{reading.status}: {reading.message}", style="yellow")
@@ -53,19 +65,22 @@ def reading_table(title: str, readings: Iterable[Reading]) -> Table:
 
 
 def featurizer_table(title: str, sizes: Sequence[int], rows: Iterable[dict[str, Any]]) -> Table:
-    """Tolerance-ESS of each featurizer (`featurizer`, `tolerance_ess`, `scaling`), a column a TSS."""
-    table = _table(title)
-    table.add_column("featurizer", no_wrap=True)
-    for size in sizes:
-        table.add_column(f"TSS {size}", justify="right")
+    """Return the tolerance-ESS of each featurizer, with a column for each TSS."""
+    table = _table(title, "featurizer", numbers=[f"TSS {size}" for size in sizes])
     table.add_column("ESS over TSS")
     for row in rows:
         table.add_row(row["featurizer"], *(f"{ess:.1f}" for ess in row["tolerance_ess"]), row["scaling"])
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+def _table(title: str, *texts: str, numbers: Iterable[str]) -> Table:
+    """Return a table with columns of text, then columns of numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Weights from a file, without ever running what is in it."""
+"""Load weights from a file without running code in it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,11 @@ _FOREIGN_CLASS = re.compile(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)")
 
 
 def load_weights(path: str | Path, *, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Parameter name -> tensor, on the CPU.
+    """Return the tensors of a file by parameter name, on the CPU.
 
-    A file called `*.safetensors` is read as such; any other by `torch.load(weights_only=True)`, which refuses pickles
-    that hold more than tensors and plain containers. A plain state dict is taken as it is; a Lightning checkpoint gives
-    its `state_dict`.
-
-    Args:
-        path: the file.
-        prefix: keep only names that begin with it, and cut it off (`model.` where a LightningModule holds the model).
+    `*.safetensors` files are read as such, all others by `torch.load(weights_only=True)`, which refuses pickles that
+    hold more than tensors and plain containers. The file holds a state dict, or a Lightning checkpoint with one. Only
+    names that begin with `prefix` are kept, without it (`model.` where a LightningModule holds the model).
 
     Raises:
         CheckpointError: the file is missing, is not a file of weights, or has no name with `prefix`.
@@ -50,14 +46,14 @@ def load_weights(path: str | Path, *, prefix: str = "") -> dict[str, torch.Tenso
 
 
 def load_into(model: nn.Module, path: str | Path, *, prefix: str = "") -> None:
-    """Give `model` the weights in the file; every parameter must be there and nothing else.
+    """Load the weights of a file into `model`; they must be those of all its parameters and of nothing else.
 
     Raises:
-        CheckpointError: as `load_weights`, or the weights do not fit the model. The model is not to be used then.
+        CheckpointError: as for `load_weights`, or the weights do not fit. The model may then hold a part of them.
     """
     try:
         missing, unexpected = model.load_state_dict(load_weights(path, prefix=prefix), strict=False)
-    except RuntimeError as error:  # a shape that does not fit; torch lists them below its first line
+    except RuntimeError as error:  # wrong shapes; torch lists them below its first line
         problem = " ".join(str(error).split("\n\t")[1:2]) or str(error)
         raise CheckpointError(
             f"checkpoint: {path} does not fit {type(model).__name__}: {problem.strip()} Build the model with the sizes "
@@ -66,8 +62,8 @@ def load_into(model: nn.Module, path: str | Path, *, prefix: str = "") -> None:
     if missing or unexpected:
         facts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("also has", unexpected)) if names]
         raise CheckpointError(
-            f"checkpoint: {path} does not fit {type(model).__name__}: it {' and '.join(facts)}; a common part in front "
-            "of all names is cut off with a prefix"
+            f"checkpoint: {path} does not fit {type(model).__name__}: it {' and '.join(facts)}; cut a common start of "
+            "all names off with a prefix"
         )
 
 
@@ -83,13 +79,15 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is not of this kind fails in many ways, deep in pickle or zipfile
+    except Exception as error:  # other files fail in many ways, deep in pickle or zipfile
         foreign = _FOREIGN_CLASS.search(str(error))
-        holds = (
-            f"it holds a {foreign[1]}, which only running its code would restore" if foreign else "it cannot be read"
+        reason = (
+            f"it holds a {foreign[1]}, which cannot be restored without running code"
+            if foreign
+            else "it cannot be read"
         )
         raise CheckpointError(
-            f"checkpoint: {path} is not a file of weights alone: {holds}; nothing of it was run. Save "
+            f"checkpoint: {path} does not hold weights alone: {reason}; nothing of it was run. Save "
             "model.state_dict() with safetensors.torch.save_file or torch.save, and give that file"
         ) from error
 

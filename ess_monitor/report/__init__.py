@@ -1,10 +1,12 @@
-"""Reports for people, from the event log of a run: one self-contained HTML page for a run, one for two runs.
+"""HTML reports from event logs: one page for a run, one page for two runs.
 
-The room reads event logs through `ess_monitor.exporters` and knows records only: no model, no tensor. The way is
+This room reads event logs through `ess_monitor.exporters` and works on records only; it imports no model code and no
+torch. The data flows
 
-    files ──► history (what happened) ──► summary (what it means), figures (how it looks) ──► page, compare (HTML)
+    files ──► history (what happened) ──► summary (words), figures (charts), sections ──► page, compare (HTML)
 
-A page needs no network: styles are in it, charts are inline SVG, and its content policy forbids everything else.
+A page is one file that works without a network: its styles are inside, its charts are inline SVG, and its content
+policy forbids everything else.
 """
 
 from __future__ import annotations

@@ -1,27 +1,26 @@
-"""The parts of a page that are more than text: tables, marks of events, and the charts of one run."""
+"""Tables, event lists and metric charts that both pages use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from ess_monitor.records import Action, Finding
-from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, step_scale, value_scale
+from ess_monitor.records import CONDITION_INFO, Finding
+from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, value_scale
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.summary import layer_title, sentence, timeline
 
+T = TypeVar("T")
 ROWS_OF_A_TABLE = 40
-"""Measurements in a data table, evenly spaced: enough to read a curve off."""
-
-COLUMNS_OF_A_TABLE = 12
+"""Largest number of measurements in a table; they are evenly spaced."""
 METRICS_SHOWN = 6
 EVENTS_SHOWN = 300
-"""Rows in the list of events. A run with more flaps, and the first ones say so."""
+"""Largest number of entries in the list of events, the first ones."""
 
 _CLOSE_PERCENT = 5.0
-"""Marks nearer than this would cover each other and share one."""
-
-_SEVERITY = ("action", "unknown", "healthy", "saturated", "collapsed")
+"""Marks that are nearer than this would cover each other, so they share one."""
+_SEVERITY = ("action", *CONDITION_INFO)
 
 
 @dataclass(frozen=True)
@@ -41,41 +40,44 @@ class EventRow:
     step: int
     layer: str
     title: str
-    """The layer's name as text."""
+    """Name of the layer, as it is shown."""
     kind: str
-    """Style of its mark: a condition, or `action`."""
+    """CSS class of its mark: a condition, or `action`."""
     text: str
     advice: str
 
 
-def steps_of(*stories: RunHistory) -> Scale:
-    """One axis of steps on which all runs fit."""
-    ranges = [story.steps for story in stories if story.measurements] or [(0, 1)]
-    return step_scale(min(first for first, _ in ranges), max(last for _, last in ranges))
+def steps_of(*runs: RunHistory) -> Scale:
+    """Return one axis of steps that holds all runs."""
+    ranges = [run.steps for run in runs if run.measurements] or [(0, 1)]
+    first, last = min(first for first, _ in ranges), max(last for _, last in ranges)
+    return Scale(float(first), float(max(last, first + 1)))
 
 
-def event_rows(story: RunHistory) -> tuple[EventRow, ...]:
-    """Findings and actions, numbered by step."""
+def event_rows(history: RunHistory) -> tuple[EventRow, ...]:
+    """Return findings and actions, numbered by step."""
     return tuple(
         EventRow(
             number=index,
             step=event.step,
             layer=event.layer,
             title=layer_title(event.layer),
-            kind=_kind(event),
+            kind=event.condition if isinstance(event, Finding) else "action",
             text=sentence(event),
             advice=event.advice if isinstance(event, Finding) else "",
         )
-        for index, event in enumerate(timeline(story)[:EVENTS_SHOWN], start=1)
+        for index, event in enumerate(timeline(history)[:EVENTS_SHOWN], start=1)
     )
 
 
 def markers(events: Iterable[EventRow], scale: Scale) -> tuple[Marker, ...]:
-    """Events as marks on the axis of steps; those too near to each other share one, in the color of the worst."""
+    """Return marks on the axis of steps; events that are close share one mark, in the color of the worst."""
     groups: list[list[EventRow]] = []
     for event in events:
-        close = groups and 100 * (scale.place(event.step) - scale.place(groups[-1][0].step)) < _CLOSE_PERCENT
-        groups[-1].append(event) if close else groups.append([event])
+        if groups and 100 * (scale.place(event.step) - scale.place(groups[-1][0].step)) < _CLOSE_PERCENT:
+            groups[-1].append(event)
+        else:
+            groups.append([event])
     return tuple(
         Marker(
             at=round(100 * scale.place(group[0].step), 2),
@@ -88,36 +90,36 @@ def markers(events: Iterable[EventRow], scale: Scale) -> tuple[Marker, ...]:
     )
 
 
-def metric_charts(story: RunHistory, scale: Scale, marks: Sequence[Marker]) -> tuple[Chart, ...]:
-    """The loss first, then the other metrics of the training loop, with what was found and done."""
+def metric_charts(runs: Mapping[str, RunHistory], scale: Scale, marks: Sequence[Marker] = ()) -> tuple[Chart, ...]:
+    """Draw the metrics of the training loop, the loss first, with a line for each run by its label.
+
+    An empty label stands for the name of the metric.
+    """
+    names = list(dict.fromkeys(name for run in runs.values() for name in run.metric_names))
     charts = []
-    for name in story.metric_names[:METRICS_SHOWN]:
-        pairs = story.metric(name)
-        axis = value_scale([value for _, value in pairs], zero=False)
-        charts.append(line_chart(name, [Series(name, "a", pairs)], scale, y=axis, markers=marks))
-    return tuple(chart for chart in charts if chart is not None)
+    for name in names[:METRICS_SHOWN]:
+        lines = zip("ab", runs.items(), strict=False)
+        series = [Series(label or name, kind, run.metric(name)) for kind, (label, run) in lines]
+        axis = value_scale([value for each in series for _, value in each.pairs], zero=False)
+        charts.append(line_chart(name, series, scale, y=axis, markers=marks))
+    return present(*charts)
 
 
-def ratio_table(story: RunHistory, quantity: str, caption: str) -> Table:
-    """A ratio of every layer at a few steps: the heat map as numbers."""
-    chosen = evenly(story.measurements, COLUMNS_OF_A_TABLE)
-    rows = []
-    for layer in story.layers:
-        values = dict(story.series(layer, quantity))
-        rows.append((layer_title(layer), *(cell(values.get(each.step)) for each in chosen)))
-    return Table(caption, ("layer", *(f"step {each.step}" for each in chosen)), tuple(rows))
-
-
-def metrics_table(story: RunHistory) -> Table:
-    """The metrics of the training loop at a few steps."""
-    names = story.metric_names[:METRICS_SHOWN]
-    chosen = evenly([each for each in story.measurements if each.metrics], ROWS_OF_A_TABLE)
+def metrics_table(history: RunHistory) -> Table:
+    """Return the metrics of the training loop at evenly spaced measurements."""
+    names = history.metric_names[:METRICS_SHOWN]
+    chosen = evenly([each for each in history.measurements if each.metrics], ROWS_OF_A_TABLE)
     rows = tuple((str(each.step), *(cell(each.metrics.get(name)) for name in names)) for each in chosen)
     return Table("Metrics of the training loop at the measured steps", ("step", *names), rows)
 
 
-def evenly(items: Sequence, count: int) -> list:  # type: ignore[type-arg]
-    """At most `count` items with even gaps, the first and the last among them.
+def present(*items: T | None) -> tuple[T, ...]:
+    """Return the items that are not None."""
+    return tuple(item for item in items if item is not None)
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """Return at most `count` items with even gaps, the first and the last among them.
 
     >>> evenly(range(100), 4)
     [0, 33, 66, 99]
@@ -127,12 +129,8 @@ def evenly(items: Sequence, count: int) -> list:  # type: ignore[type-arg]
     return [items[index * (len(items) - 1) // (count - 1)] for index in range(count)]
 
 
-def _kind(event: Finding | Action) -> str:
-    return event.condition if isinstance(event, Finding) else "action"
-
-
 def cell(value: float | None) -> str:
-    """A number in a table; a dash where there is none.
+    """Format a number for a table.
 
     >>> cell(0.12345), cell(None)
     ('0.123', '–')

@@ -1,10 +1,11 @@
-"""From the lines of an event log to what happened in one run."""
+"""Read an event log into the history of one run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 from ess_monitor import validation
@@ -20,48 +21,48 @@ from ess_monitor.exporters.event_log.events import (
 from ess_monitor.records import Action, Condition, Finding, LayerInfo, Measurement, Reading, RunInfo, Snapshot
 
 MEASUREMENTS_KEPT = 2000
-"""Above this every other measurement is let go, so that the log of a very long run fits into memory. More than a chart
-can show; findings and actions are all kept."""
+"""Above this number every other measurement is dropped, so that the log of a very long run fits into memory. It is more
+than a chart can show. All findings and actions are kept."""
 
-_PART_SUFFIXES = ("*.jsonl", "*.jsonl.1")
+_LOG_PATTERNS = ("*.jsonl", "*.jsonl.1")
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """One run, as its event log tells it. Steps of `measurements`, `findings` and `actions` never go back."""
+    """One run, read from its event log. `measurements`, `findings` and `actions` are sorted by step."""
 
     path: Path
     """The event log."""
     info: RunInfo
-    """What the run said of itself, when it was last started."""
+    """What the run recorded when it was last started."""
     measurements: tuple[Measurement, ...] = ()
     findings: tuple[Finding, ...] = ()
     actions: tuple[Action, ...] = ()
     final: Snapshot | None = None
-    """The last counters; None where the log has no end (killed, or still going on)."""
+    """The last counters; None where the log has no end (the run was killed, or it is still going on)."""
     start_seconds: float = 0.0
-    """When the run was first started, seconds since the epoch."""
+    """Time of the first start, since the epoch."""
     end_seconds: float = 0.0
-    """Time of the last line."""
+    """Time of the last event, since the epoch."""
     resumed_at: tuple[int, ...] = ()
     """First measured step after each resumption."""
     earlier_runs: int = 0
-    """Runs that the file holds before this one."""
+    """Number of runs before this one in the same log."""
     thinned: int = 1
-    """Every how many-th measurement was kept."""
+    """k where only every k-th measurement was kept."""
     skipped_lines: int = 0
-    """Lines that were no event of this schema: torn by a kill, or of another version."""
+    """Number of lines that are not events of this schema: cut off by a kill, or of another version."""
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """Names in model order, then those that were measured unannounced."""
-        announced = [layer.name for layer in self.info.layers]
+        """Layer names in model order, then those that were measured but not listed at the start."""
+        listed = [layer.name for layer in self.info.layers]
         measured = [reading.layer for measurement in self.measurements for reading in measurement.readings]
-        return tuple(dict.fromkeys([*announced, *measured]))
+        return tuple(dict.fromkeys([*listed, *measured]))
 
     @cached_property
     def readings(self) -> dict[str, tuple[Reading, ...]]:
-        """Every reading of each layer, whatever its status, in order."""
+        """All readings of each layer, whatever their status, in order."""
         found: dict[str, list[Reading]] = {layer: [] for layer in self.layers}
         for measurement in self.measurements:
             for reading in measurement.readings:
@@ -89,50 +90,49 @@ class RunHistory:
 
     @property
     def warmup_steps(self) -> int:
-        """Step from which readings were judged; 0 where the log does not tell."""
+        """First step at which readings were judged; 0 where the log does not say."""
         return int(self.info.diagnosis.get("warmup_steps") or 0)
 
     @property
     def spared_layer(self) -> str | None:
-        """The layer that is never called collapsed: the first of several that are judged, unless it was asked for."""
-        told = [layer for layer in self.layers if not self.layer(layer).uninformative]
-        return told[0] if len(told) > 1 and self.info.diagnosis.get("spare_first_layer") else None
+        """The layer that is never called collapsed: with `spare_first_layer`, the first of several judged ones."""
+        judged = [layer for layer in self.layers if not self.layer(layer).uninformative]
+        return judged[0] if len(judged) > 1 and self.info.diagnosis.get("spare_first_layer") else None
 
     def layer(self, name: str) -> LayerInfo:
-        """What was known of a layer at the start; a bare entry for one that was measured unannounced."""
+        """Return what was known of a layer at the start; a bare entry for one that was not listed then."""
         known = {layer.name: layer for layer in self.info.layers}
         return known.get(name) or LayerInfo(name=name, module="", supported=True)
 
     def ok(self, layer: str) -> tuple[Reading, ...]:
-        """The readings of a layer that carry sizes."""
+        """Return the readings of a layer that have sizes."""
         return tuple(reading for reading in self.readings.get(layer, ()) if reading.status == "ok")
 
     def series(self, layer: str, quantity: str) -> list[tuple[int, float]]:
-        """(step, value) of one field of `Reading`, where it is known."""
+        """Return (step, value) of one field of `Reading`, where it is known."""
         pairs = ((reading.step, getattr(reading, quantity)) for reading in self.ok(layer))
         return [(step, float(value)) for step, value in pairs if value is not None]
 
     def metric(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of one metric of the training loop, as it was at the measured steps."""
+        """Return (step, value) of one metric of the training loop at the measured steps."""
         return [(each.step, each.metrics[name]) for each in self.measurements if name in each.metrics]
 
     def at(self, layer: str, step: int) -> Reading | None:
-        """The newest reading with sizes at or before `step`."""
-        before = [reading for reading in self.ok(layer) if reading.step <= step]
-        return before[-1] if before else None
+        """Return the newest reading with sizes at or before `step`."""
+        return next((reading for reading in reversed(self.ok(layer)) if reading.step <= step), None)
 
 
 def find_event_log(path: str | Path) -> Path:
-    """The event log in a run's folder, or `path` itself where it is a file.
+    """Return the event log in a run's folder, or `path` itself where it is a file.
 
     Raises:
-        ConfigError: there is none, or there are several and it is not clear which is meant.
+        ConfigError: the folder holds no event log, or several.
     """
     validation.instance("RUN_DIR", path, (str, Path), hint="the folder of a run, or its event log")
     path = Path(path)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         is_file = is_folder = False
     if is_file:
         return path
@@ -140,11 +140,12 @@ def find_event_log(path: str | Path) -> Path:
         raise ConfigError(
             f"RUN_DIR: {validation.shown(str(path))} does not exist; give the folder of a run, or its event log"
         )
-    files = sorted(file for pattern in _PART_SUFFIXES for file in path.rglob(pattern))
-    logs = sorted({file.with_name(file.name.removesuffix(".1")) for file in files if _holds_events(file)})
+    files = [file for pattern in _LOG_PATTERNS for file in path.rglob(pattern)]
+    with_events = [file for file in files if next(read_event_log(file), None) is not None]
+    logs = sorted({file.with_name(file.name.removesuffix(".1")) for file in with_events})
     if not logs:
         raise ConfigError(
-            f"RUN_DIR: no event log lies in {path}; train with the exporter `event_log` "
+            f"RUN_DIR: {path} holds no event log; train with the exporter `event_log` "
             '(exporters=["event_log"]) and give the folder it writes to'
         )
     if len(logs) > 1:
@@ -154,43 +155,40 @@ def find_event_log(path: str | Path) -> Path:
 
 
 def load_history(path: str | Path) -> RunHistory:
-    """The last run that an event log holds.
+    """Read the last run in an event log.
 
-    A resumed run is one run: where it went back to a checkpoint, what came after that checkpoint the first time is
-    dropped. A run of another model, or one that began from the start again, is a new run.
+    A resumed run is one run: measurements after the checkpoint that it was resumed from are dropped. A run of another
+    model, or one that started again from its first step, is a new run.
 
     Args:
         path: the log, or a folder that holds exactly one.
 
     Raises:
-        ConfigError: there is no log, or it has no run in it.
+        ConfigError: there is no log, or it holds no run.
     """
     log = find_event_log(path)
     try:
         reader = read_event_log(log, rotated=True)
-        story = _tell(log, reader)
+        run = _last_run(reader)
     except OSError as error:
         raise ConfigError(
             f"RUN_DIR: {log} cannot be read ({error.strerror}); give a file this user may read"
         ) from error
-    if story is None:
+    if run is None:
         raise ConfigError(
-            f"RUN_DIR: {log} holds no run: {reader.skipped_lines} lines were no events of this schema version; "
+            f"RUN_DIR: {log} holds no run: {reader.skipped_lines} lines are not events of this schema version; "
             "give the file that the exporter `event_log` wrote"
         )
-    return replace(story, skipped_lines=reader.skipped_lines)
-
-
-def _holds_events(path: Path) -> bool:
-    return next(read_event_log(path), None) is not None
+    return run.history(log, reader.skipped_lines)
 
 
 @dataclass
-class _Run:
-    """A run while its lines come in."""
+class _RunBuilder:
+    """Collects the events of one run."""
 
     info: RunInfo
     start_seconds: float
+    earlier_runs: int
     measurements: list[Measurement] = field(default_factory=list)
     findings: dict[Finding, None] = field(default_factory=dict)
     actions: dict[Action, None] = field(default_factory=dict)
@@ -199,6 +197,19 @@ class _Run:
     resumed_at: list[int] = field(default_factory=list)
     thinned: int = 1
     _seen: int = 0
+
+    def continues_with(self, info: RunInfo) -> bool:
+        layers, others = ([layer.name for layer in each.layers] for each in (self.info, info))
+        return self.info.model == info.model and layers == others
+
+    def resume(self, info: RunInfo, step: int) -> None:
+        """Drop what was recorded from `step` on."""
+        self.info = info
+        self.final = None
+        self.resumed_at = [*(each for each in self.resumed_at if each < step), step]
+        self.measurements = [each for each in self.measurements if each.step < step]
+        self.findings = {each: None for each in self.findings if each.step < step}
+        self.actions = {each: None for each in self.actions if each.step < step}
 
     def add(self, measurement: Measurement) -> None:
         self.findings.update(dict.fromkeys(measurement.findings))
@@ -210,39 +221,46 @@ class _Run:
             self.measurements = self.measurements[::2]
             self.thinned *= 2
 
-    def go_back_to(self, step: int) -> None:
-        self.resumed_at = [*(each for each in self.resumed_at if each < step), step]
-        self.measurements = [each for each in self.measurements if each.step < step]
-        self.findings = {each: None for each in self.findings if each.step < step}
-        self.actions = {each: None for each in self.actions if each.step < step}
-        self.final = None
+    def history(self, path: Path, skipped_lines: int) -> RunHistory:
+        by_step = attrgetter("step")
+        return RunHistory(
+            path=path,
+            info=self.info,
+            measurements=tuple(sorted(self.measurements, key=by_step)),
+            findings=tuple(sorted(self.findings, key=by_step)),
+            actions=tuple(sorted(self.actions, key=by_step)),
+            final=self.final,
+            start_seconds=self.start_seconds,
+            end_seconds=self.end_seconds,
+            resumed_at=tuple(self.resumed_at),
+            earlier_runs=self.earlier_runs,
+            thinned=self.thinned,
+            skipped_lines=skipped_lines,
+        )
 
-    def continues_with(self, info: RunInfo) -> bool:
-        layers, others = ([layer.name for layer in each.layers] for each in (self.info, info))
-        return self.info.model == info.model and layers == others
 
+def _last_run(events: Iterable[Event]) -> _RunBuilder | None:
+    run: _RunBuilder | None = None
+    restart: RunInfo | None = None  # a start that no measurement has followed yet
 
-def _tell(path: Path, events: Iterable[Event]) -> RunHistory | None:
-    run: _Run | None = None
-    started: RunInfo | None = None  # a start that no measurement has followed yet
-    earlier = 0
+    def new_run(info: RunInfo, time_seconds: float) -> _RunBuilder:
+        earlier_runs = 0 if run is None else run.earlier_runs + 1
+        return _RunBuilder(info, info.start_timestamp_seconds or time_seconds, earlier_runs)
+
     for event in events:
         match event:
             case RunStartedEvent(data=info):
-                if run is None or (info != run.info and not run.continues_with(info)):
-                    earlier += run is not None
-                    run, started = _Run(info, info.start_timestamp_seconds or event.timestamp_seconds), None
+                if run is None or not run.continues_with(info):
+                    run, restart = new_run(info, event.timestamp_seconds), None
                 elif info != run.info:  # a rotated file repeats its own start
-                    run.final, started = None, info
+                    run.final, restart = None, info
             case MeasurementEvent(data=measurement) if run is not None:
-                if started is not None:
+                if restart is not None:
                     if run.measurements and measurement.step <= run.measurements[0].step:
-                        earlier += 1
-                        run = _Run(started, started.start_timestamp_seconds or event.timestamp_seconds)
+                        run = new_run(restart, event.timestamp_seconds)
                     else:
-                        run.go_back_to(measurement.step)
-                        run.info = started
-                    started = None
+                        run.resume(restart, measurement.step)
+                    restart = None
                 run.add(measurement)
             case FindingEvent(data=finding) if run is not None:
                 run.findings.setdefault(finding)
@@ -252,18 +270,4 @@ def _tell(path: Path, events: Iterable[Event]) -> RunHistory | None:
                 run.final = final
         if run is not None:
             run.end_seconds = event.timestamp_seconds
-    if run is None:
-        return None
-    return RunHistory(
-        path=path,
-        info=run.info,
-        measurements=tuple(sorted(run.measurements, key=lambda each: each.step)),
-        findings=tuple(sorted(run.findings, key=lambda each: each.step)),
-        actions=tuple(sorted(run.actions, key=lambda each: each.step)),
-        final=run.final,
-        start_seconds=run.start_seconds,
-        end_seconds=run.end_seconds,
-        resumed_at=tuple(run.resumed_at),
-        earlier_runs=earlier,
-        thinned=run.thinned,
-    )
+    return run

@@ -1,4 +1,4 @@
-"""The page of one run."""
+"""The page of one run, and the templates of both pages."""
 
 from __future__ import annotations
 
@@ -8,41 +8,34 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ess_monitor import validation
-from ess_monitor.records import SCHEMA_VERSION
-from ess_monitor.report.components import (
-    EVENTS_SHOWN,
-    event_rows,
-    markers,
-    metric_charts,
-    metrics_table,
-    ratio_table,
-    steps_of,
-)
+from ess_monitor.records import CONDITIONS, SCHEMA_VERSION
+from ess_monitor.report.components import EVENTS_SHOWN, event_rows, markers, metric_charts, metrics_table, steps_of
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.sections.diagnosis import (
-    HELD_OUT,
+    BENCHMARK,
+    benchmark_limits,
     detector_facts,
     detector_table,
-    how_far_it_carries,
-    judged_as_measured,
+    was_judged_as_benchmarked,
 )
 from ess_monitor.report.sections.layers import LayerCard, layer_card
 from ess_monitor.report.sections.run_facts import overhead_chart, overhead_facts, overhead_table, run_facts
-from ess_monitor.report.sections.utilization import LEVELS, heat_map
-from ess_monitor.report.summary import headline, layer_title, paragraphs, timeline
+from ess_monitor.report.sections.utilization import LEVELS, heat_map, ratio_table
+from ess_monitor.report.summary import ATTENTION, headline, layer_title, paragraphs, timeline
 
 LAYERS_OPEN = 16
-"""With more layers than this only those with a finding or an action are shown at once; the others are folded away."""
+"""With more layers than this, those without a finding or an action are folded."""
 
 
-def render_report(story: RunHistory) -> str:
-    """The page of a run as HTML.
+def render_report(history: RunHistory | None = None, *, story: RunHistory | None = None) -> str:
+    """Return the page of a run as HTML.
 
     Args:
-        story: what `load_history` read.
+        history: what `load_history` read.
+        story: the name of `history` in 0.1.
 
     Returns:
-        A whole document that needs nothing beside it. Names and texts of the run are escaped.
+        One whole document; it needs no other file. Names and texts of the run are escaped.
 
     Example:
         >>> from pathlib import Path
@@ -53,55 +46,55 @@ def render_report(story: RunHistory) -> str:
         >>> "&lt;script&gt;" in page, "<script" in page
         (True, False)
     """
-    validation.instance("story", story, RunHistory, hint="load_history(path) reads one")
-    scale = steps_of(story)
-    events = event_rows(story)
-    marks = markers(events, scale)
-    touched = {event.layer for event in timeline(story)}
-    first = [layer for layer in story.layers if layer in touched or len(story.layers) <= LAYERS_OPEN]
+    name, given = ("history", history) if story is None else ("story", story)
+    run = validation.instance(name, given, RunHistory, hint="load_history(path) reads one")
+    scale = steps_of(run)
+    events = event_rows(run)
+    touched = {event.layer for event in timeline(run)}
+    open_layers = [layer for layer in run.layers if layer in touched or len(run.layers) <= LAYERS_OPEN]
 
     def cards(layers: list[str]) -> list[LayerCard]:
         return [
-            layer_card(story, layer, scale, markers([event for event in events if event.layer == layer], scale))
+            layer_card(run, layer, scale, markers([event for event in events if event.layer == layer], scale))
             for layer in layers
         ]
 
     return render(
         "report.html",
-        title=f"{story.info.run_name}: memory report",
-        headline=headline(story),
-        facts=run_facts(story),
-        paragraphs=paragraphs(story),
-        heat=heat_map(story, "utilization_ratio", scale),
-        heat_table=ratio_table(story, "utilization_ratio", "Utilization, 0 to 1"),
-        retention=heat_map(story, "retention_ratio", scale),
-        retention_table=ratio_table(story, "retention_ratio", "Retention"),
-        metrics=metric_charts(story, scale, marks),
-        metrics_table=metrics_table(story),
-        cards=cards(first),
-        folded_cards=cards([layer for layer in story.layers if layer not in first]),
+        title=f"{run.info.run_name}: memory report",
+        headline=headline(run),
+        facts=run_facts(run),
+        paragraphs=paragraphs(run),
+        utilization=heat_map(run, "utilization_ratio", scale),
+        utilization_table=ratio_table(run, "utilization_ratio", "Utilization, 0 to 1"),
+        retention=heat_map(run, "retention_ratio", scale),
+        retention_table=ratio_table(run, "retention_ratio", "Retention"),
+        metrics=metric_charts({"": run}, scale, markers(events, scale)),
+        metrics_table=metrics_table(run),
+        open_cards=cards(open_layers),
+        folded_cards=cards([layer for layer in run.layers if layer not in open_layers]),
         events=events,
-        events_left_out=len(story.findings) + len(story.actions) - len(events),
+        events_left_out=len(run.findings) + len(run.actions) - len(events),
         events_shown=EVENTS_SHOWN,
-        detector=detector_facts(story),
-        detector_table=detector_table(story),
-        spared_layer="" if story.spared_layer is None else layer_title(story.spared_layer),
-        quality=HELD_OUT if judged_as_measured(story.info.diagnosis) else None,
-        quality_carries=how_far_it_carries(story.info.diagnosis),
-        overhead=overhead_facts(story),
-        overhead_table=overhead_table(story),
-        overhead_chart=overhead_chart(story, scale),
+        detector_facts=detector_facts(run),
+        detector_table=detector_table(run),
+        spared_layer="" if run.spared_layer is None else layer_title(run.spared_layer),
+        benchmark=BENCHMARK if was_judged_as_benchmarked(run.info.diagnosis) else None,
+        benchmark_limits=benchmark_limits(run.info.diagnosis),
+        overhead_facts=overhead_facts(run),
+        overhead_table=overhead_table(run),
+        overhead_chart=overhead_chart(run, scale),
     )
 
 
 def render(template: str, **context: Any) -> str:
-    """A template of this room, with what every page needs."""
-    return _environment().get_template(template).render(levels=range(LEVELS), schema_version=SCHEMA_VERSION, **context)
+    """Fill a template of this room."""
+    return _environment().get_template(template).render(**context)
 
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("ess_monitor.report"),
         autoescape=True,
         finalize=_clean,
@@ -109,10 +102,17 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {
+        "levels": range(LEVELS),
+        "schema_version": SCHEMA_VERSION,
+        "conditions": CONDITIONS,
+        "attention": ATTENTION,
+    }
+    return environment
 
 
 def _clean(value: Any) -> Any:
-    """Control characters, those that turn the direction of text among them, have no place on a page.
+    """Replace control characters, among them those that turn the direction of text.
 
     Texts of templates and macros are of markupsafe's type and pass as they are.
     """

@@ -1,44 +1,51 @@
-"""What a run's story means, in sentences a person can act on. Plain text: the page cleans and escapes it."""
+"""Sentences about a run: what happened, and what to do next. Plain text; the page cleans and escapes it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from ess_monitor.records import Action, Condition, Finding, Status
+from ess_monitor.records import CONDITION_INFO, Action, Condition, Finding, Reading, Status
 from ess_monitor.report.history import RunHistory
 
-_ILL: tuple[Condition, ...] = ("collapsed", "saturated")
+ATTENTION: tuple[Condition, ...] = tuple(
+    condition for condition in reversed(CONDITION_INFO) if CONDITION_INFO[condition].needs_attention
+)
+"""Conditions that need attention, the worst first."""
 
 _STATUS_ADVICE: dict[Status, str] = {
-    "nonfinite": "NaN or infinity in the layer's tensors: look at the loss and the learning rate around those steps.",
-    "too_short": "the sequences have no past to remember: give sequences of two tokens or more.",
-    "timed_out": "lower capture.samples, capture.heads or positions, or raise runtime.timeout_seconds.",
-    "dropped": "the queue was full: harmless now and then, else raise every_n_steps.",
-    "failed": "capture or computation raised an error; the last message was:",
+    "nonfinite": "The layer's tensors hold NaN or infinity: look at the loss and the learning rate around those steps.",
+    "too_short": "The sequences are too short to measure: use sequences of two tokens or more.",
+    "timed_out": "Lower capture.samples, capture.heads or positions, or raise runtime.timeout_seconds.",
+    "dropped": "The queue was full. Once in a while this is harmless; otherwise raise every_n_steps.",
+    "failed": "Capture or computation raised an error. The last message was:",
 }
+_SPARED = (
+    "it uses little of its state, which may be right in the first of several layers (it often looks back one token "
+    "only), so it is called neither healthy nor collapsed"
+)
+_TOO_EARLY = "the warm-up was not over, or there were too few measurements"
 
 _EVENTS_OF_A_LAYER = 12
-"""The newest are told in words; all are in the page's table."""
-
-_SHORT_SEQUENCE = 0.9
-"""attainable size / TSS below which the sequences are named as what limits the reading."""
+"""Number of newest events in the summary of a layer; the list of events has all."""
+_SHORT_SEQUENCE_RATIO = 0.9
+"""attainable size / TSS below which sequences count as too short to fill the state."""
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """What is said of one thing: a heading, what was seen, and what to do next."""
+    """What was seen of one thing, and what to do next."""
 
     heading: str
-    condition: Condition
-    """Decides the color of the mark; `unknown` for what is no condition of a layer."""
     seen: tuple[str, ...]
-    advice: tuple[str, ...]
+    advice: tuple[str, ...] = ()
+    condition: Condition = "unknown"
+    """Color of the mark; `unknown` where the paragraph is not about a layer."""
 
 
 def layer_title(name: str) -> str:
-    """What to call a layer: its name, and a word for the model that is itself the layer.
+    """Return the name of a layer as it is shown; the model itself has none.
 
     >>> layer_title("blocks.0.mixer"), layer_title("")
     ('blocks.0.mixer', 'root')
@@ -46,20 +53,27 @@ def layer_title(name: str) -> str:
     return name or "root"
 
 
-def headline(story: RunHistory) -> str:
-    """The outcome in one or two sentences."""
-    return " ".join(filter(None, [_verdict(story), _ending(story)]))
+def headline(history: RunHistory) -> str:
+    """Return the outcome of the run in one or two sentences."""
+    return " ".join(filter(None, [_outcome(history), _ending(history)]))
 
 
-def paragraphs(story: RunHistory) -> tuple[Paragraph, ...]:
-    """Every layer with a history, the worst first, then what limits how far the numbers can be trusted."""
-    layers = [_layer(story, layer) for layer in story.layers if _has_history(story, layer)]
-    layers.sort(key=lambda paragraph: _ILL.index(paragraph.condition) if paragraph.condition in _ILL else len(_ILL))
-    return (*layers, *_caveats(story))
+def paragraphs(history: RunHistory) -> tuple[Paragraph, ...]:
+    """Return what needs attention: layers with an alarm or an action, the worst first, then limits of the numbers."""
+    treated = {action.layer for action in history.actions}
+    layers = [
+        _layer(history, layer)
+        for layer, condition in history.conditions.items()
+        if condition in ATTENTION or layer in treated or alarms(history, layer)
+    ]
+    rank = {condition: index for index, condition in enumerate(ATTENTION)}
+    layers.sort(key=lambda paragraph: rank.get(paragraph.condition, len(rank)))
+    limits = (_not_judged, _bad_readings, _short_sequences, _cost, _losses)
+    return (*layers, *chain.from_iterable(find(history) for find in limits))
 
 
 def named(names: Sequence[str], limit: int = 6) -> str:
-    """Names in a row, the rest counted.
+    """Join names, and count those beyond the limit.
 
     >>> named(["a", "b", "c"]), named(["a", "b", "c"], limit=2)
     ('a, b and c', 'a, b and 1 more')
@@ -67,211 +81,188 @@ def named(names: Sequence[str], limit: int = 6) -> str:
     shown = [layer_title(name) for name in names[:limit]]
     if len(names) > limit:
         shown.append(f"{len(names) - limit} more")
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else "none"
+    return " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]])) or "none"
 
 
 def percent(ratio: float | None) -> str:
-    """
+    """Format a ratio as a percentage.
+
     >>> percent(0.1875), percent(None)
     ('19 %', 'unknown')
     """
-    return "unknown" if ratio is None else f"{ratio:.0%}".replace("%", " %")
+    return "unknown" if ratio is None else f"{100 * ratio:.0f} %"
 
 
-def timeline(story: RunHistory) -> list[Finding | Action]:
-    """Findings and actions by step; at one step the finding comes before the action that answers it."""
-    events: list[Finding | Action] = [*story.findings, *story.actions]
+def alarms(history: RunHistory, layer: str | None = None) -> list[Finding]:
+    """Return the findings of a condition that needs attention, of one layer or of all."""
+    return [each for each in history.findings if each.condition in ATTENTION and layer in (None, each.layer)]
+
+
+def timeline(history: RunHistory) -> list[Finding | Action]:
+    """Return findings and actions by step; at one step the finding comes before the action that answers it."""
+    events: list[Finding | Action] = [*history.findings, *history.actions]
     return sorted(events, key=lambda event: event.step)
 
 
 def sentence(event: Finding | Action) -> str:
-    """What changed and why, or what was done, how it ended, and what the utilization did."""
-    return _finding_sentence(event) if isinstance(event, Finding) else _action_sentence(event)
+    """Describe a finding with its reason, or an action with its outcome and the utilization before and after."""
+    if isinstance(event, Finding):
+        return f"{event.previous} → {event.condition}: {event.reason}"
+    strength = "" if event.strength is None else f" at {event.strength:g}"
+    text = f"{event.action}{strength}, {event.outcome.replace('_', ' ')}: {event.message}"
+    if event.utilization_before is not None and event.utilization_after is not None:
+        text += f" (utilization {percent(event.utilization_before)} → {percent(event.utilization_after)})"
+    return text
 
 
-def _finding_sentence(finding: Finding) -> str:
-    return f"{finding.previous} → {finding.condition}: {finding.reason}"
-
-
-def _action_sentence(action: Action) -> str:
-    strength = "" if action.strength is None else f" at {action.strength:g}"
-    sentence = f"{action.action}{strength}, {action.outcome.replace('_', ' ')}: {action.message}"
-    if action.utilization_before is not None and action.utilization_after is not None:
-        sentence += f" (utilization {percent(action.utilization_before)} → {percent(action.utilization_after)})"
-    return sentence
-
-
-def _verdict(story: RunHistory) -> str:
-    total = len(story.layers)
-    if not story.measurements:
+def _outcome(history: RunHistory) -> str:
+    if not history.measurements:
         return "Nothing was measured: the run ended before its first sample, or no sample reached the log."
+    total, conditions = len(history.layers), history.conditions
+    alarming = " or ".join(ATTENTION)
     sentences = []
-    for condition in _ILL:
-        ill = [layer for layer, value in story.conditions.items() if value == condition]
-        if ill:
-            sentences.append(f"{len(ill)} of {total} layers ended {condition}: {named(ill)}.")
-    fallen = dict.fromkeys(finding.layer for finding in story.findings if finding.condition in _ILL)
-    recovered = [layer for layer in fallen if story.conditions.get(layer) == "healthy"]
-    if recovered:
-        sentences.append(f"{len(recovered)} of {total} layers fell ill and recovered: {named(recovered)}.")
+    for condition in ATTENTION:
+        if layers := [layer for layer, value in conditions.items() if value == condition]:
+            sentences.append(f"{len(layers)} of {total} layers ended {condition}: {named(layers)}.")
+    flagged = dict.fromkeys(finding.layer for finding in alarms(history))
+    if recovered := [layer for layer in flagged if conditions.get(layer) == "healthy"]:
+        sentences.append(f"{len(recovered)} of {total} layers recovered after being {alarming}: {named(recovered)}.")
     if not sentences:
-        judged = [layer for layer, value in story.conditions.items() if value != "unknown"]
+        judged = sum(value != "unknown" for value in conditions.values())
         if not judged:
-            return "No layer was judged: see below why."
-        sentences.append(f"No layer collapsed or filled up; {len(judged)} of {total} were judged.")
+            return "No layer was judged; the reasons are below."
+        sentences.append(f"No layer was {alarming}; {judged} of {total} were judged.")
     return " ".join(sentences)
 
 
-def _ending(story: RunHistory) -> str:
-    if story.final is None:
+def _ending(history: RunHistory) -> str:
+    if history.final is None:
         return "The log has no end: the run was killed, or it is still going on."
-    return "The run failed." if story.final.status == "failed" else ""
+    return "The run failed." if history.final.status == "failed" else ""
 
 
-def _has_history(story: RunHistory, layer: str) -> bool:
-    return (
-        story.conditions[layer] in _ILL
-        or any(action.layer == layer for action in story.actions)
-        or any(finding.layer == layer and finding.condition in _ILL for finding in story.findings)
-    )
+def _layer(history: RunHistory, layer: str) -> Paragraph:
+    events = [event for event in timeline(history) if event.layer == layer][-_EVENTS_OF_A_LAYER:]
+    seen = tuple(f"Step {event.step}: {sentence(event)}" for event in events)
+    return Paragraph(layer_title(layer), seen, tuple(_advice(history, layer)), history.conditions[layer])
 
 
-def _layer(story: RunHistory, layer: str) -> Paragraph:
-    condition = story.conditions[layer]
-    events = [event for event in timeline(story) if event.layer == layer]
-    seen = tuple(f"Step {event.step}: {sentence(event)}" for event in events[-_EVENTS_OF_A_LAYER:])
-    return Paragraph(layer_title(layer), condition, seen, _advice(story, layer, condition))
-
-
-def _advice(story: RunHistory, layer: str, condition: Condition) -> tuple[str, ...]:
-    findings = [finding for finding in story.findings if finding.layer == layer and finding.condition in _ILL]
-    outcomes = {action.outcome for action in story.actions if action.layer == layer}
-    rule = findings[-1].advice if findings else ""
-    advice = [_sentence(rule)] if rule and condition in _ILL else []
+def _advice(history: RunHistory, layer: str) -> Iterator[str]:
+    condition = history.conditions[layer]
+    findings = alarms(history, layer)
+    outcomes = {action.outcome for action in history.actions if action.layer == layer}
+    if findings and findings[-1].advice and condition in ATTENTION:
+        yield _sentence(findings[-1].advice)
     if condition == "collapsed":
         if outcomes & {"applied", "failed", "rolled_back"}:
-            advice.append(
-                "The autopilot's treatment has not brought the layer back: look at features and data before you try a "
+            yield (
+                "The autopilot's treatment did not restore the layer: look at features and data before you try a "
                 "stronger one."
             )
         elif "dry_run" in outcomes:
-            advice.append("The autopilot only advised. With autopilot.mode='auto' it would have acted.")
+            yield "The autopilot only advised. With autopilot.mode='auto' it would have acted."
         elif not outcomes:
-            advice.append(
-                "No treatment was tried: the autopilot's modes 'advise' and 'auto' name one where one exists."
-            )
+            yield "No treatment was tried: the autopilot's modes 'advise' and 'auto' name one where one exists."
     elif condition == "healthy" and findings:
         if "applied" in outcomes:
-            advice.append(
-                "Nothing for now. One run cannot tell whether the treatment or time brought the recovery: train the "
-                "same seed without it and set both side by side with the command: ess-monitor compare RUN_A RUN_B."
+            yield (
+                "Nothing for now. One run cannot tell whether the treatment caused the recovery: train the same seed "
+                "without it, and compare both with the command: ess-monitor compare RUN_A RUN_B."
             )
         else:
-            advice.append(
-                "Nothing for now: it recovered without a treatment. If that happens often, raise the warm-up."
-            )
+            yield "Nothing for now: it recovered without a treatment. If that happens often, raise the warm-up."
     elif condition == "unknown" and outcomes:
-        advice.append("The layer is not judged at the end of the run: let it train on before you conclude anything.")
-    return tuple(advice)
+        yield "The layer was not judged at the end of the run: train on before you draw a conclusion."
 
 
-def _caveats(story: RunHistory) -> list[Paragraph]:
-    caveats = [_not_judged(story), *_bad_readings(story), _short_sequences(story), _cost(story), _losses(story)]
-    return [caveat for caveat in caveats if caveat is not None]
+def _not_judged(history: RunHistory) -> Iterator[Paragraph]:
+    unknown = [layer for layer, condition in history.conditions.items() if condition == "unknown"]
+    if not unknown or not history.measurements:
+        return
+    layers_by_reason: dict[str, list[str]] = {}
+    for layer in unknown:
+        layers_by_reason.setdefault(_why_not_judged(history, layer), []).append(layer)
+    seen = tuple(f"{named(layers)}: {_sentence(reason)}" for reason, layers in layers_by_reason.items())
+    advice = ("Lower diagnosis.warmup_steps or train longer.",) if _TOO_EARLY in layers_by_reason else ()
+    yield Paragraph("Layers that were not judged", seen, advice)
 
 
-def _not_judged(story: RunHistory) -> Paragraph | None:
-    layers = [layer for layer, condition in story.conditions.items() if condition == "unknown"]
-    if not layers or not story.measurements:
-        return None
-    reasons = []
-    for layer in layers:
-        last = story.readings[layer][-1:]
-        if story.layer(layer).uninformative:
-            reasons.append(story.layer(layer).uninformative)
-        elif story.layer(layer).capacity_grows or any(reading.capacity_grows for reading in last):
-            reasons.append("its capacity grows with the position (softmax attention)")
-        elif not story.ok(layer):
-            reasons.append("it has no valid reading")
-        elif layer == story.spared_layer and story.ok(layer)[-1].step >= story.warmup_steps:
-            reasons.append(
-                "it uses little of its memory, which may be right in the first of several layers (it often looks back "
-                "one token only), so it is called neither healthy nor collapsed"
-            )
-        else:
-            reasons.append("the warm-up was not over, or there were too few measurements")
-    seen = [
-        f"{named([layer for layer, why in zip(layers, reasons, strict=True) if why == reason])}: {_sentence(reason)}"
-        for reason in dict.fromkeys(reasons)
-    ]
-    advice = ["Lower diagnosis.warmup_steps or train longer."] if any("warm-up" in reason for reason in reasons) else []
-    return Paragraph("Layers that were not judged", "unknown", tuple(seen), tuple(advice))
+def _why_not_judged(history: RunHistory, layer: str) -> str:
+    info, valid = history.layer(layer), history.ok(layer)
+    if info.uninformative:
+        return info.uninformative
+    if info.capacity_grows or any(reading.capacity_grows for reading in history.readings[layer][-1:]):
+        return "its capacity grows with the position (softmax attention)"
+    if not valid:
+        return "it has no valid reading"
+    if layer == history.spared_layer and valid[-1].step >= history.warmup_steps:
+        return _SPARED
+    return _TOO_EARLY
 
 
-def _bad_readings(story: RunHistory) -> list[Paragraph]:
-    found = []
+def _bad_readings(history: RunHistory) -> Iterator[Paragraph]:
     for status, advice in _STATUS_ADVICE.items():
-        bad = [r for readings in story.readings.values() for r in readings if r.status == status]
+        bad = [each for readings in history.readings.values() for each in readings if each.status == status]
         if bad:
-            counts = Counter(reading.layer for reading in bad)
-            seen = f"{len(bad)} readings of {named(list(counts))}, the last at step {bad[-1].step}."
-            message = f" {bad[-1].message}" if status == "failed" else ""
-            found.append(
-                Paragraph(f"Readings without a size: {status}", "unknown", (seen,), (_sentence(advice + message),))
-            )
-    return found
+            layers = list(dict.fromkeys(reading.layer for reading in bad))
+            last = max(bad, key=lambda reading: reading.step)
+            seen = f"{len(bad)} readings of {named(layers)}, the last at step {last.step}."
+            message = f" {last.message}" if status == "failed" else ""
+            yield Paragraph(f"Readings without a size: {status}", (seen,), (_sentence(advice + message),))
 
 
-def _short_sequences(story: RunHistory) -> Paragraph | None:
-    short = []
-    for layer in story.layers:
-        last = story.ok(layer)[-1:]
-        for reading in last:
-            capacity, attainable = reading.state_capacity, reading.attainable_size
-            if capacity and attainable and not reading.capacity_grows and attainable < _SHORT_SEQUENCE * capacity:
-                short.append(layer)
-    if not short:
-        return None
-    return Paragraph(
-        "Sequences too short to fill the memory",
-        "unknown",
-        (
-            f"{named(short)}: at the measured positions the sequence allows fewer dimensions than the layer has, so a "
-            "low utilization is in part the sequence's. The conditions take that into account; the heat map does not.",
-        ),
-        ("Measure on longer sequences where the task allows it.",),
-    )
+def _short_sequences(history: RunHistory) -> Iterator[Paragraph]:
+    last = {layer: history.ok(layer)[-1:] for layer in history.layers}
+    short = [layer for layer, readings in last.items() if any(map(_is_short, readings))]
+    if short:
+        seen = (
+            f"{named(short)}: at the measured positions the sequence allows fewer dimensions than the state has, which "
+            "lowers the utilization. The conditions take that into account; the heat map does not."
+        )
+        yield Paragraph(
+            "Sequences too short to fill the state", (seen,), ("Measure on longer sequences where the task allows it.",)
+        )
 
 
-def _cost(story: RunHistory) -> Paragraph | None:
-    budget = story.info.overhead_budget_ratio
-    cost = story.measurements[-1].overhead_ratio if story.measurements else 0.0
-    if not budget or cost <= 1.5 * budget:
-        return None
-    return Paragraph(
-        "The monitor cost more than its budget",
-        "unknown",
-        (f"It took {cost:.2%} of the training time; the budget was {budget:.2%}.",),
-        ("Short runs pay for their first samples. In a long one raise every_n_steps, or lower capture.samples.",),
-    )
+def _is_short(reading: Reading) -> bool:
+    capacity, attainable = reading.state_capacity, reading.attainable_size
+    if not capacity or not attainable or reading.capacity_grows:
+        return False
+    return attainable < _SHORT_SEQUENCE_RATIO * capacity
 
 
-def _losses(story: RunHistory) -> Paragraph | None:
+def _cost(history: RunHistory) -> Iterator[Paragraph]:
+    budget = history.info.overhead_budget_ratio
+    cost = history.measurements[-1].overhead_ratio if history.measurements else 0.0
+    if budget and cost > 1.5 * budget:
+        yield Paragraph(
+            "The monitor cost more than its budget",
+            (f"It took {cost:.2%} of the training time; the budget was {budget:.2%}.",),
+            (
+                "The first samples of a run cost the most, which a short run does not make up for. In a long run raise "
+                "every_n_steps, or lower capture.samples.",
+            ),
+        )
+
+
+def _losses(history: RunHistory) -> Iterator[Paragraph]:
     seen = []
-    if story.skipped_lines:
-        seen.append(f"{story.skipped_lines} lines of the log were no events: torn by a kill, or of another version.")
-    if story.final is not None:
-        lost = {n: c for n, c in story.final.export_dropped_total.items() if c}
-        errors = {n: c for n, c in story.final.export_errors_total.items() if c}
+    if history.skipped_lines:
+        seen.append(
+            f"{history.skipped_lines} lines of the log are not events: cut off by a kill, or of another version."
+        )
+    if history.final is not None:
+        dropped, errors = history.final.export_dropped_total, history.final.export_errors_total
         seen += [
-            f"The exporter {name} dropped {count} measurements: its sink was too slow." for name, count in lost.items()
+            f"The exporter {name} dropped {n} measurements: its sink was too slow." for name, n in dropped.items() if n
         ]
-        seen += [f"The exporter {name} failed {count} times: see the process's log." for name, count in errors.items()]
-    return Paragraph("What is missing from the record", "unknown", tuple(seen), ()) if seen else None
+        seen += [f"The exporter {name} failed {n} times: see the process's log." for name, n in errors.items() if n]
+    if seen:
+        yield Paragraph("What is missing from the record", tuple(seen))
 
 
 def _sentence(text: str) -> str:
-    """First letter raised, full stop at the end.
+    """Capitalize the first letter, and end with a period.
 
     >>> _sentence("raise alpha")
     'Raise alpha.'

@@ -116,7 +116,7 @@ def test_describe_as_json_is_nothing_but_json_on_standard_output(run: Run) -> No
 def test_describe_says_so_when_there_is_nothing_to_measure(run: Run) -> None:
     answer = run("describe", "cli_models:plain")
     assert (answer.status, answer.err) == (0, "")
-    assert "nothing in it looks like a layer that mixes along the sequence" in answer.out
+    assert "no layer looks like a sequence mixer" in answer.out
     assert run("describe", "cli_models:plain", "--json").json["layers"] == []
 
 
@@ -271,8 +271,9 @@ def test_the_version_is_the_installed_one(run: Run) -> None:
     assert run("--version") == Answer(0, f"ess-monitor {version('ess-monitor')}\n", "")
 
 
-def test_the_installed_command_ends_without_a_traceback() -> None:
-    command = [sys.executable, "-m", "ess_monitor.cli.main", "describe", "nowhere:x"]
+@pytest.mark.parametrize("module", ["ess_monitor.cli", "ess_monitor.cli.main"])
+def test_the_installed_command_ends_without_a_traceback(module: str) -> None:
+    command = [sys.executable, "-m", module, "describe", "nowhere:x"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: target: no module 'nowhere'")

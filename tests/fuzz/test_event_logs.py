@@ -110,8 +110,8 @@ def test_a_file_gives_events_and_a_count_of_the_other_lines(folder: Path, lines:
 def test_a_report_of_it_is_a_page_without_a_script_or_our_error(folder: Path, lines: list[bytes]) -> None:
     whole = load_history(write(folder, b"".join(LINES)))
     try:
-        story = load_history(write(folder, LINES[0] + b"".join(lines)))
-        pages = render_report(story), render_comparison(story, whole), render_comparison(whole, story)
+        history = load_history(write(folder, LINES[0] + b"".join(lines)))
+        pages = render_report(history), render_comparison(history, whole), render_comparison(whole, history)
     except ConfigError:
         return
     assert not any("<script" in page for page in pages)

@@ -21,7 +21,7 @@ MEASUREMENT = Measurement(
     step=1, timestamp_seconds=0.0, readings=(READING,), conditions={"a": "collapsed"}, findings=(FINDING,)
 )
 RUN = RunInfo(run_name="demo", model="Net", layers=(LayerInfo(name="a", module="GLA", supported=True),))
-STORY = RunHistory(Path("events.jsonl"), RUN, (MEASUREMENT,))
+HISTORY = RunHistory(Path("events.jsonl"), RUN, (MEASUREMENT,))
 
 
 def floats(*shape: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
 from ess_monitor.pipeline.counters import RunCounters
 from tests.honesty.case import Case
-from tests.honesty.data import MEASUREMENT, RUN, STORY
+from tests.honesty.data import HISTORY, MEASUREMENT, RUN
 
 FOLDER = Path(tempfile.gettempdir()) / "ess-monitor-honesty"
 """Not made: what is refused writes nothing, and the calls that succeed write below folders of their own."""
@@ -103,8 +103,8 @@ ALERTS: dict[str, Case] = {
 REPORT: dict[str, Case] = {
     "find_event_log": Case(report.find_event_log, lambda: {"path": Path(__file__)}, named={"path": "RUN_DIR"}),
     "load_history": Case(_told, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
-    "render_comparison": Case(report.render_comparison, lambda: {"first": STORY, "second": STORY}),
-    "render_report": Case(report.render_report, lambda: {"story": STORY}),
+    "render_comparison": Case(report.render_comparison, lambda: {"first": HISTORY, "second": HISTORY}),
+    "render_report": Case(report.render_report, lambda: {"history": HISTORY}),
 }
 
 

@@ -132,16 +132,16 @@ def rescued_run(layers: Sequence[str] = LAYERS) -> list[Measurement]:
     """The last layer collapses at 400, is treated, and is healthy again at 700."""
     measurements = []
     for step in range(0, 1000, 100):
-        ill = 400 <= step < 700
+        collapsed = 400 <= step < 700
         conditions: dict[str, Condition] = dict.fromkeys(layers, "healthy")
-        conditions[layers[-1]] = "collapsed" if ill else "healthy"
+        conditions[layers[-1]] = "collapsed" if collapsed else "healthy"
         found: tuple[Finding, ...] = ()
         done: tuple[Action, ...] = ()
         if step == 400:
             found, done = (finding(layers[-1], step),), (action(layers[-1], step),)
         if step == 700:
             found = (finding(layers[-1], step, "healthy", "collapsed"),)
-        readings = tuple(reading(layer, step, 0.1 if ill else 0.6) for layer in layers)
+        readings = tuple(reading(layer, step, 0.1 if collapsed else 0.6) for layer in layers)
         measurements.append(
             measurement(step, layers, readings=readings, conditions=conditions, findings=found, actions=done)
         )

@@ -51,8 +51,8 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     layers = (*HOSTILE, "model.layers.12.a_very_long_name_of_a_module.without_any_space_to_break_it_at.self_attention")
     log = write_log(tmp_path / "events.jsonl", rescued_run(layers), run_info(layers))
     path = tmp_path / f"{request.param}.html"
-    story = load_history(log)
-    path.write_text(render_report(story) if request.param == "report" else render_comparison(story, story))
+    history = load_history(log)
+    path.write_text(render_report(history) if request.param == "report" else render_comparison(history, history))
     return path
 
 

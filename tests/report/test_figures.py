@@ -8,7 +8,7 @@ import pytest
 
 from ess_monitor.report import RunHistory
 from ess_monitor.report.components import event_rows, markers, steps_of
-from ess_monitor.report.figures import Scale, Series, line_chart, step_scale, thin, value_scale
+from ess_monitor.report.figures import Scale, Series, line_chart, thin, value_scale
 from ess_monitor.report.sections.utilization import CELLS_OF_A_ROW, heat_map
 from tests.report.helpers import LAYERS, finding, measurement, reading, rescued_run, run_info
 
@@ -59,7 +59,7 @@ def test_thinning_keeps_a_spike_of_one_step() -> None:
     assert thinned == sorted(thinned)
 
 
-def _story(measurements: list) -> RunHistory:  # type: ignore[type-arg]
+def _history(measurements: list) -> RunHistory:  # type: ignore[type-arg]
     return RunHistory(
         Path("log"),
         run_info(),
@@ -70,8 +70,8 @@ def _story(measurements: list) -> RunHistory:  # type: ignore[type-arg]
 
 
 def test_a_heat_row_covers_the_axis_and_marks_the_collapse_where_it_was() -> None:
-    story = _story(rescued_run())
-    heat = heat_map(story, "utilization_ratio", steps_of(story))
+    history = _history(rescued_run())
+    heat = heat_map(history, "utilization_ratio", steps_of(history))
     assert heat is not None
     row = heat.rows[1]
     assert [cell.kind for cell in row.cells] == ["6", "1", "6"]
@@ -90,8 +90,8 @@ def test_a_heat_row_has_a_hole_where_nothing_was_measured() -> None:
     measurements = [
         measurement(step, readings=bad) if step == 200 else measurement(step) for step in range(0, 500, 100)
     ]
-    story = _story(measurements)
-    heat = heat_map(story, "utilization_ratio", steps_of(story))
+    history = _history(measurements)
+    heat = heat_map(history, "utilization_ratio", steps_of(history))
     assert heat is not None
     first, second = heat.rows[0].cells
     assert (first.start + first.width, second.start) == (375, 625)
@@ -101,23 +101,23 @@ def test_a_heat_row_of_a_long_run_has_a_bounded_number_of_cells() -> None:
     measurements = [
         measurement(step, readings=(reading(LAYERS[0], step, (step % 7) / 7),)) for step in range(10 * CELLS_OF_A_ROW)
     ]
-    story = _story(measurements)
-    heat = heat_map(story, "utilization_ratio", steps_of(story))
+    history = _history(measurements)
+    heat = heat_map(history, "utilization_ratio", steps_of(history))
     assert heat is not None
     assert 1 <= len(heat.rows[0].cells) <= CELLS_OF_A_ROW
 
 
 def test_a_single_measurement_fills_its_row() -> None:
-    story = _story([measurement(7)])
-    heat = heat_map(story, "utilization_ratio", steps_of(story))
+    history = _history([measurement(7)])
+    heat = heat_map(history, "utilization_ratio", steps_of(history))
     assert heat is not None
     assert [(cell.start, cell.width) for cell in heat.rows[0].cells] == [(0, 1000)]
 
 
-def test_events_close_to_each_other_share_a_mark_in_the_colour_of_the_worst() -> None:
+def test_events_close_to_each_other_share_a_mark_in_the_color_of_the_worst() -> None:
     found = (finding(LAYERS[0], 100, "saturated"), finding(LAYERS[1], 101), finding(LAYERS[1], 900, "healthy"))
-    story = _story([measurement(0), measurement(1000, findings=found)])
-    marks = markers(event_rows(story), step_scale(0, 1000))
+    history = _history([measurement(0), measurement(1000, findings=found)])
+    marks = markers(event_rows(history), Scale(0, 1000))
     assert [(mark.label, mark.kind, mark.at, mark.target) for mark in marks] == [
         ("1–2", "collapsed", 10, "event-1"),
         ("3", "healthy", 90, "event-3"),

@@ -10,7 +10,7 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import EventLogConfig, EventLogExporter
 from ess_monitor.records import RunInfo
 from ess_monitor.report import find_event_log, load_history
-from ess_monitor.report import history as story
+from ess_monitor.report import history as history_module
 from tests.report.helpers import (
     LAYERS,
     action,
@@ -33,53 +33,53 @@ def _steps(log: Path) -> list[int]:
     return [each.step for each in load_history(log).measurements]
 
 
-def test_a_real_run_is_told_from_its_folder(real_log: Path) -> None:
-    told = load_history(real_log.parent)
-    assert told.path == real_log
-    assert told.info.run_name == "a real run"
-    assert told.layers == ("0", "1")
-    assert len(told.measurements) == 10
-    assert told.metric_names == ("loss",)
-    assert [len(readings) for readings in told.readings.values()] == [10, 10]
-    assert all(value > 0 for _, value in told.series("0", "effective_size"))
-    assert told.final is not None
-    assert told.final.status == "finished"
-    assert told.skipped_lines == 0
+def test_a_real_run_is_read_from_its_folder(real_log: Path) -> None:
+    history = load_history(real_log.parent)
+    assert history.path == real_log
+    assert history.info.run_name == "a real run"
+    assert history.layers == ("0", "1")
+    assert len(history.measurements) == 10
+    assert history.metric_names == ("loss",)
+    assert [len(readings) for readings in history.readings.values()] == [10, 10]
+    assert all(value > 0 for _, value in history.series("0", "effective_size"))
+    assert history.final is not None
+    assert history.final.status == "finished"
+    assert history.skipped_lines == 0
 
 
-def test_findings_and_actions_are_told_once_although_the_log_holds_them_twice(log: Path) -> None:
-    told = load_history(write_log(log, rescued_run()))
-    assert [each.step for each in told.findings] == [400, 700]
-    assert [each.step for each in told.actions] == [400]
-    assert told.conditions == dict.fromkeys(LAYERS, "healthy")
+def test_findings_and_actions_are_kept_once_although_the_log_holds_them_twice(log: Path) -> None:
+    history = load_history(write_log(log, rescued_run()))
+    assert [each.step for each in history.findings] == [400, 700]
+    assert [each.step for each in history.actions] == [400]
+    assert history.conditions == dict.fromkeys(LAYERS, "healthy")
 
 
 def test_a_run_resumed_from_a_checkpoint_drops_what_came_after_it_the_first_time(log: Path) -> None:
     late = measurement(400, findings=(finding(LAYERS[1], 400),), actions=(action(LAYERS[1], 402),))
     write_log(log, [measurement(step) for step in (0, 100, 200, 300)] + [late], finished="failed")
     write_log(log, [measurement(step) for step in (300, 400)], run_info(start_timestamp_seconds=1_700_000_500.0))
-    told = load_history(log)
-    assert [each.step for each in told.measurements] == [0, 100, 200, 300, 400]
-    assert (told.findings, told.actions) == ((), ())
-    assert told.resumed_at == (300,)
-    assert told.earlier_runs == 0
-    assert told.start_seconds == 1_700_000_000.0
+    history = load_history(log)
+    assert [each.step for each in history.measurements] == [0, 100, 200, 300, 400]
+    assert (history.findings, history.actions) == ((), ())
+    assert history.resumed_at == (300,)
+    assert history.earlier_runs == 0
+    assert history.start_seconds == 1_700_000_000.0
 
 
 @pytest.mark.parametrize("later", [run_info(model="Other"), run_info(("other",))], ids=["model", "layers"])
 def test_a_run_of_another_model_is_another_run(log: Path, later: RunInfo) -> None:
     write_log(log, [measurement(0), measurement(100)])
     write_log(log, [measurement(200)], later)
-    told = load_history(log)
-    assert ([each.step for each in told.measurements], told.earlier_runs) == ([200], 1)
+    history = load_history(log)
+    assert ([each.step for each in history.measurements], history.earlier_runs) == ([200], 1)
 
 
 def test_a_run_that_began_again_is_another_run(log: Path) -> None:
     write_log(log, [measurement(0), measurement(100)])
     write_log(log, [measurement(0)], run_info(start_timestamp_seconds=1_700_000_500.0))
-    told = load_history(log)
-    assert ([each.step for each in told.measurements], told.earlier_runs) == ([0], 1)
-    assert told.start_seconds == 1_700_000_500.0
+    history = load_history(log)
+    assert ([each.step for each in history.measurements], history.earlier_runs) == ([0], 1)
+    assert history.start_seconds == 1_700_000_500.0
 
 
 def test_a_rotated_log_is_one_run(log: Path) -> None:
@@ -89,11 +89,11 @@ def test_a_rotated_log_is_one_run(log: Path) -> None:
         exporter.export(measurement(step))
     exporter.close("finished")
     older = log.with_name("ess_events.jsonl.1")
-    told = load_history(log.parent)
-    steps = [each.step for each in told.measurements]
+    history = load_history(log.parent)
+    steps = [each.step for each in history.measurements]
     assert older.exists()
     assert steps == list(range(steps[0], 30))
-    assert (told.resumed_at, told.earlier_runs, told.skipped_lines) == ((), 0, 0)
+    assert (history.resumed_at, history.earlier_runs, history.skipped_lines) == ((), 0, 0)
     log.unlink()
     assert _steps(log.parent) == steps[: len(_steps(log.parent))], "killed between renaming and beginning anew"
 
@@ -101,36 +101,36 @@ def test_a_rotated_log_is_one_run(log: Path) -> None:
 def test_a_killed_run_has_no_end_and_its_torn_line_is_counted(log: Path) -> None:
     write_log(log, [measurement(0), measurement(100)], finished=None)
     log.write_bytes(log.read_bytes()[:-40])
-    told = load_history(log)
-    assert told.final is None
-    assert told.skipped_lines == 1
-    assert [each.step for each in told.measurements] == [0]
+    history = load_history(log)
+    assert history.final is None
+    assert history.skipped_lines == 1
+    assert [each.step for each in history.measurements] == [0]
 
 
 def test_a_very_long_run_is_thinned_and_keeps_its_findings(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "MEASUREMENTS_KEPT", 8)
+    monkeypatch.setattr(history_module, "MEASUREMENTS_KEPT", 8)
     measurements = [measurement(step, findings=(finding(LAYERS[0], step),)) for step in range(50)]
-    told = load_history(write_log(log, measurements))
-    assert told.thinned == 8
-    assert [each.step for each in told.measurements] == list(range(0, 50, 8))
-    assert len(told.findings) == 50
+    history = load_history(write_log(log, measurements))
+    assert history.thinned == 8
+    assert [each.step for each in history.measurements] == list(range(0, 50, 8))
+    assert len(history.findings) == 50
 
 
-def test_a_layer_that_was_never_announced_is_told_too(log: Path) -> None:
-    told = load_history(write_log(log, [measurement(0, ("late",))], run_info(("early",))))
-    assert told.layers == ("early", "late")
-    assert told.ok("early") == ()
-    assert told.layer("late").module == ""
+def test_a_layer_that_was_never_announced_is_listed_too(log: Path) -> None:
+    history = load_history(write_log(log, [measurement(0, ("late",))], run_info(("early",))))
+    assert history.layers == ("early", "late")
+    assert history.ok("early") == ()
+    assert history.layer("late").module == ""
 
 
 def test_only_readings_with_sizes_make_a_curve(log: Path) -> None:
     bad = reading(LAYERS[0], 100, status="nonfinite", effective_size=None)
-    told = load_history(write_log(log, [measurement(0), measurement(100, readings=(bad,)), measurement(200)]))
-    assert [step for step, _ in told.series(LAYERS[0], "effective_size")] == [0, 200]
-    newest = told.at(LAYERS[0], 199)
+    history = load_history(write_log(log, [measurement(0), measurement(100, readings=(bad,)), measurement(200)]))
+    assert [step for step, _ in history.series(LAYERS[0], "effective_size")] == [0, 200]
+    newest = history.at(LAYERS[0], 199)
     assert newest is not None
     assert newest.step == 0
-    assert told.at(LAYERS[0], -1) is None
+    assert history.at(LAYERS[0], -1) is None
 
 
 def test_the_loss_comes_first_whatever_it_is_called(log: Path) -> None:

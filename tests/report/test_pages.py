@@ -121,9 +121,9 @@ def test_no_template_turns_escaping_off() -> None:
         assert not re.search(r"\|\s*safe|autoescape|Markup", path.read_text()), path.name
 
 
-def test_the_page_tells_the_story_of_a_rescue(rescued: Path) -> None:
+def test_the_page_describes_a_rescue(rescued: Path) -> None:
     text = Page(render_report(load_history(rescued))).text
-    assert "1 of 2 layers fell ill and recovered: blocks.1.mixer." in text
+    assert "1 of 2 layers recovered after being collapsed or saturated: blocks.1.mixer." in text
     for part in (
         "Step 400",
         "healthy → collapsed: seen so",
@@ -172,7 +172,7 @@ def test_layers_without_a_finding_are_folded_away_when_there_are_many(tmp_path: 
 def test_a_comparison_sets_layers_side_by_side_at_equal_steps(rescued: Path, alone: Path) -> None:
     text = Page(render_comparison(load_history(rescued), load_history(alone))).text
     assert "At step 900, the last that both runs reached:" in text
-    assert "blocks.1.mixer uses 60 % of its memory in A and 25 % in B." in text
+    assert "blocks.1.mixer: utilization 60 % in A and 25 % in B." in text
     assert "loss is 2.1 in A and 3 in B." in text
     assert "step 0 step 225 step 450 step 675 step 900" in text
     assert "blocks.1.mixer 60 % / 25 % 60 % / 25 % 10 % / 25 % 10 % / 25 % 60 % / 25 %" in text
@@ -230,7 +230,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def test_the_command_writes_beside_the_log_or_where_it_is_told(run: Run, rescued: Path) -> None:
     beside = rescued.with_name("ess_report.html")
     assert run("report", rescued) == (0, f"{beside}\n", "")
-    assert "fell ill and recovered" in beside.read_text()
+    assert "recovered after being collapsed or saturated" in beside.read_text()
     elsewhere = rescued.parent / "new" / "page.html"
     assert run("report", rescued, "-o", elsewhere)[0] == 0
     assert elsewhere.read_text() == beside.read_text()
@@ -260,6 +260,14 @@ def test_the_room_knows_no_tensor() -> None:
     root = Path(page.__file__).parents[1]
     answer = subprocess.run([sys.executable, "-c", code, str(root)], check=True, capture_output=True, text=True)
     assert answer.stdout == "False\n"
+
+
+def test_the_names_of_0_1_still_work(rescued: Path) -> None:
+    from ess_monitor.report import RunStory, load_story
+
+    history = load_story(rescued)
+    assert isinstance(history, RunStory)
+    assert render_report(story=history) == render_report(history)
 
 
 def test_histograms_without_an_observation_are_left_out(tmp_path: Path) -> None:

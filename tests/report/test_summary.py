@@ -15,7 +15,7 @@ from tests.report.helpers import LAYERS, action, finding, measurement, reading, 
 FIRST, SECOND = LAYERS
 
 
-def _story(measurements: list[Measurement], **fields: Any) -> RunHistory:
+def _history(measurements: list[Measurement], **fields: Any) -> RunHistory:
     values: dict[str, Any] = {"final": snapshot("finished"), "info": run_info(), **fields}
     return RunHistory(
         Path("log"),
@@ -26,32 +26,32 @@ def _story(measurements: list[Measurement], **fields: Any) -> RunHistory:
     )
 
 
-def _about(story: RunHistory, heading: str) -> Paragraph:
-    (paragraph,) = [each for each in paragraphs(story) if each.heading.startswith(heading)]
+def _about(history: RunHistory, heading: str) -> Paragraph:
+    (paragraph,) = [each for each in paragraphs(history) if each.heading.startswith(heading)]
     return paragraph
 
 
-def _ill(condition: Any, *outcomes: str) -> RunHistory:
+def _run_with(condition: Any, *outcomes: str) -> RunHistory:
     last = measurement(
         200,
         conditions={FIRST: "healthy", SECOND: condition},
         findings=(finding(SECOND, 200, condition),),
         actions=tuple(action(SECOND, 200, outcome) for outcome in outcomes),
     )
-    return _story([measurement(0), last])
+    return _history([measurement(0), last])
 
 
 def test_a_healthy_run_needs_no_attention() -> None:
-    story = _story([measurement(0), measurement(100)])
-    assert headline(story) == "No layer collapsed or filled up; 2 of 2 were judged."
-    assert paragraphs(story) == ()
+    history = _history([measurement(0), measurement(100)])
+    assert headline(history) == "No layer was collapsed or saturated; 2 of 2 were judged."
+    assert paragraphs(history) == ()
 
 
 @pytest.mark.parametrize("condition", ["collapsed", "saturated"])
-def test_an_ill_layer_is_named_with_what_was_seen_and_what_to_do(condition: str) -> None:
-    story = _ill(condition)
-    assert headline(story) == f"1 of 2 layers ended {condition}: {SECOND}."
-    paragraph = _about(story, SECOND)
+def test_a_layer_that_needs_attention_is_named_with_what_was_seen_and_what_to_do(condition: str) -> None:
+    history = _run_with(condition)
+    assert headline(history) == f"1 of 2 layers ended {condition}: {SECOND}."
+    paragraph = _about(history, SECOND)
     assert paragraph.condition == condition
     assert paragraph.seen == (f"Step 200: healthy → {condition}: seen so",)
     assert paragraph.advice[0] == "Pull A towards I."
@@ -62,19 +62,19 @@ def test_an_ill_layer_is_named_with_what_was_seen_and_what_to_do(condition: str)
     [
         ((), "No treatment was tried"),
         (("dry_run",), "only advised"),
-        (("applied",), "has not brought the layer back"),
-        (("applied", "failed"), "has not brought the layer back"),
-        (("rolled_back",), "has not brought the layer back"),
+        (("applied",), "did not restore the layer"),
+        (("applied", "failed"), "did not restore the layer"),
+        (("rolled_back",), "did not restore the layer"),
     ],
 )
 def test_advice_on_a_collapse_follows_from_what_was_tried(outcomes: tuple[str, ...], said: str) -> None:
-    assert said in _about(_ill("collapsed", *outcomes), SECOND).advice[-1]
+    assert said in _about(_run_with("collapsed", *outcomes), SECOND).advice[-1]
 
 
 def test_a_recovery_after_a_treatment_is_not_claimed_for_it() -> None:
-    story = _story(rescued_run())
-    assert headline(story) == f"1 of 2 layers fell ill and recovered: {SECOND}."
-    paragraph = _about(story, SECOND)
+    history = _history(rescued_run())
+    assert headline(history) == f"1 of 2 layers recovered after being collapsed or saturated: {SECOND}."
+    paragraph = _about(history, SECOND)
     assert paragraph.condition == "healthy"
     assert [line.split(":")[0] for line in paragraph.seen] == ["Step 400", "Step 400", "Step 700"]
     assert "One run cannot tell" in paragraph.advice[0]
@@ -86,13 +86,13 @@ def test_the_worst_layer_comes_first() -> None:
         conditions={FIRST: "saturated", SECOND: "collapsed"},
         findings=(finding(FIRST, 100, "saturated"), finding(SECOND, 100)),
     )
-    assert [each.heading for each in paragraphs(_story([last]))] == [SECOND, FIRST]
+    assert [each.heading for each in paragraphs(_history([last]))] == [SECOND, FIRST]
 
 
 def test_a_killed_run_and_a_failed_one_say_so() -> None:
-    assert "The log has no end" in headline(_story([measurement(0)], final=None))
-    assert "The run failed." in headline(_story([measurement(0)], final=snapshot("failed")))
-    assert headline(_story([])).startswith("Nothing was measured")
+    assert "The log has no end" in headline(_history([measurement(0)], final=None))
+    assert "The run failed." in headline(_history([measurement(0)], final=snapshot("failed")))
+    assert headline(_history([])).startswith("Nothing was measured")
 
 
 def test_layers_that_were_not_judged_are_explained() -> None:
@@ -113,39 +113,49 @@ def test_layers_that_were_not_judged_are_explained() -> None:
         reading("said", 0),
         reading("broken", 0, status="failed", message="ValueError: odd shape"),
     )
-    story = _story([measurement(0, layers, readings=readings, conditions=dict.fromkeys(layers, "unknown"))], info=info)
-    assert headline(story) == "No layer was judged: see below why."
-    seen = dict(line.split(": ", 1) for line in _about(story, "Layers that were not judged").seen)
+    history = _history(
+        [measurement(0, layers, readings=readings, conditions=dict.fromkeys(layers, "unknown"))], info=info
+    )
+    assert headline(history) == "No layer was judged; the reasons are below."
+    seen = dict(line.split(": ", 1) for line in _about(history, "Layers that were not judged").seen)
     assert "warm-up" in seen["young"]
     assert "grows with the position" in seen["softmax"]
     assert seen["said"] == "It is full by construction."
     assert "no valid reading" in seen["broken"]
-    assert "ValueError: odd shape" in _about(story, "Readings without a size: failed").advice[0]
+    assert "ValueError: odd shape" in _about(history, "Readings without a size: failed").advice[0]
 
 
 def test_a_first_layer_that_uses_little_is_neither_said_to_be_healthy_nor_to_be_young() -> None:
     settings = {"spare_first_layer": True, "warmup_steps": 100}
     after = measurement(100, conditions={FIRST: "unknown", LAYERS[1]: "healthy"})
-    (seen,) = _about(_story([after], info=run_info(diagnosis=settings)), "Layers that were not judged").seen
-    assert seen.startswith(f"{FIRST}: It uses little of its memory, which may be right in the first of several layers")
+    (seen,) = _about(_history([after], info=run_info(diagnosis=settings)), "Layers that were not judged").seen
+    assert seen.startswith(f"{FIRST}: It uses little of its state, which may be right in the first of several layers")
     before = measurement(99, conditions=dict.fromkeys(LAYERS, "unknown"))
-    (seen,) = _about(_story([before], info=run_info(diagnosis=settings)), "Layers that were not judged").seen
+    (seen,) = _about(_history([before], info=run_info(diagnosis=settings)), "Layers that were not judged").seen
     assert "the warm-up was not over" in seen.lower()
 
 
 @pytest.mark.parametrize("status", ["nonfinite", "too_short", "timed_out", "dropped"])
 def test_readings_without_a_size_are_counted_and_explained(status: str) -> None:
     bad = tuple(reading(FIRST, 100, status=status) for _ in range(3))
-    paragraph = _about(_story([measurement(0), measurement(100, readings=bad)]), f"Readings without a size: {status}")
+    paragraph = _about(_history([measurement(0), measurement(100, readings=bad)]), f"Readings without a size: {status}")
     assert paragraph.seen == (f"3 readings of {FIRST}, the last at step 100.",)
     assert len(paragraph.advice[0]) > 40
+
+
+def test_the_last_bad_reading_is_the_last_of_all_layers() -> None:
+    late = measurement(200, readings=(reading(FIRST, 200, status="failed", message="late"),))
+    early = measurement(100, readings=(reading(SECOND, 100, status="failed", message="early"),))
+    paragraph = _about(_history([early, late]), "Readings without a size: failed")
+    assert paragraph.seen == (f"2 readings of {FIRST} and {SECOND}, the last at step 200.",)
+    assert paragraph.advice[0].endswith("late.")
 
 
 def test_short_sequences_an_exceeded_budget_and_lost_lines_are_said() -> None:
     short = measurement(0, readings=(reading(FIRST, 0, attainable_size=10.0),), overhead_ratio=0.2)
     final = snapshot("finished", export_dropped_total={"prometheus": 3}, export_errors_total={"tensorboard": 2})
-    story = _story([short], final=final, skipped_lines=4)
-    assert FIRST in _about(story, "Sequences too short").seen[0]
-    assert "20.00%" in _about(story, "The monitor cost more").seen[0]
-    missing = " ".join(_about(story, "What is missing").seen)
+    history = _history([short], final=final, skipped_lines=4)
+    assert FIRST in _about(history, "Sequences too short").seen[0]
+    assert "20.00%" in _about(history, "The monitor cost more").seen[0]
+    missing = " ".join(_about(history, "What is missing").seen)
     assert all(part in missing for part in ("4 lines", "prometheus dropped 3", "tensorboard failed 2"))

@@ -1,1 +1,1 @@
-"""The sections of a report page, one a file."""
+"""Sections of the report pages, one a file."""

@@ -1,4 +1,4 @@
-"""What is known of a run, as pairs of a name and a value."""
+"""Facts of a run and costs of its monitor, as pairs of a name and a value."""
 
 from __future__ import annotations
 
@@ -12,67 +12,58 @@ from ess_monitor.report.history import RunHistory
 Facts = tuple[tuple[str, str], ...]
 
 _LONGEST_SECONDS = 1e10
-"""Three hundred years: what is longer was written by no clock."""
+"""Three hundred years; a longer duration comes from a damaged log."""
 
 
-def run_facts(story: RunHistory) -> Facts:
-    """Who, what, when and how long."""
-    info, (first, last) = story.info, story.steps
-    status = story.final.status if story.final is not None else "no end in the log"
-    facts = [
+def run_facts(history: RunHistory) -> Facts:
+    """Return the name, model, times, steps and versions of the run."""
+    info, (first, last), count = history.info, history.steps, len(history.measurements)
+    return _without_empty(
         ("Run", info.run_name),
         ("Model", info.model),
-        ("Status", status),
-        ("Started", _time(story.start_seconds)),
-        ("Duration", duration(story.end_seconds - story.start_seconds)),
-        ("Layers measured", str(len(story.layers))),
-        ("Measurements", _measurements(story)),
-        ("Steps measured", f"{first} to {last}" if story.measurements else "none"),
-        (
-            "Strategy",
-            f"{info.strategy}, world size {info.world_size}, precision {info.precision}",
-        ),
+        ("Status", history.final.status if history.final is not None else "no end in the log"),
+        ("Started", _time(history.start_seconds)),
+        ("Duration", duration(history.end_seconds - history.start_seconds)),
+        ("Resumed before step", ", ".join(map(str, history.resumed_at))),
+        ("Layers measured", str(len(history.layers))),
+        ("Measurements", str(count) if history.thinned == 1 else f"{count} shown, one in {history.thinned}"),
+        ("Steps measured", f"{first} to {last}" if count else "none"),
+        ("Strategy", f"{info.strategy}, world size {info.world_size}, precision {info.precision}"),
         ("Versions", ", ".join(f"{name} {value}" for name, value in info.versions.items())),
-        ("Event log", story.path.name),
-    ]
-    if story.resumed_at:
-        facts.insert(5, ("Resumed before step", ", ".join(map(str, story.resumed_at))))
-    if story.earlier_runs:
-        facts.append(("Earlier runs in the log", f"{story.earlier_runs}, not shown here"))
-    return tuple((name, value) for name, value in facts if value)
+        ("Event log", history.path.name),
+        ("Earlier runs in the log", f"{history.earlier_runs}, not shown here" if history.earlier_runs else ""),
+    )
 
 
-def overhead_facts(story: RunHistory) -> Facts:
-    """What the monitor cost."""
-    facts = []
-    if story.measurements:
-        facts.append(("Share of the training time", f"{story.measurements[-1].overhead_ratio:.2%}"))
-        facts.append(("Steps between samples, at the end", str(story.measurements[-1].interval_steps)))
-    if story.info.overhead_budget_ratio:
-        facts.insert(min(len(facts), 1), ("Budget", f"{story.info.overhead_budget_ratio:.2%}"))
-    if story.final is not None and story.final.step_seconds.count:
-        steps = story.final.step_seconds
-        facts.append(("Mean time of a training step", f"{1e3 * steps.total_seconds / steps.count:.1f} ms"))
-    return tuple(facts)
+def overhead_facts(history: RunHistory) -> Facts:
+    """Return what the monitor cost, against its budget."""
+    last = history.measurements[-1] if history.measurements else None
+    budget = history.info.overhead_budget_ratio
+    steps = history.final.step_seconds if history.final is not None else None
+    mean = f"{1e3 * steps.total_seconds / steps.count:.1f} ms" if steps is not None and steps.count else ""
+    return _without_empty(
+        ("Share of the training time", f"{last.overhead_ratio:.2%}" if last is not None else ""),
+        ("Budget", f"{budget:.2%}" if budget else ""),
+        ("Steps between samples, at the end", str(last.interval_steps) if last is not None else ""),
+        ("Mean time of a training step", mean),
+    )
 
 
-def overhead_table(story: RunHistory) -> Table | None:
-    """Time per phase of the monitor; None where the run left no final counters."""
-    if story.final is None:
-        return None
-    rows = []
-    for phase in PHASES:
-        spent = story.final.overhead_seconds.get(phase)
-        if spent is not None and spent.count:
-            mean = 1e3 * spent.total_seconds / spent.count
-            rows.append((phase, str(spent.count), f"{spent.total_seconds:.2f} s", f"{mean:.2f} ms"))
-    return Table("Time of the monitor by phase", ("phase", "times", "in all", "mean"), tuple(rows)) if rows else None
+def overhead_table(history: RunHistory) -> Table | None:
+    """Return the time of each phase of the monitor; None where the log has no final counters."""
+    spent = history.final.overhead_seconds if history.final is not None else {}
+    rows = tuple(
+        (phase, str(data.count), f"{data.total_seconds:.2f} s", f"{1e3 * data.total_seconds / data.count:.2f} ms")
+        for phase in PHASES
+        if (data := spent.get(phase)) is not None and data.count
+    )
+    return Table("Time of the monitor by phase", ("phase", "times", "total", "mean"), rows) if rows else None
 
 
-def overhead_chart(story: RunHistory, scale: Scale) -> Chart | None:
-    """The cost so far at each measurement, in percent of the training time, and the budget."""
-    cost = [(float(each.step), 100 * each.overhead_ratio) for each in story.measurements]
-    budget = 100 * story.info.overhead_budget_ratio
+def overhead_chart(history: RunHistory, scale: Scale) -> Chart | None:
+    """Draw the cost up to each measurement, in percent of the training time, and the budget."""
+    cost = [(float(each.step), 100 * each.overhead_ratio) for each in history.measurements]
+    budget = 100 * history.info.overhead_budget_ratio
     limit = [(scale.low, budget), (scale.high, budget)] if budget else []
     return line_chart(
         "Cost of the monitor so far, % of training time",
@@ -82,7 +73,8 @@ def overhead_chart(story: RunHistory, scale: Scale) -> Chart | None:
 
 
 def duration(seconds: float) -> str:
-    """
+    """Format a duration.
+
     >>> duration(42), duration(3700), duration(200000), duration(-1)
     ('42 s', '1 h 01 min', '2 d 7 h', 'unknown')
     """
@@ -96,13 +88,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {int(seconds % 60):02d} s" if minutes else f"{seconds:.0f} s"
 
 
+def _without_empty(*facts: tuple[str, str]) -> Facts:
+    return tuple((name, value) for name, value in facts if value)
+
+
 def _time(seconds: float) -> str:
     try:
         return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M:%S} UTC" if seconds else "unknown"
     except (OverflowError, ValueError, OSError):
         return "unknown"
-
-
-def _measurements(story: RunHistory) -> str:
-    count = str(len(story.measurements))
-    return count if story.thinned == 1 else f"{count} shown, every {story.thinned}th of the run's"

@@ -1,4 +1,4 @@
-"""The singular values behind a layer's ESS at a few steps, as a chart and as numbers."""
+"""Singular values of a layer at a few steps, as a chart and as numbers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ from ess_monitor.report.components import Table, cell
 from ess_monitor.report.figures import Chart, Scale, Series, line_chart, log_scale, number
 from ess_monitor.report.history import RunHistory
 
-_STYLES = ("a", "b", "c", "d")
 
+def chosen_spectra(history: RunHistory, layer: str) -> tuple[tuple[str, Reading], ...]:
+    """Return at most four readings with a spectrum, by step, each with the reason why it was chosen.
 
-def chosen_spectra(story: RunHistory, layer: str) -> tuple[tuple[str, Reading], ...]:
-    """At most four readings with a spectrum, by step, each with a word for why it was chosen.
-
-    The first and the last; between them the two around the first action that was applied to the layer, or the middle
-    one where none was. Empty where the log has no spectra.
+    They are the first, the last, and between them the two around the first action that was applied to the layer, or
+    the middle one where none was. The result is empty where the log has no spectra.
     """
-    known = [reading for reading in story.ok(layer) if reading.spectrum]
+    known = [reading for reading in history.ok(layer) if reading.spectrum]
     if not known:
         return ()
     chosen = {known[0].step: ("first", known[0])}
-    applied = [action for action in story.actions if action.layer == layer and action.outcome == "applied"]
+    applied = [action for action in history.actions if action.layer == layer and action.outcome == "applied"]
     if applied:
         step, name = applied[0].step, applied[0].action
-        # A sample of the step at which something is done was taken before it is done.
+        # The sample of a step is taken before the action of that step.
         for reading in [each for each in known if each.step <= step][-1:]:
             chosen.setdefault(reading.step, (f"before {name}", reading))
         for reading in [each for each in known if each.step > step][:1]:
@@ -38,10 +36,10 @@ def chosen_spectra(story: RunHistory, layer: str) -> tuple[tuple[str, Reading], 
 
 
 def spectra_chart(chosen: Sequence[tuple[str, Reading]]) -> Chart | None:
-    """Singular values over their ranks on a logarithmic axis, and the tolerance; None where all are 0."""
+    """Draw the singular values by rank on a logarithmic axis, with the tolerance; None where all are 0."""
     series = [
-        Series(_label(why, reading), kind, [(float(rank), value) for rank, value in _pairs(reading) if value > 0])
-        for kind, (why, reading) in zip(_STYLES, chosen, strict=False)
+        Series(_label(reason, reading), kind, [(float(rank), value) for rank, value in _pairs(reading) if value > 0])
+        for kind, (reason, reading) in zip("abcd", chosen, strict=False)
     ]
     if not any(each.pairs for each in series):
         return None
@@ -52,7 +50,7 @@ def spectra_chart(chosen: Sequence[tuple[str, Reading]]) -> Chart | None:
     drawn = [value for pairs in (limit, *(each.pairs for each in series)) for _, value in pairs]
     return line_chart(
         "Singular values at the middle of the sequence, by rank",
-        [*series, Series(f"tolerance {number(tolerance)}: the ESS counts what is above", "limit", limit)],
+        [*series, Series(f"tolerance {number(tolerance)}: the ESS counts the values above", "limit", limit)],
         axis,
         x_label="rank",
         y=log_scale(drawn),
@@ -60,18 +58,18 @@ def spectra_chart(chosen: Sequence[tuple[str, Reading]]) -> Chart | None:
 
 
 def spectra_table(chosen: Sequence[tuple[str, Reading]]) -> Table | None:
-    """The same as numbers, one rank a row; None where there is nothing to show."""
+    """Return the singular values as numbers, with a row for each rank; None where there are none."""
     columns = [dict(_pairs(reading)) for _, reading in chosen]
     ranks = sorted({rank for column in columns for rank in column})
     if not ranks:
         return None
     rows = tuple((str(rank), *(cell(column.get(rank)) for column in columns)) for rank in ranks)
-    return Table("Singular values", ("rank", *(_label(why, reading) for why, reading in chosen)), rows)
+    return Table("Singular values", ("rank", *(_label(reason, reading) for reason, reading in chosen)), rows)
 
 
 def _pairs(reading: Reading) -> list[tuple[int, float]]:
     return list(zip(reading.spectrum_ranks, reading.spectrum, strict=False))
 
 
-def _label(why: str, reading: Reading) -> str:
-    return f"step {reading.step}, {why}"
+def _label(reason: str, reading: Reading) -> str:
+    return f"step {reading.step}, {reason}"

@@ -11,11 +11,11 @@ from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.report import load_history, render_report
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.sections.diagnosis import (
-    HELD_OUT,
-    MEASURED_WITH,
+    BENCHMARK,
+    BENCHMARKED_SETTINGS,
     detector_facts,
     detector_table,
-    judged_as_measured,
+    was_judged_as_benchmarked,
 )
 from tests.report.helpers import HOSTILE, LAYERS, Page, measurement, reading, rescued_run, run_info, write_log
 
@@ -24,20 +24,20 @@ SHORT_OF_THE_WHOLE = {"warmup_steps", "metric", "metric_mode", "metric_solved"}
 """What a user states of a run, and no figure depends on."""
 
 
-def _story(tmp_path: Path, config: DiagnosisConfig | None = TASK, **log: Any) -> RunHistory:
+def _history(tmp_path: Path, config: DiagnosisConfig | None = TASK, **log: Any) -> RunHistory:
     info = run_info(diagnosis={} if config is None else config.model_dump())
     return load_history(write_log(tmp_path / "log.jsonl", rescued_run(), info, **log))
 
 
-def _rows(story: RunHistory) -> dict[str, dict[str, str]]:
-    table = detector_table(story)
+def _rows(history: RunHistory) -> dict[str, dict[str, str]]:
+    table = detector_table(history)
     assert table is not None
     return {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}
 
 
 def test_samples_waiting_times_and_findings_are_told(tmp_path: Path) -> None:
-    story = _story(tmp_path, measurements_total={"ok": 10, "failed": 1, "skipped": 2})
-    facts = dict(detector_facts(story))
+    history = _history(tmp_path, measurements_total={"ok": 10, "failed": 1, "skipped": 2})
+    facts = dict(detector_facts(history))
     assert facts["Samples measured"] == "10, those of the warm-up included"
     assert facts["Samples judged"] == "8", "those at steps 0 and 100 fell into the warm-up"
     assert (facts["Samples failed"], facts["Samples skipped"]) == ("1", "2")
@@ -52,7 +52,7 @@ def test_samples_waiting_times_and_findings_are_told(tmp_path: Path) -> None:
 
 
 def test_each_layer_tells_where_its_judged_readings_lay(tmp_path: Path) -> None:
-    rows = _rows(_story(tmp_path))
+    rows = _rows(_history(tmp_path))
     assert rows[LAYERS[1]] == {
         "judged": "8",
         "below 0.3": "3",
@@ -66,12 +66,12 @@ def test_each_layer_tells_where_its_judged_readings_lay(tmp_path: Path) -> None:
 
 
 def test_without_a_task_metric_the_line_asks_for_low_retention(tmp_path: Path) -> None:
-    story = _story(tmp_path, DiagnosisConfig(warmup_steps=0))
-    facts = dict(detector_facts(story))
+    history = _history(tmp_path, DiagnosisConfig(warmup_steps=0))
+    facts = dict(detector_facts(history))
     assert facts["Task metric"] == "none"
     assert facts["Collapsed"] == "utilization below 0.3 at a retention below 0.75, until 0.35"
     assert "Collapsed by its decay" not in facts
-    assert _rows(story)[LAYERS[1]]["below 0.3, retention below 0.75"] == "3"
+    assert _rows(history)[LAYERS[1]]["below 0.3, retention below 0.75"] == "3"
 
 
 def test_a_full_layer_counts_as_full_and_one_that_is_not_judged_counts_nowhere(tmp_path: Path) -> None:
@@ -88,54 +88,56 @@ def test_a_full_layer_counts_as_full_and_one_that_is_not_judged_counts_nowhere(t
 
 
 def test_a_warmup_that_the_run_never_ended_is_said(tmp_path: Path) -> None:
-    facts = dict(detector_facts(_story(tmp_path, DiagnosisConfig())))
+    facts = dict(detector_facts(_history(tmp_path, DiagnosisConfig())))
     assert facts["Warm-up"] == "1000 steps, longer than the run"
     assert facts["Samples judged"] == "0"
 
 
 def test_a_log_without_an_end_does_not_make_up_its_counters(tmp_path: Path) -> None:
-    facts = dict(detector_facts(_story(tmp_path, finished=None)))
+    facts = dict(detector_facts(_history(tmp_path, finished=None)))
     assert facts["Samples failed, skipped"] == "unknown: the log has no end"
     assert facts["First finding"] == "step 400, 44.4 % of the 900 steps so far"
 
 
 def test_an_old_log_says_what_it_does_not_hold(tmp_path: Path) -> None:
-    story = _story(tmp_path, None)
-    facts = dict(detector_facts(story))
+    history = _history(tmp_path, None)
+    facts = dict(detector_facts(history))
     assert facts["Warm-up"] == facts["Patience"] == facts["Task metric"] == "not in this log"
-    assert facts["Collapsed"] == "utilization below 0.3, until an unknown line"
-    assert _rows(story)[LAYERS[1]]["below 0.3"] == "3"
-    assert "How good these rules are" not in Page(render_report(story)).text
+    assert facts["Collapsed"] == "utilization below 0.3, until an unknown threshold"
+    assert _rows(history)[LAYERS[1]]["below 0.3"] == "3"
+    assert "How good these rules are" not in Page(render_report(history)).text
 
 
 def test_the_first_of_several_layers_is_said_to_be_spared(tmp_path: Path) -> None:
     sentence = "blocks.0.mixer, the first of several layers, is never called collapsed"
-    assert sentence in Page(render_report(_story(tmp_path))).text
+    assert sentence in Page(render_report(_history(tmp_path))).text
     strict = TASK.model_copy(update={"spare_first_layer": False})
-    assert sentence not in Page(render_report(_story(tmp_path / "strict", strict))).text
+    assert sentence not in Page(render_report(_history(tmp_path / "strict", strict))).text
 
 
 def test_the_quality_of_the_rules_is_told_of_runs_that_were_judged_by_them(tmp_path: Path) -> None:
-    text = Page(render_report(_story(tmp_path))).text
+    text = Page(render_report(_history(tmp_path))).text
     assert "How good these rules are" in text
     assert "collapsed 7 5 5 (precision 1.00) 5 of 7" in text
     assert "healthy 8 0" in text
     assert "too small a state 2 0" in text
     assert "no task metric" not in text
-    alone = Page(render_report(_story(tmp_path / "alone", DiagnosisConfig()))).text
+    alone = Page(render_report(_history(tmp_path / "alone", DiagnosisConfig()))).text
     assert "how good the rules are without one was not measured" in alone
 
 
 @pytest.mark.parametrize("change", [{"patience": 3}, {"collapsed_below": 0.29}, {"spare_first_layer": False}])
 def test_the_quality_of_other_rules_is_not_told(tmp_path: Path, change: dict[str, Any]) -> None:
-    story = _story(tmp_path, TASK.model_copy(update=change))
-    assert "How good these rules are" not in Page(render_report(story)).text
+    history = _history(tmp_path, TASK.model_copy(update=change))
+    assert "How good these rules are" not in Page(render_report(history)).text
 
 
 def test_what_was_measured_are_the_defaults() -> None:
     defaults = DiagnosisConfig().model_dump()
-    assert set(MEASURED_WITH) == set(defaults) - SHORT_OF_THE_WHOLE
-    assert judged_as_measured(defaults), "the defaults have changed: run benchmarks.detector and write its figures here"
+    assert set(BENCHMARKED_SETTINGS) == set(defaults) - SHORT_OF_THE_WHOLE
+    assert was_judged_as_benchmarked(defaults), (
+        "the defaults have changed: run benchmarks.detector and write its figures here"
+    )
 
 
 def test_the_figures_are_those_of_the_benchmark() -> None:
@@ -146,7 +148,7 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
 
     rows, _ = evaluate(split(json.loads(gzip.decompress(RECORDED.read_bytes())))[1])
     figures = {row["condition"]: row for row in rows}
-    said = {row[0]: row[1:] for row in HELD_OUT.rows}
+    said = {row[0]: row[1:] for row in BENCHMARK.rows}
     assert said["healthy"][:2] == (str(figures["healthy"]["runs"]), str(figures["healthy"]["flagged"]))
     for condition, name in (("collapsed", "collapsed"), ("saturated", "too small a state")):
         found = figures[condition]
@@ -155,11 +157,11 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
     assert (
         said["collapsed"][2] == f"{figures['collapsed']['flagged']} (precision {figures['collapsed']['precision']:.2f})"
     )
-    assert str(sum(row["runs"] for row in rows)) in HELD_OUT.caption
+    assert str(sum(row["runs"] for row in rows)) in BENCHMARK.caption
 
 
 def test_the_name_of_the_task_metric_is_text(tmp_path: Path) -> None:
-    html = render_report(_story(tmp_path, TASK.model_copy(update={"metric": HOSTILE[0]})))
+    html = render_report(_history(tmp_path, TASK.model_copy(update={"metric": HOSTILE[0]})))
     assert "<script" not in html
     assert f"{HOSTILE[0]}, solved at" in Page(html).text
 

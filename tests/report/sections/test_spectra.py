@@ -1,4 +1,4 @@
-"""Spectra of a layer at the steps that tell its story."""
+"""Spectra of a layer at the steps that show its changes."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ def _reading(step: int, spectrum: tuple[float, ...] = (10.0, 0.1, 1e-4), **field
     return reading(LAYER, step, **values)
 
 
-def _story(readings: list[Reading], *actions: Action) -> RunHistory:
+def _history(readings: list[Reading], *actions: Action) -> RunHistory:
     measurements = tuple(measurement(each.step, readings=(each,)) for each in readings)
     return RunHistory(Path("log"), run_info(), measurements, actions=actions)
 
 
-def _chosen(story: RunHistory) -> list[tuple[int, str]]:
-    return [(reading.step, why) for why, reading in chosen_spectra(story, LAYER)]
+def _chosen(history: RunHistory) -> list[tuple[int, str]]:
+    return [(reading.step, why) for why, reading in chosen_spectra(history, LAYER)]
 
 
 def test_without_an_action_the_first_the_middle_and_the_last_are_shown() -> None:
     readings = [_reading(step) for step in range(0, 500, 100)]
-    assert _chosen(_story(readings)) == [(0, "first"), (200, "middle"), (400, "last")]
-    assert _chosen(_story(readings[:2])) == [(0, "first"), (100, "middle")]
-    assert _chosen(_story(readings[:1])) == [(0, "first")]
+    assert _chosen(_history(readings)) == [(0, "first"), (200, "middle"), (400, "last")]
+    assert _chosen(_history(readings[:2])) == [(0, "first"), (100, "middle")]
+    assert _chosen(_history(readings[:1])) == [(0, "first")]
 
 
 def test_an_action_on_the_layer_shows_what_was_right_before_and_right_after_it() -> None:
     readings = [_reading(step) for step in range(0, 500, 100)]
     others = (action(LAYERS[1], 50), action(LAYER, 90, "dry_run"), action(LAYER, 400))
-    assert _chosen(_story(readings, action(LAYER, 200), *others)) == [
+    assert _chosen(_history(readings, action(LAYER, 200), *others)) == [
         (0, "first"),
         (200, "before pull_to_identity"),
         (300, "after pull_to_identity"),
         (400, "last"),
     ]
-    assert _chosen(_story(readings, action(LAYER, 10))) == [
+    assert _chosen(_history(readings, action(LAYER, 10))) == [
         (0, "first"),
         (100, "after pull_to_identity"),
         (400, "last"),
     ]
-    assert _chosen(_story(readings, action(LAYER, 402))) == [(0, "first"), (400, "before pull_to_identity")]
+    assert _chosen(_history(readings, action(LAYER, 402))) == [(0, "first"), (400, "before pull_to_identity")]
 
 
 def test_readings_without_a_spectrum_are_passed_over() -> None:
     readings = [reading(LAYER, 0), _reading(100), _reading(200, status="nonfinite"), reading(LAYER, 300)]
-    assert _chosen(_story(readings)) == [(100, "first")]
-    assert _chosen(_story([reading(LAYER, 0)])) == []
+    assert _chosen(_history(readings)) == [(100, "first")]
+    assert _chosen(_history([reading(LAYER, 0)])) == []
 
 
 def test_a_spectrum_is_drawn_on_a_logarithmic_axis_beside_the_tolerance() -> None:
-    chart = spectra_chart(chosen_spectra(_story([_reading(0), _reading(100, (10.0, 1e-2, 0.0))]), LAYER))
+    chart = spectra_chart(chosen_spectra(_history([_reading(0), _reading(100, (10.0, 1e-2, 0.0))]), LAYER))
     assert chart is not None
     assert [line.label.split(":")[0] for line in chart.lines] == [
         "step 0, first",
@@ -81,16 +81,16 @@ def test_a_spectrum_is_drawn_on_a_logarithmic_axis_beside_the_tolerance() -> Non
 @pytest.mark.parametrize("spectrum", [(0.0, 0.0), (0.0,), (1.7e308, 5e-324), (3.0,)])
 @pytest.mark.parametrize("tolerance", [0.0, 1e-3])
 def test_any_spectrum_is_a_page(spectrum: tuple[float, ...], tolerance: float) -> None:
-    story = _story([_reading(0, spectrum, tolerance=tolerance)])
-    card = layer_card(story, LAYER, steps_of(story), ())
+    history = _history([_reading(0, spectrum, tolerance=tolerance)])
+    card = layer_card(history, LAYER, steps_of(history), ())
     assert card.spectra is not None
     assert (len(card.charts) == 3) == (max(spectrum) > 0)
-    assert Page(render_report(story)).unclosed == []
+    assert Page(render_report(history)).unclosed == []
 
 
 def test_the_table_has_every_rank_that_any_of_the_steps_has() -> None:
     thinned = _reading(100, (5.0, 0.25), spectrum_ranks=(1, 4))
-    table = spectra_table(chosen_spectra(_story([_reading(0), thinned]), LAYER))
+    table = spectra_table(chosen_spectra(_history([_reading(0), thinned]), LAYER))
     assert table is not None
     assert table.columns == ("rank", "step 0, first", "step 100, middle")
     assert table.rows == (("1", "10", "5"), ("2", "0.1", "–"), ("3", "0.0001", "–"), ("4", "–", "0.25"))

@@ -1,0 +1,5 @@
+"""`python -m ess_monitor.cli`."""
+
+from ess_monitor.cli.main import main
+
+main()
