@@ -238,9 +238,7 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             kind = node.tag.rpartition(":")[2]  # what the value's own type makes of it: `2001-13-01`, `!!int x`
-            raise yaml.constructor.ConstructorError(
-                None, None, f"not of type {kind}", node.start_mark
-            ) from error
+            raise yaml.constructor.ConstructorError(None, None, f"not of type {kind}", node.start_mark) from error
         if isinstance(value, int) and abs(value) > MAX_INTEGER:
             raise _TooMuch("a whole number of more than 64 bits", node)
         if isinstance(value, str) and _UNWRITABLE.search(value):
