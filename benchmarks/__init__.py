@@ -1,1 +1,1 @@
-"""Benchmarks that report ratios within one run. `python -m benchmarks` runs the timings; each module also runs alone."""
+"""Benchmarks that report ratios within one run. `python -m benchmarks` runs the timings; each module also runs."""
