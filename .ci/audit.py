@@ -72,7 +72,7 @@ def vulnerabilities(pip_audit: str, requirements: Iterable[str]) -> tuple[list[s
         except (OSError, ValueError, KeyError):
             return None
     known = [
-        f"{each['name']}=={each['version']}: {vulnerability['id']}, mended in "
+        f"{each['name']}=={each['version']}: {vulnerability['id']}, fixed in "
         f"{', '.join(vulnerability['fix_versions']) or 'no release yet'}"
         for each in found
         for vulnerability in each.get("vulns", ())

@@ -1,1 +1,1 @@
-"""Timings, as ratios within one run. `python -m benchmarks` runs them all; each module runs alone as well."""
+"""Benchmarks that report ratios within one run. `python -m benchmarks` runs the timings; each module also runs."""

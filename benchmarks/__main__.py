@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: every benchmark in one run."""
+"""Runs the timing benchmarks and the gradient tables: `python -m benchmarks`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All positions of 8 heads with state 16: square-root Gramians against a full SVD of every H_i.
+"""Times ESS at all positions of 8 heads with state 16: square-root Gramians against a full SVD of every H_i.
 
 The baseline is the paper's method (appendix C.1.1): materialize T, then `torch.svd` of T[i:, :i] at every position. At
 length 2048 it is timed on evenly spaced positions and scaled to all of them; the tolerance-ESS is compared there.
@@ -20,7 +20,7 @@ TARGETS = {512: 50.0, 2048: 1000.0}
 
 
 def recurrence(length: int) -> DiagonalRecurrence:
-    """A gated recurrence with decays between 0.9 and 1, as a trained gate has them."""
+    """Build a gated recurrence with decays between 0.9 and 1, typical of a trained gate."""
     generator = torch.Generator().manual_seed(length)
     shape = (1, HEADS, length, STATE)
     log_decay = -0.1 * torch.rand(shape, generator=generator)
@@ -29,7 +29,7 @@ def recurrence(length: int) -> DiagonalRecurrence:
 
 
 def full_svd(T: torch.Tensor, positions: tuple[int, ...]) -> tuple[float, torch.Tensor]:
-    """Seconds, and tolerance-ESS at each position, by one full SVD per position."""
+    """Return the seconds and the tolerance-ESS at each position, by one full SVD per position."""
     started, counts = time.perf_counter(), []
     for i in positions:
         _, sigma, _ = torch.svd(T[..., i:, :i])
@@ -38,7 +38,7 @@ def full_svd(T: torch.Tensor, positions: tuple[int, ...]) -> tuple[float, torch.
 
 
 def run() -> Result:
-    """Both methods at both lengths."""
+    """Time both methods at both lengths."""
     rows, failures = [], []
     for length, target in TARGETS.items():
         operator = recurrence(length)

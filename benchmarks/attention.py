@@ -1,4 +1,4 @@
-"""Softmax attention at 8 positions: H_i formed and decomposed per position, against an SVD of the same blocks of T."""
+"""Times softmax attention at 8 positions: one H_i at a time against an SVD of the same blocks of T."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LENGTH, DIM, POSITIONS = 2048, 64, 8
 
 
 def run() -> Result:
-    """One head."""
+    """Time both methods on one head."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn((1, 1, LENGTH, DIM), generator=generator) for _ in range(2))
     operator = SoftmaxAttention(q, k)

@@ -1,4 +1,4 @@
-"""The gated delta rule against a diagonal recurrence of the same size, 8 heads, both by square-root Gramians.
+"""Times the gated delta rule against a diagonal recurrence of the same size: 8 heads, square-root Gramians.
 
 Runs of the two alternate, and medians are compared. At length 512 the tolerance-ESS is checked against a full SVD of
 the blocks of a materialized T, in float64, at a few of the positions.
@@ -24,7 +24,7 @@ CASES = ((512, 16, 511), (2048, 16, 63), (512, 64, 4), (2048, 128, 8))
 
 
 def operators(length: int, state: int) -> tuple[DeltaRecurrence, DiagonalRecurrence]:
-    """Keys of norm 1, decays between 0.9 and 1, beta between 0 and 1; the diagonal recurrence has the same decays."""
+    """Build both operators: keys of norm 1, beta between 0 and 1, the same decays between 0.9 and 1."""
     generator = torch.Generator().manual_seed(length + state)
     shape = (1, HEADS, length, state)
     log_decay = -0.1 * torch.rand(shape, generator=generator)
@@ -34,14 +34,14 @@ def operators(length: int, state: int) -> tuple[DeltaRecurrence, DiagonalRecurre
 
 
 def seconds(operator: Operator, positions: tuple[int, ...]) -> float:
-    """One measurement."""
+    """Time one measurement."""
     started = time.perf_counter()
     tolerance_ess(operator.singular_values(positions))
     return time.perf_counter() - started
 
 
 def differences(operator: DeltaRecurrence, positions: tuple[int, ...]) -> int:
-    """Heads and positions at which the tolerance-ESS is not that of T."""
+    """Count the heads and positions at which the tolerance-ESS differs from that of T."""
     checked = positions[:: max(1, len(positions) // CHECKED)]
     T = operator.map(lambda tensor: tensor.double()).materialize()
     expected = torch.stack([(torch.linalg.svdvals(T[..., i:, :i]) > 1e-3).sum(-1) for i in checked], -1)
@@ -49,7 +49,7 @@ def differences(operator: DeltaRecurrence, positions: tuple[int, ...]) -> int:
 
 
 def run() -> Result:
-    """Every case on one thread, which is what the monitor's worker takes by default."""
+    """Time every case on one thread, the default of the monitor's worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -84,7 +84,7 @@ def _compared() -> Result:
     return Result(
         f"Delta rule against a diagonal recurrence, {HEADS} heads, float32, one thread",
         rows,
-        [f"medians of {REPEATS} alternating runs after one that does not count"],
+        [f"medians of {REPEATS} alternating runs after one warm-up run"],
         failures,
     )
 

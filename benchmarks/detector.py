@@ -1,16 +1,16 @@
-"""How good is the diagnosis? Precision, recall and lead on labeled runs, half of them held out.
+"""Measures precision, recall and lead of the diagnosis on labeled runs, half of them held out.
 
     python -m benchmarks.detector [--json FILE]      replay the recorded runs through the diagnosis (seconds)
     python -m benchmarks.detector --collect          train and label the runs again (about half an hour on two cores)
 
-The runs are small recall nets of several featurizers, sizes and seeds. Their labels come from final accuracies alone,
+The runs are small recall models of several featurizers, sizes and seeds. Their labels come from final accuracies alone,
 and were fixed before any threshold was tuned:
 
     healthy     the run itself ends at 0.9 or better
     collapsed   it does not, but the same run does with A->I regularization (alpha times 100 on GLA-S6) of the second
                 mixer from step 500 on
-    saturated   neither does, but the same net with four times the state does
-    other       nothing of these helps (left out of the counts)
+    saturated   neither does, but the same model with four times the state does
+    other       none of these helps (left out of the counts)
 
 Every second run of a kind is held out; the defaults of `DiagnosisConfig` were chosen with the other half only
 (benchmarks/README.md says how clean that is). The recorded numbers are each run's readings and metrics at every 50th
@@ -42,21 +42,21 @@ from rescue import train
 
 RECORDED = Path(__file__).with_name("detector_runs.json.gz")
 COLLECTED = Path("runs/detector")
-"""Where --collect keeps finished runs, so that an interrupted collection goes on where it stopped."""
+"""Folder of finished runs, from which --collect resumes after an interruption."""
 SOLVED = 0.9
 INTERVENE_AT = 500
 EARLY = 0.4
-"""A collapse is to be found before this share of the training."""
+"""Share of the training before which a collapse should be found."""
 DIAGNOSIS = DiagnosisConfig(metric="accuracy", metric_solved=SOLVED)
-"""The defaults, but for what a user states: the task's metric here, the warm-up for a run's length below."""
+"""The defaults with the settings that a user gives: the task's metric here, and the warm-up of each run below."""
 WARMUP = 1 / 7
-"""Share of its length for which a run is not judged: what `DiagnosisConfig.warmup_steps` advises."""
+"""Warm-up as a share of the run's length, as `DiagnosisConfig.warmup_steps` recommends."""
 
 KEPT = ("state_capacity", "attainable_size", "effective_size", "utilization_ratio", "retention_ratio", "per_position")
 
 
 def setting(featurizer: str, length: int, kv: int, steps: int, state: int, **options: float) -> dict[str, Any]:
-    """One size of the recall net."""
+    """Return the settings of one recall model."""
     return {
         "featurizer": featurizer,
         "length": length,
@@ -82,7 +82,7 @@ RUNS: list[tuple[dict[str, Any], int]] = [
 
 
 class Recorder:
-    """An exporter that keeps what the diagnosis needs."""
+    """An exporter that keeps the numbers that the diagnosis needs."""
 
     name, inline = "recorder", True
 
@@ -90,7 +90,7 @@ class Recorder:
         self.rows: list[dict[str, Any]] = []
 
     def start(self, run: Any, snapshot: Any) -> None:
-        """Nothing to open."""
+        """Do nothing: there is nothing to open."""
 
     def export(self, measurement: Measurement) -> None:
         """Keep the numbers of each layer."""
@@ -98,7 +98,7 @@ class Recorder:
         self.rows.append({"step": measurement.step, "accuracy": measurement.metrics["accuracy"], "layers": layers})
 
     def close(self, status: Any) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
 
 def _short(value: Any) -> Any:
@@ -106,7 +106,7 @@ def _short(value: Any) -> Any:
 
 
 def collect(size: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train a run, and its remedies until one of them helps; or take it from an interrupted collection."""
+    """Train a run, then the same run with each remedy until one helps; or load it from an interrupted collection."""
     kept = COLLECTED / f"{name_of(size).replace(' ', '-')}-seed-{seed}.json"
     if kept.exists():
         content: dict[str, Any] = json.loads(kept.read_text())
@@ -143,13 +143,13 @@ def _treat(step: int, model: Any) -> None:
 
 
 def name_of(size: dict[str, Any]) -> str:
-    """Short name of a setting."""
+    """Return a short name of a setting."""
     options = " ".join(f"{k} {v:g}" for k, v in size["options"].items())
     return f"{size['featurizer']} {options} L {size['length']} kv {size['kv_pairs']} TSS {size['state_size']}"
 
 
 def replay(run: dict[str, Any], config: DiagnosisConfig = DIAGNOSIS) -> tuple[str, int | None, str]:
-    """What the diagnosis says of a recorded run: the first finding's condition, step and layer."""
+    """Return the condition, step and layer of the first finding in a recorded run."""
     tracker = Tracker(config.model_copy(update={"warmup_steps": round(WARMUP * run["setting"]["steps"])}))
     length = run["setting"]["length"]
     positions = tuple(round(k * length / 4) for k in (1, 2, 3))
@@ -172,39 +172,41 @@ def replay(run: dict[str, Any], config: DiagnosisConfig = DIAGNOSIS) -> tuple[st
 
 
 def evaluate(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Per condition: precision, recall, lead; and what went wrong."""
-    said = [(run, *replay(run)) for run in runs if run["label"] != "other"]
+    """Return precision, recall and lead of each condition, and the runs with a wrong finding."""
+    results = [(run, *replay(run)) for run in runs if run["label"] != "other"]
     rows, wrong = [], []
     for condition in ("collapsed", "saturated"):
-        flagged = [s for s in said if s[1] == condition]
+        flagged = [s for s in results if s[1] == condition]
         right = [s for s in flagged if s[0]["label"] == condition]
-        there = [s for s in said if s[0]["label"] == condition]
+        labeled = [s for s in results if s[0]["label"] == condition]
         leads = [run["setting"]["steps"] - step for run, _, step, _ in right if step is not None]
         shares = [step / run["setting"]["steps"] for run, _, step, _ in right if step is not None]
         rows.append(
             {
                 "condition": condition,
-                "runs": len(there),
+                "runs": len(labeled),
                 "flagged": len(flagged),
                 "precision": len(right) / len(flagged) if flagged else "-",
-                "recall": len(right) / len(there) if there else "-",
+                "recall": len(right) / len(labeled) if labeled else "-",
                 "median lead, steps": statistics.median(leads) if leads else "-",
                 "latest, share of training": max(shares) if shares else "-",
-                f"found before {EARLY:.0%}": f"{sum(s < EARLY for s in shares)} of {len(there)}",
+                f"found before {EARLY:.0%}": f"{sum(s < EARLY for s in shares)} of {len(labeled)}",
             }
         )
-    healthy = [s for s in said if s[0]["label"] == "healthy"]
+    healthy = [s for s in results if s[0]["label"] == "healthy"]
     alarms = [s for s in healthy if s[1] != "healthy"]
     rows.append({"condition": "healthy", "runs": len(healthy), "flagged": len(alarms)})
-    for run, condition, step, layer in said:
+    for run, condition, step, layer in results:
         if condition != run["label"]:
             where = "" if step is None else f" at step {step} in {layer}"
-            wrong.append(f"{name_of(run['setting'])} seed {run['seed']}: {run['label']}, called {condition}{where}")
+            wrong.append(
+                f"{name_of(run['setting'])} seed {run['seed']}: {run['label']}, reported as {condition}{where}"
+            )
     return rows, wrong
 
 
 def split(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every second run of each setting is held out."""
+    """Hold out every second run of each setting; return the half for tuning and the held-out half."""
     halves: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     seen: dict[str, int] = {}
     for run in runs:
@@ -215,11 +217,11 @@ def split(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[s
 
 
 def main() -> int:
-    """Replay, or collect."""
+    """Replay the recorded runs, after training them again with --collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collect", action="store_true", help="train and label the runs again")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of --collect")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes of --collect")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     arguments = parser.parse_args()
     if arguments.collect:
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
@@ -232,7 +234,7 @@ def main() -> int:
     }
     notes = [f"{len(runs)} runs: " + ", ".join(f"{count} {label}" for label, count in labels.items())]
     results = []
-    for title, half in (("held-out half", held_out), ("half the thresholds were looked at with", tuned)):
+    for title, half in (("held-out half", held_out), ("half that the thresholds were tuned on", tuned)):
         rows, wrong = evaluate(half)
         result = Result(f"Diagnosis on the {title} ({len(half)} runs)", rows, notes + wrong)
         notes = []

@@ -1,8 +1,8 @@
-"""What the Prometheus endpoint costs: series, bytes and milliseconds of a scrape, and what scrapes cost the training.
+"""Measures the cost of the Prometheus endpoint: series, bytes and time of a scrape, and its effect on a training step.
 
-A scrape is answered by a thread of the training process, so that the training pays for it with the interpreter's lock.
-Whole runs, and whole stretches of one run, differ by more than that. So every second step of one run is scraped by
-another process while it computes, and is compared with the quiet step beside it.
+A thread of the training process answers each scrape, so the training waits for the interpreter's lock. Whole runs, and
+even long parts of one run, differ by more than this cost. Therefore another process scrapes during every second step of
+one run, and each of these steps is compared with the neighboring step without a scrape.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from ess_monitor.featurizers import Backbone, BackboneConfig
 
 DEPTHS = (2, 12, 48)
 MAX_SERIES_PER_LAYER = 9
-"""4 sizes, 4 conditions, 1 count of non-finite states. Ranks that measure together add 2, which no run here does."""
+"""4 sizes, 4 conditions, 1 count of non-finite states. Several measuring ranks would add 2; here only one measures."""
 MAX_OTHER_SERIES = 160
 """89 of histograms (19 of a step, 14 of each of 5 phases), 21 outcomes of actions, 12 of the monitor's parts, 8 of
-conditions, 4 of one sink and 24 single ones make 158. A new label is to be noticed here, so there is room for 2."""
+conditions, 4 of one exporter and 24 single ones make 158. The limit is 2 higher, so that a new label exceeds it."""
 SCRAPES = 50
 PAIRS = 60
 INTERVAL_SECONDS = 15
-"""Between two scrapes, as in the example configuration."""
+"""Time between two scrapes, as in the example configuration."""
 MAX_SHARE = 0.001
-"""Of one processor: a tenth of the training time that the whole monitor may take."""
+"""Share of one processor: a tenth of the default overhead budget."""
 ACCEPT = {"Accept": "application/openmetrics-text;version=1.0.0", "Accept-Encoding": "gzip"}
-"""What Prometheus asks for."""
+"""Request headers of Prometheus."""
 
 
 class Training:
-    """A small GLA of some depth under a monitor with an endpoint."""
+    """Trains a small GLA with a monitor that has an endpoint."""
 
     def __init__(self, depth: int) -> None:
         torch.manual_seed(0)
@@ -54,7 +54,7 @@ class Training:
         self._tokens = torch.randint(0, 64, (4, 33))
 
     def step(self, monitor: Monitor) -> float:
-        """One training step; its seconds."""
+        """Run one training step; return its seconds."""
         started = time.perf_counter()
         logits = self.model(self._tokens[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), self._tokens[:, 1:].flatten())
@@ -67,27 +67,27 @@ class Training:
 
 @contextmanager
 def training(depth: int) -> Iterator[tuple[Training, Monitor, str]]:
-    """A run that has been measured once, so that every series is there; it is not measured again."""
+    """Start a run and measure it once, so that every series exists. It is not measured again."""
     run, exporter = Training(depth), PrometheusExporter(PrometheusConfig(port=0))
     config = MonitorConfig(every_n_steps=1_000_000, overhead_budget_ratio=None)
     with Monitor(run.model, config, exporters=[exporter]) as monitor:
         for _ in range(3):
             run.step(monitor)
         monitor.flush()
-        assert len(monitor.readings) == depth, "a layer has no reading, so its series are not there"
+        assert len(monitor.readings) == depth, "a layer has no reading, so its series are missing"
         assert exporter.url is not None
         yield run, monitor, exporter.url
 
 
 def scrape(url: str, headers: dict[str, str] = ACCEPT) -> bytes:
-    """The body as it crosses the network."""
+    """Return the response body as it was sent."""
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
         body: bytes = response.read()
     return body
 
 
 def size() -> Result:
-    """Series, bytes and time of a scrape while nothing else runs."""
+    """Measure series, bytes and time of a scrape while nothing else runs."""
     rows = []
     for depth in DEPTHS:
         with training(depth) as (_, _, url), scraper(url) as requests:
@@ -119,7 +119,7 @@ def size() -> Result:
     failures = []
     if a_layer > MAX_SERIES_PER_LAYER or others > MAX_OTHER_SERIES:
         failures.append(
-            f"{a_layer:g} series a layer and {others:g} others, target at most {MAX_SERIES_PER_LAYER} and "
+            f"{a_layer:g} series per layer and {others:g} others, target at most {MAX_SERIES_PER_LAYER} and "
             f"{MAX_OTHER_SERIES}"
         )
     if share > MAX_SHARE:
@@ -128,7 +128,7 @@ def size() -> Result:
         f"One scrape, over loopback, {SCRAPES} times; CPU time of the training process",
         rows,
         [
-            f"{a_layer:g} series a layer and {others:g} others; "
+            f"{a_layer:g} series per layer and {others:g} others; "
             f"at one scrape in {INTERVAL_SECONDS} s {many['layers']} layers take {share:.3%} of one processor"
         ],
         failures,
@@ -136,7 +136,7 @@ def size() -> Result:
 
 
 def _scraper(url: str, requests: Connection) -> None:
-    """One scrape for each message, until the other side closes."""
+    """Scrape once for each message, until the other side closes."""
     with contextlib.suppress(EOFError):
         while True:
             requests.send(len(scrape(url)))
@@ -145,7 +145,7 @@ def _scraper(url: str, requests: Connection) -> None:
 
 @contextmanager
 def scraper(url: str) -> Iterator[Connection]:
-    """A process that scrapes once for each message, and answers when it has."""
+    """Start a process that scrapes once for each message, and answers after the scrape."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_scraper, args=(url, theirs), daemon=True)
@@ -160,7 +160,7 @@ def scraper(url: str) -> Iterator[Connection]:
 
 
 def run() -> Result:
-    """Steps during which a scrape is answered, each against the quiet step beside it."""
+    """Time steps with a scrape, each against the neighboring step without one."""
     rows = []
     for depth in DEPTHS:
         quiet: list[float] = []
@@ -188,7 +188,7 @@ def run() -> Result:
     return Result(
         f"A training step while a scrape is answered, against its quiet neighbor, {PAIRS} pairs",
         rows,
-        ["no target: on a busy machine neighboring steps differ by more than a scrape; the CPU time above has one"],
+        ["no target: neighboring steps on a busy machine differ by more than a scrape; the CPU time above has one"],
     )
 
 

@@ -1,6 +1,6 @@
-"""The A->I regularizer: injected gradients against those of the term added to the loss, and why its norm is a mean.
+"""Compares injected gradients of the A->I regularizer with those of adding it to the loss, and tests its norm.
 
-The injected gradient (`IdentityPull`) never touches the loss; it must still be that of loss + lambda R for every
+The injected gradient (`IdentityPull`) does not change the loss. It must still equal that of loss + lambda R for every
 parameter, in every way of training. The reference adds lambda R to the loss, in one process, without checkpointing.
 """
 
@@ -34,7 +34,7 @@ FEATURIZERS: dict[str, dict[str, int | float]] = {
     "s6": {},
     "gla_s6": {"alpha": 1.0},
 }
-"""With the decays that collapse: far from the identity, where the regularizer has work to do."""
+"""Options with decays that collapse: far from the identity, so that the regularizer has an effect."""
 STRENGTH, LIMIT = 0.5, 1e-5
 VOCABULARY, WIDTH, STATE, BATCH, LENGTH = 64, 32, 16, 8, 32
 REGULARIZED = "blocks.1.mixer"
@@ -44,50 +44,50 @@ Gradients = dict[str, Tensor]
 
 
 def model_of(featurizer: str) -> Backbone:
-    """Two blocks; the second is regularized, so that everything below it determines its decay."""
+    """Build two blocks. The second is regularized, so that all parameters below it affect its decay."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "width": WIDTH, "state_size": STATE}
     model = Backbone(BackboneConfig(featurizer=featurizer, mixer_options=FEATURIZERS[featurizer], **sizes))
-    nn.init.normal_(model.embedding.weight)  # as large as trained ones: tokens then decide the decay
+    nn.init.normal_(model.embedding.weight)  # as large as after training, so that the tokens affect the decay
     return model
 
 
 def task(model: nn.Module, seed: int = 0) -> Tensor:
-    """Cross-entropy on random tokens."""
+    """Return the cross-entropy on random tokens."""
     tokens, targets = torch.randint(VOCABULARY, (2, BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
     return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
 
 def added(model: nn.Module, seed: int = 0) -> Tensor:
-    """Loss + lambda R."""
+    """Return loss + lambda R."""
     with collect_penalties(model, REGULARIZED) as penalties:
         loss = task(model, seed)
     return loss + STRENGTH * penalties.total()
 
 
 def attach(model: nn.Module, scale: float = 1.0) -> None:
-    """The regularizer as the autopilot attaches it."""
+    """Attach the regularizer as the autopilot does."""
     layer = find_layers(model)[1]
     assert layer.spec.decay is not None
     IdentityPull(layer.module, layer.spec.decay, STRENGTH, grad_scale=lambda: scale).attach()
 
 
 def taken(model: nn.Module) -> Gradients:
-    """The gradients; gone from the model afterwards."""
+    """Return the gradients, and remove them from the model."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
 
 def difference(found: Gradients, expected: Gradients) -> tuple[float, str]:
-    """max over parameters of ||found - expected|| / ||expected||, NaN if any is, and where it is."""
+    """Return max over parameters of ||found - expected|| / ||expected|| (NaN if one is) and the parameter."""
     assert list(found) == list(expected)
     relative = torch.stack([(found[name] - e).double().norm() / e.double().norm() for name, e in expected.items()])
     largest, index = relative.max(0)
     return largest.item(), list(expected)[int(index)] if largest else ""
 
 
-# -- ways of training: each gives the injected gradients and the expected ones -----------------------------------------
+# -- ways of training: each returns the injected and the expected gradients --------------------------------------------
 
 
 def plain(featurizer: str) -> tuple[Gradients, Gradients]:
@@ -132,14 +132,14 @@ def autocast(featurizer: str) -> tuple[Gradients, Gradients]:
 
 
 class Checkpointed(nn.Module):
-    """A mixer that is computed again in backward."""
+    """A mixer whose forward pass is computed again in the backward pass."""
 
     def __init__(self, mixer: nn.Module, use_reentrant: bool) -> None:
         super().__init__()
         self.mixer, self.use_reentrant = mixer, use_reentrant
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, length, width)."""
+        """Map (batch, length, width) to the same shape."""
         return checkpoint(self.mixer, features, use_reentrant=self.use_reentrant)
 
 
@@ -158,7 +158,7 @@ def checkpointed(use_reentrant: bool) -> Callable[[str], tuple[Gradients, Gradie
 
 
 def rank_of_ddp(rank: int, folder: str) -> None:
-    """One process of `ddp`: every featurizer on this rank's own data."""
+    """Run one process of `ddp`: every featurizer on this rank's own data."""
     torch.set_num_threads(1)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -174,13 +174,13 @@ def rank_of_ddp(rank: int, folder: str) -> None:
     if rank == 0:
         torch.save(found, Path(folder) / "gradients.pt")
     del wrapped
-    dist.barrier()  # a rank that leaves while the other still talks to it can abort
+    dist.barrier()  # a rank can abort if the other one exits while they still communicate
     dist.destroy_process_group()
 
 
 @cache
 def gradients_of_ddp() -> dict[str, Gradients]:
-    """Of every featurizer: the processes are started once."""
+    """Return the gradients of every featurizer. The processes are started only once."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(rank_of_ddp, args=(folder,), nprocs=RANKS)
         found: dict[str, Gradients] = torch.load(Path(folder) / "gradients.pt")
@@ -205,7 +205,7 @@ SITUATIONS: dict[str, Callable[[str], tuple[Gradients, Gradients]]] = {
 
 
 def run() -> Result:
-    """Every featurizer in every situation."""
+    """Compare the gradients of every featurizer in every situation."""
     rows, failures = [], []
     for featurizer in FEATURIZERS:
         precise = plain(featurizer)[1]
@@ -230,8 +230,8 @@ def run() -> Result:
                 failures.append(f"{featurizer}, {situation}: {largest:.1e} at {where}, limit {limit:.1e}")
     notes = [
         "largest difference: max over parameters of ||injected - added|| / ||added||; float32, lambda 0.5 on the",
-        "second of two layers. Limit of bf16: its noise, the same figure for added in bf16 against added in float32.",
-        "without regularizer: the same figure for the bare loss, what a regularizer that did nothing would show.",
+        "second of two layers. Limit of bf16: its noise, i.e. added in bf16 against added in float32.",
+        "without regularizer: the loss alone against loss + lambda R, the figure of a regularizer without effect.",
     ]
     return Result("Injected gradients against those of loss + lambda R", rows, notes, failures)
 
@@ -243,17 +243,17 @@ STEADY = 0.1
 
 
 def over_everything(log_decay: Tensor) -> Tensor:
-    """One Frobenius norm over all axes."""
+    """Return one Frobenius norm over all axes."""
     return torch.expm1(log_decay).norm()
 
 
 def definition() -> Result:
-    """R and its gradient's norm at several batch sizes and lengths, relative to the first."""
+    """Compute R and its gradient's norm at several batch sizes and lengths, relative to the first."""
     rows: list[dict[str, Any]] = []
     failures = []
     for featurizer in FEATURIZERS:
         if featurizer == "wla":
-            continue  # one A for all positions: nothing to average over
+            continue  # it has one A for all positions, so there is no mean
         first: list[float] = []
         for batch, length in SHAPES:
             figures = norms(featurizer, batch, length)
@@ -271,13 +271,13 @@ def definition() -> Result:
                     failures.append(f"{featurizer}, {batch} x {length}: {name} is {ratio:.2f} times the first")
     notes = [
         "R: mean over batch and positions of ||A_t - I||_F. All figures relative to the first shape of a featurizer,",
-        "on Gaussian features; gradients over all parameters of the layer. One lambda serves every shape only under R.",
+        "on Gaussian features; gradients over all parameters of the layer. One lambda fits every shape only with R.",
     ]
     return Result("The norm's definition: a mean does not grow with the batch", rows, notes, failures)
 
 
 def norms(featurizer: str, batch: int, length: int) -> list[float]:
-    """R, its gradient's norm, and both for the Frobenius norm over all axes."""
+    """Return R and its gradient's norm, and the same for the Frobenius norm over all axes."""
     torch.manual_seed(0)
     mixer = build_mixer(featurizer, WIDTH, 2, STATE, **FEATURIZERS[featurizer])
     seen: list[Tensor] = []

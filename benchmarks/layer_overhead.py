@@ -1,24 +1,24 @@
-"""What the monitor costs a step of a 24-layer model of transformers: while it stands by, and when it takes a sample.
+"""Measures the monitor's cost per step of a 24-layer model of transformers, with and without a sample.
 
     python -m benchmarks.layer_overhead [--json FILE]
 
-Whole runs, and even blocks of a few steps, differ by several percent for reasons of the machine alone. What is looked
-for is a thousandth. So single steps take turns, in an order that favors neither (a b b a): one that ends with
-`monitor.step`, as in a watched training, and one that does not. The monitor has taken its first sample before and
-takes none in between; it has no hook in the model, no tap in a library and no say in the compiler, which is checked,
-so that the call is all there is to it. Each watched step is compared with the bare one beside it, on two clocks: the
-wall's, and that of the training thread's own processor time, which does not count while others run. Given are the
-median over many pairs and its 95 % interval by order statistics (sign test), which asks nothing of the noise's shape;
-and the time inside `monitor.step` itself. What a call at the end of a step does to the next step's caches is in neither
-kind of step more than in the other.
+Whole runs, and even blocks of a few steps, differ by several percent because of the machine. The cost to be measured is
+about a thousandth. Therefore single steps alternate in the order a b b a, which favors neither: a step that ends with
+`monitor.step`, as in a monitored training, and a step that does not. The monitor has taken its first sample before and
+takes none in between. The benchmark checks that the monitor has no hook in the model, no patch in a library and no
+effect on the compiler, so that the call is its whole cost. Each monitored step is compared with the neighboring step on
+two clocks: wall time, and the processor time of the training thread, which excludes other threads. The table has the
+median over many pairs, its 95 % interval by order statistics (sign test), which assumes no shape of the noise, and the
+time inside `monitor.step`. The effect of a call at the end of a step on the caches of the next step is equal in both
+kinds of step, and so is not measured here.
 
-Hundreds of such pairs tell no less than some 0.5 %. So a second set of pairs makes what is looked for larger, and has
-these effects in it: a watched step calls `monitor.step` once behind each of the 24 layers, and a 24th of the difference
-is what one call adds, what it does to the training's caches included. Between two calls lies a millisecond of the
-model's work, so a call finds its own code and data in the caches more often than at the end of a step, and is shorter.
-Both are timed directly; the upper end of the interval, and what a call at the end takes longer, make "up to".
+Hundreds of such pairs resolve about 0.5 %. A second set of pairs therefore enlarges the cost, and includes the effect
+on the caches: a monitored step calls `monitor.step` once after each of the 24 layers, and 1/24 of the difference is the
+cost of one call. About a millisecond of the model's work lies between two calls, so a call finds its own code and data
+in the caches more often than at the end of a step, and is shorter. Both are timed directly. The upper bound in the
+table is the upper end of the interval plus the extra time of a call at the end.
 
-A sample is taken every few steps of a second run, and the sampled step compared with those that are not.
+In a second run a sample is taken every few steps, and the sampled step is compared with the others.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from ess_monitor.records import PHASES
 
 LAYERS, LENGTH = 24, 64
 PAIRS = 600
-"""Of a watched and a bare step, in each set."""
+"""Pairs of a monitored and a bare step, in each set."""
 SAMPLES, STEPS = 24, 6
-"""Samples, and steps that are not sampled after each."""
+"""Samples, and unsampled steps after each of them."""
 MAX_OVERHEAD = 0.002
 _METHOD = f"{LAYERS} layers, {LENGTH} tokens, one thread"
 _COMMON = {"vocab_size": 256, "num_hidden_layers": LAYERS, "use_cache": False, "pad_token_id": 0, "eos_token_id": 0}
@@ -60,7 +60,7 @@ Timing = tuple[float, float]
 
 @dataclass
 class StandingBy:
-    """Single steps in turn, with the monitor's call and without."""
+    """Timings of alternating steps with and without the monitor's call."""
 
     watched: list[Timing] = field(default_factory=list)
     bare: list[Timing] = field(default_factory=list)
@@ -70,24 +70,24 @@ class StandingBy:
     """Forward hooks in the model between two samples."""
 
     def differences(self, clock: int) -> list[float]:
-        """What the calls of one step add to it by each pair, in seconds of that clock."""
+        """Return the added time of the calls in one step for each pair, in seconds of that clock."""
         return [a[clock] - b[clock] for a, b in zip(self.watched, self.bare, strict=True)]
 
 
 @dataclass
-class SampleTrigger:
-    """A run in which a sample is taken every few steps."""
+class SampledRun:
+    """Timings of a run in which a sample is taken every few steps."""
 
     bare: list[float] = field(default_factory=list)
-    """Seconds of the steps that are not sampled."""
+    """Seconds of each unsampled step."""
     armed: list[float] = field(default_factory=list)
-    """Seconds of those that are."""
+    """Seconds of each sampled step."""
     accounts: list[dict[str, float]] = field(default_factory=list)
-    """Of every sample the monitor's own account, in seconds by phase."""
+    """The monitor's own account of each sample, in seconds by phase."""
 
 
 def mamba2() -> nn.Module:
-    """Mamba-2: 24 layers of 8 heads of 16, state 16."""
+    """Build a Mamba-2 with 24 layers of 8 heads of 16, state 16."""
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     sizes = {"hidden_size": 64, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 32}
@@ -95,7 +95,7 @@ def mamba2() -> nn.Module:
 
 
 def llama() -> nn.Module:
-    """Llama: 24 layers of 4 heads of 16."""
+    """Build a Llama with 24 layers of 4 heads of 16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -103,12 +103,12 @@ def llama() -> nn.Module:
 
 
 def hooks_of(model: nn.Module) -> int:
-    """Forward hooks in the model, of anybody."""
+    """Count all forward hooks in the model."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 class Training:
-    """Steps on random tokens."""
+    """Trains a model on random tokens, one step at a time."""
 
     def __init__(self, build: Callable[[], nn.Module], batch: int) -> None:
         torch.manual_seed(0)
@@ -118,10 +118,10 @@ class Training:
         self._at_the_end = True
         self._monitor: Monitor | None = None
         self._calls: list[float] = []
-        self.step(None)  # allocations and caches
+        self.step(None)  # warm up allocations and caches
 
     def call_behind_every_layer(self) -> None:
-        """Instead of at the end of a step. Bare steps get the same hooks."""
+        """Call the monitor after every layer instead of at the end. Bare steps get the same hooks."""
         layers = next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS)
         for layer in layers:
             layer.register_forward_hook(lambda *_: self._call({}))
@@ -134,7 +134,7 @@ class Training:
         self._calls.append(time.perf_counter() - called)
 
     def step(self, monitor: Monitor | None) -> tuple[Timing, float]:
-        """One step; its time, and that of its calls."""
+        """Run one step; return its time and that of its calls."""
         self._monitor, self._calls = monitor, []
         tokens = torch.randint(1, 256, (self._batch, LENGTH))
         wall, cpu = time.perf_counter(), time.thread_time()
@@ -149,7 +149,7 @@ class Training:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No garbage collection, and the training thread stays on one core."""
+    """Disable garbage collection, and keep the training thread on one core."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     gc.collect()
     gc.disable()
@@ -164,7 +164,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def measured_by(monitor: Monitor) -> None:
-    """Wait for the sample under way, and see that all layers are in it."""
+    """Wait for the current sample, and check that all layers were measured."""
     readings = monitor.flush()
     wrong = [reading for reading in readings if reading.status != "ok"]
     if wrong or len(readings) != LAYERS:
@@ -172,7 +172,7 @@ def measured_by(monitor: Monitor) -> None:
 
 
 def standing_by(build: Callable[[], nn.Module], batch: int, *, calls: int = 1, pairs: int = PAIRS) -> StandingBy:
-    """Steps with and without a monitor that takes no sample, called once a step or as often as there are layers."""
+    """Time steps with and without a monitor that takes no sample, called once a step or once a layer."""
     training, found = Training(build, batch), StandingBy()
     with Monitor(training.model, MonitorConfig(every_n_steps=10**6)) as monitor:
         training.step(monitor)
@@ -196,11 +196,11 @@ def standing_by(build: Callable[[], nn.Module], batch: int, *, calls: int = 1, p
     return found
 
 
-def sampling(build: Callable[[], nn.Module], batch: int, samples: int = SAMPLES, steps: int = STEPS) -> SampleTrigger:
-    """Steps with a sample now and then. Each is waited for, so that the worker does not run beside the others."""
-    training, found = Training(build, batch), SampleTrigger()
+def sampling(build: Callable[[], nn.Module], batch: int, samples: int = SAMPLES, steps: int = STEPS) -> SampledRun:
+    """Time sampled and unsampled steps. Wait for each sample, so that the worker is idle during the others."""
+    training, found = Training(build, batch), SampledRun()
     for _ in range(samples):
-        # An interval beyond the block: one sample at its beginning, and none after.
+        # The interval is longer than the block: one sample at its start, and none after.
         with Monitor(training.model, MonitorConfig(every_n_steps=10**6)) as monitor:
             found.armed.append(training.step(monitor)[0][0])
             measured_by(monitor)
@@ -211,7 +211,7 @@ def sampling(build: Callable[[], nn.Module], batch: int, samples: int = SAMPLES,
 
 
 def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and the order statistics between which that of the population lies with at least 95 %.
+    """Return the median, and the order statistics that enclose the population's with at least 95 %.
 
     >>> median_and_interval([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
     (6, 2, 10)
@@ -226,7 +226,7 @@ def median_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def unarmed_row(name: str, found: StandingBy, repeated: StandingBy) -> tuple[dict[str, Any], list[str]]:
-    """What the monitor costs while nothing is sampled, and what is wrong with that."""
+    """Return the row of the unsampled steps, and the targets that they miss."""
     step = statistics.median(wall for wall, _ in found.bare)
     call, behind_a_layer = statistics.median(found.calls), statistics.median(repeated.calls)
     row: dict[str, Any] = {"model": name, "pairs": len(found.bare), "bare step, ms": 1e3 * step}
@@ -239,7 +239,7 @@ def unarmed_row(name: str, found: StandingBy, repeated: StandingBy) -> tuple[dic
             row[f"{label}, by {calls}"] = f"{median:+.3%} ({low:+.3%} to {high:+.3%})"
             if low > MAX_OVERHEAD:
                 failures.append(f"{name}: an unsampled step costs {median:+.2%} ({label}), at least {low:+.2%}")
-        up_to = high + max(0.0, call - behind_a_layer) / step  # by the many calls, which can tell
+        up_to = high + max(0.0, call - behind_a_layer) / step  # from the set with many calls, which has the resolution
         row[f"{label}, up to"] = f"{up_to:.3%}"
         if up_to > MAX_OVERHEAD:
             failures.append(f"{name}: an unsampled step costs up to {up_to:.2%} ({label}), not {MAX_OVERHEAD:.1%}")
@@ -254,8 +254,8 @@ def unarmed_row(name: str, found: StandingBy, repeated: StandingBy) -> tuple[dic
     return row, failures
 
 
-def armed_row(name: str, found: SampleTrigger) -> dict[str, Any]:
-    """What a sample costs: the training thread's step, and the monitor's own account."""
+def armed_row(name: str, found: SampledRun) -> dict[str, Any]:
+    """Return the row of the sampled steps: their time, and the monitor's own account."""
 
     def account(*phases: str) -> float:
         return statistics.median(sum(one[phase] for phase in phases) for one in found.accounts)
@@ -276,12 +276,12 @@ def armed_row(name: str, found: SampleTrigger) -> dict[str, Any]:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {"Mamba-2": (mamba2, 1), "Llama": (llama, 4)}
-"""How each is built, and its batch."""
+"""Name -> function that builds the model, and batch size."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """One thread, and nothing of transformers saying that there are no kernels for a CPU."""
+    """Use one thread, and silence warnings about missing kernels for the CPU."""
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     try:
@@ -293,7 +293,7 @@ def quiet() -> Iterator[None]:
 
 
 def unarmed() -> Result:
-    """Steps that are not sampled."""
+    """Measure unsampled steps."""
     with quiet():
         found = [
             unarmed_row(name, standing_by(*model), standing_by(*model, calls=LAYERS)) for name, model in MODELS.items()
@@ -302,23 +302,23 @@ def unarmed() -> Result:
         f"A step that is not sampled, with a monitor and without; {_METHOD}",
         [row for row, _ in found],
         [
-            "wall, processor: what one call adds, median of the paired differences and its 95 % interval, as a share "
+            "wall, processor: cost of one call, median of the paired differences and its 95 % interval, as a share "
             "of a bare step",
-            f"by 1: one call a step; by {LAYERS}: one behind every layer, and a {LAYERS}th of the difference",
-            "call: monitor.step at the end of a step, timed directly; all of the monitor that runs in such a step",
+            f"by 1: one call per step; by {LAYERS}: one call after every layer, and 1/{LAYERS} of the difference",
+            "call: monitor.step at the end of a step, timed directly; nothing else of the monitor runs in such a step",
         ],
         [failure for _, failures in found for failure in failures],
     )
 
 
 def armed() -> Result:
-    """Steps that are."""
+    """Measure sampled steps."""
     with quiet():
         rows = [armed_row(name, sampling(*model)) for name, model in MODELS.items()]
     return Result(
         f"A sampled step at the defaults (4 sequences, 4 heads, 3 positions of every layer); {_METHOD}",
         rows,
-        ["account: what the monitor itself says it took; the worker computes beside the training"],
+        ["account: the time that the monitor itself reports; the worker computes in parallel with the training"],
     )
 
 

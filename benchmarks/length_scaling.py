@@ -1,4 +1,4 @@
-"""Time against length at 8 positions, and the peak memory of the longest sequence, each in its own process."""
+"""Measures time against length at 8 positions, and peak memory, each length in its own process."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ print(json.dumps({"seconds": sorted(seconds)[2], "peak": peak}))
 
 
 def slope(x: list[float], y: list[float]) -> float:
-    """Least-squares slope."""
+    """Return the least-squares slope."""
     mx, my = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
 def run() -> Result:
-    """Growth exponent over all lengths, and peak memory of the whole process at the longest."""
+    """Measure the growth exponent over all lengths, and the peak memory of the process at the longest."""
     measured = {}
     for length in LENGTHS:
         child = subprocess.run([sys.executable, "-c", CHILD, str(length)], capture_output=True, text=True, check=True)

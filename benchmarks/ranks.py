@@ -1,8 +1,8 @@
-"""What it costs that ranks agree: bytes and time of one exchange, and what that comes to with a thousand ranks.
+"""Measures bytes and time of one exchange between ranks, and computes the cost for a thousand ranks and more.
 
-The exchange goes through the store that the processes met at, over TCP. Here all of them share one machine, so time is
-mostly that of processes waiting for a processor; bytes are exact. Before every exchange the ranks meet in a collective,
-as those of a training do.
+The exchange goes through the store of the process group, over TCP. Here all processes share one machine, so the time is
+mostly spent waiting for a processor; the bytes are exact. Before every exchange the ranks synchronize in a collective,
+as in a training.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WORLDS = (2, 4, 8)
 LAYERS = 48
 EXCHANGES, WARMUP = 60, 5
 MAX_POST_BYTES = 4096
-"""Of one rank: 48 layers of seven numbers are 2.7 kB."""
+"""Bytes that one rank may write: 48 layers of seven numbers are 2.7 kB."""
 SCRAPE_SECONDS = 15
 RANKS_OF_A_MACHINE = 8
 LARGE = (
@@ -78,7 +78,7 @@ class Counted:
 
 
 def evidence(step: int, rank: int) -> SampleResult:
-    """A sample of 48 layers."""
+    """Return a sample of 48 layers."""
     use = 0.5 + 0.01 * rank
     readings = tuple(
         Reading(
@@ -99,12 +99,12 @@ def evidence(step: int, rank: int) -> SampleResult:
 
 
 def ballot(ranks: Sequence[int]) -> RankReduction:
-    """For those layers and two metrics."""
+    """Return the reduction for those layers and two metrics."""
     return RankReduction([f"model.blocks.{k}.mixer" for k in range(LAYERS)], ["loss", "accuracy"], ranks)
 
 
 def one_rank(rank: int, world: int, port: int, results: Any) -> None:
-    """Exchange again and again; send bytes and seconds of each."""
+    """Run all exchanges on one rank; put the bytes and seconds of each into `results`."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     server = dist.TCPStore("127.0.0.1", port, None, False)
@@ -132,7 +132,7 @@ def one_rank(rank: int, world: int, port: int, results: Any) -> None:
 
 
 def measured() -> Result:
-    """2, 4 and 8 processes of this machine."""
+    """Measure the exchange between 2, 4 and 8 processes on this machine."""
     context = get_context("spawn")
     rows, failures = [], []
     post = 8 * len(ballot((0,)).encode(evidence(0, 0), 100))
@@ -160,12 +160,12 @@ def measured() -> Result:
             }
         )
     if post > MAX_POST_BYTES:
-        failures.append(f"a post of {post} bytes, target at most {MAX_POST_BYTES}")
+        failures.append(f"a rank writes {post} bytes, target at most {MAX_POST_BYTES}")
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Result(
         f"One exchange of {LAYERS} layers and 2 metrics, {EXCHANGES} times, {processors} processors for all ranks",
         rows,
-        [f"a post holds {post} bytes of numbers, a verdict {8 * verdict_numbers()}; keys come on top"],
+        [f"a rank writes {post} bytes of numbers, the result has {8 * verdict_numbers()}; keys are extra"],
         failures,
     )
 
@@ -215,8 +215,8 @@ def computed() -> Result:
         f"Large runs, computed: one exchange of {LAYERS} layers in mode auto; Prometheus every {SCRAPE_SECONDS} s",
         rows,
         [
-            f"out: posts to rank 0, verdicts to all; {series} series and {size} bytes a scrape, not compressed; "
-            f"{RANKS_OF_A_MACHINE} ranks a machine"
+            f"out: numbers to rank 0, results to all ranks; {series} series and {size} bytes a scrape, uncompressed; "
+            f"{RANKS_OF_A_MACHINE} ranks per machine"
         ],
     )
 

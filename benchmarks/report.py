@@ -1,4 +1,4 @@
-"""One way to print a result: a table for people, JSON for machines, and the facts of the machine with both."""
+"""Prints results as tables, writes them as JSON, and adds the facts of the machine to both."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from rich.table import Table
 
 @dataclass
 class Result:
-    """What one benchmark gives."""
+    """The result of one benchmark."""
 
     title: str
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    """Targets that were not met. The process ends with status 1 when there are any."""
+    """Targets that were not met. If there are any, the process ends with status 1."""
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the hardware and versions on which the figures depend."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -66,9 +66,9 @@ def _cell(value: Any) -> str:
 
 
 def main(benchmarks: Sequence[Callable[[], Result]], description: str | None = None) -> int:
-    """Run benchmarks from a command line; 1 when a target was not met."""
+    """Run benchmarks from a command line; return 1 if a target was not met."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results here")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to FILE")
     arguments = parser.parse_args()
     facts = machine()
     print("; ".join(f"{name} {value}" for name, value in facts.items()))

@@ -1,7 +1,7 @@
-"""What the callback costs a Lightning run at its defaults: blocks of steps with it and without it, in turn.
+"""Measures the cost of the Lightning callback at its defaults: blocks of steps with and without it alternate.
 
-Whole runs one after the other differ by several percent for reasons of the machine alone. So the callback is switched
-on and off within one run, every 100 steps, and each watched block is compared with the bare blocks on either side.
+Whole runs differ by several percent because of the machine. Therefore the callback is switched on and off within one
+run, every 100 steps, and each watched block is compared with the bare blocks before and after it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_OVERHEAD = 0.01
 
 
 class Module(pl.LightningModule):
-    """A two-layer GLA on recall; notes the time of every step."""
+    """A two-layer GLA on recall that records the time of every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,10 +47,10 @@ class Module(pl.LightningModule):
 
 
 class InTurn(ESSMonitorCallback):
-    """The callback at its defaults in every second block of steps, and nothing in the others."""
+    """The callback at its defaults, active in every second block of steps."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        """Step the monitor, or leave it alone; a sample that was armed at a block's end is taken away."""
+        """Step the monitor in watched blocks; disarm a sample that is left at the end of a block."""
         assert self.monitor is not None
         if watched(trainer.global_step):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -59,12 +59,12 @@ class InTurn(ESSMonitorCallback):
 
 
 def watched(step: int) -> bool:
-    """Odd blocks are watched."""
+    """Return whether the step is in a watched block: the odd ones."""
     return step // BLOCK % 2 == 1
 
 
 def run() -> Result:
-    """Median and mean step time of each block; each watched block against the bare ones on either side of it."""
+    """Compare the step time of each watched block with that of the bare blocks before and after it."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     callback = InTurn(table=False)
     module = Module()

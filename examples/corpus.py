@@ -1,4 +1,4 @@
-"""Real text that every Python installation has: licenses and documentation of the installed packages, read as bytes."""
+"""Reads a text corpus that every Python installation has: licenses and documentation of the installed packages."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _ENDINGS = (".md", ".rst", ".txt")
 
 
 def read_corpus(least_bytes: int = 400_000, most_bytes: int = 2_000_000) -> bytes:
-    """The texts in the order of the packages' names, each once; exits when there is too little to train on."""
-    texts: dict[str, None] = {}  # a set that keeps its order: licenses repeat
+    """Return the texts in the order of the packages' names, each once; exit if there is too little text to train on."""
+    texts: dict[str, None] = {}  # an ordered set: licenses repeat
     size = 0
     for distribution in sorted(distributions(), key=lambda d: d.metadata["Name"] or ""):
         for file in distribution.files or ():
@@ -37,9 +37,9 @@ def read_corpus(least_bytes: int = 400_000, most_bytes: int = 2_000_000) -> byte
 
 
 def windows(length: int) -> Tensor:
-    """The text cut into windows, (windows, length) of bytes; a language model shifts targets by itself.
+    """Return the text in windows, (windows, length) of bytes.
 
-    `windows(length + 1)` leaves room for inputs and targets side by side.
+    `windows(length + 1)` gives inputs and targets of `length` bytes each.
     """
     data = torch.frombuffer(bytearray(read_corpus()), dtype=torch.uint8)
     return data[: len(data) // length * length].reshape(-1, length)

@@ -1,8 +1,8 @@
-"""A small Mamba learns real text under Hugging Face's Trainer, and shows what its memory does.
+"""Trains a small Mamba on real text under Hugging Face's Trainer, and prints how it uses its memory.
 
 One line attaches the monitor: `callbacks=[ESSMonitorCallback(...)]`. The model is transformers' own `MambaForCausalLM`,
-randomly initialized; the text is what every Python installation has (see corpus.py), read as bytes. Takes under three
-minutes on two cores; most of it goes into the recurrence, which transformers steps through token by token on a CPU.
+randomly initialized. The text comes from the installed packages (see corpus.py) and is read as bytes. The program takes
+less than three minutes on two cores, mostly for the recurrence, which transformers computes token by token on a CPU.
 
     python examples/hf_trainer.py [--steps 250] [--json FILE]
 """
@@ -25,7 +25,7 @@ LENGTH, BATCH = 128, 8
 
 
 class Text(Dataset[dict[str, torch.Tensor]]):
-    """Windows of the corpus; the model shifts the labels by itself."""
+    """Windows of the corpus. Labels equal the inputs: the model shifts them."""
 
     def __init__(self) -> None:
         self.windows = windows(LENGTH)
@@ -39,7 +39,7 @@ class Text(Dataset[dict[str, torch.Tensor]]):
 
 
 def mamba() -> MambaForCausalLM:
-    """Two layers of 96 channels with a state of 8 dimensions each."""
+    """Build two layers of 96 channels, each with a state of 8 dimensions."""
     return MambaForCausalLM(
         MambaConfig(
             vocab_size=VOCABULARY,
@@ -55,14 +55,14 @@ def mamba() -> MambaForCausalLM:
 
 
 def main() -> None:
-    """Train, with a table of the layers now and then, and print the loss over the run."""
+    """Train, print a table of the layers at each sample, and print the loss over the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--out", type=Path, default=Path("runs/hf_trainer"), help="folder of the Trainer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write losses and last readings here")
+    parser.add_argument("--out", type=Path, default=Path("runs/hf_trainer"), help="output folder of the Trainer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the losses and the last readings to FILE")
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()  # it warns that there are no kernels for a CPU
-    torch.set_num_threads(1)  # the tensors are small: a second thread would mostly wait
+    transformers.logging.set_verbosity_error()  # it warns that there are no kernels for the CPU
+    torch.set_num_threads(1)  # the tensors are small: a second thread does not help
     transformers.set_seed(0)
 
     every = max(1, min(50, arguments.steps // 5))
@@ -90,7 +90,7 @@ def main() -> None:
     assert monitor is not None
     losses = {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
     for step, loss in losses.items():
-        print(f"step {step}: loss {loss:.3f}, mean of the {every} steps before")
+        print(f"step {step}: loss {loss:.3f} (mean of the last {every} steps)")
     print(f"the monitor took {monitor.overhead_ratio:.1%} of the training time")
     if arguments.json is not None:
         readings = [reading.model_dump() for reading in monitor.readings]

@@ -1,14 +1,14 @@
-"""A small hybrid of Mamba-2 and softmax attention learns real text under Lightning; `describe` says how it is read.
+"""Trains a small hybrid of Mamba-2 and softmax attention on real text under Lightning.
 
-The model is transformers' own Bamba, randomly initialized: four layers, the third of which is attention. Its
-state-space layers have a memory of a size that was chosen, its attention one that grows with the sequence; the monitor
-reads both side by side, and nothing in the model is prepared for it. The text is what every Python installation has
-(see corpus.py), read as bytes. Takes under three minutes on two cores.
+The model is transformers' own Bamba, randomly initialized: four layers, of which the third is attention. The state of
+its state-space layers has a fixed size; that of its attention grows with the sequence. The monitor measures both, and
+the model needs no changes. The text comes from the installed packages (see corpus.py) and is read as bytes. The program
+takes less than three minutes on two cores.
 
-What it shows: as transformers initializes it (step sizes around 1.3, A = -1, ..., -heads) the recurrence forgets within
-a token, and within these steps does not learn otherwise. Attention does all the work, and the state-space layers are
-found collapsed. With `--autopilot auto` the deepest one gets a hundredth of its decay, and a memory of several
-dimensions; the loss of so short a run does not depend on it.
+Result: with transformers' initialization (step sizes around 1.3, A = -1, ..., -heads) the recurrence forgets within one
+token, and it does not learn to keep more in these steps. Attention does all the work, and the state-space layers are
+reported as collapsed. With `--autopilot auto` the decay of the deepest one is divided by 100, and its memory grows to
+several dimensions. The loss of such a short run does not depend on it.
 
     python examples/lightning_hybrid.py [--steps 400] [--autopilot auto] [--json FILE]
 """
@@ -40,7 +40,7 @@ LENGTH, BATCH = 128, 8
 
 
 class HybridModule(pl.LightningModule):
-    """Next-byte prediction by a Bamba: Mamba-2, Mamba-2, attention, Mamba-2."""
+    """Next-byte prediction with a Bamba: Mamba-2, Mamba-2, attention, Mamba-2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,29 +67,29 @@ class HybridModule(pl.LightningModule):
         )
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy in nats a byte; the model shifts the labels by itself."""
+        """Return the cross-entropy in nats per byte. The model shifts the labels."""
         tokens = batch[0].long()
         loss: torch.Tensor = self.model(input_ids=tokens, labels=tokens).loss
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW."""
+        """Return AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
 def main() -> None:
-    """Say what can be read, train, and print loss and ESS over the run."""
+    """Describe the model, train it, and print loss and ESS over the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--autopilot", choices=("off", "advise", "auto"), default="advise")
     parser.add_argument("--out", type=Path, default=Path("runs/hybrid"), help="folder of the logs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
     arguments = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
-    transformers.logging.set_verbosity_error()  # it warns that there are no kernels for a CPU
-    torch.set_num_threads(1)  # the tensors are small: a second thread would mostly wait
+    transformers.logging.set_verbosity_error()  # it warns that there are no kernels for the CPU
+    torch.set_num_threads(1)  # the tensors are small: a second thread does not help
     pl.seed_everything(0, verbose=False)
 
     module = HybridModule()
@@ -118,7 +118,9 @@ def main() -> None:
 
     measurements = [Measurement.model_validate(e.data) for e in read_event_log(events) if e.event == "measurement"]
     layers = [reading.layer for reading in measurements[-1].readings]
-    table = Table(title="ESS / TSS of each layer over the run", caption="TSS of attention: that of the tokens before")
+    table = Table(
+        title="ESS / TSS of each layer over the run", caption="The TSS of attention is the number of earlier tokens."
+    )
     for column in ("step", "loss", *(name.removeprefix("model.model.") for name in layers)):
         table.add_column(column, justify="right", overflow="fold")
     rows = []

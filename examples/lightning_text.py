@@ -1,6 +1,7 @@
-"""A small GLA language model learns real text under Lightning, and shows what its memory does.
+"""Trains a small GLA language model on real text under Lightning, and prints how it uses its memory.
 
-The text is what every Python installation has (see corpus.py), read as bytes. Takes under three minutes on two cores.
+The text comes from the installed packages (see corpus.py) and is read as bytes. The program takes less than three
+minutes on two cores.
 
     python examples/lightning_text.py [--steps 600] [--json FILE]
 """
@@ -39,7 +40,7 @@ class TextModule(pl.LightningModule):
         self.model = Backbone(BackboneConfig(vocab_size=VOCABULARY, width=64, depth=3, featurizer="gla", state_size=32))
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy in nats a byte."""
+        """Return the cross-entropy in nats per byte."""
         tokens = batch[0].long()
         logits = self.model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -47,21 +48,21 @@ class TextModule(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW."""
+        """Return AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
 def main() -> None:
-    """Train, then print the loss and the layers' ESS over the run."""
+    """Train, then print the loss and the ESS of each layer over the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=Path("runs/text"), help="folder of the logs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to FILE")
     arguments = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
-    torch.set_num_threads(1)  # the tensors are small: a second thread would mostly wait
+    torch.set_num_threads(1)  # the tensors are small: a second thread does not help
     pl.seed_everything(0, verbose=False)
     text = windows(LENGTH + 1)
     print(f"{text.numel():,} bytes of licenses and documentation, {len(text):,} windows of {LENGTH} bytes")
@@ -72,7 +73,8 @@ def main() -> None:
     callback = ESSMonitorCallback(
         every_n_steps=50,
         overhead_budget_ratio=0.05,
-        diagnosis={"warmup_steps": 200},  # a short run; without a task metric only a forgetting, shrinking layer is ill
+        # A short run. Without a task metric a layer counts as collapsed only if its retention is low, too.
+        diagnosis={"warmup_steps": 200},
         exporters=[{"kind": "event_log", "path": str(events)}],
     )
     trainer = pl.Trainer(

@@ -1,8 +1,8 @@
-"""A real Prometheus and a real Alertmanager on this machine, for as long as a `with` block lasts.
+"""Runs a real Prometheus and a real Alertmanager on this machine for the duration of a `with` block.
 
-They run the rules, the scrape configuration and the routing that `ess_monitor.alerts` ships. Only what takes minutes is
-shortened: scrapes and evaluations come every second, notifications go out at once, and how long an alert waits is the
-caller's `AlertsConfig`. Everything listens on free ports of 127.0.0.1 and writes below one folder.
+They use the rules, the scrape configuration and the routing that `ess_monitor.alerts` ships. Only the times are
+shorter: scrapes and evaluations happen every second, notifications are sent at once, and the caller's `AlertsConfig`
+sets how long an alert waits. The servers listen on free ports of 127.0.0.1 and write below one folder.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ import yaml
 from ess_monitor.alerts import AlertsConfig, export
 
 PATIENCE_SECONDS = 180.0
-"""Before something is given up. All of it takes seconds where the machine has nothing else to do."""
+"""Limit of every wait. On an idle machine each of them takes seconds."""
 PACKAGES = {"prometheus": "prometheus", "prometheus-alertmanager": "prometheus-alertmanager"}
-"""Program -> the package of Debian and Ubuntu that has it."""
+"""Program -> its package in Debian and Ubuntu."""
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no way to our loopback
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach our loopback
 T = TypeVar("T")
 
 
 def missing_packages() -> list[str]:
-    """Packages to install before `alerting_stack` can start."""
+    """Return the packages that `alerting_stack` needs and that are not installed."""
     return [package for program, package in PACKAGES.items() if shutil.which(program) is None]
 
 
 def eventually(ask: Callable[[], T | None], what: str, *, seconds: float = PATIENCE_SECONDS) -> T:
-    """The first answer that is true; asks ten times a second.
+    """Call `ask` ten times a second, and return its first true answer.
 
     Raises:
-        TimeoutError: there was none in time; names `what` was waited for and the last answer.
+        TimeoutError: no answer was true in time. The message names `what` and has the last answer.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -60,30 +60,33 @@ def eventually(ask: Callable[[], T | None], what: str, *, seconds: float = PATIE
 
 @dataclass(frozen=True)
 class Notification:
-    """One alert in one message of Alertmanager."""
+    """One alert in a message of Alertmanager."""
 
     status: str
     """firing or resolved"""
     labels: dict[str, str]
     annotations: dict[str, str]
     path: str
-    """Of the webhook it was sent to: /page, /chat or /log."""
+    """Path of the webhook: /page, /chat or /log."""
     changed_timestamp_seconds: float
-    """When Prometheus saw it begin to fire, or end."""
+    """When Prometheus saw the alert start or end."""
     received_timestamp_seconds: float
 
     @property
     def name(self) -> str:
-        """Of the alert."""
+        """Name of the alert."""
         return self.labels["alertname"]
 
 
 class Webhook:
-    """Takes Alertmanager's messages and keeps them in order; `tell` is called with each, from the server's thread."""
+    """Receives Alertmanager's messages, and keeps their alerts in order.
 
-    def __init__(self, tell: Callable[[Notification], None] = lambda _: None) -> None:
+    `on_notification` is called with each alert, from the server's thread.
+    """
+
+    def __init__(self, on_notification: Callable[[Notification], None] = lambda _: None) -> None:
         self.notifications: list[Notification] = []
-        taken = self.notifications
+        received = self.notifications
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
@@ -94,8 +97,8 @@ class Webhook:
                     notification = Notification(
                         alert["status"], alert["labels"], alert["annotations"], self.path, changed, now
                     )
-                    taken.append(notification)
-                    tell(notification)
+                    received.append(notification)
+                    on_notification(notification)
                 self.send_response(200)
                 self.end_headers()
 
@@ -115,7 +118,7 @@ class Webhook:
         self._server.server_close()
 
     def wait_for(self, name: str, status: str) -> Notification:
-        """The first notification of this alert with this status, past or to come."""
+        """Return the first notification of this alert with this status; wait for it if needed."""
         return eventually(
             lambda: next((n for n in self.notifications if (n.name, n.status) == (name, status)), None),
             f"webhook: {name} {status}",
@@ -124,19 +127,19 @@ class Webhook:
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A Prometheus that answers."""
+    """A running Prometheus."""
 
     url: str
 
     def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
-        """The instant vector of an expression, now or at a time in seconds since the epoch."""
+        """Return the instant vector of an expression, now or at a time in seconds since the epoch."""
         question = urllib.parse.urlencode({"query": expression, **({} if at is None else {"time": at})})
         with _DIRECT.open(f"{self.url}/api/v1/query?{question}", timeout=PATIENCE_SECONDS) as response:
             result: list[dict[str, Any]] = json.load(response)["data"]["result"]
         return result
 
     def values(self, expression: str, *labels: str, at: float | None = None) -> dict[tuple[str, ...], float]:
-        """The same as label values -> value; a label that a series does not have is empty."""
+        """Return the same vector as label values -> value. A label that a series does not have is empty."""
         return {
             tuple(series["metric"].get(label, "") for label in labels): float(series["value"][1])
             for series in self.query(expression, at)
@@ -145,7 +148,7 @@ class Prometheus:
 
 @dataclass(frozen=True)
 class Stack:
-    """Where everything is."""
+    """The running servers and their folders."""
 
     prometheus: Prometheus
     alertmanager_url: str
@@ -153,22 +156,22 @@ class Stack:
     targets: Path
     """Folder that Prometheus watches: `file_sd_dir` of the runs."""
     alerts: Path
-    """What `ess_monitor.alerts.export` wrote."""
+    """Folder that `ess_monitor.alerts.export` wrote."""
 
 
 @contextmanager
 def alerting_stack(
-    folder: Path, config: AlertsConfig, tell: Callable[[Notification], None] = lambda _: None
+    folder: Path, config: AlertsConfig, on_notification: Callable[[Notification], None] = lambda _: None
 ) -> Iterator[Stack]:
-    """Prometheus -> Alertmanager -> webhook, all ready; all ended at the end of the block, whatever ends it.
+    """Start Prometheus, Alertmanager and a webhook, and stop them at the end of the block.
 
     Args:
-        folder: takes configuration, data and logs.
-        config: of the alerting rules.
-        tell: called with each notification, from another thread.
+        folder: where configuration, data and logs are written.
+        config: settings of the alerting rules.
+        on_notification: called with each notification, from another thread.
 
     Raises:
-        RuntimeError: a server ended instead of answering; the message has the end of its log.
+        RuntimeError: a server ended instead of answering. The message has the end of its log.
         TimeoutError: a server does not answer.
     """
     alerts = folder / "alerts"
@@ -176,7 +179,7 @@ def alerting_stack(
     targets = alerts / "prometheus" / "targets"
     targets.mkdir()
     with ExitStack() as stack:
-        webhook = stack.enter_context(Webhook(tell))
+        webhook = stack.enter_context(Webhook(on_notification))
         alertmanager, prometheus = (f"127.0.0.1:{port}" for port in _free_ports(2))
         rules = _shortened_scraping(alerts / "prometheus" / "prometheus.example.yml", alertmanager)
         routes = _shortened_routing(alerts / "alertmanager" / "alertmanager.yml", webhook.url)
@@ -190,7 +193,7 @@ def alerting_stack(
 
 
 def _shortened_scraping(example: Path, alertmanager: str) -> Path:
-    """The shipped example, with its short paths to rules and targets, at one scrape and evaluation a second."""
+    """Write the shipped scrape configuration with one scrape and one evaluation a second."""
     config = yaml.safe_load(example.read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["alerting"]["alertmanagers"] = [{"static_configs": [{"targets": [alertmanager]}]}]
@@ -200,7 +203,7 @@ def _shortened_scraping(example: Path, alertmanager: str) -> Path:
 
 
 def _shortened_routing(shipped: Path, webhook: str) -> Path:
-    """The shipped routes, receivers and inhibitions, towards our webhook and without waiting."""
+    """Write the shipped routes, receivers and inhibitions for our webhook, without waiting times."""
     text = re.sub(r"http://127\.0\.0\.1:\d+", webhook, shipped.read_text())
     text = re.sub(r"\b(group_wait|group_interval): \w+", lambda m: f"{m[1]}: {int(m[1] != 'group_wait')}s", text)
     path = shipped.with_name("shortened.yml")
@@ -210,7 +213,7 @@ def _shortened_routing(shipped: Path, webhook: str) -> Path:
 
 @contextmanager
 def _running(command: list[str], url: str, log: Path) -> Iterator[None]:
-    """A server that says it is ready."""
+    """Start a server, wait until it is ready, and stop it at the end of the block."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
@@ -244,6 +247,6 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _seconds(moment: str) -> float:
-    """RFC 3339 with nanoseconds, which Python 3.10 does not read, to seconds since the epoch."""
+    """Convert RFC 3339 with nanoseconds, which Python 3.10 cannot parse, to seconds since the epoch."""
     whole, fraction, zone = re.fullmatch(r"([^.Z+]+?)(\.\d+)?(Z|[+-]\d\d:\d\d)", moment).groups()  # type: ignore[union-attr]
     return datetime.fromisoformat(whole + zone.replace("Z", "+00:00")).timestamp() + float(fraction or 0)

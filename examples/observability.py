@@ -1,14 +1,15 @@
-"""From a collapsed layer to a message and back, on a real Prometheus and a real Alertmanager, with a timeline.
+"""Prints a timeline from a collapsed layer to a notification and back, with a real Prometheus and Alertmanager.
 
     make observability        or        python examples/observability.py [--steps 2000] [--seed 0] [--json FILE]
 
-The demo run (see demo.py) trains under the autopilot. Prometheus finds it through a file and scrapes it every second,
-the shipped rules judge what it says of itself, Alertmanager sends what fires to a webhook. Printed is what happened,
-and how long after what came before: collapse diagnosed, treated, alert firing, delivered, rescued, resolved, delivered.
+The demo run (see demo.py) trains with the autopilot. Prometheus discovers it through a file, scrapes it every second
+and evaluates the shipped rules. Alertmanager sends the alerts that fire to a webhook. The program prints each event and
+the time since the event before: collapse diagnosed, treated, alert firing, delivered, layer rescued, alert resolved,
+delivered.
 
-The alert waits two seconds instead of ten minutes, so that there is something to see; otherwise the rules and the
-routing are those that `ess_monitor.alerts.export` writes. On Debian and Ubuntu the servers are installed with apt-get
-if they are missing and this runs as root. They listen on free ports of 127.0.0.1 and end with the program.
+The alert waits two seconds instead of ten minutes, so that it fires during the short run. Otherwise the rules and the
+routing are those that `ess_monitor.alerts.export` writes. On Debian and Ubuntu the program installs missing servers
+with apt-get if it runs as root. They listen on free ports of 127.0.0.1 and stop with the program.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from ess_monitor.records import RunInfo, RunStatus, Snapshot
 
 LAYER = "model.blocks.1.mixer"
 ALERT = "EssMonitorStateCollapsed"
-MILESTONES = ("diagnosed", "treated", "firing", "delivered", "rescued", "resolved", "told")
-"""What a run that goes well passes, in this order."""
+MILESTONES = ("diagnosed", "treated", "firing", "firing_delivered", "rescued", "resolved", "resolved_delivered")
+"""The milestones of a successful run, in order."""
 
 
 class Timeline:
-    """Prints what happens, when, and how long after what came before. Called from several threads."""
+    """Prints each event with its time and the time since the event before. Called from several threads."""
 
     def __init__(self, console: Console) -> None:
         self.events: list[dict[str, Any]] = []
@@ -57,22 +58,22 @@ class Timeline:
         self._start = time.time()
 
     def add(self, text: str, milestone: str = "", at: float | None = None) -> None:
-        """Something happened now, or at a time in seconds since the epoch."""
+        """Add an event that happened now, or at a time in seconds since the epoch."""
         with self._lock:
             seconds = (time.time() if at is None else at) - self._start
             before = self.events[-1]["seconds"] if self.events else 0.0
             if any(event["milestone"] == milestone for event in self.events):
-                milestone = ""  # the first time counts
+                milestone = ""  # only the first occurrence counts
             self.events.append({"seconds": seconds, "milestone": milestone, "text": text})
             self._console.print(f"{seconds:7.1f} s  {seconds - before:+6.1f} s  {text}", highlight=False)
 
     def missing(self) -> list[str]:
-        """Milestones that were not passed."""
+        """Return the milestones that the run has not passed."""
         passed = {event["milestone"] for event in self.events}
         return [milestone for milestone in MILESTONES if milestone not in passed]
 
-    def notified(self, notification: Notification) -> None:
-        """Alertmanager sent something; the time at which Prometheus saw it is in the message."""
+    def add_notification(self, notification: Notification) -> None:
+        """Add a notification of Alertmanager, and the change of the alert, whose time is in the message."""
         firing, ours = notification.status == "firing", notification.name == ALERT
         self.add(
             f"Prometheus: {notification.name} {notification.status}",
@@ -81,13 +82,13 @@ class Timeline:
         )
         self.add(
             f"webhook {notification.path}: {notification.status}: {notification.annotations['summary']}",
-            ("delivered" if firing else "told") if ours else "",
+            ("firing_delivered" if firing else "resolved_delivered") if ours else "",
             notification.received_timestamp_seconds,
         )
 
 
-class Teller:
-    """An exporter that puts findings and actions on the timeline."""
+class TimelineExporter:
+    """An exporter that adds findings and actions to the timeline."""
 
     name = "timeline"
     inline = True
@@ -96,34 +97,34 @@ class Teller:
         self._timeline = timeline
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Nothing to open."""
+        """Do nothing: there is nothing to open."""
 
     def export(self, measurement: Measurement) -> None:
-        """What was found and done at this step."""
+        """Add the findings and actions of this step."""
         for finding in measurement.findings:
             milestone = {"collapsed": "diagnosed", "healthy": "rescued"}.get(finding.condition, "")
-            said = f"step {finding.step}: {finding.layer} is {finding.condition}: {finding.reason}"
-            self._timeline.add(said, milestone if finding.layer == LAYER else "")
+            text = f"step {finding.step}: {finding.layer} is {finding.condition}: {finding.reason}"
+            self._timeline.add(text, milestone if finding.layer == LAYER else "")
         for action in measurement.actions:
-            said = f"step {action.step}: {action.layer}: {action.action} {action.outcome}: {action.message}"
-            self._timeline.add(said, "treated" if action.outcome == "applied" else "")
+            text = f"step {action.step}: {action.layer}: {action.action} {action.outcome}: {action.message}"
+            self._timeline.add(text, "treated" if action.outcome == "applied" else "")
 
     def close(self, status: RunStatus) -> None:
-        """Say how it ended."""
+        """Add the end of the run."""
         self._timeline.add(f"the run {status}")
 
 
 def install_servers(console: Console) -> None:
-    """See that the servers are there; ends the program where they are not and cannot be installed."""
+    """Install the servers that are missing; exit if they cannot be installed."""
     packages = missing_packages()
     if not packages:
         return
     command = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         sys.exit(
-            f"This example needs {' and '.join(packages)}. Debian, Ubuntu: sudo {' '.join(command)}. Elsewhere: put "
-            "`prometheus` and, under the name `prometheus-alertmanager`, `alertmanager` of prometheus.io/download on "
-            "PATH."
+            f"This example needs {' and '.join(packages)}. On Debian or Ubuntu: sudo {' '.join(command)}. Elsewhere: "
+            "download `prometheus` and `alertmanager` from prometheus.io/download, rename the second to "
+            "`prometheus-alertmanager`, and add both to PATH."
         )
     console.print(f"installing {', '.join(packages)}")
     quiet: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL}
@@ -135,14 +136,14 @@ def install_servers(console: Console) -> None:
 def train(
     recall: Recall, targets: Path, timeline: Timeline, scraped: Callable[[], object]
 ) -> tuple[float, PrometheusExporter]:
-    """The demo run; it begins when Prometheus has scraped it. Its last accuracy, and the endpoint, which lingers."""
+    """Train the demo run after its first scrape; return its last accuracy and the endpoint, which is still open."""
     endpoint = PrometheusExporter(PrometheusConfig(port=0, file_sd_dir=targets, run_id="demo", linger_seconds=600))
     ess = ESSMonitorCallback(
         every_n_steps=50,
         overhead_budget_ratio=0.05,
         diagnosis={"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 300},
         autopilot="auto",
-        exporters=[endpoint, Teller(timeline)],
+        exporters=[endpoint, TimelineExporter(timeline)],
         table=False,
     )
 
@@ -167,14 +168,14 @@ def train(
 
 
 def main() -> int:
-    """Run it; 1 where a milestone was not passed."""
+    """Run the example; return 1 if a milestone was not passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the timeline here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the timeline to FILE")
     arguments = parser.parse_args()
     for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that the servers are ended, too
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))  # so that the servers stop, too
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     torch.set_num_threads(1)
@@ -185,7 +186,7 @@ def main() -> int:
     alerts = AlertsConfig(condition_for_seconds=2, condition_keep_firing_seconds=1)
     with (
         tempfile.TemporaryDirectory(prefix="ess-monitor-") as folder,
-        alerting_stack(Path(folder), alerts, timeline.notified) as stack,
+        alerting_stack(Path(folder), alerts, timeline.add_notification) as stack,
     ):
         timeline.add(f"Prometheus {stack.prometheus.url}, Alertmanager {stack.alertmanager_url}, both ready")
         accuracy, endpoint = train(
@@ -194,7 +195,7 @@ def main() -> int:
             timeline,
             lambda: eventually(lambda: stack.prometheus.query('up{job="ess_monitor"} == 1'), "a first scrape"),
         )
-        if timeline.missing() in (["told"], ["resolved", "told"]):  # on its way
+        if timeline.missing() in (["resolved_delivered"], ["resolved", "resolved_delivered"]):  # still on its way
             stack.webhook.wait_for(ALERT, "resolved")
         endpoint.stop()
     console.print(f"\naccuracy {accuracy:.2f}; a guess among the four values is right one time in four")

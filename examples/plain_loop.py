@@ -1,7 +1,8 @@
-"""A small hybrid learns real text in a plain PyTorch loop: `Monitor` itself, autocast, accumulated gradients.
+"""Trains a small hybrid on real text in a plain PyTorch loop with `Monitor`, autocast and accumulated gradients.
 
-Three layers, two gated linear attentions and one softmax attention between them, read bytes of the licenses and
-documentation of the installed packages, in bfloat16 where autocast allows. Takes under three minutes on one core.
+The model has three layers: two gated linear attentions with one softmax attention between them. The text comes from the
+installed packages (see corpus.py) and is read as bytes. The program takes less than three minutes on one core. Autocast
+uses bfloat16.
 
     python examples/plain_loop.py [--steps 300] [--json FILE]
 """
@@ -28,7 +29,7 @@ LENGTH, BATCH, ACCUMULATE, WIDTH = 128, 8, 2, 64
 
 
 class Block(nn.Module):
-    """A mixer and an MLP, each behind a norm and around a residual."""
+    """A mixer and an MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
@@ -38,13 +39,13 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, length, width) in and out."""
+        """Map (batch, length, width) to the same shape."""
         x = x + self.mixer(self.norm(x))
         return x + self.mlp(x)
 
 
 class Hybrid(nn.Module):
-    """Bytes in, logits of the next byte out."""
+    """A model that maps bytes to logits of the next byte."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,20 +54,20 @@ class Hybrid(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, length) to (batch, length, vocabulary)."""
+        """Map (batch, length) to (batch, length, vocabulary)."""
         logits: torch.Tensor = self.head(self.blocks(self.embedding(tokens)))
         return logits
 
 
 def main() -> None:
-    """Train, then print the last table and the layers' ESS over the run."""
+    """Train, then print the last table and the ESS of each layer over the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--out", type=Path, default=Path("runs/plain_loop"), help="folder of the event log")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the curves here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the curves to FILE")
     arguments = parser.parse_args()
 
-    torch.set_num_threads(1)  # the tensors are small: a second thread would mostly wait
+    torch.set_num_threads(1)  # the tensors are small: a second thread does not help
     torch.manual_seed(0)
     text, model = windows(LENGTH + 1), Hybrid()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -79,7 +80,7 @@ def main() -> None:
         exporters=(EventLogConfig(path=log),),
     )
 
-    # bfloat16 needs no loss scaler. With float16 there is one, and the loss is multiplied with its scale as well:
+    # bfloat16 needs no loss scaler. With float16, include the factor by which the scaler multiplies the loss:
     # grad_scale=lambda: scaler.scale(torch.ones((), device=device)) / ACCUMULATE
     with Monitor(model, config, precision="bf16", grad_scale=lambda: 1 / ACCUMULATE) as monitor:
         for _ in range(arguments.steps):

@@ -1,4 +1,4 @@
-"""What the two programs for several processes share: options, the model's fingerprint on every rank, the summary."""
+"""Shared code of the two examples for several ranks: options, fingerprints of the model, the summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 from ess_monitor import Monitor
 
 BATCH = 32
-"""Of all ranks together, so that any number of them trains on the same amount of data."""
+"""Samples of a batch over all ranks, so that the amount of data does not depend on their number."""
 
 SETTINGS: dict[str, Any] = {
     "every_n_steps": 50,
@@ -27,29 +27,29 @@ SETTINGS: dict[str, Any] = {
     "diagnosis": {"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 300},
     "autopilot": "auto",
 }
-"""As in `make demo`: judged after 300 steps, believed after five measurements that agree, acted upon."""
+"""Settings of the monitor, as in `make demo`."""
 
 
 def options(description: str | None, out: str, strategies: tuple[str, ...] = ()) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1200, help="optimizer steps")
     parser.add_argument(
-        "--settings", type=json.loads, default={}, metavar="JSON", help="of the monitor, over the usual"
+        "--settings", type=json.loads, default={}, metavar="JSON", help="settings of the monitor, which override ours"
     )
     if strategies:
         parser.add_argument("--strategy", choices=strategies, default=strategies[0])
-    parser.add_argument("--no-monitor", action="store_true", help="the same training without a monitor")
-    parser.add_argument("--die", metavar="RANK:STEP", default="", help="that rank kills itself at that step")
+    parser.add_argument("--no-monitor", action="store_true", help="train without a monitor")
+    parser.add_argument("--die", metavar="RANK:STEP", default="", help="kill that rank at that step")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of the event log")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary to FILE")
     arguments = parser.parse_args()
     arguments.settings = {**SETTINGS, **arguments.settings}
     return arguments
 
 
 class Steps:
-    """Times the steps, and dies where it was told to."""
+    """Times the steps, and kills this process at the step of `--die`."""
 
     def __init__(self, die: str, rank: int) -> None:
         doomed, _, at = die.partition(":")
@@ -58,7 +58,7 @@ class Steps:
         self.seconds: list[float] = []
 
     def ended(self, step: int) -> None:
-        """An optimizer step ended."""
+        """Record the end of an optimizer step."""
         now = time.perf_counter()
         if self._before is not None:
             self.seconds.append(now - self._before)
@@ -68,7 +68,7 @@ class Steps:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of all parameters and buffers, whole: two ranks that print the same one hold the same model."""
+    """Return a hash of all parameters and buffers. Ranks with equal hashes hold the same model."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -79,7 +79,7 @@ def fingerprint(model: nn.Module) -> str:
 def summarize(
     arguments: argparse.Namespace, model: nn.Module, steps: Steps, accuracy: float, monitor: Monitor | None
 ) -> int:
-    """Called by every rank; rank 0 prints. 1 when the ranks' models or actions differ."""
+    """Compare the ranks and print on rank 0; return 1 if models or actions differ. Every rank must call it."""
     actions = []
     if monitor is not None:
         actions = [f"{a.step} {a.layer} {a.action} {a.strength or ''} {a.outcome}" for a in monitor.actions]

@@ -1,11 +1,11 @@
-"""A collapse found and treated in a plain loop under FSDP2: the parameters are sharded, and all ranks act alike.
+"""Trains on several ranks in a plain loop under FSDP2, and treats a collapsed layer in the same way on all of them.
 
     torchrun --nproc-per-node 2 examples/ranks_fsdp2.py [--steps 1200] [--no-monitor] [--die RANK:STEP]
 
-The run is that of `make demo` (see recall.py), its batch shared among the ranks and each block sharded by
-`fully_shard`. At the end the shards are gathered and fingerprinted on every rank. `--no-monitor` trains the same
-without, for comparing the time of a step; `--die 1:100` kills rank 1 at step 100, to see that the run ends as it would
-without us.
+The run is that of `make demo` (see recall.py). The batch is divided among the ranks, and `fully_shard` shards each
+block. At the end the shards are gathered, and rank 0 prints a fingerprint of each rank's model. `--no-monitor` trains
+without a monitor, to compare the time of a step. `--die 1:100` kills rank 1 at step 100, to show that the run ends as
+it would without a monitor.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ TASK = {"length": 32, "kv_pairs": 4, "vocab_size": 32}
 
 
 def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """Of a number that each rank has of its own data."""
+    """Return the mean of a number over the ranks."""
     mean = value.detach().clone()
     dist.all_reduce(mean)
     return mean / dist.get_world_size()
 
 
 def main() -> int:
-    """Train, and compare the ranks."""
+    """Train, and compare the ranks; return 1 if they differ."""
     arguments = options(__doc__, "runs/ranks_fsdp2")
     torch.set_num_threads(1)
     if not dist.is_torchelastic_launched():
-        print("one process only; start it with: torchrun --nproc-per-node 2 " + sys.argv[0])
+        print("This example needs several processes. Start it with: torchrun --nproc-per-node 2 " + sys.argv[0])
         return 2
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -78,7 +78,7 @@ def main() -> int:
             steps.ended(step + 1)
     final = mean_over_ranks(accuracy(logits, targets))
     wrong = summarize(arguments, model, steps, float(final), monitor)
-    dist.barrier()  # a rank that leaves while another still talks to it can abort
+    dist.barrier()  # a rank can abort if another one exits while they still communicate
     dist.destroy_process_group()
     return wrong
 

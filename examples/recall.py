@@ -1,8 +1,8 @@
-"""Multi-query associative recall under Lightning: the small setting in which a layer's memory collapses.
+"""Defines multi-query associative recall under Lightning, in a small setting in which the memory of a layer collapses.
 
-Two mixers and two SwiGLU MLPs of width 32, state 16, 4 key-value pairs in 32 tokens; AdamW as below. A weighted linear
-attention (WLA) whose gate starts at 1/2 (beta = 1) forgets within a few tokens and does not find out: its accuracy
-stays at 1/4, one guess among the four values.
+The model has two mixers and two SwiGLU MLPs of width 32 and a state of 16. A sequence has 4 key-value pairs in 32
+tokens. A weighted linear attention (WLA) whose gate starts at 1/2 (beta = 1) forgets within a few tokens and does not
+learn to keep more. Its accuracy stays at 1/4, that of guessing among the four values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ess_monitor.tasks import MQAR, MQARConfig, accuracy, loss
 
 @dataclass(frozen=True)
 class Recall:
-    """A model, a task and a seed."""
+    """Settings of the model, the task and the training."""
 
     featurizer: str = "wla"
     beta: float = 1.0
@@ -35,7 +35,7 @@ class Recall:
 
 
 class RecallModule(pl.LightningModule):
-    """Trains a small backbone on recall; logs the loss and the accuracy on the queries."""
+    """Trains a small backbone on recall, and logs loss and accuracy on the queries."""
 
     def __init__(self, recall: Recall) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class RecallModule(pl.LightningModule):
         )
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy on the queries."""
+        """Return the cross-entropy on the queries."""
         tokens, targets = batch
         logits = self.model(tokens)
         value = loss(logits, targets)
@@ -62,13 +62,13 @@ class RecallModule(pl.LightningModule):
         return value
 
     def configure_optimizers(self) -> dict[str, object]:
-        """AdamW, 50 warm-up steps, then constant."""
+        """Return AdamW with 50 warm-up steps and a constant rate after them."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.recall.learning_rate, weight_decay=0.1)
         warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
 
     def train_dataloader(self) -> DataLoader[object]:
-        """Fresh samples at every step, the same ones for the same seed."""
+        """Return new samples for every step, the same ones for the same seed."""
         recall = self.recall
         data = MQAR(
             MQARConfig(

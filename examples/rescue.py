@@ -1,10 +1,10 @@
-"""Control against autopilot at equal steps: does the rescue hold over seeds?
+"""Compares runs with the autopilot and controls without interventions, over several seeds.
 
     python examples/rescue.py --seeds 8 [--first-seed K] [--featurizer wla|gla|gla_s6] [--json FILE]
 
-Both arms of a seed see the same data and start from the same weights; they are the same run, bit by bit, until the
-autopilot acts. The control is watched by the same monitor, which only says what it would have done. Every run is a
-plain training loop in a process of its own with one thread; accuracy is measured on 1024 fresh samples at the end.
+Both runs of a seed have the same data and the same initial weights. They are the same run, bit by bit, until the
+autopilot acts. The control has the same monitor in mode `advise`. Every run is a plain training loop in a process of
+its own with one thread. The accuracy is measured on 1024 new samples at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gla": {"length": 64, "kv_pairs": 8, "steps": 2600, "options": {"beta": 1.0}},
     "gla_s6": {"length": 64, "kv_pairs": 8, "steps": 2600, "options": {"alpha": 1.0}},
 }
-"""The collapse settings: two mixers and two SwiGLU MLPs of width 32, two heads, state 16, vocabulary 32, batch 32."""
+"""Settings in which a layer collapses. All have two mixers and two SwiGLU MLPs of width 32, two heads, state 16,
+vocabulary 32 and batch 32."""
 
 MONITOR = {
     "every_n_steps": 50,
@@ -50,7 +51,7 @@ def train(
     exporters: Iterable[Exporter] = (),
     before_step: Callable[[int, Backbone], None] | None = None,
 ) -> tuple[Monitor, float]:
-    """A plain training loop under a monitor; the monitor, closed, and the accuracy on 1024 fresh samples.
+    """Train under a monitor; return the closed monitor and the accuracy on 1024 new samples.
 
     `before_step` is called with the step and the model before each forward pass.
     """
@@ -89,15 +90,15 @@ def train(
 
 
 def run(featurizer: str, seed: int, arm: str, steps: int | None = None) -> dict[str, Any]:
-    """Train one arm of one seed."""
+    """Train one arm of one seed; return its row of the table."""
     torch.set_num_threads(1)
     setting = {**SETTINGS[featurizer], "featurizer": featurizer}
     setting["steps"] = steps or setting["steps"]
     config = MonitorConfig.load(**MONITOR, autopilot="auto" if arm == "autopilot" else "advise", environment=False)
     monitor, final = train(setting, seed, config)
     reading = next(r for r in monitor.readings if r.layer == TREATED)
-    ill = [f.step for f in monitor.findings if f.layer == TREATED and f.condition == "collapsed"]
-    well = [f.step for f in monitor.findings if f.layer == TREATED and f.previous == "collapsed"]
+    collapsed = [f.step for f in monitor.findings if f.layer == TREATED and f.condition == "collapsed"]
+    recovered = [f.step for f in monitor.findings if f.layer == TREATED and f.previous == "collapsed"]
     return {
         "seed": seed,
         "featurizer": featurizer,
@@ -105,8 +106,8 @@ def run(featurizer: str, seed: int, arm: str, steps: int | None = None) -> dict[
         "accuracy": final,
         "utilization": reading.utilization_ratio,
         "retention": reading.retention_ratio,
-        "diagnosed_step": ill[0] if ill else None,
-        "recovered_step": well[0] if well else None,
+        "diagnosed_step": collapsed[0] if collapsed else None,
+        "recovered_step": recovered[0] if recovered else None,
         "actions": [f"{a.step} {a.layer} {a.action} {a.strength or ''} {a.outcome}" for a in monitor.actions],
     }
 
@@ -117,9 +118,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--featurizer", choices=sorted(SETTINGS), default="wla")
-    parser.add_argument("--steps", type=int, help="instead of those of the setting")
+    parser.add_argument("--steps", type=int, help="overrides the steps of the setting")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:

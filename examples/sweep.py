@@ -1,15 +1,15 @@
-"""A grid of tasks, sequence mixers and seeds on Ray: which of them leave their memory unused?
+"""Trains a grid of tasks, sequence mixers and seeds on Ray, and shows which of them leave their memory unused.
 
     python examples/sweep.py [--tasks mqar,compression] [--models gla,wla] [--seeds 2] [--steps 300]
                              [--address auto|ray://HOST:10001] [--folder runs/sweep] [--file-sd DIR] [--json FILE]
 
-Every run trains a small network in a process of its own, with a monitor and a run id of its own, on as many cores as
-Ray has; without `--address` Ray is started on this machine and ended with the sweep. The result of a run is written to
-FOLDER/RUN_ID.json as soon as it is there. A sweep that was interrupted goes on where it stopped when the same command
-is given again: runs whose result is there, made with the same settings, are not run again; those that failed are.
+Every run trains a small network in a process of its own, with its own monitor and run id. As many runs train at a time
+as Ray has cores. Without `--address` Ray is started on this machine and stopped with the sweep. The result of a run is
+written to FOLDER/RUN_ID.json when the run ends. To resume an interrupted sweep, give the same command again: runs that
+have a result with the same settings are skipped, and runs that failed are repeated.
 
-With `--file-sd DIR` every run can be scraped while it lasts: it opens /metrics on a free port of its machine, and
-writes the address for Prometheus' file-based service discovery into DIR.
+With `--file-sd DIR` Prometheus can scrape every run: the run opens /metrics on a free port of its machine, and writes
+its address for file-based service discovery to DIR.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a sweep is sent anywhere
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # the sweep sends no data to anyone
 
 import ray
 from rich.console import Console
@@ -41,7 +41,7 @@ BATCH, STATE_SIZE, TEST_SAMPLES = 32, 16, 512
 
 
 def grid(tasks: list[str], models: list[str], seeds: int, steps: int) -> list[dict[str, Any]]:
-    """The settings of every run, each with a run id that says which it is."""
+    """Return the settings of every run, with a run id that is unique to them."""
     settings = []
     for task, model, seed in itertools.product(tasks, models, range(seeds)):
         one = {"task": task, "model": model, "seed": seed, "steps": steps, **TASKS[task]}
@@ -51,7 +51,7 @@ def grid(tasks: list[str], models: list[str], seeds: int, steps: int) -> list[di
 
 
 def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
-    """One run, in a worker of Ray: train under a monitor, and say what became of it."""
+    """Train one run under a monitor in a worker of Ray; return its result."""
     import torch
 
     from ess_monitor import Monitor, MonitorConfig
@@ -120,7 +120,7 @@ def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
 
 
 def finished(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of an earlier sweep, if it is one and was made with these settings."""
+    """Return the result of an earlier sweep, or None if it is invalid, failed or has other settings."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -130,15 +130,15 @@ def finished(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def keep(path: Path, result: dict[str, Any]) -> None:
-    """Write a result so that an interruption leaves all of it or nothing."""
+    """Write a result atomically: an interruption leaves the whole file or none."""
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def results(runs: list[dict[str, Any]], file_sd: str | None) -> Iterator[dict[str, Any]]:
-    """What becomes of each run, in the order in which they end."""
-    # A run that raises is a result; one whose process dies is tried once more.
+    """Yield the result of each run, in the order in which they end."""
+    # A run that raises has a result with its error. A run whose process dies is tried once more.
     remote = ray.remote(num_cpus=1, max_retries=1)(train)
     pending = {remote.remote(run, file_sd): run for run in runs}
     while pending:
@@ -152,10 +152,8 @@ def results(runs: list[dict[str, Any]], file_sd: str | None) -> Iterator[dict[st
 
 
 def show(console: Console, rows: list[dict[str, Any]], missing: int) -> None:
-    """One table of all runs."""
-    table = Table(
-        title=f"{len(rows)} runs" + (f", {missing} still to be done" if missing else ""), title_justify="left"
-    )
+    """Print one table of all runs."""
+    table = Table(title=f"{len(rows)} runs" + (f", {missing} to do" if missing else ""), title_justify="left")
     for column in ("task", "model", "seed", "accuracy", "loss", "utilization by layer", "condition by layer"):
         table.add_column(column, justify="left" if column in ("task", "model") or "layer" in column else "right")
     for row in sorted(rows, key=lambda row: (row["task"], row["model"], row["seed"])):
@@ -170,7 +168,7 @@ def show(console: Console, rows: list[dict[str, Any]], missing: int) -> None:
 
 
 def choice(known: tuple[str, ...]) -> Any:
-    """A type for argparse: a comma-separated selection of `known`."""
+    """Return a type for argparse: a comma-separated selection of `known`."""
 
     def read(text: str) -> list[str]:
         names = list(dict.fromkeys(name.strip() for name in text.split(",")))
@@ -183,24 +181,26 @@ def choice(known: tuple[str, ...]) -> Any:
 
 
 def positive(text: str) -> int:
-    """A type for argparse: a number from 1 on."""
+    """Parse a whole number of at least 1, as a type for argparse."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} given; 1 or more")
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
     return value
 
 
 def main() -> int:
-    """Run what is missing, keep every result, print the table; 1 when a run failed, 130 when it was interrupted."""
+    """Run what is missing and print the table; return 1 if a run failed, 130 after an interruption."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=choice(tuple(TASKS)), default=["mqar", "compression"])
     parser.add_argument("--models", type=choice(MODELS), default=["gla", "wla"])
     parser.add_argument("--seeds", type=positive, default=2, help="seeds 0, 1, ... for every task and model")
     parser.add_argument("--steps", type=positive, default=300)
-    parser.add_argument("--address", help="of a Ray cluster; without it Ray runs on this machine")
-    parser.add_argument("--folder", type=Path, default=Path("runs/sweep"), help="where the results are kept")
-    parser.add_argument("--file-sd", type=Path, metavar="DIR", help="open /metrics for every run and announce it here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows of the table here")
+    parser.add_argument("--address", help="address of a Ray cluster; without it Ray runs on this machine")
+    parser.add_argument("--folder", type=Path, default=Path("runs/sweep"), help="folder of the results")
+    parser.add_argument(
+        "--file-sd", type=Path, metavar="DIR", help="serve /metrics for every run, and write its address to DIR"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows of the table to FILE")
     arguments = parser.parse_args()
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -222,8 +222,8 @@ def main() -> int:
             for result in results(missing, file_sd):
                 keep(arguments.folder / f"{result['run_id']}.json", result)
                 rows.append(result)
-                said = result.get("error") or f"accuracy {result['accuracy']:.3f}"
-                print(f"{len(rows)} of {len(runs)}: {result['run_id']}: {said}", flush=True)
+                summary = result.get("error") or f"accuracy {result['accuracy']:.3f}"
+                print(f"{len(rows)} of {len(runs)}: {result['run_id']}: {summary}", flush=True)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -233,7 +233,7 @@ def main() -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if interrupted:
-        print("interrupted; the same command goes on from here")
+        print("interrupted; give the same command again to resume")
         return 130
     return int(any("error" in row for row in rows))
 

@@ -94,7 +94,7 @@ def test_a_known_vulnerability_fails_the_audit(
     program = fake_pip_audit(tmp_path, ("jinja2", "rich"))
     assert run(audit, monkeypatch, "--pip-audit", program, "--offline-is-fine") == 1
     said = capsys.readouterr().out
-    assert f"WRONG: vulnerable: rich=={audit.pins()['rich']}: CVE-1, mended in 9.9" in said
+    assert f"WRONG: vulnerable: rich=={audit.pins()['rich']}: CVE-1, fixed in 9.9" in said
     assert "NOT CHECKED: vulnerabilities of torch" in said
 
 

@@ -47,7 +47,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
                 break
         printed += first.stdout.readlines()
         assert first.wait(120) == 130, "".join(printed)
-    assert "the same command goes on from here" in printed[-1]
+    assert "give the same command again to resume" in printed[-1]
     kept = results(folder)
     assert 1 <= len(kept) < 4
     assert not [result["error"] for result in kept.values() if "error" in result]

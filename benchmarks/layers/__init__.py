@@ -1,4 +1,4 @@
-"""The layers whose capture is checked against the libraries that they come from."""
+"""Cases that compare captured operators with the output of the libraries' own layers."""
 
 from benchmarks.layers import attention, convolutions, delta, fla, mamba, mamba2, recurrent
 from benchmarks.layers.case import Case, Row, measure

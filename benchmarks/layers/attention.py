@@ -1,4 +1,4 @@
-"""Softmax attention: behind transformers' interface, and torch's own."""
+"""Cases of softmax attention: transformers' interface and torch's own functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PADDING[0, :5] = 0
 
 
 def hf(name: str, kernel: str, **config: Any) -> Callable[[], Built]:
-    """A small causal language model of transformers, and tokens with some padding on the left."""
+    """Return a function that builds a small causal language model of transformers, and left-padded tokens."""
 
     def build() -> Built:
         import transformers
@@ -31,7 +31,7 @@ def hf(name: str, kernel: str, **config: Any) -> Callable[[], Built]:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "intermediate_size": 32,
-            "initializer_range": 0.4,  # logits of order one: with the usual 0.02 every row is nearly an average
+            "initializer_range": 0.4,  # logits of order one: with the usual 0.02 every row is nearly uniform
             "pad_token_id": 0,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -45,13 +45,13 @@ def hf(name: str, kernel: str, **config: Any) -> Callable[[], Built]:
 
 
 def interface(call: Call) -> Mixed:
-    """y = T u with u the values. Rows of padding see nothing: their T is zero, what kernels return there is not."""
+    """Return y = T u with u the values. T is zero in rows of padding, so y is set to zero there."""
     _, q, _, v, mask = list(call.kwargs.values())[:5]
     return _mixed(q, v, mask, call.output[0].transpose(1, 2))
 
 
 def function(call: Call) -> Mixed:
-    """The same of `scaled_dot_product_attention`."""
+    """Return the same for `scaled_dot_product_attention`."""
     return _mixed(call.kwargs["query"], call.kwargs["value"], call.kwargs["attn_mask"], call.output)
 
 
@@ -63,7 +63,7 @@ def _mixed(q: Tensor, v: Tensor, mask: Tensor | None, y: Tensor) -> Mixed:
 
 
 def module(call: Call) -> Mixed:
-    """y = out_proj(heads side by side)."""
+    """Return y = out_proj(concatenated heads)."""
     mha = call.module
     assert isinstance(mha, nn.MultiheadAttention)
     x = call.args[0] if mha.batch_first else call.args[0].transpose(0, 1)
@@ -78,7 +78,7 @@ def module(call: Call) -> Mixed:
 
 
 class CausalSelfAttention(nn.Module):
-    """A layer as people write it."""
+    """A layer as users write it."""
 
     def __init__(self, width: int, num_heads: int, num_key_heads: int, *, masked: bool) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class CausalSelfAttention(nn.Module):
 
 
 def own(masked: bool) -> Built:
-    """A layer that calls the function."""
+    """Build a layer that calls the function itself."""
     return CausalSelfAttention(32, 4, 2, masked=masked), (3 * torch.randn(2, 24, 32),), {}
 
 
@@ -124,7 +124,7 @@ class MaskedEncoder(nn.Module):
 
 
 def encoder(batch_first: bool) -> Built:
-    """Attention inside of torch's own layers."""
+    """Build attention inside torch's own layers."""
     shape = (2, 24, 32) if batch_first else (24, 2, 32)
     return MaskedEncoder(batch_first=batch_first), (3 * torch.randn(shape),), {}
 

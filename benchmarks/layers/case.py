@@ -1,7 +1,7 @@
-"""One layer of a library as people use it, small and randomly initialized, and how far T u is from what it computed.
+"""Runs one small, randomly initialized layer of a library, and compares T u with the layer's output.
 
-The reference is not ours: u and y are taken from the library's own call (its inputs and its output), with hooks and
-wrappers of this file, and T is the operator that the capture room built for the same call, materialized in float64.
+The reference is the library: u and y are the input and output of its own call, recorded by hooks and wrappers of this
+file. T is the operator that `ess_monitor.capture` built for the same call, materialized in float64.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def _as_it_is(product: Tensor) -> Tensor:
 
 
 class Mixed(NamedTuple):
-    """A call of the library, as numbers: y should be finish(T u)."""
+    """Input and output of one call of the library: y should equal finish(T u)."""
 
     u: Tensor
-    """(batch, heads, length, channels): what the operator of every head is applied to."""
+    """(batch, heads, length, channels): the input of every head's operator."""
     y: Tensor
-    """What the library returned."""
+    """Output of the library."""
     finish: Callable[[Tensor], Tensor] = _as_it_is
-    """What the library does to T u afterwards in the same call (a skip, a gate), in float64."""
+    """The rest of the library's call after T u (a skip connection, a gate), in float64."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Case:
     layer: str
     """Class of the layer."""
     build: Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
-    """The model, and what its forward takes. Called after torch.manual_seed."""
+    """Builds the model and the arguments of its forward pass. Called after torch.manual_seed."""
     mixed: Callable[[Call], Mixed]
-    """What the call that the layer is read at was given and returned."""
+    """Gets u and y from the call at which the layer is captured."""
     tolerance: float = 1e-5
-    """Largest max|T u - y| / max|y| that is right."""
+    """Limit of max|T u - y| / max|y|."""
     note: str = ""
     modes: tuple[str, ...] = ("train", "eval")
     pulled: bool = True
@@ -56,44 +56,44 @@ class Case:
 
     @property
     def package(self) -> str:
-        """What has to be installed."""
+        """Package that must be installed."""
         return {"flash-linear-attention": "fla"}.get(self.library, self.library)
 
     @property
     def name(self) -> str:
-        """For tables and test ids."""
+        """Name of the case in tables and test ids."""
         return f"{self.library} {self.layer}" + (f" ({self.note})" if self.note else "")
 
 
 @dataclass
 class Row:
-    """What is measured of a case."""
+    """Measurements of one case."""
 
     library: str
     layer: str
     error: float
-    """Largest over the layers of this class and the modes."""
+    """Largest error over the layers of this class."""
     state_capacity: float | None
     effective_size: float
     handles: tuple[str, ...]
     note: str = ""
     layers: int = 0
     described: dict[str, Any] = field(default_factory=dict)
-    """What `describe` says of the first of them."""
+    """Facts that `describe` gives of the first layer."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """The same from the operator that was captured."""
+    """The same facts of the captured operator."""
 
 
 def measure(case: Case, mode: str) -> Row:
-    """Run the model once and compare."""
+    """Run the model once, and compare T u with its output."""
     with torch.random.fork_rng(devices=()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the library, about its own options
+        warnings.simplefilter("ignore")  # the library warns about its own options
         torch.manual_seed(0)
         model, args, kwargs = case.build()
         model.train(mode == "train")
     layers = tuple(layer for layer in find_layers(model) if type(layer.module).__name__ == case.layer)
     if not layers:
-        raise LookupError(f"{case.name}: no layer of this class is found; {layer_infos(model)}")
+        raise LookupError(f"{case.name}: the model has no layer of this class; {layer_infos(model)}")
     seen: dict[str, Mixed] = {}
     everything = CaptureConfig(samples=2**31, heads=None, max_length=None, source="validation")
     sampler = Sampler(layers, everything)

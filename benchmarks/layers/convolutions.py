@@ -1,4 +1,4 @@
-"""Convolutions: torch's Conv1d as people use it in causal layers, and the short convolutions of LFM2."""
+"""Cases of convolutions: torch's Conv1d in causal layers, and the short convolutions of LFM2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ess_monitor.capture.hooks.call_site import Call
 
 
 class Causal(nn.Module):
-    """A convolution over (batch, length, channels), padded on both sides and cropped, or in front."""
+    """A causal convolution over (batch, length, channels): padded on both sides and cropped, or padded in front."""
 
     def __init__(self, channels: int, taps: int, *, in_front: bool = False, **options: Any) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def lfm2(name: str, **config: Any) -> Callable[[], Built]:
 
 
 def _inputs(call: Call) -> tuple[Tensor, Tensor]:
-    """u and y of the tokens, (batch, channels, length), and y without its bias."""
+    """Return u and y, (batch, channels, length), y without its bias."""
     conv, x = call.layer, call.args[0].detach()
     in_front = (conv.kernel_size[0] - 1) * conv.dilation[0] if conv.padding[0] == 0 else 0
     y = call.output.detach() if conv.bias is None else call.output.detach() - conv.bias.detach()[:, None]
@@ -57,13 +57,13 @@ def _inputs(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def per_channel(call: Call) -> Mixed:
-    """y = T u + bias."""
+    """Return y = T u per channel."""
     u, y = _inputs(call)
     return Mixed(u[..., None], y[..., None])
 
 
 def per_group(call: Call) -> Mixed:
-    """The same for groups of channels, on as many tokens as T is made for; a token is a block of T."""
+    """Return the same per group of channels, on as many tokens as T has; each token is a block of T."""
     conv = call.layer
     tokens = 2 * (conv.kernel_size[0] - 1) * conv.dilation[0]
     u, y = (t[..., :tokens].unflatten(1, (conv.groups, -1)).mT.flatten(2)[..., None] for t in _inputs(call))
@@ -71,7 +71,7 @@ def per_group(call: Call) -> Mixed:
 
 
 def short_conv(call: Call) -> Mixed:
-    """What arrives at the projection behind is T x."""
+    """Return y = T x, where y is the input of the following projection."""
     batch, length, width = call.output.shape
     x = call.output.chunk(3, 2)[2].transpose(1, 2)[..., None]
     return Mixed(x, arriving(call.layer.out_proj, batch, length, width // 3).transpose(1, 2)[..., None])

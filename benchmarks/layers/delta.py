@@ -1,4 +1,4 @@
-"""The gated delta rule of transformers."""
+"""Cases of the gated delta rule in transformers."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ KIMI = {
 
 
 def hf(name: str, config: str = "", *, attention: bool = False, **settings: Any) -> Callable[[], Built]:
-    """A small causal language model of two delta layers, and tokens with some padding on the left.
+    """Return a function that builds a small causal language model of two delta layers, and left-padded tokens.
 
-    `attention` adds a layer of it, for models that insist.
+    `attention` adds a layer of attention, for models that require one.
     """
 
     def build() -> Built:
@@ -74,7 +74,7 @@ def hf(name: str, config: str = "", *, attention: bool = False, **settings: Any)
 
 
 def _slow_down(model: nn.Module) -> None:
-    """Decays as of a trained layer: of many an initialization next to nothing is left after one token."""
+    """Set decays like those of a trained layer. Many initializations keep almost nothing after one token."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
@@ -82,8 +82,8 @@ def _slow_down(model: nn.Module) -> None:
 
 
 def _without_kernels(model: nn.Module) -> None:
-    """Let the model call the ops that transformers has in torch. It decides for fla's kernels where that is importable,
-    and they need an accelerator."""
+    """Make the model call transformers' torch ops. It prefers fla's kernels if fla is installed, but those need an
+    accelerator."""
     namespace = vars(sys.modules[type(model).__module__])
     for op in OPS:
         if op in namespace:
@@ -91,7 +91,7 @@ def _without_kernels(model: nn.Module) -> None:
 
 
 def delta_rule(call: Call) -> Mixed:
-    """y = T v for every value head."""
+    """Return y = T v for every value head."""
     return Mixed(call.kwargs["value"].transpose(1, 2), call.output[0].transpose(1, 2))
 
 

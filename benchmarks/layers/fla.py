@@ -1,7 +1,7 @@
-"""Layers of flash-linear-attention. Their kernels are Triton's; here they run in its interpreter, on the CPU.
+"""Cases of flash-linear-attention, whose Triton kernels run in Triton's interpreter on the CPU.
 
-Layers take another kernel for short sequences without gradients (fused recurrent) than for long ones or in training
-(chunk): both are run.
+Layers use one kernel for short sequences without gradients (fused recurrent), and another one for long sequences and in
+training (chunk). The cases run both.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ess_monitor.capture.hooks.call_site import Call
 
 LIBRARY = "flash-linear-attention"
 RECURRENT, CHUNK = 16, 72
-"""Tokens: at most 64 go to the recurrent kernels, 72 are one chunk and a part of a second."""
+"""Tokens. At most 64 go to the recurrent kernels; 72 are one chunk and a part of a second one."""
 
 
 def layer(
     path: str, length: int, *, width: int = 16, batch: int = 2, **settings: Any
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A layer, `module.Class` below `fla.layers`, behind a norm as in a block, and random sequences for it.
+    """Build the layer `module.Class` of `fla.layers` with a norm before it, and random sequences.
 
-    The norm is needed: RWKV-7 keeps its gradients in the memory of its input, and would overwrite the sequences.
+    The norm is needed: RWKV-7 writes its gradients into the memory of its input, and would overwrite the sequences.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no accelerator
+        warnings.simplefilter("ignore")  # fla warns that there is no accelerator
         module, name = path.split(".")
         interpret_triton("fla")
         cls = getattr(importlib.import_module(f"fla.layers.{module}"), name)
@@ -43,12 +43,12 @@ def layer(
 
 
 def op(call: Call) -> Mixed:
-    """y = T v."""
+    """Return y = T v."""
     return Mixed(call.kwargs["v"].transpose(1, 2), call.output[0].transpose(1, 2))
 
 
 def rwkv6(call: Call) -> Mixed:
-    """y = T v + (r . (bonus * k)) v: what a token adds to its own output."""
+    """Return y = T v + (r . (bonus * k)) v. The second term is the token's direct contribution to its own output."""
     r, k, v, bonus = (call.kwargs[name].detach().double() for name in ("r", "k", "v", "u"))
     own = ((r * bonus * k).sum(-1, keepdim=True) * v * call.kwargs["scale"]).transpose(1, 2)
     mixed = op(call)
@@ -67,7 +67,7 @@ def both(
     chunk_length: int = CHUNK,
     **settings: Any,
 ) -> tuple[Case, Case]:
-    """The layer on both kernels."""
+    """Return the cases of a layer on both kernels."""
     name = path.split(".")[1]
 
     def noted(*notes: str) -> str:
@@ -173,7 +173,7 @@ CASES = (
     ),
     *both(
         "rwkv7.RWKV7Attention",
-        # The chunk kernel is 1.1e-4 away from the library's own recurrent kernel on the same arguments, T 5e-7.
+        # The chunk kernel differs by 1.1e-4 from the library's own recurrent kernel on the same arguments, T by 5e-7.
         chunk_tolerance=2e-4,
         chunk_note="the kernel rounds to 1e-4",
         head_dim=8,

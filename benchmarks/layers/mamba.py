@@ -1,4 +1,4 @@
-"""Mamba's selective scan: transformers, and mamba_ssm over its reference ops."""
+"""Cases of Mamba's selective scan: transformers, and mamba_ssm with its reference ops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
 class StubbedCase(Case):
-    """A case of mamba_ssm: what it needs is `benchmarks.layers.mamba_ssm_stub`, whatever extension is missing."""
+    """A case of mamba_ssm, which needs `benchmarks.layers.mamba_ssm_stub` and no compiled extension."""
 
     @property
     def package(self) -> str:
@@ -23,17 +23,17 @@ class StubbedCase(Case):
 
 
 def hf(name: str, **config: Any) -> Built:
-    """A small causal language model of transformers."""
+    """Build a small causal language model of transformers."""
     import transformers
 
-    # Weights large enough for T to weigh as much as the skip beside it: with the usual 0.02 any T would do.
+    # With the usual 0.02 the skip connection is so much larger than T u that a wrong T would pass.
     settings = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3, **config}
     model_config = getattr(transformers, f"{name}Config")(**settings)
     return getattr(transformers, f"{name}ForCausalLM")(model_config), TOKENS, {"use_cache": False}
 
 
 def jamba() -> Built:
-    """Two layers of Mamba, none of attention, no experts."""
+    """Build two layers of Mamba without attention and experts."""
     return hf(
         "Jamba",
         intermediate_size=32,
@@ -51,7 +51,7 @@ def jamba() -> Built:
 
 
 def zamba(heads: int) -> Built:
-    """Two layers, each with `heads` scans."""
+    """Build two layers, each with `heads` scans."""
     return hf(
         "Zamba",
         intermediate_size=32,
@@ -64,7 +64,7 @@ def zamba(heads: int) -> Built:
 
 
 def mamba_ssm(fast: bool) -> Built:
-    """Two layers of mamba_ssm's own, through the fused op or past it."""
+    """Build two layers of mamba_ssm, with or without the fused op."""
     from benchmarks.layers import mamba_ssm_stub
 
     layer, _ = mamba_ssm_stub.layers()
@@ -73,14 +73,14 @@ def mamba_ssm(fast: bool) -> Built:
 
 
 def scan(call: Call) -> Mixed:
-    """y = (T u + D u) silu(z)."""
+    """Return y = (T u + D u) silu(z)."""
     u, z, D = (call.kwargs[name].detach().double() for name in (next(iter(call.kwargs)), "z", "D"))
     y = call.output[0] if isinstance(call.output, tuple) else call.output
     return Mixed(u[..., None], y, lambda product: (product[..., 0] + D[:, None] * u) * nn.functional.silu(z))
 
 
 def fused(call: Call) -> Mixed:
-    """y = W ((T u + D u) silu(z)), where u is the convolved half of xz."""
+    """Return y = W ((T u + D u) silu(z)), where u is the convolved half of xz."""
     given = {k: v.detach().double() for k, v in call.kwargs.items() if isinstance(v, Tensor)}
     x, z = given["xz"].chunk(2, 1)
     weight = given["conv1d_weight"]
@@ -95,7 +95,7 @@ def fused(call: Call) -> Mixed:
 
 
 def zamba_input(call: Call) -> Mixed:
-    """What `in_proj` returns, taken through the layer's own code: u and y are those of its scans, one for each head."""
+    """Return u and y of the scans, one per head, by running the layer's own code on its input."""
     layer, inputs, scans = call.layer, call.args[0], []
     import transformers.models.zamba.modeling_zamba as modeling
 

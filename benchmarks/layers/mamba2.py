@@ -1,4 +1,4 @@
-"""Mamba-2's scalar recurrence: transformers, fla, and mamba_ssm over its reference ops."""
+"""Cases of Mamba-2's scalar recurrence: transformers, fla, and mamba_ssm with its reference ops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ATTENTION = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_h
 
 
 def nemotron_h() -> Built:
-    """Two layers of Mamba-2 and one of attention."""
+    """Build two layers of Mamba-2 and one of attention."""
     return hf(
         "NemotronH",
         layers_block_type=["mamba", "attention", "mamba"],
@@ -31,7 +31,7 @@ def nemotron_h() -> Built:
 
 
 def fla() -> Built:
-    """Two layers in code of their own that calls no op."""
+    """Build two layers whose code calls no op."""
     from benchmarks.layers.triton_interpreter import interpret_triton
 
     interpret_triton("fla")
@@ -42,7 +42,7 @@ def fla() -> Built:
 
 
 class _First(nn.Module):
-    """Layers that return more than their output, one after the other."""
+    """A sequence of layers that return more than their output."""
 
     def __init__(self, layers: Any) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class _First(nn.Module):
 
 
 def mamba_ssm(fast: bool, **settings: Any) -> Built:
-    """Two layers of mamba_ssm's own, through the fused op or past it."""
+    """Build two layers of mamba_ssm, with or without the fused op."""
     from benchmarks.layers import mamba_ssm_stub
 
     _, layer = mamba_ssm_stub.layers()
@@ -65,7 +65,7 @@ def mamba_ssm(fast: bool, **settings: Any) -> Built:
 
 
 def scan(call: Call) -> Mixed:
-    """y = T u + D u, gated if the call has a gate; u (batch, length, heads, channels)."""
+    """Return y = T u + D u, gated if the call has a gate; u (batch, length, heads, channels)."""
     u = call.kwargs[next(iter(call.kwargs))].detach().double().transpose(1, 2)
     D, z = call.kwargs["D"].detach().double(), call.kwargs.get("z")
     y = call.output[0] if isinstance(call.output, tuple) else call.output
@@ -78,7 +78,7 @@ def scan(call: Call) -> Mixed:
 
 
 def fused(call: Call) -> Mixed:
-    """y = W norm((T u + D u) silu(z)), where u is the convolved x of [z | x, B, C | dt]."""
+    """Return y = W norm((T u + D u) silu(z)), where u is the convolved x of [z | x, B, C | dt]."""
     k = {name: v.detach().double() if isinstance(v, Tensor) else v for name, v in call.kwargs.items()}
     heads, width = len(k["A"]), k["headdim"]
     z, convolved, _ = k["zxbcdt"].split((heads * width, len(k["conv1d_weight"]), heads), 2)
@@ -103,7 +103,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def fla_layer(call: Call) -> Mixed:
-    """u from what `in_proj` returned; y what the layer hands to its norm, which is called with (y, gate)."""
+    """Return u from the output of `in_proj`, and y as the layer's norm gets it, which is called with (y, gate)."""
     layer, seen = call.layer, []
     hook = layer.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     hooks, layer.in_proj._forward_hooks = layer.in_proj._forward_hooks, type(layer._forward_hooks)()

@@ -1,10 +1,10 @@
-"""mamba_ssm on a machine without its compiled extensions: its own layers over its own reference ops.
+"""Imports mamba_ssm without its compiled extensions, so that its own layers call its own reference ops.
 
-`import mamba_ssm` fails without `selective_scan_cuda`, and its layers call CUDA and Triton kernels. Here its modules
-are imported with an empty extension in place of the real one, and the reference functions that the package keeps beside
-its kernels (`selective_scan_ref`, `mamba_inner_ref`, `ssd_selective_scan`, `mamba_split_conv1d_scan_ref`,
-`rms_norm_ref`) stand under the kernels' names in those modules. Other packages must go on believing that mamba_ssm
-cannot be imported: what is imported here is in `sys.modules` only while it is imported, and while its ops run.
+`import mamba_ssm` fails without `selective_scan_cuda`, and its layers call CUDA and Triton kernels. This module imports
+the package's modules with an empty extension, and replaces the kernels in them by the reference functions of the
+package (`selective_scan_ref`, `mamba_inner_ref`, `ssd_selective_scan`, `mamba_split_conv1d_scan_ref`, `rms_norm_ref`).
+For other packages mamba_ssm must remain impossible to import. Therefore its modules are in `sys.modules` only during
+the import and while its ops run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.layers.triton_interpreter import VARIABLE
 
 _ROOTS = ("mamba_ssm", "causal_conv1d", "selective_scan_cuda")
 _INDIFFERENT = ("chunk_size", "checkpoint_lvl")
-"""Arguments of kernels that change nothing but their speed."""
+"""Arguments of kernels that affect only their speed."""
 _LOCK = threading.RLock()
 _private: dict[str, ModuleType] = {}
 
@@ -44,7 +44,7 @@ def causal_conv1d_fn(
     seq_idx: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """causal_conv1d's function in plain torch: x (batch, channels, length), weight (channels, width)."""
+    """Compute causal_conv1d in plain torch: x (batch, channels, length), weight (channels, width)."""
     if seq_idx is not None:
         raise NotImplementedError("seq_idx: run the sequences of a pack one by one")
     width = weight.shape[1]
@@ -54,7 +54,7 @@ def causal_conv1d_fn(
 
 @contextmanager
 def visible() -> Iterator[None]:
-    """Inside, `import mamba_ssm` finds the modules of this file; afterwards `sys.modules` is what it was."""
+    """Make `import mamba_ssm` find the modules of this file inside the block; restore `sys.modules` after it."""
     with _LOCK:
         before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in _ROOTS}
         _swap(before, _private)
@@ -91,7 +91,7 @@ def _empty_modules() -> dict[str, ModuleType]:
 
 
 def _under_the_signature_of(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """`reference`, called as `kernel` is; it refuses what the kernel can and the reference cannot."""
+    """Return `reference` with the signature of `kernel`. Arguments that only the kernel supports are refused."""
     signature, known = inspect.signature(kernel), inspect.signature(reference).parameters
 
     @functools.wraps(kernel)
@@ -100,7 +100,7 @@ def _under_the_signature_of(kernel: Callable[..., Any], reference: Callable[...,
         for name, value in given.items():
             if name not in known and name not in _INDIFFERENT and value is not None and value is not False:
                 raise NotImplementedError(f"{name}: {reference.__name__} has no such argument")
-        with visible():  # some of them import their helpers when they are called
+        with visible():  # some references import their helpers when they are called
             return reference(**{name: value for name, value in given.items() if name in known})
 
     return run
@@ -108,8 +108,8 @@ def _under_the_signature_of(kernel: Callable[..., Any], reference: Callable[...,
 
 @functools.cache
 def layers() -> tuple[type, type]:
-    """mamba_ssm's `Mamba` and `Mamba2` over reference ops."""
-    if "triton" not in sys.modules:  # imported below; nothing of it runs here, but other cases need the interpreter
+    """Return mamba_ssm's `Mamba` and `Mamba2` with reference ops."""
+    if "triton" not in sys.modules:  # imported below; no kernel runs here, but other cases need the interpreter
         os.environ.setdefault(VARIABLE, "1")
     _private.update(_empty_modules())
     with visible():

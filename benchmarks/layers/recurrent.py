@@ -1,4 +1,4 @@
-"""Recurrences of transformers with a decay of their own kind: RG-LRU, lightning attention, RWKV-4."""
+"""Cases of recurrences with special decays in transformers: RG-LRU, lightning attention, RWKV-4."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ LEFT_PADDED[0, :5] = 0
 
 
 def arriving(module: nn.Module, *shape: int) -> Tensor:
-    """A tensor that the first input of the module's next call is copied into: what a layer computed between two of its
-    sub-modules."""
+    """Return a tensor into which the module's next call copies its first input.
+
+    Use it for values that a layer computes between two of its sub-modules.
+    """
     seen = torch.full(shape, torch.nan)
 
     def copy(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -38,13 +40,13 @@ def recurrent_gemma() -> Built:
         block_types=("recurrent",),
         w_init_variance_scale=1.0,
     )
-    # Two documents in the second row: position 0 starts anew.
+    # Two documents in the second row: each starts at position 0.
     positions = torch.stack((torch.arange(24), torch.arange(24) % 14))
     return model, (), {**kwargs, "input_ids": TOKENS[0], "position_ids": positions}
 
 
 def rg_lru(call: Call) -> Mixed:
-    """y = T x, per channel."""
+    """Return y = T x per channel."""
     return Mixed(_channels(call.args[0]), call.output.transpose(1, 2)[..., None])
 
 
@@ -66,7 +68,7 @@ def minimax(**kwargs: Tensor) -> Callable[[], Built]:
 
 
 def lightning(call: Call) -> Mixed:
-    """What arrives at the norm behind is T v."""
+    """Return y = T v, where y is the input of the following norm."""
     batch, length, heads = *call.output.shape[:2], call.layer.num_attention_heads
     v = call.output.unflatten(2, (heads, 3, -1))[:, :, :, 2].transpose(1, 2)
     y = arriving(call.layer.norm, batch, length, heads * v.shape[-1])
@@ -77,7 +79,9 @@ def rwkv(**kwargs: bool) -> Callable[[], Built]:
     def build() -> Built:
         model, tokens, _ = hf("Rwkv", attention_hidden_size=16, intermediate_size=32)
         with torch.no_grad():
-            for block in model.rwkv.blocks:  # as trained: keys of order one, other rates and bonuses for every channel
+            for (
+                block
+            ) in model.rwkv.blocks:  # as after training: keys of order one, and different rates and bonuses per channel
                 block.attention.key.weight.normal_()
                 block.attention.time_decay.copy_(torch.linspace(-4, 1.5, 16))
                 block.attention.time_first.copy_(torch.linspace(-2, 1, 16))
@@ -87,7 +91,7 @@ def rwkv(**kwargs: bool) -> Callable[[], Built]:
 
 
 def wkv(call: Call) -> Mixed:
-    """y = T v, and the bonus on T's diagonal."""
+    """Return y = T v plus the bonus on the diagonal of T."""
     names = ("time_decay", "time_first", "key", "value")
     decay, bonus, k, v = (call.kwargs[name].detach().double() for name in names)
     lags = torch.arange(k.shape[1])[:, None] - torch.arange(k.shape[1])

@@ -1,13 +1,13 @@
-"""Triton kernels on a machine without an accelerator: run by Triton's interpreter, with what it lacks filled in.
+"""Runs Triton kernels without an accelerator, in Triton's interpreter with the missing features added.
 
 Triton reads TRITON_INTERPRET when a kernel is *defined*, so it has to be set before triton is imported. What the
-interpreter then lacks is replaced, in this process and only when it is asked for:
+interpreter lacks is replaced, in this process and only on request:
 
-- the autotuner times nothing: the first configuration of a kernel is taken;
-- kernels of fla say `i.to(dtype)` to the counter of a `range` loop, which under the interpreter is a plain int: the
+- the autotuner does no timing and takes the first configuration of a kernel;
+- kernels of fla call `i.to(dtype)` on the counter of a `range` loop, which is a plain int in the interpreter: the
   modules with kernels get a `range` whose numbers have that method;
-- numpy, which computes for the interpreter, is silent about overflow in lanes that are masked out, as a device is;
-- functions called by a kernel do not look through all of triton.language again (a third of the time otherwise).
+- numpy, which computes for the interpreter, does not warn about overflow in masked elements, as a device does not;
+- functions called by a kernel do not search all of triton.language again, which would take a third of the time.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ VARIABLE = "TRITON_INTERPRET"
 
 
 def interpret_triton(package: str) -> None:
-    """Make the kernels of `package`, imported by then, run without a device. A second call does nothing.
+    """Import `package`, and make its kernels run without a device. A second call has no effect.
 
     Raises:
-        RuntimeError: triton was imported without the variable, so that its functions are compiled ones.
+        RuntimeError: triton was imported without the variable, so its functions are compiled ones.
     """
     if "triton" not in sys.modules and not torch.cuda.is_available():
         os.environ.setdefault(VARIABLE, "1")
-        os.environ.setdefault("FLA_USE_COMPILE", "0")  # a few sums, which would be compiled for half a minute
+        os.environ.setdefault("FLA_USE_COMPILE", "0")  # compiling a few sums would take half a minute
     import triton
     from triton.runtime import interpreter
     from triton.runtime.autotuner import Autotuner
@@ -56,7 +56,7 @@ def interpret_triton(package: str) -> None:
 
 
 def _no_timing(self: Any, *args: Any, config: Any, **meta: Any) -> float:
-    """All configurations take the same time, so the first one wins."""
+    """Return the same time for all configurations, so that the first one wins."""
     return 0.0
 
 
@@ -70,7 +70,7 @@ def _quiet(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_once(patch: Callable[..., None], known: dict[int, str], package: Any, builder: Any, scope: Any) -> None:
-    """`patch` replaces every builtin of `package`, and does nothing where one is replaced already."""
+    """Call `patch`, which replaces every builtin of `package`, unless one is replaced already."""
     from triton.language.core import is_builtin
 
     if id(package) not in known:
@@ -86,7 +86,7 @@ class _Counter(int):
 
 
 class CountersWithTo:
-    """`range`, whose numbers have a method `to`."""
+    """A `range` whose numbers have a method `to`."""
 
     def __init__(self, *bounds: Any) -> None:
         self._range = builtins.range(*bounds)

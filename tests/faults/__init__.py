@@ -1,5 +1,5 @@
-"""Faults that are injected into a training that is watched.
+"""Injects faults into a training that has a monitor.
 
-Every case trains a small model twice from the same seed, with and without the monitor, and says whether the result is
-bitwise the same and whether the monitor told of what happened. `python -m tests.faults` prints them as a table.
+Every case trains a small model twice from the same seed, with and without the monitor. It checks that the results are
+bitwise equal, and that the monitor reported the event. `python -m tests.faults` prints the cases as a table.
 """

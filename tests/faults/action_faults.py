@@ -1,4 +1,4 @@
-"""Faults of what acts on the training: the regularizer of mode auto."""
+"""Faults of the regularizer that mode auto attaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The callback used in ways that its author may not have thought of."""
+"""Unusual uses of the callback: fitted twice, pickled, copied."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _callback() -> Any:
 
 
 def _fit(injection: Injection, callbacks: list[Any]) -> nn.Module:
-    """Six steps in Lightning."""
+    """Train six steps in Lightning; return the model."""
     import pytorch_lightning as pl
 
     class Module(pl.LightningModule):

@@ -1,4 +1,4 @@
-"""What the cases share: two trainings from one seed, one of them watched, and how they are compared."""
+"""Shared code of the cases: trains from one seed with and without a monitor, and compares the results."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.records import RunInfo, RunStatus, Snapshot
 
 ROOT = Path(__file__).parents[2]
-"""Where a process of its own is started."""
+"""Working directory of the processes that cases start."""
 STEPS = 12
 SETTINGS: dict[str, Any] = {
     "every_n_steps": 2,
     "overhead_budget_ratio": None,
-    # A queue that holds every sample: on a busy machine none may be dropped, where a case counts them.
+    # The queue holds every sample, so that none is dropped on a busy machine: some cases count them.
     "runtime": {"queue_length": 64},
 }
 
@@ -37,12 +37,12 @@ Edit = Callable[[int, nn.Module], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case."""
+    """The result of one case."""
 
     unchanged: bool
     """Losses and parameters are those of the training without the monitor, bit for bit."""
     seen: Mapping[str, bool]
-    """Where the event is to be seen, and whether it is."""
+    """Place where the event must be visible -> whether it is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass
 class Injection:
-    """What a case works with; everything that it changed is undone behind it."""
+    """The tools of a case. Everything that the case changed is undone after it."""
 
     folder: Path
     """Empty at the beginning."""
@@ -65,7 +65,7 @@ class Injection:
     """Warnings of the monitor so far."""
 
     def said(self, text: str) -> int:
-        """How many of the warnings hold this text."""
+        """Count the warnings that contain this text."""
         return sum(text in line for line in self.logged)
 
 
@@ -74,7 +74,7 @@ CASES: list[Case] = []
 
 
 def case(injected: str) -> Callable[[Callable[[Injection], Outcome]], Callable[[Injection], Outcome]]:
-    """Register a function as a case; its name, read as words, is the name of the case."""
+    """Register a function as a case, which is named after the function."""
 
     def register(run: Callable[[Injection], Outcome]) -> Callable[[Injection], Outcome]:
         CASES.append(Case(run.__name__.replace("_", " "), injected, run))
@@ -85,7 +85,7 @@ def case(injected: str) -> Callable[[Callable[[Injection], Outcome]], Callable[[
 
 @contextmanager
 def injecting() -> Iterator[Injection]:
-    """A folder, a monkey-patch and the log of one case; no fixture, so that the table can be made without pytest."""
+    """Provide the folder, the patches and the log of one case. Not a fixture: the table is printed without pytest."""
     logger = logging.getLogger("ess_monitor")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         injection = Injection(Path(folder), patch)
@@ -109,7 +109,7 @@ class _Keeping(logging.Handler):
 
 
 class Collecting:
-    """An exporter that keeps what it gets."""
+    """An exporter that keeps all measurements."""
 
     name, inline = "collecting", True
 
@@ -118,36 +118,36 @@ class Collecting:
         self.closed: list[RunStatus] = []
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Keep nothing of it."""
+        """Do nothing."""
 
     def export(self, measurement: Measurement) -> None:
-        """Keep it."""
+        """Keep the measurement."""
         self.measurements.append(measurement)
 
     def close(self, status: RunStatus) -> None:
-        """Keep how it ended."""
+        """Keep the status at the end of the run."""
         self.closed.append(status)
 
     @property
     def steps(self) -> list[int]:
-        """Steps of what was measured."""
+        """Steps of all measurements."""
         return [measurement.step for measurement in self.measurements]
 
 
 def backbone(featurizer: str = "gla") -> Backbone:
-    """The model that the cases train: two layers of eight states."""
+    """Build the model that the cases train: two layers with a state of 8 dimensions."""
     torch.manual_seed(0)
     return Backbone(BackboneConfig(vocab_size=16, width=16, featurizer=featurizer, state_size=8))
 
 
 def batches(steps: int = STEPS) -> list[torch.Tensor]:
-    """Tokens (batch, length), the same in every training."""
+    """Return batches of tokens (batch, length), the same in every training."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 16, (4, 24), generator=generator) for _ in range(steps)]
 
 
 def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy, for models that return logits or an output that has them."""
+    """Return the next-token cross-entropy of a model that returns logits, or an output with logits."""
     output = model(tokens)
     logits = getattr(output, "logits", output)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
@@ -161,17 +161,17 @@ def train(
     after_step: Callable[[int, torch.Tensor], None] | None = None,
     make_optimizer: Any = torch.optim.AdamW,
 ) -> bytes:
-    """A plain loop.
+    """Train a model in a plain loop.
 
     Args:
         model: is trained in place.
-        data: a batch a step.
+        data: one batch per step.
         edit: a fault of the training itself.
-        after_step: `(step, loss)`, where a monitor's `step` belongs.
+        after_step: `(step, loss)`, called where a loop calls a monitor's `step`.
         make_optimizer: takes parameters and `lr`.
 
     Returns:
-        Losses and final state, as bytes: NaN is equal to itself there.
+        Losses and final state, as bytes, in which NaN is equal to itself.
     """
     optimizer = make_optimizer(model.parameters(), lr=1e-2)
     losses = []
@@ -189,24 +189,24 @@ def train(
 
 
 def state_bytes(model: nn.Module) -> bytes:
-    """Parameters and buffers, bit for bit."""
+    """Return parameters and buffers as bytes."""
     tensors = (tensor.detach().contiguous().view(-1) for tensor in model.state_dict().values())
     return b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors)
 
 
 @dataclass
 class Watched:
-    """A training that was watched."""
+    """The result of a training with a monitor."""
 
     unchanged: bool
     sink: Collecting
     monitor: Monitor
     snapshot: Snapshot
-    """After the end."""
+    """Counters after the end of the run."""
 
     @property
     def statuses(self) -> list[str]:
-        """Of all readings, in the order they came."""
+        """Statuses of all readings, in order."""
         return [reading.status for measurement in self.sink.measurements for reading in measurement.readings]
 
 
@@ -226,15 +226,15 @@ def watch(
     """Train with and without the monitor.
 
     Args:
-        settings: of the monitor, on top of `SETTINGS`.
-        exporters: besides the one that collects.
+        settings: settings of the monitor, which override `SETTINGS`.
+        exporters: in addition to `Collecting`.
         edit: a fault of the training itself.
-        meanwhile: `(step, monitor)`, called after each step of the training that is watched.
-        build: makes the model, always the same.
-        steps: of both trainings, where no data are given.
-        data: a batch a step.
-        bare_data: the same for the training that is not watched, where it has to be loaded in another way.
-        make_optimizer: of both trainings.
+        meanwhile: `(step, monitor)`, called after each step of the training with a monitor.
+        build: builds the model, always the same.
+        steps: steps of both trainings, if `data` is None.
+        data: one batch per step.
+        bare_data: the same data for the training without a monitor, if it must be loaded differently.
+        make_optimizer: builds the optimizer of both trainings.
         options: further arguments of `Monitor`.
     """
     data = batches(steps) if data is None else data
@@ -254,12 +254,12 @@ def watch(
 
 
 def hooks_of(model: nn.Module) -> int:
-    """Forward hooks anywhere in the model."""
+    """Count the forward hooks in the model."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def no_thread_stays(before: list[threading.Thread]) -> bool:
-    """Whether every thread that was not there before ends by itself, within seconds."""
+    """Return whether every new thread ends by itself within seconds."""
     later = [thread for thread in threading.enumerate() if thread not in before]
     for thread in later:
         thread.join(10.0)

@@ -1,4 +1,4 @@
-"""Faults around the loop: clocks, interrupts, several monitors."""
+"""Faults of the training loop: clocks that jump, interrupts, several monitors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def performance_clock_jumps_back(injection: Injection) -> Outcome:
 
 
 def _jumping(start: float, tick: float, *, back: float, at: int) -> Callable[[], float]:
-    """A clock that moves by `tick` with every reading."""
+    """Return a clock that advances by `tick` at every reading, and jumps back once."""
     readings = itertools.count()
 
     def clock() -> float:
@@ -165,7 +165,7 @@ def two_monitors_on_one_model(injection: Injection) -> Outcome:
     )
 
 
-@case("two monitors tap one op of transformers' Mamba, the first to come leaves first")
+@case("two monitors patch one op of transformers' Mamba, and the first one closes first")
 def two_monitors_on_one_op(injection: Injection) -> Outcome:
     import transformers
 

@@ -1,4 +1,4 @@
-"""Faults in what is watched: numbers that are none, layers that cannot be read, a model that is edited."""
+"""Faults of the monitored model: NaN and Inf, layers that cannot be captured, a model that is edited."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.faults.harness import ROOT, Injection, Outcome, backbone, case, watch
 
 
 def _wait(step: int, monitor: Monitor) -> None:
-    """For the worker, so that each sample is judged before the next one is armed but one."""
+    """Wait for the worker, so that a sample is judged at most one sample later."""
     monitor.flush(30.0)
 
 
@@ -81,7 +81,7 @@ def _poisoned_activations(value: float) -> Outcome:
     )
 
 
-@case("reading the layers' calls raises, at every sample")
+@case("the capture of all layers raises, at every sample")
 def layers_raise_in_capture(injection: Injection) -> Outcome:
     def explode(*args: object, **kwargs: object) -> None:
         raise RuntimeError("injected")
@@ -103,7 +103,7 @@ def layers_raise_in_capture(injection: Injection) -> Outcome:
     )
 
 
-@case("reading one layer's calls raises, at every sample")
+@case("the capture of one layer raises, at every sample")
 def one_layer_raises_in_capture(injection: Injection) -> Outcome:
     original = Sampler._take
 
@@ -159,7 +159,7 @@ def layer_replaced(injection: Injection) -> Outcome:
 
 
 def _unseen_after(run) -> Outcome:
-    """The layer that the monitor was started with is no longer called."""
+    """Check a run in which a layer is no longer called after step 5."""
     late = [m for m in run.sink.measurements if m.step > 5]
     return Outcome(
         run.unchanged,
@@ -179,14 +179,14 @@ def dtype_changed(injection: Injection) -> Outcome:
         if step == 5:
             model.double()
 
-    # Without memory: moments in single precision would be a fault of the loop.
+    # SGD has no moments: moments in single precision would be a fault of the loop.
     run = watch(edit=edit, make_optimizer=torch.optim.SGD)
     return Outcome(run.unchanged, {"goes on, status ok": set(run.statuses) == {"ok"} and len(run.sink.steps) == 6})
 
 
 @case("the model moves to a second device (simulated) at step 5, and back at step 9")
 def device_changed(injection: Injection) -> Outcome:
-    # A process of its own: what torch is told of a device stays for good.
+    # A process of its own, because a device stays registered in torch.
     command = [sys.executable, "-m", "tests.faults.second_device"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     return Outcome(**json.loads(run.stdout))

@@ -1,4 +1,4 @@
-"""Processes that are killed and resumed, and processes that load data."""
+"""Faults of processes: killed and resumed, ended without `close`, forked, loading data."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _ended_by(number: signal.Signals, injection: Injection) -> Outcome:
     )
 
 
-@case("the process ends by itself while the worker computes, and nobody has closed the monitor")
+@case("the process ends by itself while the worker computes, and the monitor was never closed")
 def left_without_close(injection: Injection) -> Outcome:
     command = [sys.executable, "-m", "tests.faults.victim", str(injection.folder), "leave"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -108,7 +108,7 @@ def data_loader_spawns(injection: Injection) -> Outcome:
 
 
 class _Late:
-    """Starts the worker when the monitor already runs: with the second step."""
+    """Starts the worker at the second step, when the monitor already runs."""
 
     def __init__(self, data: list[torch.Tensor], context: str) -> None:
         self._data, self._context = data, context

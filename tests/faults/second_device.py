@@ -1,10 +1,10 @@
-"""A training that moves to a second device and back, on a machine that has none. A process of its own.
+"""Trains a model that moves to a simulated second device and back. Runs in a process of its own.
 
     python -m tests.faults.second_device
 
-Prints the outcome as JSON. The device's tensors say that they are on `second:0`, and torch takes it for an accelerator;
-what is to be computed with them is computed on the CPU, by the same kernels, so that results can be compared bit by
-bit. As on a real device, tensors of both do not go together.
+Prints the outcome as JSON. Tensors of the device report `second:0`, and torch treats it as an accelerator. Their
+operations run on the CPU with the same kernels, so that results can be compared bit by bit. As on a real device, an
+operation cannot mix tensors of both devices.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COPIES = ("aten::copy_", "aten::_to_copy")
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor on the second device, and the one on the CPU that it really is."""
+    """A tensor on the second device, which wraps a tensor on the CPU."""
 
     host: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -62,7 +62,7 @@ class Elsewhere(torch.Tensor):
 
 
 class SecondDevice(TorchDispatchMode):
-    """Inside the block, in this thread, the second device can be named."""
+    """Makes the second device available to this thread inside the block."""
 
     def __init__(self) -> None:
         _register()
@@ -73,7 +73,7 @@ class SecondDevice(TorchDispatchMode):
 
 
 class _Backend:
-    """What torch asks the module of a device."""
+    """The functions that torch calls on the module of a device."""
 
     def is_initialized(self) -> bool:
         return True
@@ -94,12 +94,12 @@ class _Backend:
         return False
 
     def manual_seed_all(self, seed: int) -> None:
-        """It draws with the CPU's generator."""
+        """Do nothing: the device uses the CPU's generator."""
 
 
 @cache
 def _register() -> None:
-    """Tell torch of the device; for the rest of the process."""
+    """Register the device in torch for the rest of the process."""
     _setup_privateuseone_for_python_backend("second", backend_module=_Backend())
 
 
@@ -122,19 +122,19 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class SecondBackend:
-    """Runs at once what it is given, and brings its results to the host."""
+    """A compute backend that runs a job immediately and copies its results to the host."""
 
     def __init__(self) -> None:
         self.launches = 0
         self._host = HostBackend()
 
     def ready(self) -> None:
-        """Copies are complete when they return."""
+        """Do nothing: copies are complete when they return."""
 
     def launch(
         self, ready: Any, inputs: Iterable[torch.Tensor], compute: Callable[[], dict[str, torch.Tensor]]
     ) -> Launched:
-        """In the worker thread, which has to know the second device too."""
+        """Run in the worker thread, which needs the second device, too."""
         self.launches += 1
         if not all(isinstance(tensor, Elsewhere) for tensor in inputs):
             raise RuntimeError("the second device was given tensors of the first")
@@ -147,7 +147,7 @@ class SecondBackend:
 
 
 def moved() -> Outcome:
-    """A model that is on the second device for some steps."""
+    """Train a model that is on the second device for some steps."""
     backends = {"cpu": HostBackend(), SECOND: SecondBackend()}
 
     def edit(step: int, model: nn.Module) -> None:
@@ -158,7 +158,7 @@ def moved() -> Outcome:
         for step, tokens in enumerate(batches()):
             yield tokens.to(SECOND if AWAY <= step < BACK else "cpu")
 
-    # Without memory: moments that stay behind would be a fault of the loop.
+    # SGD has no moments: moments that stay on the old device would be a fault of the loop.
     with SecondDevice():
         run = watch(
             edit=edit,

@@ -1,4 +1,4 @@
-"""Faults of the sinks: disks, folders, writers, ports and peers."""
+"""Faults of the exporters: disks, folders, writers, ports and peers."""
 
 from __future__ import annotations
 
@@ -183,14 +183,14 @@ def two_runs_one_rotated_log(injection: Injection) -> Outcome:
 
     injection.patch.setattr(line_file.os, "replace", replace)
     first_model = backbone("s6")
-    # It writes seldom: between two of its lines the file is renamed more than once.
+    # It writes rarely, so that the file is renamed more than once between two of its lines.
     seldom = MonitorConfig.load(environment=False, **{**SETTINGS, "run_name": "other", "every_n_steps": 6})
     with Monitor(first_model, seldom, exporters=[EventLogExporter(config)]) as other:
 
         def meanwhile(step: int, monitor: Monitor) -> None:
             loss = loss_of(first_model, batches()[step])
             loss.backward()
-            for running in (monitor, other):  # one after the other: what a rotation deletes is read before
+            for running in (monitor, other):  # one at a time, so that `replace` reads what a rotation deletes
                 running.flush()
             other.step({"loss": loss})
             other.flush()
@@ -212,7 +212,7 @@ def two_runs_one_rotated_log(injection: Injection) -> Outcome:
 
 
 def _measured(path: Path) -> list[tuple[str, int]]:
-    """Run and step of the measurements in a log, if it is there."""
+    """Return run and step of the measurements in a log, if it exists."""
     events = list(read_event_log(path)) if path.exists() else []
     return [(event.run, event.data.step) for event in events if isinstance(event, MeasurementEvent)]
 
@@ -319,4 +319,4 @@ class _Ready(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *args: Any) -> None:
-        """Nothing of it."""
+        """Log nothing."""

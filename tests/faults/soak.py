@@ -1,9 +1,9 @@
-"""A long run: small steps of a training, of which the monitor samples one now and then, beside the same one unwatched.
+"""Runs a long training with small steps, of which the monitor samples a few, and the same training without a monitor.
 
     python -m tests.faults.soak [--steps 100000] [--json FILE]
 
-Prints what the process holds at the start, in the middle and at the end, and ends with 1 when something grew beyond its
-limit between the middle and the end, or when losses or parameters are not those of the unwatched training, bit for bit.
+Prints the resources of the process at the start, in the middle and at the end. Ends with status 1 if one of them grew
+beyond its limit between the middle and the end, or if losses or parameters of the two trainings differ in a bit.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from tests.faults.harness import (
 )
 
 SHORT = 4_000
-"""Steps of the case in the table."""
+"""Steps of the short run that is a case of the table."""
 MAX_LOG_BYTES = 65_536
-"""Of the event log and of its rotated part, each."""
+"""Limit of the event log, and of its rotated file."""
 LIMITS = {"resident_bytes": 16 * 2**20, "blocks": 2_000, "threads": 0, "file_handles": 0}
-"""What may be there more at the end than in the middle. 2,000 of Python's blocks are less than a list of the steps, or
-of the samples with their readings, would take."""
+"""Permitted growth from the middle to the end. A list of the steps, or of the samples with their readings, would take
+more than 2,000 of Python's blocks."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the process holds."""
+    """Resources of the process at one step."""
 
     step: int
     resident_bytes: int
     blocks: int
-    """Of Python's allocator."""
+    """Blocks of Python's allocator."""
     threads: int
     file_handles: int
     log_bytes: int
-    """Largest of the log's files so far."""
+    """Size of the log's largest file so far."""
 
     @classmethod
     def of_now(cls, step: int, log_bytes: int) -> Figures:
@@ -81,7 +81,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Report:
-    """How a long run went."""
+    """The result of a long run."""
 
     start: Figures
     middle: Figures
@@ -96,7 +96,7 @@ class Report:
 
     @property
     def problems(self) -> list[str]:
-        """What went beyond its limit."""
+        """Describe every limit that was exceeded."""
         growth = {name: getattr(self.end, name) - getattr(self.middle, name) for name in LIMITS}
         found = [f"{name} grew by {more}" for name, more in growth.items() if more > LIMITS[name]]
         if self.end.log_bytes > MAX_LOG_BYTES:
@@ -107,9 +107,9 @@ class Report:
 
 
 class Training:
-    """A regression that is trained at every step, and the model that is sampled, which is trained when it is.
+    """Trains a regression at every step, and the sampled model only at the steps of its samples.
 
-    The data are drawn from torch's own generator, so that a monitor which draws from it changes them.
+    The data come from torch's global generator, so that a monitor which draws from it changes them.
     """
 
     def __init__(self) -> None:
@@ -121,12 +121,12 @@ class Training:
         torch.manual_seed(2)
 
     def step(self, *, whole: bool) -> float:
-        """Train the regression and, of a `whole` step, the model too; the loss."""
-        loss = (torch.randn(4).dot(self._weight) - 1).square()  # never learnt: each draw is seen to the end
+        """Train the regression and, in a `whole` step, also the model; return the loss."""
+        loss = (torch.randn(4).dot(self._weight) - 1).square()  # it never converges, so each draw changes the result
         if whole:
             loss = loss + loss_of(self.model, self._tokens)
         loss.backward()
-        with torch.no_grad():  # by hand: an optimizer takes three times as long as the rest of such a step
+        with torch.no_grad():  # without an optimizer, which takes three times as long as the rest of the step
             self._weight.sub_(cast(torch.Tensor, self._weight.grad), alpha=1e-2)
         self._weight.grad = None
         if whole:
@@ -137,7 +137,7 @@ class Training:
         return value
 
     def digest(self) -> str:
-        """Of all losses and of the parameters as they are."""
+        """Return a hash of all losses so far and the current parameters."""
         seen = self._seen.copy()
         seen.update(self._weight.detach().numpy().tobytes())
         seen.update(state_bytes(self.model))
@@ -145,14 +145,14 @@ class Training:
 
 
 def run(folder: Path, steps: int) -> Report:
-    """Take so many steps, a sample every 100 of a long run, and a scrape with every tenth sample."""
+    """Run both trainings, with a sample every 100 steps of a long run and a scrape at every tenth sample."""
     every = max(20, steps // 1000)
     path, training, began, scrapes, largest = folder / "events.jsonl", Training(), time.monotonic(), 0, 0
     endpoint = PrometheusExporter(PrometheusConfig(port=0))
     sinks = [EventLogExporter(EventLogConfig(path=path, max_bytes=MAX_LOG_BYTES)), endpoint]
     config = MonitorConfig.load(environment=False, **{**SETTINGS, "every_n_steps": every})
     marks = {steps // 10: None, steps // 2: None, steps: None}
-    whole = bytearray(steps + 1)  # the steps that were sampled, in memory that does not grow
+    whole = bytearray(steps + 1)  # the sampled steps, in memory of fixed size
     figures: list[Figures] = []
     with Monitor(training.model, config, exporters=sinks) as monitor:
         for step in range(1, steps + 1):
@@ -178,7 +178,7 @@ def run(folder: Path, steps: int) -> Report:
 def _largest(folder: Path) -> int:
     sizes = [0]
     for file in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # renamed in this moment, by the log's own thread
+        with contextlib.suppress(FileNotFoundError):  # just renamed by the log's own thread
             sizes.append(file.stat().st_size)
     return max(sizes)
 
@@ -201,10 +201,10 @@ def soak(injection: Injection) -> Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the figures of a long run; 1 when something grew."""
+    """Print the figures of a long run; return 1 if a limit was exceeded."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         report = run(Path(folder), options.steps)

@@ -1,4 +1,4 @@
-"""All cases in the order of their table, and the table itself."""
+"""Runs all cases, and prints their table."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ MODULES = (
     callback_faults,
     soak,
 )
-"""Importing them registers their cases."""
+"""Modules that register their cases on import, in the order of the table."""
 
 
 def run(case: Case) -> tuple[Outcome, list[str]]:
-    """What became of a case, and the warnings of the monitor."""
+    """Run a case; return its outcome and the warnings of the monitor."""
     with injecting() as injection:
         outcome = case.run(injection)
     return outcome, injection.logged
 
 
 def main() -> int:
-    """Run every case and print a row for each; the number of those that did not hold."""
-    table = Table(title="Faults injected into a training that is watched", show_lines=True)
+    """Run every case and print a row for each; return the number of failed cases."""
+    table = Table(title="Faults injected into a training with a monitor", show_lines=True)
     for column in ("case", "injected", "training unchanged", "event seen"):
         table.add_column(column)
     broken = 0

@@ -1,9 +1,9 @@
-"""Trainings that end badly. A process of their own.
+"""Runs a training that is killed, or that ends without closing its monitor. Runs in a process of its own.
 
     python -m tests.faults.victim FOLDER [leave]
 
-Writes checkpoints and prints every step; at step `LAST` it waits to be killed. With `leave` it ends by itself, with a
-monitor that nobody has closed, while the worker computes.
+Writes checkpoints and prints every step. At step `LAST` it waits until it is killed. With `leave` it ends by itself
+while the worker computes, without closing the monitor.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ess_monitor.pipeline import queue as measuring
 from tests.faults.harness import SETTINGS, backbone, batches, loss_of, train
 
 TOTAL, LAST, EVERY = 24, 16, 3
-"""Steps of the whole training, of this process at most, and between two checkpoints."""
+"""Steps of the whole training, of this process at most, and from one checkpoint to the next."""
 
 
 def resumable(folder: Path, last: int, *, say: bool = False) -> torch.nn.Module:
-    """Train up to step `last`, from the checkpoint in `folder` where there is one."""
+    """Train up to step `last`, from the checkpoint in `folder` if there is one."""
     model, data = backbone(), batches(TOTAL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     log = EventLogExporter(EventLogConfig(path=folder / "events.jsonl"))
@@ -58,13 +58,13 @@ def resumable(folder: Path, last: int, *, say: bool = False) -> torch.nn.Module:
 
 
 def left(folder: Path) -> None:
-    """Train to the end and go."""
+    """Train to the end, and leave the monitor open."""
     original = measuring.compute
 
     def slow(*arguments: Any) -> Any:
         matrix, ends = torch.eye(64), time.monotonic() + 0.1
         while time.monotonic() < ends:
-            matrix = matrix @ matrix  # in and out of torch
+            matrix = matrix @ matrix  # enters and leaves torch again and again
         return original(*arguments)
 
     measuring.compute = slow
@@ -82,5 +82,5 @@ if __name__ == "__main__":
         left(Path(sys.argv[1]))
         sys.exit(7)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background ignores SIGINT
     resumable(Path(sys.argv[1]), LAST, say=True)

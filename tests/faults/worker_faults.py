@@ -1,4 +1,4 @@
-"""Faults in the worker: it cannot compute, has no memory, dies, hangs or is slow."""
+"""Faults of the worker: it cannot compute, has no memory, exits, hangs or is slow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.faults.harness import (
 )
 
 
-@case("torch.linalg.svdvals raises LinAlgError at every sample, and so does its stand-in, eigvalsh")
+@case("torch.linalg.svdvals raises LinAlgError at every sample, and so does its fallback, eigvalsh")
 def SVD_does_not_converge(injection: Injection) -> Outcome:
     error = torch.linalg.LinAlgError("the algorithm failed to converge")
     for driver in ("svdvals", "eigvalsh"):
@@ -82,7 +82,7 @@ def worker_short_of_memory(injection: Injection) -> Outcome:
     )
 
 
-@case("the worker computes nothing but errors, and strict=True")
+@case("every computation of the worker raises, and strict=True")
 def strict_raises(injection: Injection) -> Outcome:
     injection.patch.setattr(measuring, "compute", _raising(ValueError("injected")))
     raised: list[PartError] = []
@@ -100,7 +100,7 @@ def strict_raises(injection: Injection) -> Outcome:
         try:
             monitor.step({"loss": loss})
             monitor.flush(30.0)
-        except PartError as error:  # a loop that lets it through ends here
+        except PartError as error:  # a loop that does not catch it ends here
             raised.append(error)
     monitor.close("failed")
     return Outcome(
@@ -184,5 +184,5 @@ def worker_slow(injection: Injection) -> Outcome:
 
 
 def _wait(monitor: Any) -> None:
-    """For the worker, so that a case does not depend on how fast it is."""
+    """Wait for the worker, so that a case does not depend on its speed."""
     monitor.flush(30.0)
