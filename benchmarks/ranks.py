@@ -77,7 +77,7 @@ class Counted:
         return bool(self._call("delete_key", len(key), key))
 
 
-def evidence(step: int, rank: int) -> SampleResult:
+def sample_result(step: int, rank: int) -> SampleResult:
     """Return a sample of 48 layers."""
     use = 0.5 + 0.01 * rank
     readings = tuple(
@@ -98,7 +98,7 @@ def evidence(step: int, rank: int) -> SampleResult:
     return SampleResult(step, readings, {"loss": 1.0, "accuracy": 0.5})
 
 
-def ballot(ranks: Sequence[int]) -> RankReduction:
+def reduction_of(ranks: Sequence[int]) -> RankReduction:
     """Return the reduction for those layers and two metrics."""
     return RankReduction([f"model.blocks.{k}.mixer" for k in range(LAYERS)], ["loss", "accuracy"], ranks)
 
@@ -110,16 +110,16 @@ def one_rank(rank: int, world: int, port: int, results: Any) -> None:
     server = dist.TCPStore("127.0.0.1", port, None, False)
     dist.init_process_group("gloo", store=dist.PrefixStore("training", server), rank=rank, world_size=world)
     store = Counted(dist.PrefixStore("monitor", server).clone())
-    agreement, papers = StoreConsensus(store, rank, world, limit_seconds=60), ballot(range(world))
+    consensus, reduction = StoreConsensus(store, rank, world, limit_seconds=60), reduction_of(range(world))
     seconds, posted, read, calls = [], [], [], []
     for step in range(WARMUP + EXCHANGES):
-        values = papers.encode(evidence(step, rank), 100)
+        values = reduction.encode(sample_result(step, rank), 100)
         before = store.posted, store.read, store.calls
         dist.barrier()
         started = time.perf_counter()
-        verdict = agreement.exchange(step, values, papers.reduce)
+        agreed = consensus.exchange(step, values, reduction.reduce)
         taken = time.perf_counter() - started
-        assert verdict.values is not None
+        assert agreed.values is not None
         if step >= WARMUP:
             seconds.append(taken)
             for numbers, now, then in zip(
@@ -135,7 +135,7 @@ def measured() -> Result:
     """Measure the exchange between 2, 4 and 8 processes on this machine."""
     context = get_context("spawn")
     rows, failures = [], []
-    post = 8 * len(ballot((0,)).encode(evidence(0, 0), 100))
+    post = 8 * len(reduction_of((0,)).encode(sample_result(0, 0), 100))
     for world in WORLDS:
         server = dist.TCPStore("127.0.0.1", 0, None, True)
         queue = context.Queue()
@@ -165,34 +165,37 @@ def measured() -> Result:
     return Result(
         f"One exchange of {LAYERS} layers and 2 metrics, {EXCHANGES} times, {processors} processors for all ranks",
         rows,
-        [f"a rank writes {post} bytes of numbers, the result has {8 * verdict_numbers()}; keys are extra"],
+        [f"a rank writes {post} bytes of numbers, the result has {8 * agreed_numbers()}; keys are extra"],
         failures,
     )
 
 
-def verdict_numbers() -> int:
+def agreed_numbers() -> int:
     """How many numbers all ranks read."""
-    papers = ballot((0, 1))
-    return len(papers.reduce([papers.encode(evidence(0, rank), 100) for rank in (0, 1)]))
+    reduction = reduction_of((0, 1))
+    return len(reduction.reduce([reduction.encode(sample_result(0, rank), 100) for rank in (0, 1)]))
 
 
 def scrape() -> tuple[int, int]:
     """Series and bytes of one endpoint after an agreed measurement."""
-    papers = ballot((0, 1))
-    agreed, _ = papers.decode(evidence(0, 0), papers.reduce([papers.encode(evidence(0, rank), 100) for rank in (0, 1)]))
+    reduction = reduction_of((0, 1))
+    agreed, _ = reduction.decode(
+        sample_result(0, 0),
+        reduction.reduce([reduction.encode(sample_result(0, rank), 100) for rank in (0, 1)]),
+    )
     names = [reading.layer for reading in agreed.readings]
-    ledger = RunCounters(names)
-    ledger.measured("ok", agreed.readings)
+    counters = RunCounters(names)
+    counters.measured("ok", agreed.readings)
     layers = tuple(LayerInfo(name=name, module="GLA", supported=True) for name in names)
     registry = CollectorRegistry()
-    registry.register(SnapshotCollector(RunInfo(run_name="run", model="Model", layers=layers), ledger.snapshot))
+    registry.register(SnapshotCollector(RunInfo(run_name="run", model="Model", layers=layers), counters.snapshot))
     text = generate_latest(registry)
     return sum(not line.startswith(b"#") for line in text.splitlines()), len(text)
 
 
 def computed() -> Result:
     """From the bytes of one exchange to a thousand ranks and more."""
-    post, verdict = 8 * len(ballot((0,)).encode(evidence(0, 0), 100)), 8 * verdict_numbers()
+    post, agreed_bytes = 8 * len(reduction_of((0,)).encode(sample_result(0, 0), 100)), 8 * agreed_numbers()
     series, size = scrape()
     rows = []
     for world, ranks, exporting in LARGE:
@@ -204,7 +207,7 @@ def computed() -> Result:
                 "distributed.ranks": "default" if ranks is None else str(ranks),
                 "measure": measuring,
                 "bytes in, at the store": f"{measuring * post / 1e6:.2f} MB",
-                "out": f"{(measuring * post + world * verdict) / 1e6:.1f} MB",
+                "out": f"{(measuring * post + world * agreed_bytes) / 1e6:.1f} MB",
                 "exporter's ranks": exporting,
                 "endpoints": endpoints,
                 "series": endpoints * series,

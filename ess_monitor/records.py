@@ -186,6 +186,16 @@ class Reading(Record):
     """The rank it was seen on."""
 
 
+def layer_title(name: str) -> str:
+    """Return the name of a layer as it is shown. The model itself has none, and an empty label counts as
+    missing.
+
+    >>> layer_title("blocks.0.mixer"), layer_title("")
+    ('blocks.0.mixer', 'root')
+    """
+    return name or "root"
+
+
 def attainable_utilization(reading: Reading) -> float | None:
     """`effective_size / attainable_size`, 0..1; None where the reading cannot be judged."""
     attainable = reading.attainable_size if reading.attainable_size is not None else reading.state_capacity
@@ -311,7 +321,7 @@ class HealthData(Record):
 
 
 class Snapshot(Record):
-    """The run's counters at one moment: what a scrape shows. Cut from the ledger under its lock, so consistent."""
+    """The run's counters at one moment: what a scrape shows. Cut under one lock, so that it is consistent."""
 
     status: RunStatus
     last_step: int

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ess_monitor import validation
+from ess_monitor.records import layer_title
 from ess_monitor.report.components import Table, evenly, event_rows, metric_charts, present, steps_of
 from ess_monitor.report.figures import Chart, Scale, Series, line_chart, x_ticks
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.page import render
 from ess_monitor.report.sections.run_facts import run_facts
 from ess_monitor.report.sections.utilization import HeatRow, heat_map
-from ess_monitor.report.summary import headline, layer_title, named, paragraphs, percent
+from ess_monitor.report.summary import headline, named, paragraphs, percent
 
 STEPS_COMPARED = 5
 _LAYERS_NAMED = 6

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ess_monitor.records import CONDITION_INFO, Finding
+from ess_monitor.records import CONDITION_INFO, Finding, layer_title
 from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, value_scale
 from ess_monitor.report.history import RunHistory
-from ess_monitor.report.summary import layer_title, sentence, timeline
+from ess_monitor.report.summary import sentence, timeline
 
 T = TypeVar("T")
 ROWS_OF_A_TABLE = 40

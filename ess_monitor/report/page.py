@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ess_monitor import validation
-from ess_monitor.records import CONDITIONS, SCHEMA_VERSION
+from ess_monitor.records import CONDITIONS, SCHEMA_VERSION, layer_title
 from ess_monitor.report.components import EVENTS_SHOWN, event_rows, markers, metric_charts, metrics_table, steps_of
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.sections.diagnosis import (
@@ -21,7 +21,7 @@ from ess_monitor.report.sections.diagnosis import (
 from ess_monitor.report.sections.layers import LayerCard, layer_card
 from ess_monitor.report.sections.run_facts import overhead_chart, overhead_facts, overhead_table, run_facts
 from ess_monitor.report.sections.utilization import LEVELS, heat_map, ratio_table
-from ess_monitor.report.summary import ATTENTION, headline, layer_title, paragraphs, timeline
+from ess_monitor.report.summary import ATTENTION, headline, paragraphs, timeline
 
 LAYERS_OPEN = 16
 """With more layers than this, those without a finding or an action are folded."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from ess_monitor.records import CONDITION_INFO, Action, Condition, Finding, Reading, Status
+from ess_monitor.records import CONDITION_INFO, Action, Condition, Finding, Reading, Status, layer_title
 from ess_monitor.report.history import RunHistory
 
 ATTENTION: tuple[Condition, ...] = tuple(
@@ -42,15 +42,6 @@ class Paragraph:
     advice: tuple[str, ...] = ()
     condition: Condition = "unknown"
     """Color of the mark; `unknown` where the paragraph is not about a layer."""
-
-
-def layer_title(name: str) -> str:
-    """Return the name of a layer as it is shown; the model itself has none.
-
-    >>> layer_title("blocks.0.mixer"), layer_title("")
-    ('blocks.0.mixer', 'root')
-    """
-    return name or "root"
 
 
 def headline(history: RunHistory) -> str:

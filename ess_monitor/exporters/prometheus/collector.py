@@ -32,6 +32,7 @@ from ess_monitor.records import (
     HistogramData,
     RunInfo,
     Snapshot,
+    layer_title,
 )
 
 PREFIX = "ess_monitor_"
@@ -94,10 +95,10 @@ def _layer_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     yield gauge("layers", "Layers that are measured.", len(names))
     for quantity, documentation in _LAYER_GAUGES:
         family = quantity if quantity.startswith("state_") else f"state_{quantity}"
-        sizes = {_layer(name): getattr(now.readings[name], quantity) for name in names if name in now.readings}
+        sizes = {layer_title(name): getattr(now.readings[name], quantity) for name in names if name in now.readings}
         yield gauge(family, documentation, sizes, "layer")
     conditions = {
-        (_layer(name), condition): value
+        (layer_title(name), condition): value
         for name in names
         for condition, value in _one_hot(CONDITIONS, now.conditions.get(name, "unknown")).items()
     }
@@ -106,7 +107,7 @@ def _layer_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     yield counter("condition_changes", "How often a layer entered a condition.", changes, "condition")
     thresholds = {key.partition(".")[::2]: value for key, value in run.thresholds.items()}
     yield gauge("condition_threshold_ratio", "Thresholds of the diagnosis.", thresholds, "condition", "bound")
-    nonfinite = {_layer(name): now.nonfinite_total.get(name, 0) for name in names}
+    nonfinite = {layer_title(name): now.nonfinite_total.get(name, 0) for name in names}
     yield counter("nonfinite_states", "Measurements of a layer that met NaN or infinity.", nonfinite, "layer")
 
 
@@ -207,11 +208,6 @@ def _one_hot(names: Iterable[str], current: str) -> dict[str, float]:
 def _since_epoch(seconds: float) -> float | None:
     # 0 stands for "not yet"; exported as it is, a panel would show "56 years ago" and an alert on age would fire.
     return seconds if seconds > 0 else None
-
-
-def _layer(name: str) -> str:
-    # Prometheus takes an empty label value for a missing label; the empty name is the model itself.
-    return name or "root"
 
 
 def _label_name(key: str) -> str:

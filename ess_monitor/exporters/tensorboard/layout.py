@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, OVERHEAD_TAG, UTILIZATION_TAG, layer_tag, scalar_tag
-from ess_monitor.records import CONDITIONS
+from ess_monitor.records import CONDITIONS, layer_title
 
 Layout = dict[str, dict[str, list[object]]]
 """category -> chart title -> [kind, tags], as `SummaryWriter.add_custom_scalars` takes it."""
@@ -46,7 +46,7 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
         def tags(*quantities: str, layer: str = layer) -> list[str]:
             return [scalar_tag(quantity, layer) for quantity in quantities]
 
-        layout[f"ESS layer: {layer or 'root'}"] = {
+        layout[f"ESS layer: {layer_title(layer)}"] = {
             "Effective state-size, certified bounds over all positions": [
                 "Margin",
                 tags("effective_size", "effective_size_lower", "effective_size_upper"),

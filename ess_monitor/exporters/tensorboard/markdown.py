@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ess_monitor.records import Action, Finding
+from ess_monitor.records import Action, Finding, layer_title
 
 # Everything that Markdown or HTML may take for syntax inside a line. An underscore inside a word is not syntax.
 _SYNTAX = re.compile(r"[^\w\s.,;:%()'\-=/?]|(?<![^\W_])_|_(?![^\W_])")
@@ -26,7 +26,7 @@ def escape(text: str) -> str:
 
 def finding_markdown(finding: Finding) -> str:
     """Format a finding as paragraphs: what changed, why, and what to do."""
-    layer = escape(finding.layer or "root")
+    layer = escape(layer_title(finding.layer))
     paragraphs = [f"**{layer}**: {finding.previous} → **{finding.condition}**", escape(finding.reason)]
     if finding.advice:
         paragraphs.append(f"*{escape(finding.advice)}*")
@@ -53,7 +53,7 @@ def action_table(actions: Iterable[Action]) -> str:
 def _cells(action: Action) -> tuple[str, ...]:
     return (
         str(action.step),
-        escape(action.layer or "root"),
+        escape(layer_title(action.layer)),
         action.action,
         "-" if action.strength is None else f"{action.strength:g}",
         _percent(action.utilization_before),

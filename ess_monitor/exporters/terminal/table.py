@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ess_monitor import validation
-from ess_monitor.records import CONDITION_INFO, Action, ActionOutcome, Condition, LayerInfo, Measurement, Reading
+from ess_monitor.records import (
+    CONDITION_INFO,
+    Action,
+    ActionOutcome,
+    Condition,
+    LayerInfo,
+    Measurement,
+    Reading,
+    layer_title,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,14 +74,16 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
     readings = {reading.layer: reading for reading in measurement.readings}
     for name in dict.fromkeys([*(layer.name for layer in layers), *readings]):
         condition = measurement.conditions.get(name, "unknown")
-        table.add_row(_text(name or "root"), *_cells(readings.get(name)), _text(condition, _condition_style(condition)))
+        table.add_row(
+            _text(layer_title(name)), *_cells(readings.get(name)), _text(condition, _condition_style(condition))
+        )
     return table
 
 
 def render_findings(measurement: Measurement) -> Text:
     """Return one line per finding of this measurement."""
     lines = [
-        f"step {finding.step}, {finding.layer or 'root'}: {finding.previous} -> {finding.condition}. "
+        f"step {finding.step}, {layer_title(finding.layer)}: {finding.previous} -> {finding.condition}. "
         f"{finding.reason} {finding.advice}".rstrip()
         for finding in measurement.findings
     ]
@@ -114,7 +125,7 @@ def _action_line(action: Action) -> Text:
     before, after = action.utilization_before, action.utilization_after
     sizes = " -> ".join(f"{ratio:.0%}" for ratio in (before, after) if ratio is not None)
     utilization = f", utilization {sizes}" if sizes else ""
-    line = f"step {action.step}, {action.layer or 'root'}: {action.outcome} {what}{utilization}: {action.message}"
+    line = f"step {action.step}, {layer_title(action.layer)}: {action.outcome} {what}{utilization}: {action.message}"
     return _text(" ".join(line.split()), _ACTION_STYLES[action.outcome])
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ess_monitor.records import Finding, Measurement, Reading, attainable_utilization, full_state_utilization
+from ess_monitor.records import (
+    Finding,
+    Measurement,
+    Reading,
+    attainable_utilization,
+    full_state_utilization,
+    layer_title,
+)
 from ess_monitor.report.components import Table
 from ess_monitor.report.figures import number
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.sections.run_facts import Facts
-from ess_monitor.report.summary import ATTENTION, alarms, layer_title
+from ess_monitor.report.summary import ATTENTION, alarms
 
 BENCHMARKED_SETTINGS: Mapping[str, bool | int | float] = {
     "collapsed_below": 0.3,

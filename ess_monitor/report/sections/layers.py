@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ess_monitor.records import Condition, Reading
+from ess_monitor.records import Condition, Reading, layer_title
 from ess_monitor.report.components import ROWS_OF_A_TABLE, Table, cell, evenly, present
 from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, number
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.sections.spectra import chosen_spectra, spectra_chart, spectra_table
-from ess_monitor.report.summary import layer_title
 
 _COLUMNS = {
     "ESS": "effective_size",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import itemgetter
 
+from ess_monitor.records import layer_title
 from ess_monitor.report.components import Table, cell, evenly
 from ess_monitor.report.figures import UNITS, Scale, Tick, x_ticks
 from ess_monitor.report.history import RunHistory
-from ess_monitor.report.summary import ATTENTION, layer_title, percent
+from ess_monitor.report.summary import ATTENTION, percent
 
 LEVELS = 11
 """Number of colors of the scale."""
