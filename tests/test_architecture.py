@@ -63,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
     "diagnosis": {"errors", "records", "validation"},
     "exporters": {"errors", "records", "runtime", "validation"},
     "config": {"capture", "diagnosis", "distributed", "errors", "exporters", "interventions", "runtime", "validation"},
-    "alerts": {"errors", "validation"},
+    "alerts": {"errors", "records", "validation"},
     "report": {"errors", "exporters", "records", "validation"},
 }
 """Room -> the rooms it may import, itself apart. What is not listed stands above them all."""
