@@ -1,8 +1,7 @@
-"""Writes everything out: rules, their tests, runbooks, dashboards, examples, for a job name and thresholds.
+"""Exports rules, their tests, runbooks, dashboards and examples for a job name and thresholds.
 
-The rules, for Prometheus and for Grafana, and their tests are values in `rules` and `cases`, because thresholds change
-them. All other files are kept as they are read; only the names of the job and of Grafana's data source are put in.
-What is committed is what the defaults give.
+Rules, tests and dashboards are rendered from `rules`, `cases` and `dashboards`. All other files are copied; only the
+names of the job and of Grafana's data source are replaced. The committed files are those of the defaults.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from ess_monitor.errors import ConfigError
 _ROOT = Path(__file__).resolve().parent
 _KINDS = (".json", ".md", ".yaml", ".yml")
 _FOLDERS = ("alertmanager", "compose", "grafana", "prometheus", "runbooks")
-"""Folders of what is exported; what else lies here is the program that makes it."""
+"""Endings and folders of the exported files. Everything else here is the program that writes them."""
 _JOB = re.compile(r"""(\bjob=~?\\?"|\bjob_name:\ "?|\breplacement:\ "?)ess_monitor\b""")
-"""The job's name in a selector (escaped in JSON or not), a scrape configuration or a relabeling."""
+"""Matches the job's name in a selector (escaped in JSON or not), a scrape configuration or a relabeling."""
 _SOURCE_UID = re.compile(r"\buid: ess-monitor-prometheus\b")
 
 
 def render(config: AlertsConfig) -> dict[str, str]:
-    """Relative path -> content of every file.
+    """Return the content of every file by its relative path.
 
     Example:
         >>> files = render(AlertsConfig(job="llm", stalled_seconds=3600))
@@ -48,7 +47,7 @@ def render(config: AlertsConfig) -> dict[str, str]:
 
 
 def render_generated(config: AlertsConfig) -> dict[str, str]:
-    """Relative path -> content of the files that follow from the settings: the rules and their tests."""
+    """Return the content of the rendered files, rules, rule tests and dashboards, by relative path."""
     return {
         "grafana/provisioning/alerting/ess_monitor.yml": render_grafana(config),
         "prometheus/ess_monitor.rules.yml": render_rules(config),
@@ -63,7 +62,7 @@ def export(
     """Write rules, rule tests, runbooks, dashboards and examples below `directory`.
 
     Args:
-        directory: made if need be.
+        directory: created if it does not exist.
         config: job name and thresholds.
         overwrite: False keeps files that differ from what would be written, and raises.
         settings: fields of `AlertsConfig`, instead of or on top of `config`.
@@ -82,7 +81,7 @@ def export(
         >>> "ess_monitor.rules.yml" in names, "EssMonitorStateCollapsed.md" in names
         (True, True)
     """
-    validation.instance("directory", directory, (str, Path), hint="where the files are to lie")
+    validation.instance("directory", directory, (str, Path), hint="give the folder for the files")
     validation.flag("overwrite", overwrite)
     validation.optional("config", config, AlertsConfig)
     files = render(_settings(config, settings))

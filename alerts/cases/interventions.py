@@ -31,17 +31,17 @@ def _failing(config: AlertsConfig) -> Iterator[AlertCase]:
         return {900: (), **between(happens, happens + 900, firing)}
 
     yield AlertCase(
-        "both ranks count the same failure, which is one alert; an applied action is none",
+        "both ranks count the same failure, which is one alert; an applied action does not fire",
         "InterventionFailing",
         {**{_actions(config, "failed", rank): once for rank in (0, 1)}, _actions(config, "applied"): earlier},
         expected(
             "failed",
             "An intervention in run wla-7 has failed",
-            "Within the last 15 minutes pull_to_identity did not bring its layer back, or could not be carried on.",
+            "Within the last 15 minutes pull_to_identity did not make its layer recover, or could not go on.",
         ),
     )
     yield AlertCase(
-        "the loss breaks under a treatment, which is undone; what else may happen to it is no news",
+        "the loss breaks under a treatment, which is undone; its other outcomes do not fire",
         "InterventionFailing",
         {
             _actions(config, "rolled_back"): once,
@@ -50,12 +50,12 @@ def _failing(config: AlertsConfig) -> Iterator[AlertCase]:
         expected(
             "rolled_back",
             "An intervention in run wla-7 has been rolled back",
-            "Within the last 15 minutes pull_to_identity was undone, as the loss broke.",
+            "Within the last 15 minutes pull_to_identity was undone because the loss broke.",
         ),
     )
 
 
-_LOOK = " A person has to look: the event log names the layer and the reason."
+_LOOK = " The event log names the layer and the reason."
 
 
 def _flapping(config: AlertsConfig) -> AlertCase:
@@ -95,7 +95,7 @@ def _ineffective(config: AlertsConfig) -> Iterator[AlertCase]:
     )
     late = 600 + 3600 + 60  # more than an hour after the action: the window closes before the wait is over
     yield AlertCase(
-        "an action from more than an hour before the collapse has no part in it",
+        "an action from more than an hour before the collapse does not count",
         "InterventionIneffective",
         {collapsed: held((0, late), (1, 2 * wait)), applied: held((0, 600), (1, late + 2 * wait))},
         {late + wait: (), late + 2 * wait - GRID: ()},

@@ -22,8 +22,8 @@ from ess_monitor.records import PARTS
 _BEGINS, _ENDS = 300, 900
 _LOST = {
     "diagnosis": "layers are measured and no longer judged: conditions are the last known ones",
-    "agreement": "the ranks do not agree any more: each reads itself alone, and the autopilot does not act",
-    "intervention": "the autopilot does nothing more: what it has attached stays as it is",
+    "agreement": "the ranks no longer agree: each uses only its own readings, and the autopilot does not act",
+    "intervention": "the autopilot stops: what it has attached stays as it is",
     "export": "the sinks get no more measurements; the endpoint goes on",
 }
 """What no longer works without a part of the monitor."""
@@ -124,7 +124,7 @@ def _export_errors(config: AlertsConfig) -> Iterator[AlertCase]:
         {fires - GRID: (), fires: (firing,)},
     )
     yield AlertCase(
-        "a single error is no alert",
+        "a single error does not fire",
         "ExportErrors",
         {
             counted("errors"): held((0, _BEGINS), (1, 2 * wait)),
@@ -149,8 +149,8 @@ def _off(config: AlertsConfig) -> Iterator[AlertCase]:
 
     def firing(summary: str, lost: str, rank: int = 0, **labels: str) -> Firing:
         description = (
-            f"On rank {rank} {lost}. The training goes on. It stays so for the rest of this run: the log has the "
-            "reason, and a new monitor or a resumed run turns it on again."
+            f"On rank {rank} {lost}. The training goes on. What is off stays off for the rest of this run. The log "
+            "has the reason; a new monitor or a resumed run turns it on again."
         )
         return Firing(target(config, rank, **labels), texts=(f"{summary} in run wla-7", description))
 

@@ -73,7 +73,7 @@ def _starts(config: AlertsConfig) -> Iterator[AlertCase]:
     )
     steps = on_grid(config.start_seconds) - GRID
     yield AlertCase(
-        "a slow start is no hang, and the time that it took does not count later",
+        "a slow start does not fire, and its time does not count later",
         "RunStalled",
         starting(steps, steps + 1200),
         {steps: (), steps + 300: (), steps + 1200 - GRID: ()},
@@ -99,7 +99,7 @@ def _down(config: AlertsConfig) -> AlertCase:
     fires = 300 + on_grid(config.target_down_for_seconds)
     returns = fires + 300
     return AlertCase(
-        "rank 1 cannot be scraped and returns; another job is nobody's concern",
+        "rank 1 cannot be scraped and returns; another job is ignored",
         "TargetDown",
         {
             series(config, "up", 0): held((1, returns + 300)),
