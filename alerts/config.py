@@ -1,4 +1,4 @@
-"""What may be set about the alerts. Whether a layer is collapsed is not among it: that the process decides."""
+"""Settings of the alerting rules. Whether a layer is collapsed is decided by the process, not here."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ class AlertsConfig(BaseModel):
     """Prometheus data source that Grafana-managed alerts ask. The default is the one that is provisioned along."""
     condition_for_seconds: PositiveInt = 600
     """How long a layer must be saturated or collapsed. The diagnosis has waited for several measurements already; ten
-    minutes are what the autopilot needs to begin, and nobody is called for what it mends at once."""
+    minutes let the autopilot begin, so that nobody is called for what it fixes at once."""
     condition_keep_firing_seconds: PositiveInt = 300
     """How long these two go on firing after the layer has left the condition, so that one relapse is one message."""
     most_layers_ratio: float = Field(default=0.5, gt=0, lt=1)
     """Share of the judged layers above which collapse is a matter of the run and not of a layer: more than half."""
     most_layers_for_seconds: PositiveInt = 300
-    """How long. Half as long as a single layer, as the run as a whole is at stake."""
+    """How long most layers must be collapsed: half as long as a single one, because the whole run is at stake."""
     divergence_ratio: float = Field(default=0.2, gt=0, lt=1)
     """Gap in utilization between two ranks. Batches of one distribution differ by some hundredths, so 0.2 is not the
     data."""
     divergence_for_seconds: PositiveInt = 900
-    """How long. Ranks need not be scraped between the same two measurements; a quarter of an hour covers that."""
+    """How long the gap must last. Ranks may be scraped between different measurements; a quarter of an hour covers
+    that."""
     flapping_actions: PositiveInt = 4
-    """Applied actions in an hour above which the autopilot goes in circles: two layers up a default ladder of two
+    """Applied actions in an hour above which it acts too often: two layers up a default ladder of two
     rungs. A run of the default `autopilot.budget` of 6 can pass it, and has then spent all but one action."""
     ineffective_for_seconds: PositiveInt = 3600
     """How long a layer may stay collapsed after an action; rescued runs recover within 1000 to 1500 steps."""
@@ -52,7 +53,7 @@ class AlertsConfig(BaseModel):
     """Share of the step time that the monitor may take: five times the default `overhead_budget_ratio`, for which the
     cadence has stretched the interval long before."""
     overhead_for_seconds: PositiveInt = 900
-    """How long. One expensive sample, a first one with its warm-up for example, is no news."""
+    """How long that must last. One expensive sample, for example a first one with its warm-up, does not fire."""
     export_errors_for_seconds: int = Field(default=600, ge=60)
     """How long errors of an exporter must go on, and the longest gap between two of them. At least a minute, as a
     window must hold a few scrapes."""

@@ -1,13 +1,11 @@
-"""Writes everything out: rules, their tests, runbooks, dashboards, examples, for a job name and thresholds.
+"""Exports rules, their tests, runbooks, dashboards and examples for a job name and thresholds.
 
-The rules, for Prometheus and for Grafana, and their tests are values in `rules` and `cases`, because thresholds change
-them. All other files are kept as they are read; only the names of the job and of Grafana's data source are put in.
-What is committed is what the defaults give.
+Rules, tests and dashboards are rendered from `rules`, `cases` and `dashboards`. All other files are copied; only the
+names of the job and of Grafana's data source are replaced. The committed files are those of the defaults.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,20 +16,21 @@ from pydantic import ValidationError
 from ess_monitor import validation
 from ess_monitor.alerts.cases import render_tests
 from ess_monitor.alerts.config import AlertsConfig
+from ess_monitor.alerts.dashboards import render_dashboards
 from ess_monitor.alerts.rules import render_grafana, render_rules
 from ess_monitor.errors import ConfigError
 
 _ROOT = Path(__file__).resolve().parent
 _KINDS = (".json", ".md", ".yaml", ".yml")
-"""Endings of the files that are handed on; what else lies here is the program that makes them."""
+_FOLDERS = ("alertmanager", "compose", "grafana", "prometheus", "runbooks")
+"""Endings and folders of the exported files. Everything else here is the program that writes them."""
 _JOB = re.compile(r"""(\bjob=~?\\?"|\bjob_name:\ "?|\breplacement:\ "?)ess_monitor\b""")
-"""The job's name in a selector (escaped in JSON or not), a scrape configuration or a relabeling."""
+"""Matches the job's name in a selector (escaped in JSON or not), a scrape configuration or a relabeling."""
 _SOURCE_UID = re.compile(r"\buid: ess-monitor-prometheus\b")
-_DASHBOARDS = "grafana/dashboards/"
 
 
 def render(config: AlertsConfig) -> dict[str, str]:
-    """Relative path -> content of every file.
+    """Return the content of every file by its relative path.
 
     Example:
         >>> files = render(AlertsConfig(job="llm", stalled_seconds=3600))
@@ -39,34 +38,22 @@ def render(config: AlertsConfig) -> dict[str, str]:
         True
     """
     validation.instance("config", config, AlertsConfig)
-    files = {name: _named(name, text, config) for name, text in _kept().items()}
-    return {**files, **render_generated(config)}
+    files = {}
+    for path in sorted(path for folder in _FOLDERS for path in (_ROOT / folder).rglob("*") if path.suffix in _KINDS):
+        text = _JOB.sub(rf"\g<1>{config.job}", path.read_text(encoding="utf-8"))
+        name = path.relative_to(_ROOT).as_posix()
+        files[name] = _SOURCE_UID.sub(f"uid: {config.grafana_datasource_uid}", text)
+    return files | render_generated(config)
 
 
 def render_generated(config: AlertsConfig) -> dict[str, str]:
-    """Relative path -> content of the files that follow from the settings: the rules and their tests."""
-    tests = {f"prometheus/tests/{name}": text for name, text in render_tests(config).items()}
+    """Return the content of the rendered files, rules, rule tests and dashboards, by relative path."""
     return {
         "grafana/provisioning/alerting/ess_monitor.yml": render_grafana(config),
         "prometheus/ess_monitor.rules.yml": render_rules(config),
-        **tests,
+        **{f"prometheus/tests/{name}": text for name, text in render_tests(config).items()},
+        **{f"grafana/dashboards/{name}": text for name, text in render_dashboards(config.job).items()},
     }
-
-
-def _named(name: str, text: str, config: AlertsConfig) -> str:
-    """A kept file with the names of this export."""
-    if name.startswith(_DASHBOARDS):
-        return _with_job_selected(text, config.job)
-    return _SOURCE_UID.sub(f"uid: {config.grafana_datasource_uid}", _JOB.sub(rf"\g<1>{config.job}", text))
-
-
-def _with_job_selected(dashboard: str, job: str) -> str:
-    """A dashboard that opens on this job. Its queries take the job from a variable, so one copy serves every job."""
-    content = json.loads(dashboard)
-    for variable in content["templating"]["list"]:
-        if variable["name"] == "job":
-            variable["current"].update(text=job, value=job)
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def export(
@@ -75,7 +62,7 @@ def export(
     """Write rules, rule tests, runbooks, dashboards and examples below `directory`.
 
     Args:
-        directory: made if need be.
+        directory: created if it does not exist.
         config: job name and thresholds.
         overwrite: False keeps files that differ from what would be written, and raises.
         settings: fields of `AlertsConfig`, instead of or on top of `config`.
@@ -94,7 +81,7 @@ def export(
         >>> "ess_monitor.rules.yml" in names, "EssMonitorStateCollapsed.md" in names
         (True, True)
     """
-    validation.instance("directory", directory, (str, Path), hint="where the files are to lie")
+    validation.instance("directory", directory, (str, Path), hint="give the folder for the files")
     validation.flag("overwrite", overwrite)
     validation.optional("config", config, AlertsConfig)
     files = render(_settings(config, settings))
@@ -137,9 +124,3 @@ def _refuse_to_overwrite(target: Path, files: Mapping[str, str]) -> None:
             f"{', ...' if len(changed) > 3 else ''}); give another folder, or replace them with "
             "overwrite=True (--overwrite)"
         )
-
-
-def _kept() -> dict[str, str]:
-    """The files that are not rendered, as they are committed."""
-    paths = (path for path in _ROOT.rglob("*") if path.is_file() and path.suffix in _KINDS)
-    return {path.relative_to(_ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}

@@ -1,29 +1,45 @@
-"""What a rule test says: these series go in, and at this second these alerts fire, and no others of that name.
+"""Rule tests as values: these series go in, and at this second these alerts fire, and no others of that name.
 
 Time starts at 0 and everything happens on a grid of `GRID` seconds, at which series are sampled and rules evaluated.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ess_monitor.alerts.config import AlertsConfig
-from ess_monitor.alerts.rules.base import PREFIX, dump, duration
+from ess_monitor.alerts.rules import PREFIX, Alert
+from ess_monitor.alerts.rules.base import duration
 
 GRID = 30
-"""Seconds between two samples and between two evaluations. Half of it tells no more and takes twice the time."""
-INSTANCE, RUN = "10.0.0.7:9464", "wla-7"
+"""Seconds between two samples and between two evaluations. Half of it shows no more and takes twice the time."""
+RUN, LAYER = "wla-7", "blocks.1.mixer"
 
 
 @dataclass(frozen=True)
 class Firing:
-    """An alert as it must arrive at Alertmanager."""
+    """An alert as it must arrive at Alertmanager. Its texts are those of the rule, filled in."""
 
     labels: Mapping[str, str]
-    summary: str
-    description: str
+    value: str = ""
+    """`$value` as the texts show it."""
+    texts: tuple[str, str] | None = None
+    """Summary and description of a rule whose templates have branches."""
+
+    def as_yaml(self, alert: Alert) -> dict[str, Any]:
+        """Return the alert in promtool's format."""
+        summary, description = self.texts or (self._filled(alert.summary), self._filled(alert.description))
+        return {
+            "exp_labels": {**self.labels, "severity": alert.severity},
+            "exp_annotations": {**alert.annotations(), "summary": summary, "description": description},
+        }
+
+    def _filled(self, template: str) -> str:
+        text = re.sub(r"\{\{ \$labels\.(\w+) \}\}", lambda found: self.labels[found[1]], template)
+        return re.sub(r"\{\{ [^{}]*\$value[^{}]* \}\}", self.value, text)
 
 
 @dataclass(frozen=True)
@@ -33,34 +49,23 @@ class AlertCase:
     name: str
     alert: str
     """Without the prefix."""
-    severity: str
     series: Mapping[str, str]
     """Selector -> values in promtool's notation."""
     expected: Mapping[int, Sequence[Firing]]
     """Second -> what fires then; nothing where the sequence is empty."""
 
-    def as_yaml(self, config: AlertsConfig) -> dict[str, Any]:
-        """The test in promtool's format."""
+    def as_yaml(self, alerts: Mapping[str, Alert]) -> dict[str, Any]:
+        """Return the test in promtool's format. `alerts` are the rules by name."""
         return {
             **_inputs(self.name, self.series),
             "alert_rule_test": [
                 {
                     "eval_time": duration(second),
                     "alertname": PREFIX + self.alert,
-                    "exp_alerts": [self._alert(firing, config) for firing in firings],
+                    "exp_alerts": [firing.as_yaml(alerts[self.alert]) for firing in firings],
                 }
                 for second, firings in sorted(self.expected.items())
             ],
-        }
-
-    def _alert(self, firing: Firing, config: AlertsConfig) -> dict[str, Any]:
-        return {
-            "exp_labels": {**firing.labels, "severity": self.severity},
-            "exp_annotations": {
-                "summary": firing.summary,
-                "description": firing.description,
-                "runbook_url": f"{config.runbook_base_url}/{PREFIX}{self.alert}.md",
-            },
         }
 
 
@@ -71,12 +76,12 @@ class RecordCase:
     name: str
     series: Mapping[str, str]
     at: int
-    """Second at which the records are read."""
-    samples: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Second at which the records are evaluated."""
+    samples: Mapping[str, Mapping[str, float]]
     """Record -> its samples by label set; empty where it must have none."""
 
     def as_yaml(self) -> dict[str, Any]:
-        """The test in promtool's format."""
+        """Return the test in promtool's format."""
         return {
             **_inputs(self.name, self.series),
             "promql_expr_test": [
@@ -92,8 +97,37 @@ class RecordCase:
         }
 
 
+def _inputs(name: str, series: Mapping[str, str]) -> dict[str, Any]:
+    inputs = [{"series": selector, "values": values} for selector, values in series.items()]
+    return {"name": name, "interval": duration(GRID), "input_series": inputs}
+
+
+def target(config: AlertsConfig, rank: int = 0, **labels: str) -> dict[str, str]:
+    """Return the labels of a scraped rank, and further ones."""
+    return {"instance": "10.0.0.7:9464", "job": config.job, "rank": str(rank), "run_id": RUN, **labels}
+
+
+def run_labels(config: AlertsConfig, **labels: str) -> dict[str, str]:
+    """Return the labels of a run without those of its ranks, and further ones."""
+    return {"job": config.job, "run_id": RUN, **labels}
+
+
+def braces(labels: Mapping[str, str]) -> str:
+    """Return a label set, without spaces at which a line could be broken.
+
+    >>> braces({"job": "x", "rank": "0"})
+    '{job="x",rank="0"}'
+    """
+    return "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}"
+
+
+def series(config: AlertsConfig, name: str, rank: int = 0, **labels: str) -> str:
+    """Return the selector of a series of a scraped rank."""
+    return name + braces(target(config, rank, **labels))
+
+
 def on_grid(seconds: int) -> int:
-    """The next moment at which something is evaluated.
+    """Return the next moment at which something is evaluated.
 
     >>> on_grid(60), on_grid(61)
     (60, 90)
@@ -101,32 +135,8 @@ def on_grid(seconds: int) -> int:
     return -(-seconds // GRID) * GRID
 
 
-def target(config: AlertsConfig, rank: int = 0) -> dict[str, str]:
-    """Labels of a scraped rank."""
-    return {"instance": INSTANCE, "job": config.job, "rank": str(rank), "run_id": RUN}
-
-
-def run_labels(config: AlertsConfig) -> dict[str, str]:
-    """Labels of a run, without those of its ranks."""
-    return {"job": config.job, "run_id": RUN}
-
-
-def series(name: str, labels: Mapping[str, str]) -> str:
-    """A selector.
-
-    >>> series("up", {"job": "x"})
-    'up{job="x"}'
-    """
-    return name + braces(labels)
-
-
-def braces(labels: Mapping[str, str]) -> str:
-    """A label set, without spaces at which a line could be broken."""
-    return "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}"
-
-
 def held(*stretches: tuple[float, int]) -> str:
-    """Values that are held for so many seconds each.
+    """Return values that are held for so many seconds each.
 
     >>> held((0, 60), (1, 90))
     '0+0x1 1+0x2'
@@ -136,7 +146,7 @@ def held(*stretches: tuple[float, int]) -> str:
 
 
 def counting(per_sample: float, seconds: int, start: float = 0) -> str:
-    """A value that grows evenly for so many seconds.
+    """Return a value that grows evenly for so many seconds.
 
     >>> counting(15, 120)
     '0+15x3'
@@ -144,19 +154,17 @@ def counting(per_sample: float, seconds: int, start: float = 0) -> str:
     return f"{start:.12g}+{per_sample:.12g}x{on_grid(seconds) // GRID - 1}"
 
 
-def written(cases: Sequence[AlertCase | RecordCase], config: AlertsConfig) -> str:
-    """The cases as a test file that lies in a folder below the rule file."""
-    content = {
-        "rule_files": ["../ess_monitor.rules.yml"],
-        "evaluation_interval": duration(GRID),
-        "tests": [case.as_yaml(config) if isinstance(case, AlertCase) else case.as_yaml() for case in cases],
-    }
-    return f"# Written by ess_monitor.alerts.export. Run with: promtool test rules *.yml\n{dump(content)}"
+def between(fires: int, ends: int, firing: Firing, last: Firing | None = None) -> dict[int, tuple[Firing, ...]]:
+    """Return silence before `fires` and from `ends` on, and `firing` in between; just before the end it is `last`."""
+    return {fires - GRID: (), fires: (firing,), ends - GRID: (last or firing,), ends: ()}
 
 
-def _inputs(name: str, series: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "interval": duration(GRID),
-        "input_series": [{"series": selector, "values": values} for selector, values in series.items()],
-    }
+def humanized(seconds: int) -> str:
+    """Return what Prometheus' humanizeDuration makes of whole seconds.
+
+    >>> humanized(975), humanized(7200)
+    ('16m 15s', '2h 0m 0s')
+    """
+    parts = ((seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"), (seconds % 60, "s"))
+    first = next((k for k, (count, _) in enumerate(parts) if count), len(parts) - 1)
+    return " ".join(f"{count}{unit}" for count, unit in parts[first:])

@@ -2,190 +2,206 @@
 
 from __future__ import annotations
 
-from ess_monitor.alerts.cases.base import GRID, AlertCase, Firing, counting, held, on_grid, series, target
-from ess_monitor.alerts.cases.run import humanized
+from collections.abc import Iterator
+
+from ess_monitor.alerts.cases.base import (
+    GRID,
+    AlertCase,
+    Firing,
+    between,
+    counting,
+    held,
+    humanized,
+    on_grid,
+    series,
+    target,
+)
 from ess_monitor.alerts.config import AlertsConfig
-from ess_monitor.alerts.rules.base import duration, percent
+from ess_monitor.records import PARTS
+
+_BEGINS, _ENDS = 300, 900
+_LOST = {
+    "diagnosis": "layers are measured and no longer judged: conditions are the last known ones",
+    "agreement": "the ranks no longer agree: each uses only its own readings, and the autopilot does not act",
+    "intervention": "the autopilot stops: what it has attached stays as it is",
+    "export": "the sinks get no more measurements; the endpoint goes on",
+}
+"""What no longer works without a part of the monitor."""
+_INPUTS_LOST = "no more measurements come in: sizes and conditions are the last known ones"
 
 
-def monitor_cases(config: AlertsConfig) -> tuple[AlertCase, ...]:
-    """Every alert of the group but the one on parts, silent, firing and resolved."""
-    return (
-        _stale(config),
-        _never_measured(config),
-        _costly(config),
-        _errors(config),
-        _drops(config),
-        _single_error(config),
-        _cardinality(config),
-    )
+def monitor_cases(config: AlertsConfig) -> Iterator[AlertCase]:
+    """Yield the tests of every alert of the group, silent, firing and resolved."""
+    yield from _stale(config)
+    yield _costly(config)
+    yield from _export_errors(config)
+    yield _cardinality(config)
+    yield from _off(config)
 
 
-def _no_longer_measured(config: AlertsConfig, seconds: int) -> Firing:
-    return Firing(
-        target(config),
-        "Run wla-7 trains on but is no longer measured",
-        f"On rank 0 the last good measurement lies {humanized(seconds)} before the last step, more than "
-        f"{duration(config.measurement_stale_seconds)}. Sizes, conditions and the alerts on them are out of date.",
-    )
+def _stale(config: AlertsConfig) -> Iterator[AlertCase]:
+    def run(started: int, until: int) -> dict[str, str]:
+        return {
+            series(config, "ess_monitor_run_start_timestamp_seconds"): held((started, until)),
+            series(config, "ess_monitor_last_step_timestamp_seconds"): counting(GRID, until),
+        }
 
+    def firing(seconds: int) -> Firing:
+        return Firing(target(config), humanized(seconds))
 
-def _stale(config: AlertsConfig) -> AlertCase:
+    wait = on_grid(config.measurement_stale_seconds + 1) + 300
     last = 600
-    fires = last + on_grid(config.measurement_stale_seconds + 1) + 300
-    again = fires + 300
+    again = last + wait + 300
     measured = f"{counting(GRID, last + GRID)} {held((last, again - last - GRID))} {counting(GRID, 300, again)}"
-    return AlertCase(
+    yield AlertCase(
         "measurements stop and go on again, steps never stop",
         "MeasurementStale",
-        "warning",
-        {
-            series("ess_monitor_run_start_timestamp_seconds", target(config)): held((1, again + 300)),
-            series("ess_monitor_last_step_timestamp_seconds", target(config)): counting(GRID, again + 300),
-            series("ess_monitor_last_measurement_timestamp_seconds", target(config)): measured,
-        },
-        {
-            fires - GRID: (),
-            fires: (_no_longer_measured(config, fires - last),),
-            again - GRID: (_no_longer_measured(config, again - GRID - last),),
-            again: (),
-        },
+        {**run(1, again + 300), series(config, "ess_monitor_last_measurement_timestamp_seconds"): measured},
+        between(last + wait, again, firing(wait), firing(again - GRID - last)),
     )
-
-
-def _never_measured(config: AlertsConfig) -> AlertCase:
-    start = 30
-    fires = start + on_grid(config.measurement_stale_seconds + 1) + 300
-    return AlertCase(
+    fires = GRID + wait
+    yield AlertCase(
         "a run that was never measured",
         "MeasurementStale",
-        "warning",
-        {
-            series("ess_monitor_run_start_timestamp_seconds", target(config)): held((start, fires + 300)),
-            series("ess_monitor_last_step_timestamp_seconds", target(config)): counting(GRID, fires + 300),
-        },
-        {fires - GRID: (), fires: (_no_longer_measured(config, fires - start),)},
+        run(GRID, fires + 300),
+        {fires - GRID: (), fires: (firing(wait),)},
     )
 
 
 def _costly(config: AlertsConfig) -> AlertCase:
     window = 900 // GRID
-    crossing = window // 2 + 0.5  # costly samples in the window at which the threshold is passed, never just met
-    cost = config.overhead_ratio * window / crossing
+    half = window // 2
+    cost = config.overhead_ratio * window / (half + 0.5)  # half a sample more: the threshold is passed, never just met
     begins = 1800
-    passes = begins + (window // 2 + 1) * GRID
-    fires = passes + on_grid(config.overhead_for_seconds)
+    fires = begins + (half + 1) * GRID + on_grid(config.overhead_for_seconds)
     ends = fires + 1800
-    resolves = ends + window // 2 * GRID
 
     def firing(costly_samples: int) -> Firing:
-        share = f"{100 * cost * min(window, costly_samples) / window:.4g}%"
-        return Firing(
-            target(config),
-            f"The monitor takes {share} of the step time of run wla-7",
-            f"On rank 0 the monitor has taken more than {percent(config.overhead_ratio)} of the step time for "
-            f"{duration(config.overhead_for_seconds)}. The histogram by phase tells where it goes.",
-        )
-
-    def spent(phase: str) -> str:
-        return series("ess_monitor_overhead_seconds_sum", {**target(config), "phase": phase})
+        return Firing(target(config), f"{100 * cost * min(window, costly_samples) / window:.4g}%")
 
     grown = GRID * cost / 2  # per sample and phase
     total = grown * (ends - begins) / GRID
-    values = f"{held((0, begins))} {counting(grown, ends - begins)} {held((total, 1800))}"
+    spent = f"{held((0, begins))} {counting(grown, ends - begins)} {held((total, 1800))}"
     return AlertCase(
         "two phases together pass the threshold, for a while",
         "OverheadHigh",
-        "warning",
         {
-            series("ess_monitor_training_step_seconds_sum", target(config)): counting(GRID, ends + 1800),
-            spent("capture"): values,
-            spent("measure"): values,
+            series(config, "ess_monitor_training_step_seconds_sum"): counting(GRID, ends + 1800),
+            series(config, "ess_monitor_overhead_seconds_sum", phase="capture"): spent,
+            series(config, "ess_monitor_overhead_seconds_sum", phase="measure"): spent,
         },
-        {
-            fires - GRID: (),
-            fires: (firing((fires - begins) // GRID),),
-            resolves - GRID: (firing(window // 2 + 1),),
-            resolves: (),
-        },
+        between(fires, ends + half * GRID, firing((fires - begins) // GRID), firing(half + 1)),
     )
 
 
-def _lost(config: AlertsConfig) -> Firing:
-    return Firing(
-        {**target(config), "exporter": "tensorboard"},
-        "Exporter tensorboard of run wla-7 loses measurements",
-        "On rank 0 the exporter tensorboard has raised or dropped measurements for "
-        f"{duration(config.export_errors_for_seconds)}. The training is not affected; what this sink should hold is "
-        "incomplete.",
-    )
-
-
-def _exporter(config: AlertsConfig, kind: str, exporter: str = "tensorboard") -> str:
-    return series(f"ess_monitor_export_{kind}_total", {**target(config), "exporter": exporter})
-
-
-def _errors(config: AlertsConfig) -> AlertCase:
+def _export_errors(config: AlertsConfig) -> Iterator[AlertCase]:
     wait = on_grid(config.export_errors_for_seconds)
-    begins, lasts = 300, 2 * wait
-    fires, last = begins + wait, begins + lasts - GRID
-    resolves = last - GRID + on_grid(config.export_errors_for_seconds + 1)  # when the last growth leaves the window
-    values = f"{held((0, begins))} {counting(1, lasts, 1)} {held((lasts // GRID, 2 * wait))}"
-    return AlertCase(
+    fires = _BEGINS + wait
+    firing = Firing(target(config, exporter="tensorboard"))
+
+    def counted(kind: str, exporter: str = "tensorboard") -> str:
+        return series(config, f"ess_monitor_export_{kind}_total", exporter=exporter)
+
+    # The last growth leaves the window.
+    resolves = fires + wait - 2 * GRID + on_grid(config.export_errors_for_seconds + 1)
+    growing = f"{held((0, _BEGINS))} {counting(1, 2 * wait, 1)}"
+    quiet = held((0, resolves + 600))
+    yield AlertCase(
         "one exporter raises again and again, the other does not",
         "ExportErrors",
-        "warning",
         {
-            _exporter(config, "errors"): values,
-            _exporter(config, "dropped"): held((0, resolves + 600)),
-            _exporter(config, "errors", "event_log"): held((0, resolves + 600)),
-            _exporter(config, "dropped", "event_log"): held((0, resolves + 600)),
+            counted("errors"): f"{growing} {held((2 * wait // GRID, 2 * wait))}",
+            counted("dropped"): quiet,
+            counted("errors", "event_log"): quiet,
+            counted("dropped", "event_log"): quiet,
         },
-        {fires - GRID: (), fires: (_lost(config),), resolves - GRID: (_lost(config),), resolves: ()},
+        between(fires, resolves, firing),
     )
-
-
-def _drops(config: AlertsConfig) -> AlertCase:
-    wait = on_grid(config.export_errors_for_seconds)
-    return AlertCase(
+    yield AlertCase(
         "an exporter that is off raises no more and drops everything",
         "ExportErrors",
-        "warning",
-        {
-            _exporter(config, "errors"): held((5, 300 + 2 * wait)),
-            _exporter(config, "dropped"): f"{held((0, 300))} {counting(1, 2 * wait, 1)}",
-        },
-        {300 + wait - GRID: (), 300 + wait: (_lost(config),)},
+        {counted("errors"): held((5, _BEGINS + 2 * wait)), counted("dropped"): growing},
+        {fires - GRID: (), fires: (firing,)},
     )
-
-
-def _single_error(config: AlertsConfig) -> AlertCase:
-    wait = on_grid(config.export_errors_for_seconds)
-    return AlertCase(
-        "a single error is no alert",
+    yield AlertCase(
+        "a single error does not fire",
         "ExportErrors",
-        "warning",
         {
-            _exporter(config, "errors"): held((0, 300), (1, 2 * wait)),
-            _exporter(config, "dropped"): held((0, 300 + 2 * wait)),
+            counted("errors"): held((0, _BEGINS), (1, 2 * wait)),
+            counted("dropped"): held((0, _BEGINS + 2 * wait)),
         },
-        {300 + wait - GRID: (), 300 + wait: (), 300 + wait + GRID: ()},
+        {fires - GRID: (), fires: (), fires + GRID: ()},
     )
 
 
 def _cardinality(config: AlertsConfig) -> AlertCase:
     limit = config.samples_per_scrape
-    fires = 300 + 600
-    firing = Firing(
-        target(config),
-        f"Rank 0 of run wla-7 exports {limit + 1} samples",
-        f"A scrape of 10.0.0.7:9464 holds more than {limit} samples. Prometheus pays for each of them; measure fewer "
-        "layers.",
-    )
     return AlertCase(
         "one sample too many, then few again",
         "CardinalityHigh",
-        "info",
-        {series("scrape_samples_scraped", target(config)): held((limit, 300), (limit + 1, 900), (limit, 300))},
-        {fires - GRID: (), fires: (firing,), 1200 - GRID: (firing,), 1200: ()},
+        {series(config, "scrape_samples_scraped"): held((limit, 300), (limit + 1, 900), (limit, 300))},
+        between(900, 1200, Firing(target(config), str(limit + 1))),
+    )
+
+
+def _off(config: AlertsConfig) -> Iterator[AlertCase]:
+    """Yield a part, an exporter and layers: silent, off, and on again in a new monitor."""
+
+    def firing(summary: str, lost: str, rank: int = 0, **labels: str) -> Firing:
+        description = (
+            f"On rank {rank} {lost}. The training goes on. What is off stays off for the rest of this run. The log "
+            "has the reason; a new monitor or a resumed run turns it on again."
+        )
+        return Firing(target(config, rank, **labels), texts=(f"{summary} in run wla-7", description))
+
+    off_at = {part: _BEGINS + number * GRID for number, part in enumerate(PARTS)}
+    parts = {
+        part: firing(f"Part {part} of the monitor is off", _LOST.get(part, _INPUTS_LOST), part=part) for part in PARTS
+    }
+    yield AlertCase(
+        "every part turns itself off, until a new monitor is attached",
+        "PartOff",
+        {
+            series(config, "ess_monitor_part_enabled", part=part): held((1, at), (0, _ENDS - at), (1, 300))
+            for part, at in off_at.items()
+        },
+        {
+            second: tuple(parts[part] for part, at in off_at.items() if at <= second < _ENDS)
+            for second in (_BEGINS - GRID, *off_at.values(), _ENDS - GRID, _ENDS)
+        },
+    )
+    exporter = firing(
+        "Exporter tensorboard is off",
+        "the exporter tensorboard gets no more measurements; the others do",
+        exporter="tensorboard",
+    )
+    yield AlertCase(
+        "one exporter of two turns itself off, until the run is resumed",
+        "PartOff",
+        {
+            series(config, "ess_monitor_exporter_enabled", exporter="tensorboard"): held(
+                (1, _BEGINS), (0, 600), (1, 300)
+            ),
+            series(config, "ess_monitor_exporter_enabled", exporter="event_log"): held((1, _ENDS + 300)),
+        },
+        between(_BEGINS, _ENDS, exporter),
+    )
+    one, all_of_them = (
+        firing(
+            "Layers are no longer measured",
+            f"{count} of the layers failed again and again and were given up: their sizes and conditions are the last "
+            "known ones",
+            rank=1,
+        )
+        for count in (1, 8)
+    )
+    yield AlertCase(
+        "one rank gives up a layer and then all of them, the other measures on",
+        "PartOff",
+        {
+            **{series(config, "ess_monitor_layers", rank): held((8, _ENDS + 300)) for rank in (0, 1)},
+            series(config, "ess_monitor_layers_enabled", 0): held((8, _ENDS + 300)),
+            series(config, "ess_monitor_layers_enabled", 1): held((8, _BEGINS), (7, 300), (0, 300), (8, 300)),
+        },
+        {**between(_BEGINS, _ENDS, one, all_of_them), _BEGINS + 300: (all_of_them,)},
     )

@@ -1,26 +1,29 @@
-"""The recording and alerting rules, group by group."""
+"""The recording and alerting rules: the table `rules.yml`, filled in with the settings."""
 
 from __future__ import annotations
 
+import textwrap
+from pathlib import Path
+from typing import Any
+
 from ess_monitor import validation
 from ess_monitor.alerts.config import AlertsConfig
-from ess_monitor.alerts.rules.base import PREFIX, Alert, Group, Record, written
+from ess_monitor.alerts.rules.base import PREFIX, Alert, Group, RecordingRule, dump, duration, percent
 from ess_monitor.alerts.rules.grafana import render_grafana_rules
-from ess_monitor.alerts.rules.interventions import interventions
-from ess_monitor.alerts.rules.layers import layers
-from ess_monitor.alerts.rules.monitor import monitor
-from ess_monitor.alerts.rules.run import run
+from ess_monitor.alerts.table import read_table
+from ess_monitor.records import CONDITION_INFO
 
-__all__ = ["PREFIX", "Alert", "Group", "Record", "render_grafana", "render_rules", "rule_groups"]
+__all__ = ["PREFIX", "Alert", "Group", "RecordingRule", "render_grafana", "render_rules", "rule_groups"]
 
-_HEADING = """
-    Recording and alerting rules of ess_monitor. Written by `ess_monitor.alerts.export`, which also writes them for
-    another job name and other thresholds; edit the settings rather than this file.
-"""
+_TABLE = Path(__file__).with_name("rules.yml")
+_HEADING = (
+    "Recording and alerting rules of ess_monitor. Written by `ess_monitor.alerts.export`, which also writes them for "
+    "another job name and other thresholds; edit the settings rather than this file."
+)
 
 
 def rule_groups(config: AlertsConfig) -> tuple[Group, ...]:
-    """All rules for these settings.
+    """Return all rules for these settings.
 
     Example:
         >>> groups = rule_groups(AlertsConfig())
@@ -28,14 +31,51 @@ def rule_groups(config: AlertsConfig) -> tuple[Group, ...]:
         ['InterventionFailing', 'InterventionFlapping', 'InterventionIneffective']
     """
     validation.instance("config", config, AlertsConfig)
-    return (layers(config), interventions(config), run(config), monitor(config))
+    table = read_table(_TABLE, _values(config))
+    return tuple(
+        Group(name, tuple(_rule(row, config.runbook_base_url) for row in rows)) for name, rows in table.items()
+    )
+
+
+def _rule(row: dict[str, Any], runbook_base_url: str) -> RecordingRule | Alert:
+    if "record" in row:
+        return RecordingRule(row.pop("record"), **row)
+    name = row.pop("alert")
+    return Alert(name, **row, runbook_url=f"{runbook_base_url}/{PREFIX}{name}.md")
+
+
+def _values(config: AlertsConfig) -> dict[str, str]:
+    """Return what stands in the table for `<name>`.
+
+    Each setting is there, and again as `_duration` or `_percent` as a reader sees it.
+    """
+    values = {"ineffective_window": duration(config.ineffective_for_seconds + 3600)}
+    for condition, info in CONDITION_INFO.items():
+        values |= {f"{condition}_alert": info.alert, f"{condition}_predicate": info.predicate}
+    for name, value in config:
+        values[name] = f"{value:g}" if isinstance(value, float) else str(value)
+        if name.endswith("_seconds"):
+            values[name.replace("_seconds", "_duration")] = duration(value)
+        elif name.endswith("_ratio"):
+            values[name.replace("_ratio", "_percent")] = percent(value)
+    return {**values, "job": f'job="{config.job}"'}
 
 
 def render_rules(config: AlertsConfig) -> str:
-    """The rule file that Prometheus loads."""
-    return written(rule_groups(config), _HEADING)
+    """Return the rule file that Prometheus loads, with a comment above every rule."""
+    lines = [*_comment(_HEADING), "groups:"]
+    for group in rule_groups(config):
+        lines += [f"  - name: {group.name}", "    rules:"]
+        for rule in group.rules:
+            written = [*_comment(rule.why), dump([rule.as_yaml()])]
+            lines.append(textwrap.indent("\n".join(written), 6 * " "))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, 104)]
 
 
 def render_grafana(config: AlertsConfig) -> str:
-    """The provisioning file of the same alerts, for Grafana to evaluate."""
+    """Return the provisioning file of the same alerts, for Grafana to evaluate."""
     return render_grafana_rules(config, rule_groups(config))

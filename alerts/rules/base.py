@@ -1,9 +1,7 @@
-"""Recording and alerting rules as values, and how they are written down."""
+"""Recording and alerting rules as values, and how they are written as YAML."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +13,7 @@ Severity = Literal["critical", "warning", "info"]
 
 
 @dataclass(frozen=True)
-class Record:
+class RecordingRule:
     """A recording rule, named `level:metric:operation`; the level says which target labels are left."""
 
     name: str
@@ -24,8 +22,8 @@ class Record:
     """Becomes the comment above the rule."""
 
     def as_yaml(self) -> dict[str, Any]:
-        """The rule in Prometheus' format."""
-        return {"record": self.name, "expr": clean(self.expr)}
+        """Return the rule in Prometheus' format."""
+        return {"record": self.name, "expr": self.expr}
 
 
 @dataclass(frozen=True)
@@ -34,44 +32,44 @@ class Alert:
 
     name: str
     """Without the prefix."""
-    expr: str
     severity: Severity
+    expr: str
     summary: str
     """One line, a Go template."""
     description: str
     """What was seen and the first thing to do, a Go template."""
     why: str
     """Becomes the comment above the rule."""
-    runbook_url: str
     for_seconds: int = 0
     keep_firing_for_seconds: int = 0
+    runbook_url: str = ""
 
     def as_yaml(self) -> dict[str, Any]:
-        """The rule in Prometheus' format."""
-        rule: dict[str, Any] = {"alert": PREFIX + self.name, "expr": clean(self.expr)}
-        if self.for_seconds:
-            rule["for"] = duration(self.for_seconds)
-        if self.keep_firing_for_seconds:
-            rule["keep_firing_for"] = duration(self.keep_firing_for_seconds)
-        rule["labels"] = {"severity": self.severity}
-        rule["annotations"] = {
-            "summary": self.summary,
-            "description": self.description,
-            "runbook_url": self.runbook_url,
+        """Return the rule in Prometheus' format."""
+        waits = {"for": self.for_seconds, "keep_firing_for": self.keep_firing_for_seconds}
+        return {
+            "alert": PREFIX + self.name,
+            "expr": self.expr,
+            **{key: duration(seconds) for key, seconds in waits.items() if seconds},
+            "labels": {"severity": self.severity},
+            "annotations": self.annotations(),
         }
-        return rule
+
+    def annotations(self) -> dict[str, str]:
+        """Return the texts of the alert."""
+        return {"summary": self.summary, "description": self.description, "runbook_url": self.runbook_url}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rules that are evaluated one after the other, at one moment: what an alert reads is recorded in its own group."""
+    """Rules that are evaluated in order at one moment: an alert's recording rules are in its own group."""
 
     name: str
-    rules: tuple[Record | Alert, ...]
+    rules: tuple[RecordingRule | Alert, ...]
 
 
 def duration(seconds: int) -> str:
-    """Prometheus' notation, in the largest units that fit.
+    """Return seconds in Prometheus' notation, in the largest units that fit.
 
     >>> duration(600), duration(5400), duration(3661), duration(0)
     ('10m', '1h30m', '1h1m1s', '0s')
@@ -81,7 +79,7 @@ def duration(seconds: int) -> str:
 
 
 def percent(ratio: float) -> str:
-    """A ratio for a reader.
+    """Return a ratio as a reader sees it.
 
     >>> percent(0.05), percent(0.125)
     ('5 %', '12.5 %')
@@ -89,34 +87,13 @@ def percent(ratio: float) -> str:
     return f"{100 * ratio:g} %"
 
 
-def clean(text: str) -> str:
-    """Without the indentation of the Python source."""
-    return textwrap.dedent(text).strip()
-
-
-def written(groups: Sequence[Group], heading: str) -> str:
-    """The groups as a rule file, with a comment above every rule."""
-    lines = [_comment(heading), "groups:"]
-    for group in groups:
-        lines += [f"  - name: {group.name}", "    rules:"]
-        for rule in group.rules:
-            lines.append(textwrap.indent(_comment(rule.why), 6 * " "))
-            lines.append(textwrap.indent(dump([rule.as_yaml()]).rstrip(), 6 * " "))
-            lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
 def dump(content: Any) -> str:
-    """YAML as a person would write it: keys in their order, long text folded, several lines kept."""
+    """Return readable YAML: keys in their order, long text folded, line breaks kept."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
 
 
-def _comment(text: str) -> str:
-    return "\n".join(f"# {line}".rstrip() for line in textwrap.wrap(clean(text), 104))
-
-
 class _Dumper(yaml.SafeDumper):
-    """Sequences are indented below their key."""
+    """Indents sequences below their key."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)

@@ -13,10 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ess_monitor.alerts.config import AlertsConfig
-from ess_monitor.alerts.rules.base import PREFIX, Alert, Group, Record, clean, dump, duration
+from ess_monitor.alerts.rules.base import PREFIX, Alert, Group, RecordingRule, dump, duration
 
-INTERVAL_SECONDS = 60
-"""Between two evaluations; the shortest waiting time by default."""
 _LOOK_BACK_SECONDS = 600
 """Range of an instant query. It only has to hold the last sample."""
 _RECORDED = re.compile(r"\b(?:run|rank|run_layer):[a-z0-9_]+:[a-z0-9_]+\{([^{}]*)\}")
@@ -29,15 +27,25 @@ _HEADING = """\
 
 
 def render_grafana_rules(config: AlertsConfig, groups: Sequence[Group]) -> str:
-    """The provisioning file of the alerts of `groups`."""
-    records = {rule.name: rule.expr for group in groups for rule in group.rules if isinstance(rule, Record)}
+    """Return the provisioning file of the alerts of `groups`. Every job has a folder of its own, and own ids."""
+    records = {rule.name: rule.expr for group in groups for rule in group.rules if isinstance(rule, RecordingRule)}
+    is_default = config.job == _DEFAULT_JOB
+    id_end = "" if is_default else f"-{zlib.crc32(config.job.encode()):08x}"  # ids have at most 40 characters
     written = [
         {
             "orgId": 1,
             "name": group.name,
-            "folder": _folder(config.job),
-            "interval": duration(INTERVAL_SECONDS),
-            "rules": [_rule(rule, records, config) for rule in group.rules if isinstance(rule, Alert)],
+            # A slash would make a folder in a folder.
+            "folder": "ESS Monitor" if is_default else f"ESS Monitor {config.job.replace('/', '-')}",
+            "interval": "1m",
+            "rules": [
+                {
+                    "uid": f"ess-{rule.name.lower()}{id_end}",
+                    **_rule(rule, written_out(rule.expr, records, config.job), config.grafana_datasource_uid),
+                }
+                for rule in group.rules
+                if isinstance(rule, Alert)
+            ],
         }
         for group in groups
     ]
@@ -45,29 +53,35 @@ def render_grafana_rules(config: AlertsConfig, groups: Sequence[Group]) -> str:
 
 
 def written_out(expr: str, records: Mapping[str, str], job: str) -> str:
-    """An expression with its recording rules in place; further matchers move into the selectors of the record.
+    """Return an expression with its recording rules in place; further matchers move into the selectors of the record.
 
     >>> written_out('run:m:max{job="j", x="1"} > 0', {"run:m:max": 'max by (job, x) (m{job="j"})'}, "j")
     '(max by (job, x) (m{job="j", x="1"})) > 0'
     """
 
     def replace(found: re.Match[str]) -> str:
-        name = found.group(0).split("{")[0]
         own = f'job="{job}"'
-        matchers = found.group(1).replace(own, "", 1)
-        inner = clean(records[name]).replace(f"{{{own}", f"{{{own}{matchers}")
+        matchers = found[1].replace(own, "", 1)
+        inner = records[found[0].split("{")[0]].replace(f"{{{own}", f"{{{own}{matchers}")
         return f"({written_out(inner, records, job)})"
 
     return _RECORDED.sub(replace, expr)
 
 
-def _rule(alert: Alert, records: Mapping[str, str], config: AlertsConfig) -> dict[str, Any]:
-    rule: dict[str, Any] = {
-        "uid": _uid(alert.name, config.job),
+def _rule(alert: Alert, expr: str, datasource_uid: str) -> dict[str, Any]:
+    keep = alert.keep_firing_for_seconds
+    source = {"type": "prometheus", "uid": datasource_uid}
+    query = {"refId": "query", "datasource": source, "expr": expr, "instant": True, "range": False}
+    return {
         "title": PREFIX + alert.name,
         "condition": "fires",
         "data": [
-            _query(written_out(clean(alert.expr), records, config.job), config.grafana_datasource_uid),
+            {
+                "refId": "query",
+                "relativeTimeRange": {"from": _LOOK_BACK_SECONDS, "to": 0},
+                "datasourceUid": datasource_uid,
+                "model": query,
+            },
             _expression("there", "math", "is_number($query) || is_nan($query) || is_inf($query)"),
             _expression("fires", "threshold", "there", conditions=[{"evaluator": {"type": "gt", "params": [0]}}]),
         ],
@@ -75,31 +89,12 @@ def _rule(alert: Alert, records: Mapping[str, str], config: AlertsConfig) -> dic
         "noDataState": "OK",
         "execErrState": "Error",
         "for": duration(alert.for_seconds),
-    }
-    if alert.keep_firing_for_seconds:
-        rule["keepFiringFor"] = duration(alert.keep_firing_for_seconds)
-    rule["labels"] = {"severity": alert.severity}
-    rule["annotations"] = {
-        "summary": _template(alert.summary),
-        "description": _template(alert.description),
-        "runbook_url": alert.runbook_url,
-    }
-    rule["isPaused"] = False
-    return rule
-
-
-def _query(expr: str, datasource_uid: str) -> dict[str, Any]:
-    return {
-        "refId": "query",
-        "relativeTimeRange": {"from": _LOOK_BACK_SECONDS, "to": 0},
-        "datasourceUid": datasource_uid,
-        "model": {
-            "refId": "query",
-            "datasource": {"type": "prometheus", "uid": datasource_uid},
-            "expr": expr,
-            "instant": True,
-            "range": False,
+        **({"keepFiringFor": duration(keep)} if keep else {}),
+        "labels": {"severity": alert.severity},
+        "annotations": {
+            name: re.sub(r"\$value\b", "$values.query.Value", text) for name, text in alert.annotations().items()
         },
+        "isPaused": False,
     }
 
 
@@ -107,18 +102,3 @@ def _expression(ref_id: str, kind: str, expression: str, **settings: Any) -> dic
     source = {"type": "__expr__", "uid": "__expr__"}
     model = {"refId": ref_id, "datasource": source, "type": kind, "expression": expression, **settings}
     return {"refId": ref_id, "datasourceUid": "__expr__", "model": model}
-
-
-def _template(text: str) -> str:
-    return re.sub(r"\$value\b", "$values.query.Value", text)
-
-
-def _uid(name: str, job: str) -> str:
-    """At most 40 characters of those that Grafana takes, and another one for every job."""
-    own = "" if job == _DEFAULT_JOB else f"-{zlib.crc32(job.encode()):08x}"
-    return f"ess-{name.lower()}{own}"
-
-
-def _folder(job: str) -> str:
-    """Names must differ within a folder only, so every job has its own; a slash would make a folder in a folder."""
-    return "ESS Monitor" if job == _DEFAULT_JOB else f"ESS Monitor {job.replace('/', '-')}"

@@ -58,6 +58,8 @@ class Server(NamedTuple):
             with urllib.request.urlopen(f"{self.url}/api/v1/query?{urllib.parse.urlencode(question)}") as response:
                 result: list[dict[str, Any]] = json.load(response)["data"]["result"]
         except urllib.error.HTTPError as error:
+            if error.code == 503:
+                raise  # starting
             with error:
                 raise AssertionError(f"{expression}\n{error.read().decode()}") from None
         return result

@@ -11,15 +11,16 @@ import yaml
 from pydantic import BaseModel
 
 from ess_monitor.alerts import AlertsConfig, rule_groups
-from ess_monitor.alerts.cases import AlertCase, RecordCase, rule_cases
-from ess_monitor.alerts.rules import PREFIX, Alert, Record
+from ess_monitor.alerts.cases import AlertCase, RecordCase, render_tests, rule_cases
+from ess_monitor.alerts.rules import PREFIX, Alert, RecordingRule
 from ess_monitor.config import MonitorConfig
 from ess_monitor.records import PARTS
 from tests.alerts.helpers import ALERTS, DOCS, TARGET_LABELS, Served, expressions, problems, served, unknown_groupings
 
 RULES = [rule for group in rule_groups(AlertsConfig()) for rule in group.rules]
-RECORDED = {rule.name for rule in RULES if isinstance(rule, Record)}
+RECORDED = {rule.name for rule in RULES if isinstance(rule, RecordingRule)}
 ALERT_NAMES = [rule.name for rule in RULES if isinstance(rule, Alert)]
+RULE_TESTS = [yaml.safe_load(text) for text in render_tests(AlertsConfig()).values()]
 RUNBOOKS = sorted((ALERTS / "runbooks").glob("*.md"))
 TEXTS = [
     *sorted(ALERTS.glob("prometheus/*.yml")),
@@ -155,7 +156,15 @@ def test_an_alert_has_a_test_in_which_it_is_silent_just_before_it_fires_and_reso
         for case in file
         if isinstance(case, AlertCase) and case.alert == rule.name
     ]
-    assert {case.severity for case in cases} == {rule.severity}
+    severities = {
+        alert["exp_labels"]["severity"]
+        for text in RULE_TESTS
+        for case in text["tests"]
+        for moment in case.get("alert_rule_test", ())
+        for alert in moment["exp_alerts"]
+        if moment["alertname"] == PREFIX + rule.name
+    }
+    assert severities == {rule.severity}
     complete = []
     for case in cases:
         fires = [bool(firings) for _, firings in sorted(case.expected.items())]

@@ -1,17 +1,15 @@
-"""The dashboards' files: written by the program beside them, and complete wherever a reader looks."""
+"""The dashboards' files: written from the tables beside them, and complete wherever a reader looks."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import sys
 from itertools import combinations
 from typing import Any
 
 import pytest
 
 from ess_monitor.alerts import AlertsConfig, render
+from ess_monitor.alerts.dashboards import render_dashboards
 from tests.alerts.dashboard_files import DASHBOARDS, asked, panels, read
 from tests.alerts.helpers import ALERTS
 
@@ -20,27 +18,9 @@ ALL = pytest.mark.parametrize("dashboard", BY_UID.values(), ids=BY_UID)
 UNITS = {"short", "none", "percentunit", "s"}
 
 
-# The classic schema is the one that every Grafana in use reads from files; the SDK would rather see the next one.
-@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
-def test_the_committed_dashboards_are_what_the_program_writes() -> None:
-    if importlib.util.find_spec("grafana_foundation_sdk") is None:
-        reason = "grafana-foundation-sdk is not installed; it is a development dependency from Python 3.11 on"
-        if os.environ.get("CI", "").lower() not in ("", "0", "false") and sys.version_info >= (3, 11):
-            pytest.fail(f"CI promises the development dependencies, but {reason}", pytrace=False)
-        pytest.skip(reason)
-    from ess_monitor.alerts.dashboards.rendered import render_dashboards
-
+def test_the_committed_dashboards_are_what_the_tables_give() -> None:
     committed = {path.name: path.read_text(encoding="utf-8") for path in DASHBOARDS}
-    assert render_dashboards() == committed, "run python -m ess_monitor.alerts.dashboards"
-
-
-def test_nothing_that_ships_imports_the_program_that_writes_the_dashboards() -> None:
-    sources = [path for path in ALERTS.rglob("*.py") if "dashboards" not in path.parts]
-    assert len(sources) > 10
-    assert [
-        path.name for path in sources if "alerts.dashboards" in path.read_text() and path.name != "__init__.py"
-    ] == []
-    assert "import" not in (ALERTS / "dashboards/__init__.py").read_text().split('"""')[2]
+    assert render_dashboards("ess_monitor") == committed, "run ess_monitor.alerts.export('alerts', overwrite=True)"
 
 
 @ALL

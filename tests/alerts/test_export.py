@@ -14,14 +14,19 @@ from ess_monitor.alerts.export import render_generated
 from ess_monitor.errors import ConfigError
 from tests.alerts.helpers import ALERTS
 
-MODULES = ("config", "export", "cases", "cases.base", "cases.run", "rules", "rules.base", "rules.grafana")
+MODULES = ("config", "export", "cases", "cases.base", "rules", "rules.base", "rules.grafana")
 
 
 def test_the_committed_rules_and_tests_are_what_the_defaults_give() -> None:
     rendered = render_generated(AlertsConfig())
     committed = {
         path.relative_to(ALERTS).as_posix(): path.read_text(encoding="utf-8")
-        for pattern in ("prometheus/*.rules.yml", "prometheus/tests/*", "grafana/provisioning/alerting/*")
+        for pattern in (
+            "grafana/dashboards/*",
+            "grafana/provisioning/alerting/*",
+            "prometheus/*.rules.yml",
+            "prometheus/tests/*",
+        )
         for path in ALERTS.glob(pattern)
     }
     assert committed == rendered, "run ess_monitor.alerts.export('alerts', overwrite=True)"
