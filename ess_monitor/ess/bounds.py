@@ -1,4 +1,4 @@
-"""What sampled positions say about the positions in between."""
+"""Bounds tolerance-ESS at every position from its values at some positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ess_monitor.ess.positions import LONGEST, check_positions
 
 @dataclass(frozen=True, eq=False)
 class Bounds:
-    """Certified bounds of tolerance-ESS, inclusive."""
+    """Holds certified bounds of tolerance-ESS, inclusive."""
 
     lower: Tensor
     """(..., length - 1): at positions 1..length-1."""
@@ -39,7 +39,7 @@ def ess_bounds(
     capacity: float | Tensor | None = None,
     block_size: int = 1,
 ) -> Bounds:
-    """Bounds of tolerance-ESS at every position, from its values at some positions.
+    """Return bounds of tolerance-ESS at every position, from its values at some positions.
 
     Going from H_i to H_{i+1} removes d rows and adds d columns (d is the block size). By the interlacing of singular
     values the first lowers the count by at most d and the second raises it by at most d, so tolerance-ESS changes by at
@@ -54,7 +54,7 @@ def ess_bounds(
         block_size: Rows of T per token, d.
 
     Raises:
-        OperatorError: `positions` are not ascending or out of range, `ess` has another number of positions, or
+        OperatorError: `positions` are out of order or out of range, `ess` has another number of positions, or
             `capacity` is neither one number nor one per position.
 
     Example:

@@ -1,4 +1,4 @@
-"""Singular values of H_i for (gated) convolutions.
+"""Computes singular values of H_i for (gated) convolutions.
 
 Number the outputs from position i on by a = 0, 1, ... and the inputs before it, latest first, by m = 0, 1, ...: the
 entry is kernel[a + m + 1], constant along anti-diagonals, and zero once a + m + 1 reaches the number of taps K. So H_i
@@ -22,7 +22,7 @@ from ess_monitor.ess.linalg import index_tensor, singular_values_, slabs, workin
 def hankel_singular_values(
     kernel: Tensor, length: int, positions: Sequence[int], gates: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """(G, K) kernel, optional gates b and c of (G, L) -> (G, P, rank) in the working dtype, zero-padded."""
+    """Return (G, P, rank) for a (G, K) kernel and optional gates b, c of (G, L), in the working dtype, zero-padded."""
     members, taps = kernel.shape
     dtype = working_dtype(kernel.device)
     shapes: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
@@ -30,7 +30,7 @@ def hankel_singular_values(
         shapes[min(length - i, taps - 1), min(i, taps - 1)].append(p)
     rank = max(1, *(min(shape) for shape in shapes))
     out = torch.zeros((members, len(positions), rank), dtype=dtype, device=kernel.device)
-    if taps == 1:  # no past, no memory; the one column of zeros is where NaN would show
+    if taps == 1:  # no past, no memory; a column of zeros stays, where NaN of a broken kernel is shown
         return out
     for (rows, columns), members_of_shape in shapes.items():
         # Without gates every position of one shape has the same block: factorize it once.
@@ -52,13 +52,13 @@ def hankel_singular_values(
 
 
 def _hankel(kernel: Tensor, rows: int, columns: int) -> Tensor:
-    """(G, K) -> (G, R, M) with entry kernel[a + m + 1], as a view of the padded kernel."""
+    """Return a view of the padded kernel, (G, K) -> (G, R, M), with entry kernel[a + m + 1]."""
     used = kernel[:, 1 : rows + columns]
     return F.pad(used, (0, rows + columns - 1 - used.shape[-1])).unfold(-1, columns, 1)
 
 
 def toeplitz(kernel: Tensor, length: int) -> Tensor:
-    """(..., K) -> (..., L, L) with entry kernel[i - j] for i >= j."""
+    """Return the operator of a kernel, (..., K) -> (..., L, L), with entry kernel[i - j] for i >= j."""
     lag = torch.arange(length, device=kernel.device)[:, None] - torch.arange(length, device=kernel.device)
     inside = (lag >= 0) & (lag < kernel.shape[-1])
     return torch.where(inside, kernel[..., lag.clamp(0, kernel.shape[-1] - 1)], 0.0)

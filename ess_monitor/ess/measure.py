@@ -1,4 +1,4 @@
-"""Everything the monitor wants to know of one operator, in one call."""
+"""Measures all that the monitor reports of one operator, in one call."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ess_monitor.ess.operators.base import Operator, check_operator
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Measurements of one operator, on its device. Entries of operators that are not finite are NaN."""
+    """Holds measurements of one operator, on its device. Entries of operators that are not finite are NaN."""
 
     singular_values: Tensor
-    """(batch, heads, positions, rank), descending, zero-padded: what the sizes below are counted from."""
+    """(batch, heads, positions, rank), descending, zero-padded: the basis of the sizes below."""
     tolerance_ess: Tensor
     """(batch, heads, positions): singular values above the tolerance."""
     entropy_ess: Tensor
@@ -31,7 +31,7 @@ class Measured:
     decay_product_norm: Tensor | None
     """(batch, heads): Frobenius norm of the product of A over the sequence. None where there is no A."""
     finite: Tensor
-    """(batch, heads) bool: False where an input is NaN or infinite, or where its singular values could not be had."""
+    """(batch, heads) bool: False where an input is NaN or infinite, or where no factorization converges."""
     state_capacity: Tensor
     """(positions,): TSS per channel."""
 
@@ -49,8 +49,8 @@ def measure(
         retention: Also measure the operator with A := I; doubles the cost of a recurrence.
 
     Raises:
-        OperatorError: `operator` is none, or a position is out of range.
-        ConfigError: `tolerance` is negative or not a number, or `retention` is no flag.
+        OperatorError: `operator` is not an operator, or a position is out of range.
+        ConfigError: `tolerance` is negative or not a number, or `retention` is not a flag.
 
     Example:
         >>> features = torch.eye(4).expand(1, 1, 4, 4)

@@ -1,4 +1,4 @@
-"""Causal convolutions, plain and gated: short filters (LFM2, Canon) and long ones (Hyena, S4 in convolution form)."""
+"""Defines causal convolutions, plain and gated: short (LFM2, Canon) and long ones (Hyena, S4 as a convolution)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from torch import Tensor
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.hankel import hankel_singular_values, toeplitz
-from ess_monitor.ess.linalg import result_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import (
-    all_finite,
+    check_batch_and_heads,
     check_floating,
     check_same_device,
-    common_size,
-    first,
+    narrowed,
     pairs,
     per_head,
-    take,
 )
 from ess_monitor.ess.positions import LONGEST
 
@@ -32,15 +29,9 @@ if TYPE_CHECKING:
 _KERNEL = "(batch, heads, taps)"
 
 
-def _fir_capacity(taps: int, positions: Sequence[int], device: torch.device) -> Tensor:
-    """A filter of K taps remembers its last K - 1 inputs, and at position i there are only i of them."""
-    capacity = [float(min(i, taps - 1)) for i in positions]
-    return torch.tensor(capacity).to(device, non_blocking=True)
-
-
 @dataclass(frozen=True, eq=False)
 class Convolution(Operator):
-    """T_ij = kernel[i - j]: the same filter at every position.
+    """Applies the same filter at every position: T_ij = kernel[i - j].
 
     TSS at position i is min(i, taps - 1). H_i is a Hankel matrix with nothing outside its first taps - 1 rows and
     columns, so short filters cost next to nothing and positions with equally large blocks share one factorization.
@@ -68,42 +59,28 @@ class Convolution(Operator):
         object.__setattr__(self, "length", length or self.kernel.shape[2])
 
     @property
-    def batch(self) -> int:
-        return self.kernel.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.kernel.shape[1]
-
-    @property
     def capacity_grows(self) -> bool:
         return self.kernel.shape[2] >= self.length
 
-    def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return _fir_capacity(self.kernel.shape[2], self._checked(positions), self.device)
-
-    def finite(self) -> Tensor:
-        return all_finite(self.kernel)
-
-    def without_decay(self) -> None:
-        return None
+    def _capacity_at(self, position: int) -> int:
+        return min(position, self.kernel.shape[2] - 1)  # the last K - 1 inputs, or all so far
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
-        return toeplitz(self.kernel.to(result_dtype(self.kernel.dtype)), self.length)
+        return toeplitz(self.kernel.to(self.result_dtype), self.length)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         values = hankel_singular_values(self.kernel.flatten(0, 1), self.length, positions)
         return per_head(values, self.batch, self.heads)
 
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        kernel = first(take(take(self.kernel, 0, samples), 1, heads), 2, length)
+        kernel = narrowed(self.kernel, samples, heads, length)
         return type(self)(kernel, self.length if length is None else length)
 
 
 @dataclass(frozen=True, eq=False)
 class GatedConvolution(Operator):
-    """T_ij = c_i kernel[i - j] b_j: a filter between two gates. TSS as in `Convolution`.
+    """Applies a filter between two gates: T_ij = c_i kernel[i - j] b_j. TSS as in `Convolution`.
 
     Args:
         b: (batch, heads or channels, length), gate on the input. batch and heads may be 1.
@@ -131,17 +108,7 @@ class GatedConvolution(Operator):
         check_same_device(b=self.b, kernel=self.kernel, c=self.c)
         if self.b.shape[2] != self.c.shape[2]:
             raise OperatorError(f"b has length {self.b.shape[2]} and c {self.c.shape[2]}; they must be equal.")
-        for name, dimension in (("samples", 0), ("heads", 1)):
-            sizes = {field: getattr(self, field).shape[dimension] for field in ("b", "kernel", "c")}
-            common_size(name, **sizes)
-
-    @property
-    def batch(self) -> int:
-        return max(tensor.shape[0] for tensor in self.tensors)
-
-    @property
-    def heads(self) -> int:
-        return max(tensor.shape[1] for tensor in self.tensors)
+        check_batch_and_heads(b=self.b, kernel=self.kernel, c=self.c)
 
     @property
     def length(self) -> int:
@@ -151,19 +118,12 @@ class GatedConvolution(Operator):
     def capacity_grows(self) -> bool:
         return self.kernel.shape[2] >= self.length
 
-    def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return _fir_capacity(self.kernel.shape[2], self._checked(positions), self.device)
-
-    def finite(self) -> Tensor:
-        finite = all_finite(self.b) & all_finite(self.kernel) & all_finite(self.c)
-        return finite.expand(self.batch, self.heads)
-
-    def without_decay(self) -> None:
-        return None
+    def _capacity_at(self, position: int) -> int:
+        return min(position, self.kernel.shape[2] - 1)
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
-        dtype = result_dtype(*(tensor.dtype for tensor in self.tensors))
+        dtype = self.result_dtype
         operator = self.c.to(dtype)[..., :, None] * toeplitz(self.kernel.to(dtype), self.length)
         return operator * self.b.to(dtype)[..., None, :]
 
@@ -171,6 +131,3 @@ class GatedConvolution(Operator):
         b, kernel, c = (pairs(tensor, self.batch, self.heads) for tensor in (self.b, self.kernel, self.c))
         values = hankel_singular_values(kernel, self.length, positions, gates=(b, c))
         return per_head(values, self.batch, self.heads)
-
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        return self.map(lambda tensor: first(take(take(tensor, 0, samples), 1, heads), 2, length))
