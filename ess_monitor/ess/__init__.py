@@ -12,9 +12,7 @@ Pure tensor functions on frozen operators; imports torch and the exception tree,
 
 from __future__ import annotations
 
-from ess_monitor.ess.bounds import Bounds, ess_bounds
-from ess_monitor.ess.decay import decay_product_norm, mean_decay, retention, retention_ratio
-from ess_monitor.ess.measure import Measured, measure
+from ess_monitor.ess.measure import Measured, decay_product_norm, mean_decay, measure, retention, retention_ratio
 from ess_monitor.ess.metrics import Aggregation, aggregate, entropy_ess, tolerance_ess
 from ess_monitor.ess.operators.attention import SoftmaxAttention
 from ess_monitor.ess.operators.base import Operator
@@ -22,7 +20,7 @@ from ess_monitor.ess.operators.convolution import Convolution, GatedConvolution
 from ess_monitor.ess.operators.delta import DeltaRecurrence
 from ess_monitor.ess.operators.dense import DenseOperator
 from ess_monitor.ess.operators.recurrence import DiagonalRecurrence, ReadFirstRecurrence
-from ess_monitor.ess.positions import midpoint_index, operator_positions
+from ess_monitor.ess.positions import Bounds, ess_bounds, midpoint_index, operator_positions
 
 __all__ = [
     "Aggregation",

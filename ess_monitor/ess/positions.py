@@ -1,12 +1,19 @@
-"""Chooses and checks the positions in the sequence at which H_i is measured."""
+"""Chooses the positions at which H_i is measured, and bounds tolerance-ESS at those in between."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
+from ess_monitor.ess.linalg import index_tensor
 
 LONGEST = 2**31 - 1
 """Tokens of the longest sequence: kernels may use indices of 32 bits."""
@@ -71,3 +78,94 @@ def check_positions(positions: Sequence[int], length: int) -> tuple[int, ...]:
                 "use operator_positions()."
             )
     return checked
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Holds certified bounds of tolerance-ESS, inclusive."""
+
+    lower: Tensor
+    """(..., length - 1): at positions 1..length-1."""
+    upper: Tensor
+    """(..., length - 1): at positions 1..length-1."""
+    mean_lower: Tensor
+    """(...): of the mean over all positions. NaN for length 1, which has no position."""
+    mean_upper: Tensor
+    """(...): of the mean over all positions."""
+
+
+@torch.no_grad()
+def ess_bounds(
+    positions: Sequence[int],
+    ess: Tensor,
+    length: int,
+    *,
+    capacity: float | Tensor | None = None,
+    block_size: int = 1,
+) -> Bounds:
+    """Return bounds of tolerance-ESS at every position, from its values at some positions.
+
+    Going from H_i to H_{i+1} removes d rows and adds d columns (d is the block size). By the interlacing of singular
+    values the first lowers the count by at most d and the second raises it by at most d, so tolerance-ESS changes by at
+    most d from a position to the next, and positions s apart fix it to within d s / 2 in between. It also lies in
+    0..d min(i, length - i), and below the state capacity. Entropy-ESS has no such bound.
+
+    Args:
+        positions: Distinct positions in 1..length-1, ascending; may be empty.
+        ess: (..., positions), tolerance-ESS at `positions`, or any average of it over samples and heads.
+        length: Tokens per sequence.
+        capacity: TSS: one number, or one per position 1..length-1.
+        block_size: Rows of T per token, d.
+
+    Raises:
+        OperatorError: `positions` are out of order or out of range, `ess` has another number of positions, or
+            `capacity` is neither one number nor one per position.
+
+    Example:
+        >>> bounds = ess_bounds([4, 8], torch.tensor([4.0, 2.0]), 12, capacity=4)
+        >>> bounds.lower
+        tensor([1., 2., 3., 4., 3., 2., 1., 2., 1., 0., 0.])
+        >>> bounds.upper
+        tensor([1., 2., 3., 4., 4., 4., 3., 2., 3., 2., 1.])
+    """
+    length = validation.whole("length", length, 1, LONGEST, error=OperatorError)
+    block_size = validation.whole("block_size", block_size, 1, LONGEST, error=OperatorError)
+    checked = check_positions(positions, length)
+    validation.tensor("ess", ess, "(..., positions)", range(1, 65), error=OperatorError)
+    if any(later <= earlier for earlier, later in pairwise(checked)):
+        raise OperatorError(f"positions={list(positions)} must be ascending, without repetition; sort them with `ess`.")
+    if ess.shape[-1:] != (len(checked),):
+        raise OperatorError(
+            f"ess has shape {tuple(ess.shape)}, expected (..., {len(checked)}): one entry for each of positions."
+        )
+    device = ess.device
+    place = torch.arange(1, length, device=device)
+    limit = (block_size * torch.minimum(place, length - place)).to(ess.dtype)
+    if capacity is not None:
+        limit = torch.minimum(limit, _capacity(capacity, length, ess))
+    # ESS is 0 before the first position and after the last: sentinels there give the geometric bound.
+    known = torch.nn.functional.pad(ess, (1, 1))
+    anchors = (0, *checked, length)
+    right = [bisect_left(anchors, i) for i in range(1, length)]
+    left = [r if anchors[r] == i else r - 1 for i, r in enumerate(right, start=1)]
+    upper, lower = limit.expand(*ess.shape[:-1], -1), torch.zeros_like(limit)
+    # The nearest anchor on each side suffices: a farther one is itself within the reach of the nearer.
+    for side in (left, right):
+        index = index_tensor(side, device)
+        reach = (block_size * (index_tensor(anchors, device)[index] - place).abs()).to(ess.dtype)
+        upper = torch.minimum(upper, known[..., index] + reach)
+        lower = torch.maximum(lower, known[..., index] - reach)
+    return Bounds(lower, upper, lower.mean(-1), upper.mean(-1))
+
+
+def _capacity(capacity: float | Tensor, length: int, ess: Tensor) -> Tensor:
+    if not isinstance(capacity, Tensor):
+        return ess.new_full((), validation.real("capacity", capacity, low=0, error=OperatorError))
+    if capacity.is_complex() or tuple(capacity.shape) not in ((), (1,), (length - 1,)):
+        raise OperatorError(
+            f"capacity is {validation.shown(capacity)}; pass one number, or a real tensor of shape ({length - 1},): "
+            "one per position 1..length-1."
+        )
+    if capacity.is_meta != ess.is_meta:
+        raise OperatorError(f"capacity is on {capacity.device} and ess on {ess.device}; move them to one device.")
+    return capacity.to(ess)
