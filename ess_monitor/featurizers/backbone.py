@@ -174,7 +174,7 @@ class LastTokenDecoder(nn.Module):
     """Decodes a sequence from its last position plus position codes, in two layers (MAD; Poli et al., 2024).
 
     The only way from an earlier token to its reconstruction leads through the memory at the last position. Position
-    codes are sines and cosines of fixed speeds, so that any length can be decoded.
+    codes are sines and cosines of speeds from 1 down to 1/10000, so that any length can be decoded.
 
     Example:
         >>> decoder = LastTokenDecoder(32)
@@ -194,14 +194,9 @@ class LastTokenDecoder(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return (batch, length, width)."""
-        position_LD = _sinusoids(x_BLD.shape[1], self.width, x_BLD.device).to(x_BLD.dtype)
+        half = (self.width + 1) // 2
+        speed = torch.exp(torch.arange(half, device=x_BLD.device) * (-math.log(10000.0) / max(half - 1, 1)))
+        angle = torch.arange(x_BLD.shape[1], device=x_BLD.device)[:, None] * speed
+        position_LD = torch.cat([angle.sin(), angle.cos()], dim=-1)[:, : self.width].to(x_BLD.dtype)
         y: Tensor = self.layers(x_BLD[:, -1:] + position_LD)
         return y
-
-
-def _sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """Return (length, width): sines and cosines of speeds from 1 down to 1/10000."""
-    half = (width + 1) // 2
-    speed = torch.exp(torch.arange(half, device=device) * (-math.log(10000.0) / max(half - 1, 1)))
-    angle = torch.arange(length, device=device)[:, None] * speed
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width]

@@ -70,7 +70,7 @@ def check_options(names: Collection[str], options: Collection[str]) -> None:
         >>> check_options(("wla",), {"alpha"})
         Traceback (most recent call last):
         ...
-        ess_monitor.errors.ConfigError: option 'alpha' belongs to none of wla; their options are beta, qk_bias_std.
+        ess_monitor.errors.ConfigError: option 'alpha' is unknown to wla; their options are beta, qk_bias_std.
     """
     names = validation.several("names", names, str, hint="names of featurizers")
     if not names:
@@ -80,4 +80,4 @@ def check_options(names: Collection[str], options: Collection[str]) -> None:
     for option in sorted(options):
         if option not in known:
             listed = f"their options are {', '.join(sorted(known))}" if known else "they have no options"
-            raise ConfigError(f"option {option!r} belongs to none of {', '.join(names)}; {listed}.")
+            raise ConfigError(f"option {option!r} is unknown to {', '.join(names)}; {listed}.")
