@@ -1,4 +1,4 @@
-"""The metric: operators, their singular values, and the effective state-size (ESS) at every position.
+"""Defines the metric: operators, their singular values, and the effective state-size (ESS) at every position.
 
 Pure tensor functions on frozen operators; imports torch and the exception tree, nothing else of the package.
 
@@ -12,17 +12,15 @@ Pure tensor functions on frozen operators; imports torch and the exception tree,
 
 from __future__ import annotations
 
-from ess_monitor.ess.bounds import Bounds, ess_bounds
-from ess_monitor.ess.decay import decay_product_norm, mean_decay, retention, retention_ratio
-from ess_monitor.ess.measure import Measured, measure
-from ess_monitor.ess.metrics import entropy_ess, tolerance_ess
+from ess_monitor.ess.measure import Measured, decay_product_norm, mean_decay, measure, retention, retention_ratio
+from ess_monitor.ess.metrics import Aggregation, aggregate, entropy_ess, tolerance_ess
 from ess_monitor.ess.operators.attention import SoftmaxAttention
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.convolution import Convolution, GatedConvolution
 from ess_monitor.ess.operators.delta import DeltaRecurrence
 from ess_monitor.ess.operators.dense import DenseOperator
 from ess_monitor.ess.operators.recurrence import DiagonalRecurrence, ReadFirstRecurrence
-from ess_monitor.ess.positions import Aggregation, aggregate, midpoint_index, operator_positions
+from ess_monitor.ess.positions import Bounds, ess_bounds, midpoint_index, operator_positions
 
 __all__ = [
     "Aggregation",

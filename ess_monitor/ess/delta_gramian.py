@@ -1,4 +1,4 @@
-"""Transitions that are diagonal plus rank one: the two factors of H_i, and the product of all transitions.
+"""Computes the factors of H_i and the product of all transitions, where these are diagonal plus rank one.
 
     A_t = diag(exp log_decay_t) + left_t right_t^T
 
@@ -9,8 +9,8 @@ a window is kept as diagonal plus rank K, never as a matrix, because it telescop
 
 so the vectors left_t are carried through the window like the rows that enter the state, and the rest are running
 products of decays. Steps within a window are sequential, but all windows take them together: K + L / K sequential steps
-instead of L. On the observation side, which runs back through A_t^T, left and right change places. Cost
-O(L N (N + K) + P N^3) for P positions.
+instead of L. The rows of O run back through A_t^T, where left and right change places. Cost O(L N (N + K) + P N^3) for
+P positions.
 
 Nothing is divided by a decay and nothing is inverted, so decays of exactly 0 and singular A_t are as good as
 any. Rounding is relative to what entered a window, as it is in I - beta k k^T itself when beta is near 1.
@@ -28,16 +28,16 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ess_monitor.ess.gramian import Carry, Pick, Side, chunk_length, two_sided_singular_values, windows_before
+from ess_monitor.ess.gramian import Carry, FactorRows, Pick, chunk_length, two_sided_singular_values, windows_before
 from ess_monitor.ess.linalg import slabs, working_dtype
 
-VECTORS = 8
-"""Vectors per token that are held at once while windows are worked through, roughly."""
+VECTORS_PER_TOKEN = 8
+"""Held at once while windows are processed, roughly."""
 
 
 @dataclass(frozen=True, eq=False)
 class Transitions:
-    """What A_t and the inputs are made of: (B|1, H|1, L|1, N|1) each, in any floating dtype.
+    """Holds the tensors that make A_t and the inputs: (B|1, H|1, L|1, N|1) each, in any floating dtype.
 
     The input vector of a step is beta_t k_t. Without `left` and `right`, A_t = (I - beta_t k_t k_t^T) diag(decay_t).
     """
@@ -49,10 +49,10 @@ class Transitions:
     right: Tensor | None
 
     def steps(self, pick: Pick) -> Steps:
-        """The tokens that are picked.
+        """Return the steps of the tokens that are picked.
 
         Products are formed here, in the working dtype, and not where the operator is made: there they would be rounded
-        to the dtype of the inputs, and take its memory.
+        to the dtype of the inputs and take memory for the whole sequence.
         """
         decay = self._picked(self.log_decay, pick).exp()
         k = self._picked(self.k, pick)
@@ -62,7 +62,7 @@ class Transitions:
         return Steps(decay, self._picked(self.left, pick), self._picked(self.right, pick), entering)
 
     def newest_first(self) -> Transitions:
-        """The same with time reversed."""
+        """Return the transitions with time reversed."""
         left, right = (None if tensor is None else tensor.flip(2) for tensor in (self.left, self.right))
         return Transitions(self.log_decay.flip(2), self.beta.flip(2), self.k.flip(2), left, right)
 
@@ -72,7 +72,7 @@ class Transitions:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """x <- decay * x + (right . x) left, and what enters: (B|1, H|1, W, K, N|1) each, in the working dtype."""
+    """Holds x <- decay * x + (right . x) left + entering: (B|1, H|1, W, K, N|1) each, in the working dtype."""
 
     decay: Tensor
     left: Tensor
@@ -80,12 +80,12 @@ class Steps:
     entering: Tensor
 
     def transposed(self, entering: Tensor) -> Steps:
-        """Steps through A^T, with rows that see the transition of the step that they enter in."""
+        """Return steps through A^T; each entering row passes the transition of its own step."""
         weight = (self.left * entering).sum(-1, keepdim=True)
         return Steps(self.decay, self.right, self.left, entering * self.decay + weight * self.right)
 
     def within(self, inside: Tensor) -> Steps:
-        """The same, but where `inside` (W, K, 1) is False nothing changes and nothing enters."""
+        """Return steps that change nothing and let nothing enter where `inside` (W, K, 1) is False."""
         left, right, entering = (tensor.masked_fill(~inside, 0.0) for tensor in (self.left, self.right, self.entering))
         return Steps(self.decay.masked_fill(~inside, 1.0), left, right, entering)
 
@@ -93,20 +93,20 @@ class Steps:
 def delta_singular_values(
     transitions: Transitions, q: Tensor, positions: Sequence[int], batch: int, heads: int
 ) -> Tensor:
-    """Singular values of every H_i: (B, H, P, min(N, largest min(i, L - i))), in the working dtype.
+    """Return the singular values of every H_i: (B, H, P, min(N, largest min(i, L - i))), in the working dtype.
 
     `q` is (B|1, H|1, L, N). A head with NaN or Inf in it gives NaN.
     """
     length, state = q.shape[2:]
     # A longer chunk saves factorizations, but each of its rows takes one more step with all rows before it.
     chunk = min(chunk_length(length, state, len(positions)), max(16, state // 2))
-    control = _DeltaSide(transitions.k.flip(2), False, batch, heads, chunk, transitions.newest_first())
-    observation = _DeltaSide(q, True, batch, heads, chunk, transitions)
+    control = _DeltaRows(transitions.k.flip(2), False, batch, heads, chunk, transitions.newest_first())
+    observation = _DeltaRows(q, True, batch, heads, chunk, transitions)
     return two_sided_singular_values(control, observation, positions)
 
 
 def transition_product(transitions: Transitions, batch: int, heads: int) -> Tensor:
-    """A_L ... A_1: (B, H, N, N), in the working dtype."""
+    """Return A_L ... A_1: (B, H, N, N), in the working dtype."""
     length, state = transitions.k.shape[2:]
     device = transitions.k.device
     size = math.isqrt(length)
@@ -115,7 +115,7 @@ def transition_product(transitions: Transitions, batch: int, heads: int) -> Tens
     newest_first = transitions.newest_first()
     unit = torch.eye(state, dtype=working_dtype(device), device=device)
     transposed = unit.expand(batch, heads, -1, -1)
-    for slab in slabs(len(ends), VECTORS * batch * heads * size * state):
+    for slab in slabs(len(ends), VECTORS_PER_TOKEN * batch * heads * size * state):
         pick, inside = windows_before(length, ends[slab], sizes[slab], device)
         windows = _Windows.of(newest_first.steps(pick).within(inside), batch, heads)
         for window in range(inside.shape[0]):
@@ -124,22 +124,22 @@ def transition_product(transitions: Transitions, batch: int, heads: int) -> Tens
 
 
 def mean_diagonal(transitions: Transitions) -> Tensor:
-    """Mean of the diagonal of A over tokens and state dimensions, which is trace(A_t) / N: (B|1, H|1)."""
+    """Return the mean of A's diagonal over tokens and state dimensions, trace(A_t) / N: (B|1, H|1)."""
     length, state = transitions.k.shape[2:]
     totals = []
-    for slab in slabs(length, VECTORS * transitions.k[:, :, 0].numel()):
+    for slab in slabs(length, VECTORS_PER_TOKEN * transitions.k[:, :, 0].numel()):
         steps = transitions.steps(itemgetter((slice(None), slice(None), slab)))
         totals.append((steps.decay + steps.left * steps.right).sum((2, 3)))
     return torch.stack(totals).sum(0) / (length * state)
 
 
 @dataclass(frozen=True, eq=False)
-class _DeltaSide(Side):
+class _DeltaRows(FactorRows):
     transitions: Transitions
 
     @property
     def window_elements(self) -> int:
-        return VECTORS * self.batch * self.heads * self.chunk * self.state
+        return VECTORS_PER_TOKEN * self.batch * self.heads * self.chunk * self.state
 
     def chunks(self, pick: Pick) -> tuple[Tensor, Carry]:
         windows = _Windows.of(self._steps(pick), self.batch, self.heads)
@@ -151,15 +151,15 @@ class _DeltaSide(Side):
 
     def _steps(self, pick: Pick) -> Steps:
         steps = self.transitions.steps(pick)
-        return steps.transposed(pick(self.rows).to(steps.decay.dtype)) if self.own_transition else steps
+        return steps.transposed(pick(self.rows).to(steps.decay.dtype)) if self.passes_own_transition else steps
 
 
 @dataclass(frozen=True, eq=False)
 class _Windows:
-    """What steps have done by the end of windows; the product of the transitions is diag(decay) + left^T right."""
+    """Holds what steps have done by the end of windows; the transitions multiply to diag(decay) + left^T right."""
 
     rows: Tensor
-    """(B, H, W, K, N), all that entered, oldest first; like the two below."""
+    """(B, H, W, K, N), oldest first: all that entered. `left` and `right` have this shape."""
     left: Tensor
     right: Tensor
     decay: Tensor
@@ -190,5 +190,5 @@ class _Windows:
         return _Windows(*(tensor[:, :, window] for tensor in (self.rows, self.left, self.right, self.decay)))
 
     def applied_to(self, rows: Tensor) -> Tensor:
-        """`rows` (..., M, N) at the start of windows, as they are at the end."""
+        """Return `rows` (..., M, N) at the start of windows as they are at the end."""
         return torch.addcmul(rows @ self.right.mT @ self.left, rows, self.decay)

@@ -1,4 +1,4 @@
-"""Singular values of a recurrence without forming its operator.
+"""Computes singular values of a recurrence without forming its operator.
 
 H_i = O_i C_i passes through the state (appendix B.2.2 of the paper), so its rank is at most the state size N:
 
@@ -9,10 +9,10 @@ With C_i^T = Q R_C and O_i = Q' R_O the singular values of H_i are those of R_O 
 factor is carried through the sequence: R' = qr([R A^T over a chunk; rows of the chunk]), the square-root form of the
 Gramian recursion: it never squares the condition number. Cost O(L N^2 + P N^3) for P positions.
 
-The observation side is the control side with time reversed and A transposed, except that a row also carries its own
-transition (`own_transition`). What a transition is, a `Side` knows: diagonal here, diagonal plus rank one in
-`ess_monitor.ess.delta_gramian`. All log decays are summed directly, never as differences of running sums: those lose
-digits, and give NaN for a decay of exactly 0.
+The rows of O are those of C^T with time reversed and A transposed, except that a row also passes its own transition
+(`passes_own_transition`). `FactorRows` yields either; its subclasses define the transition: diagonal here, diagonal
+plus rank one in `ess_monitor.ess.delta_gramian`. All log decays are summed directly, never as differences of running
+sums: those lose digits, and give NaN for a decay of exactly 0.
 
 Shapes: B batch, H heads, L length, N state, P positions, K rows per chunk, W windows. Dimensions of size 1 of the
 inputs stay broadcast for as long as possible.
@@ -38,8 +38,8 @@ Carry = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Side(ABC):
-    """One of the two factors: rows that enter a state one after another, and the transitions between them.
+class FactorRows(ABC):
+    """Yields the rows of one of the two factors: they enter a state one after another, with transitions in between.
 
     All that is indexed by time is stored newest first, so that what a diagonal has done to a row is a plain running
     sum; the order of rows does not matter to R. Ends and chunks count from the oldest.
@@ -47,7 +47,7 @@ class Side(ABC):
 
     rows: Tensor
     """(B|1, H|1, L, N)."""
-    own_transition: bool
+    passes_own_transition: bool
     batch: int
     heads: int
     chunk: int
@@ -63,15 +63,15 @@ class Side(ABC):
     @property
     @abstractmethod
     def window_elements(self) -> int:
-        """Elements that one window of `chunk` rows takes while it is worked on."""
+        """Elements held at once for one window of `chunk` rows."""
 
     @abstractmethod
     def chunks(self, pick: Pick) -> tuple[Tensor, Carry]:
-        """Rows of windows as seen from each window's end, (B, H, W, K, N), and how factors pass these windows."""
+        """Return rows of windows as seen from each window's end, (B, H, W, K, N), and the carry through the windows."""
 
     @abstractmethod
     def followed(self, before: Tensor, pick: Pick, inside: Tensor) -> Tensor:
-        """`before` (B, H, W, N, N) behind windows, above their rows: (B, H, W, N + K, N).
+        """Carry `before` (B, H, W, N, N) through windows and append the rows of these: (B, H, W, N + K, N).
 
         Where `inside` (W, K, 1) is False there is no token: no row, and a transition that changes nothing.
         """
@@ -80,7 +80,7 @@ class Side(ABC):
 def recurrence_singular_values(
     log_decay: Tensor, b: Tensor, c: Tensor, positions: Sequence[int], batch: int, heads: int
 ) -> Tensor:
-    """Singular values of every H_i of a diagonal recurrence: (B, H, P, min(N, largest min(i, L - i))).
+    """Return the singular values of every H_i of a diagonal recurrence: (B, H, P, min(N, largest min(i, L - i))).
 
     `log_decay` is (B|1, H|1, L|1, N|1); `b` and `c` are (B|1, H|1, L, N). In the working dtype. A head with NaN or Inf
     in it gives NaN.
@@ -88,13 +88,13 @@ def recurrence_singular_values(
     length, state = b.shape[2:]
     chunk = chunk_length(length, state, len(positions))
     whole = (-1, -1, length, -1)
-    control = _DiagonalSide(b.flip(2), False, batch, heads, chunk, log_decay.flip(2).expand(whole))
-    observation = _DiagonalSide(c, True, batch, heads, chunk, log_decay.expand(whole))
+    control = _DiagonalRows(b.flip(2), False, batch, heads, chunk, log_decay.flip(2).expand(whole))
+    observation = _DiagonalRows(c, True, batch, heads, chunk, log_decay.expand(whole))
     return two_sided_singular_values(control, observation, positions)
 
 
-def two_sided_singular_values(control: Side, observation: Side, positions: Sequence[int]) -> Tensor:
-    """Singular values of the product of both factors at every position: (B, H, P, rank)."""
+def two_sided_singular_values(control: FactorRows, observation: FactorRows, positions: Sequence[int]) -> Tensor:
+    """Return the singular values of the product of both factors at every position: (B, H, P, rank)."""
     batch, heads, length, state = control.batch, control.heads, control.length, control.state
     reverse_positions = [length - i for i in positions]
     control_starts = _chunk_factors(control, positions)
@@ -109,14 +109,14 @@ def two_sided_singular_values(control: Side, observation: Side, positions: Seque
 
 
 def chunk_length(length: int, state: int, positions: int) -> int:
-    """Rows per chunk: long chunks for few positions (fewer sequential steps), short ones for many (less padding)."""
+    """Return rows per chunk: many for few positions (fewer sequential steps), few for many (less padding)."""
     shortest, longest = max(8, state // 2), max(128, 2 * state)
     return max(1, min(length, longest, max(shortest, length // (positions + 1))))
 
 
 @dataclass(frozen=True, eq=False)
-class _DiagonalSide(Side):
-    """Transitions diag(exp(log_decay_t)); `log_decay` is (B|1, H|1, L, N|1), newest first."""
+class _DiagonalRows(FactorRows):
+    """Passes rows through diag(exp(log_decay_t)); `log_decay` is (B|1, H|1, L, N|1), newest first."""
 
     log_decay: Tensor
 
@@ -142,48 +142,37 @@ class _DiagonalSide(Side):
         out = rows.new_empty((self.batch, self.heads, rows.shape[2], head + rows.shape[3], self.state))
         if before is not None:
             torch.mul(before, seen[..., -1:, :].exp(), out=out[..., :head, :])
-        if not self.own_transition:
+        if not self.passes_own_transition:
             seen = torch.cat([torch.zeros_like(seen[..., :1, :]), seen[..., :-1, :]], dim=3)
         torch.mul(rows.expand(self.batch, self.heads, -1, -1, -1), seen.exp_(), out=out[..., head:, :])
         return out
 
 
-@dataclass(frozen=True, eq=False)
-class _ChunkFactors:
-    """R at the start of some chunks: `factors[:, :, slots[k]]` (B, H, ., N, N) belongs to chunk k."""
-
-    factors: Tensor
-    slots: dict[int, int]
-
-
-def _chunk_factors(side: Side, ends: Sequence[int]) -> _ChunkFactors:
-    """R over all rows before the chunk that each of `ends` lies in."""
+def _chunk_factors(side: FactorRows, ends: Sequence[int]) -> dict[int, Tensor]:
+    """Return R over all rows before the chunks that `ends` lie in: chunk -> (B, H, N, N)."""
     chunk, state = side.chunk, side.state
-    dtype = working_dtype(side.rows.device)
-    slots = {k: slot for slot, k in enumerate(sorted({end // chunk for end in ends}))}
-    factors = side.rows.new_zeros((side.batch, side.heads, len(slots), state, state), dtype=dtype)
-    factor = torch.zeros_like(factors[:, :, 0])
-    for slab in slabs(max(slots), side.window_elements):
+    wanted = {end // chunk for end in ends}
+    factors = {}
+    factor = side.rows.new_zeros((side.batch, side.heads, state, state), dtype=working_dtype(side.rows.device))
+    for slab in slabs(max(wanted), side.window_elements):
         window = slice(side.length - slab.stop * chunk, side.length - slab.start * chunk)
         local, carry = side.chunks(partial(_windows, window=window, chunk=chunk))
         if chunk > state:  # all chunks at once: only the small combination below is sequential
             local = triangular_factor_(local)
         for k in range(slab.start, slab.stop):
-            if k in slots:
-                factors[:, :, slots[k]] = factor
+            if k in wanted:
+                factors[k] = factor
             newest_first = slab.stop - 1 - k
             carried = carry(factor, newest_first)
             factor = triangular_factor_(torch.cat([carried, local[:, :, newest_first]], dim=-2))
-    factors[:, :, slots[max(slots)]] = factor
-    return _ChunkFactors(factors, slots)
+    factors[max(wanted)] = factor
+    return factors
 
 
-def _factors_at(side: Side, starts: _ChunkFactors, ends: Sequence[int]) -> Tensor:
-    """R over the rows before each of `ends`, from the factor at the start of its chunk: (B, H, P, N, N)."""
-    chunk = side.chunk
-    index = index_tensor([starts.slots[end // chunk] for end in ends], side.rows.device)
-    before = starts.factors.index_select(2, index)
-    sizes = [end % chunk for end in ends]
+def _factors_at(side: FactorRows, chunk_factors: dict[int, Tensor], ends: Sequence[int]) -> Tensor:
+    """Return R over the rows before each of `ends`, from the factor at the start of its chunk: (B, H, P, N, N)."""
+    before = torch.stack([chunk_factors[end // side.chunk] for end in ends], dim=2)
+    sizes = [end % side.chunk for end in ends]
     if max(sizes) == 0:
         return before
     pick, inside = windows_before(side.length, ends, sizes, side.rows.device)
@@ -191,9 +180,9 @@ def _factors_at(side: Side, starts: _ChunkFactors, ends: Sequence[int]) -> Tenso
 
 
 def windows_before(length: int, ends: Sequence[int], sizes: Sequence[int], device: torch.device) -> tuple[Pick, Tensor]:
-    """The `sizes[w]` tokens before each of `ends`, newest first, in windows of the largest size.
+    """Return a cut of the `sizes[w]` tokens before each of `ends`, newest first, into windows of the largest size.
 
-    Also which places of a window hold a token: (W, K, 1) bool. The others hold any token.
+    The second result, (W, K, 1) bool, is False at the places of shorter windows that hold an unrelated token.
     """
     newest = index_tensor([length - end for end in ends], device)[:, None]
     offset = torch.arange(max(sizes), device=device)
@@ -203,6 +192,6 @@ def windows_before(length: int, ends: Sequence[int], sizes: Sequence[int], devic
 
 
 def _windows(tensor: Tensor, window: slice, chunk: int) -> Tensor:
-    """The tokens of `window` in chunks: (., ., L, N) -> (., ., W, K, N), as a view."""
+    """Return a view of the tokens of `window` in chunks: (., ., L, N) -> (., ., W, K, N)."""
     samples, heads, _, state = tensor.shape
     return tensor[:, :, window].reshape(samples, heads, -1, chunk, state)

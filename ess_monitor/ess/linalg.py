@@ -1,4 +1,4 @@
-"""The two factorizations that the room uses, guarded.
+"""Guards the two factorizations of the metric against NaN, Inf and failed convergence.
 
 Everything is computed in float64, also for float32 and half inputs: batched LAPACK on matrices of this size is not
 slower in float64, sums of thousands of log decays stay exact, and the singular values far below the largest, which
@@ -23,17 +23,17 @@ SLAB_ELEMENTS = 1 << 20
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that everything is computed in: float64, or float32 on devices that have no float64."""
+    """Return the dtype that everything is computed in: float64, or float32 on devices that have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 when any input is float64, otherwise float32."""
+    """Return float64 when any input is float64, otherwise float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
-    """Host integers as an index on `device`, without waiting for the device."""
+    """Return host integers as an index on `device`, without waiting for the device."""
     return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
 
 
@@ -45,9 +45,9 @@ def slabs(total: int, elements_each: int) -> Iterator[slice]:
 
 
 def triangular_factor_(rows: Tensor) -> Tensor:
-    """R of a QR factorization, so that R^T R = rows^T rows. (..., m, n) -> (..., min(m, n), n).
+    """Return R of a QR factorization, so that R^T R = rows^T rows. (..., m, n) -> (..., min(m, n), n).
 
-    NaN for a matrix that is not finite. Overwrites `rows`: the guard would otherwise cost a copy of the largest block.
+    NaN for a matrix that is not finite. Overwrites `rows`: the guard would otherwise copy the largest block.
     """
     broken = _clear_nonfinite_(rows)
     factor: Tensor = torch.linalg.qr(rows, mode="r").R
@@ -55,7 +55,7 @@ def triangular_factor_(rows: Tensor) -> Tensor:
 
 
 def singular_values_(matrix: Tensor) -> Tensor:
-    """Singular values, descending. (..., m, n) -> (..., min(m, n)). Overwrites `matrix` where it is not finite.
+    """Return singular values, descending. (..., m, n) -> (..., min(m, n)). Overwrites `matrix` where it is not finite.
 
     NaN for a matrix that is not finite, or for which no driver converges.
     """
@@ -63,14 +63,14 @@ def singular_values_(matrix: Tensor) -> Tensor:
     try:
         values: Tensor = torch.linalg.svdvals(matrix)
     except LinAlgError:
-        # One matrix fails the whole batch: take them one by one, so that its neighbors keep their values.
+        # One matrix fails the whole batch: factorize one by one, so that the others keep their values.
         each = [_stubborn_singular_values(one) for one in matrix.reshape(-1, *matrix.shape[-2:])]
         values = torch.stack(each).reshape(*matrix.shape[:-2], -1)
     return values.masked_fill_(broken.squeeze(-1), torch.nan)
 
 
 def _clear_nonfinite_(matrix: Tensor) -> Tensor:
-    # A sum is NaN or Inf when an entry is. It also overflows for entries near the end of the range: they count as lost.
+    # A sum is NaN or Inf when an entry is. It may also overflow for entries near the end of the range: not finite, too.
     broken = ~torch.isfinite(matrix.sum((-2, -1), keepdim=True))
     matrix.masked_fill_(broken, 0.0)
     return broken

@@ -1,4 +1,4 @@
-"""Everything the monitor wants to know of one operator, in one call."""
+"""Measures one operator: its effective sizes, its decay, and the memory that the decay costs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from ess_monitor import validation
-from ess_monitor.ess.decay import decay_product_norm, mean_decay
+from ess_monitor.errors import OperatorError
 from ess_monitor.ess.metrics import check_tolerance, entropy_ess, tolerance_ess
 from ess_monitor.ess.operators.base import Operator, check_operator
+from ess_monitor.ess.operators.fields import check_same_device
+from ess_monitor.ess.operators.recurrence import Recurrence
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Measurements of one operator, on its device. Entries of operators that are not finite are NaN."""
+    """Holds measurements of one operator, on its device. Entries of operators that are not finite are NaN."""
 
     singular_values: Tensor
-    """(batch, heads, positions, rank), descending, zero-padded: what the sizes below are counted from."""
+    """(batch, heads, positions, rank), descending, zero-padded: the basis of the sizes below."""
     tolerance_ess: Tensor
     """(batch, heads, positions): singular values above the tolerance."""
     entropy_ess: Tensor
@@ -31,7 +33,7 @@ class Measured:
     decay_product_norm: Tensor | None
     """(batch, heads): Frobenius norm of the product of A over the sequence. None where there is no A."""
     finite: Tensor
-    """(batch, heads) bool: False where an input is NaN or infinite, or where its singular values could not be had."""
+    """(batch, heads) bool: False where an input is NaN or infinite, or where no factorization converges."""
     state_capacity: Tensor
     """(positions,): TSS per channel."""
 
@@ -49,8 +51,8 @@ def measure(
         retention: Also measure the operator with A := I; doubles the cost of a recurrence.
 
     Raises:
-        OperatorError: `operator` is none, or a position is out of range.
-        ConfigError: `tolerance` is negative or not a number, or `retention` is no flag.
+        OperatorError: `operator` is not an operator, or a position is out of range.
+        ConfigError: `tolerance` is negative or not a number, or `retention` is not a flag.
 
     Example:
         >>> features = torch.eye(4).expand(1, 1, 4, 4)
@@ -74,3 +76,93 @@ def measure(
         finite=operator.finite() & values.isfinite().flatten(2).all(-1),
         state_capacity=operator.state_capacity(positions),
     )
+
+
+@torch.no_grad()
+def decay_product_norm(operator: Operator) -> Tensor | None:
+    """Return the Frobenius norm of A_L ... A_1 over the sequence (section 4.2): sqrt(n) keeps all, 0 forgets all.
+
+    Returns:
+        (batch, heads), NaN where the operator is not finite. None for an operator without transition matrices.
+
+    Example:
+        >>> from ess_monitor.ess import DiagonalRecurrence
+        >>> ones = torch.ones(1, 1, 8, 4)
+        >>> decay_product_norm(DiagonalRecurrence(torch.zeros(1, 1, 1, 1), ones, ones))
+        tensor([[2.]])
+    """
+    check_operator(operator)
+    return _per_operator(operator, operator._product_norm()) if isinstance(operator, Recurrence) else None
+
+
+@torch.no_grad()
+def mean_decay(operator: Operator) -> Tensor | None:
+    """Return the mean of A's diagonal over tokens and state dimensions, 0..1 where A is diagonal and stable.
+
+    It is trace(A) / n, the mean eigenvalue, also where A is not diagonal: a delta rule with keys of norm 1 and no decay
+    erases one direction a token and has 1 - mean(beta) / n.
+
+    Returns:
+        (batch, heads), NaN where the operator is not finite. None for an operator without transition matrices.
+
+    Example:
+        >>> from ess_monitor.ess import DiagonalRecurrence
+        >>> ones = torch.ones(1, 1, 8, 4)
+        >>> mean_decay(DiagonalRecurrence(torch.full((1, 1, 1, 1), 0.5).log(), ones, ones))
+        tensor([[0.5000]])
+    """
+    check_operator(operator)
+    return _per_operator(operator, operator._mean_diagonal()) if isinstance(operator, Recurrence) else None
+
+
+@torch.no_grad()
+def retention(operator: Operator, positions: Sequence[int], tau: float = 1e-3) -> Tensor:
+    """Return tolerance-ESS divided by that of the same operator with A := I (see `retention_ratio`).
+
+    Below 1 the decay costs memory; near 1 it does not, and what limits the ESS are the features or the data.
+
+    Returns:
+        (batch, heads, positions); 1 for an operator without transition matrices.
+
+    Raises:
+        OperatorError: A position is out of range.
+        ConfigError: `tau` is negative or not a number.
+    """
+    check_operator(operator)
+    ess = tolerance_ess(operator.singular_values(positions), tau)
+    undecayed = operator.without_decay()
+    if undecayed is None:
+        return torch.where(ess.isnan(), ess, 1.0)
+    return retention_ratio(ess, tolerance_ess(undecayed.singular_values(positions), tau))
+
+
+@torch.no_grad()
+def retention_ratio(ess: Tensor, undecayed_ess: Tensor) -> Tensor:
+    """Return ess / undecayed_ess, elementwise and always defined.
+
+    Both 0 gives 1: there is nothing to remember, so the decay costs nothing. An operator that has memory only because
+    of its decay counts against a memory of 1, which keeps the ratio finite and at least 1.
+
+    Raises:
+        OperatorError: An argument is not a floating tensor, or the two do not broadcast to one shape.
+
+    Example:
+        >>> retention_ratio(torch.tensor([3.0, 0.0, 2.0]), torch.tensor([4.0, 0.0, 0.0]))
+        tensor([0.7500, 1.0000, 2.0000])
+    """
+    for name, tensor in (("ess", ess), ("undecayed_ess", undecayed_ess)):
+        validation.tensor(name, tensor, "(...)", range(65), error=OperatorError)
+    check_same_device(ess=ess, undecayed_ess=undecayed_ess)
+    try:
+        torch.broadcast_tensors(ess, undecayed_ess)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise OperatorError(
+            f"ess has shape {tuple(ess.shape)} and undecayed_ess {tuple(undecayed_ess.shape)}; they must broadcast."
+        ) from None
+    nothing = (ess == 0) & (undecayed_ess == 0)
+    return (ess / undecayed_ess.clamp(min=1.0)).masked_fill(nothing, 1.0)
+
+
+def _per_operator(operator: Operator, values: Tensor) -> Tensor:
+    full = values.expand(operator.batch, operator.heads).to(operator.result_dtype)
+    return full.masked_fill(~operator.finite(), torch.nan)

@@ -1,22 +1,26 @@
-"""Where in the sequence H_i is measured."""
+"""Chooses the positions at which H_i is measured, and bounds tolerance-ESS at those in between."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
+from ess_monitor.ess.linalg import index_tensor
 
 LONGEST = 2**31 - 1
-"""Tokens of the longest sequence: what indices of 32 bits reach, which a kernel may use."""
+"""Tokens of the longest sequence: kernels may use indices of 32 bits."""
 
 
 def operator_positions(length: int, positions: Literal["midpoint", "all"] | int) -> tuple[int, ...]:
-    """Positions i in 1..length-1 at which to measure H_i = T[i:, :i].
+    """Return positions i in 1..length-1 at which to measure H_i = T[i:, :i].
 
     Args:
         length: Tokens per sequence, at least 1.
@@ -47,76 +51,11 @@ def operator_positions(length: int, positions: Literal["midpoint", "all"] | int)
     return tuple((2 * k * length + parts) // (2 * parts) for k in range(1, parts))
 
 
-def check_positions(positions: Sequence[int], length: int) -> tuple[int, ...]:
-    """`positions` as integers, or `OperatorError` when one is outside 1..length-1."""
-    checked = validation.wholes("positions", positions, -validation.LARGEST, error=OperatorError)
-    for position in checked:
-        if not 1 <= position < length:
-            raise OperatorError(
-                f"positions: position {position} must be in 1..{length - 1} for length {length}; "
-                "use operator_positions()."
-            )
-    return checked
-
-
-Aggregation = Literal["average", "total", "minimum"]
-"""How samples and channels are combined."""
-
-
-@torch.no_grad()
-def aggregate(
-    ess: Tensor, over: Aggregation = "average", *, channels_per_head: int = 1, position: int | None = None
-) -> Tensor:
-    """One number for a layer from its ESS or TSS per sample, head and position.
-
-    - "average": mean over samples and channels (C.1), for layers whose TSS is a design choice.
-    - "total": sum over channels, then mean over samples (C.1): the paper's choice for softmax attention, whose TSS per
-      channel does not depend on the layer's size.
-    - "minimum": smallest over samples and channels (C.6, there at the midpoint).
-
-    All three are then averaged over positions, unless `position` picks one.
-
-    Args:
-        ess: (batch, heads, positions).
-        over: See above.
-        channels_per_head: Value channels that share a head's operator, and with it its ESS; matters to "total" only.
-        position: Index into the last dimension, for example `midpoint_index(...)`.
-
-    Returns:
-        A scalar tensor. NaN when an entry that it depends on is NaN.
-
-    Raises:
-        OperatorError: `ess` has another shape, or `over` is unknown.
-
-    Example:
-        >>> ess = torch.tensor([[[2.0, 4.0], [1.0, 1.0]]])  # one sample, two heads, two positions
-        >>> aggregate(ess), aggregate(ess, "total", channels_per_head=8), aggregate(ess, "minimum", position=0)
-        (tensor(2.), tensor(32.), tensor(1.))
-    """
-    validation.tensor("ess", ess, "(batch, heads, positions)", (3,), error=OperatorError)
-    if not isinstance(over, str) or over not in get_args(Aggregation):
-        raise OperatorError(f"over={validation.shown(over)} must be one of {', '.join(get_args(Aggregation))}.")
-    validation.whole("channels_per_head", channels_per_head, 1, error=OperatorError)
-    if position is not None:
-        size = ess.shape[2]
-        if not size:
-            raise OperatorError("ess has no position to take; pass position=None, or measure at one position at least.")
-        hint = f"ess has {size} positions, and a negative index counts from the end"
-        ess = ess[..., validation.whole("position", position, -size, size - 1, hint=hint, error=OperatorError), None]
-    if over == "minimum":
-        if 0 in ess.shape[:2]:
-            raise OperatorError(f"ess has shape {tuple(ess.shape)}; the smallest of nothing is not defined.")
-        return ess.amin((0, 1)).mean()
-    if over == "total":
-        return ess.sum(1).mean() * channels_per_head
-    return ess.mean()
-
-
 def midpoint_index(positions: Sequence[int], length: int) -> int:
-    """Index of the position nearest to length // 2, where H_i is largest.
+    """Return the index of the position nearest to length // 2, where H_i is largest.
 
     Raises:
-        OperatorError: `positions` is empty or holds something else than whole numbers, or `length` is not one.
+        OperatorError: `positions` is empty, or it or `length` is not of whole numbers.
 
     Example:
         >>> midpoint_index([16, 32, 48], 64)
@@ -127,3 +66,106 @@ def midpoint_index(positions: Sequence[int], length: int) -> int:
     if not positions:
         raise OperatorError("positions is empty; a sequence needs at least two tokens to have a position.")
     return min(range(len(positions)), key=lambda p: abs(positions[p] - length // 2))
+
+
+def check_positions(positions: Sequence[int], length: int) -> tuple[int, ...]:
+    """Return `positions` as integers; raise `OperatorError` when one is outside 1..length-1."""
+    checked = validation.wholes("positions", positions, -validation.LARGEST, error=OperatorError)
+    for position in checked:
+        if not 1 <= position < length:
+            raise OperatorError(
+                f"positions: position {position} must be in 1..{length - 1} for length {length}; "
+                "use operator_positions()."
+            )
+    return checked
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Holds certified bounds of tolerance-ESS, inclusive."""
+
+    lower: Tensor
+    """(..., length - 1): at positions 1..length-1."""
+    upper: Tensor
+    """(..., length - 1): at positions 1..length-1."""
+    mean_lower: Tensor
+    """(...): of the mean over all positions. NaN for length 1, which has no position."""
+    mean_upper: Tensor
+    """(...): of the mean over all positions."""
+
+
+@torch.no_grad()
+def ess_bounds(
+    positions: Sequence[int],
+    ess: Tensor,
+    length: int,
+    *,
+    capacity: float | Tensor | None = None,
+    block_size: int = 1,
+) -> Bounds:
+    """Return bounds of tolerance-ESS at every position, from its values at some positions.
+
+    Going from H_i to H_{i+1} removes d rows and adds d columns (d is the block size). By the interlacing of singular
+    values the first lowers the count by at most d and the second raises it by at most d, so tolerance-ESS changes by at
+    most d from a position to the next, and positions s apart fix it to within d s / 2 in between. It also lies in
+    0..d min(i, length - i), and below the state capacity. Entropy-ESS has no such bound.
+
+    Args:
+        positions: Distinct positions in 1..length-1, ascending; may be empty.
+        ess: (..., positions), tolerance-ESS at `positions`, or any average of it over samples and heads.
+        length: Tokens per sequence.
+        capacity: TSS: one number, or one per position 1..length-1.
+        block_size: Rows of T per token, d.
+
+    Raises:
+        OperatorError: `positions` are out of order or out of range, `ess` has another number of positions, or
+            `capacity` is neither one number nor one per position.
+
+    Example:
+        >>> bounds = ess_bounds([4, 8], torch.tensor([4.0, 2.0]), 12, capacity=4)
+        >>> bounds.lower
+        tensor([1., 2., 3., 4., 3., 2., 1., 2., 1., 0., 0.])
+        >>> bounds.upper
+        tensor([1., 2., 3., 4., 4., 4., 3., 2., 3., 2., 1.])
+    """
+    length = validation.whole("length", length, 1, LONGEST, error=OperatorError)
+    block_size = validation.whole("block_size", block_size, 1, LONGEST, error=OperatorError)
+    checked = check_positions(positions, length)
+    validation.tensor("ess", ess, "(..., positions)", range(1, 65), error=OperatorError)
+    if any(later <= earlier for earlier, later in pairwise(checked)):
+        raise OperatorError(f"positions={list(positions)} must be ascending, without repetition; sort them with `ess`.")
+    if ess.shape[-1:] != (len(checked),):
+        raise OperatorError(
+            f"ess has shape {tuple(ess.shape)}, expected (..., {len(checked)}): one entry for each of positions."
+        )
+    device = ess.device
+    place = torch.arange(1, length, device=device)
+    limit = (block_size * torch.minimum(place, length - place)).to(ess.dtype)
+    if capacity is not None:
+        limit = torch.minimum(limit, _capacity(capacity, length, ess))
+    # ESS is 0 before the first position and after the last: sentinels there give the geometric bound.
+    known = torch.nn.functional.pad(ess, (1, 1))
+    anchors = (0, *checked, length)
+    right = [bisect_left(anchors, i) for i in range(1, length)]
+    left = [r if anchors[r] == i else r - 1 for i, r in enumerate(right, start=1)]
+    upper, lower = limit.expand(*ess.shape[:-1], -1), torch.zeros_like(limit)
+    # The nearest anchor on each side suffices: a farther one is itself within the reach of the nearer.
+    for side in (left, right):
+        index = index_tensor(side, device)
+        reach = (block_size * (index_tensor(anchors, device)[index] - place).abs()).to(ess.dtype)
+        upper = torch.minimum(upper, known[..., index] + reach)
+        lower = torch.maximum(lower, known[..., index] - reach)
+    return Bounds(lower, upper, lower.mean(-1), upper.mean(-1))
+
+
+def _capacity(capacity: float | Tensor, length: int, ess: Tensor) -> Tensor:
+    if not isinstance(capacity, Tensor):
+        return ess.new_full((), validation.real("capacity", capacity, low=0, error=OperatorError))
+    if capacity.is_complex() or tuple(capacity.shape) not in ((), (1,), (length - 1,)):
+        raise OperatorError(
+            f"capacity is {validation.shown(capacity)}; pass one number, or a real tensor of shape ({length - 1},): "
+            "one per position 1..length-1."
+        )
+    if capacity.is_meta != ess.is_meta:
+        raise OperatorError(f"capacity is on {capacity.device} and ess on {ess.device}; move them to one device.")
+    return capacity.to(ess)

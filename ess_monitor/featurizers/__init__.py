@@ -1,4 +1,4 @@
-"""The sequence mixers of the paper (appendix C.2) as torch modules, and a small backbone to train them in.
+"""Defines the sequence mixers of the paper (appendix C.2) as torch modules, and a small backbone to train them in.
 
 They serve examples, tests and benchmarks; the monitor does not need them. Every mixer maps (batch, length, width) to
 the same shape and applies its linear operator in a parameter-free child `core`, called with the tensors that define it:
@@ -13,13 +13,10 @@ hook `core` to see q, k, v and the log-decay of a forward pass.
 from __future__ import annotations
 
 from ess_monitor.featurizers.backbone import Backbone, BackboneConfig
-from ess_monitor.featurizers.cores import CausalSoftmax, DiagonalScan
-from ess_monitor.featurizers.gated import GLA, GLAS6
-from ess_monitor.featurizers.linear import LA, WLA
+from ess_monitor.featurizers.cores import CausalSoftmax, DiagonalScan, diagonal_scan
+from ess_monitor.featurizers.head_mixers import GLA, GLAS6, LA, SA, WLA
 from ess_monitor.featurizers.registry import FEATURIZERS, build_mixer, check_options
 from ess_monitor.featurizers.s6 import S6
-from ess_monitor.featurizers.scan import diagonal_scan
-from ess_monitor.featurizers.softmax import SA
 
 __all__ = [
     "FEATURIZERS",

@@ -1,10 +1,11 @@
-"""A small pre-norm backbone for the paper's experiments: sequence mixers and channel mixers in turn.
+"""Builds a small pre-norm backbone for the paper's experiments: sequence mixers and channel mixers in turn.
 
 Shapes: B batch, L length, D width, F hidden width of the channel mixer.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -14,16 +15,14 @@ from torch import Tensor, nn
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.featurizers.decoder import LastTokenDecoder
-from ess_monitor.featurizers.heads import LARGEST_SIZE
-from ess_monitor.featurizers.norm import RMSNorm
+from ess_monitor.featurizers.parts import LARGEST_SIZE, RMSNorm
 from ess_monitor.featurizers.registry import build_mixer, check_options, options_of
 
-_INDICES = (torch.int64, torch.int32)  # what an embedding takes
+_INDEX_DTYPES = (torch.int64, torch.int32)  # those that an embedding accepts
 
 
 class BackboneConfig(BaseModel):
-    """What a `Backbone` is made of. The defaults are the smallest net that shows the paper's phenomena on MQAR.
+    """Sets the parts of a `Backbone`. The defaults are the smallest net that shows the paper's phenomena on MQAR.
 
     Example:
         >>> BackboneConfig(vocab_size=32, featurizer=("gla", "sa"), mixer_options={"beta": 1.0}).featurizers
@@ -33,7 +32,7 @@ class BackboneConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = Field(ge=1, le=2**31 - 1)
-    """Tokens of the task, special ones among them."""
+    """Tokens of the task, including special ones."""
     width: int = Field(default=32, ge=1, le=LARGEST_SIZE)
     """Channels. 32 is enough for vocabularies of tens; the paper sweeps 64 to 512."""
     depth: int = Field(default=2, ge=1, le=LARGEST_SIZE)
@@ -51,8 +50,8 @@ class BackboneConfig(BaseModel):
     decoder: Literal["every_token", "last_token"] = "every_token"
     """Logits of a position from its own features, or all of them from the last position's: the compression task."""
     mixer_options: dict[str, int | float] = {}
-    """Options of the featurizers (`beta`, `alpha`, `rope_base`, ...). In a hybrid each goes to the blocks that know
-    it."""
+    """Options of the featurizers (`beta`, `alpha`, `rope_base`, ...). In a hybrid each goes to the blocks that
+    have it."""
 
     @model_validator(mode="after")
     def _check(self) -> BackboneConfig:
@@ -71,13 +70,13 @@ class BackboneConfig(BaseModel):
 
 
 class Backbone(nn.Module):
-    """Tokens to logits: embedding, `depth` blocks, norm, linear head.
+    """Maps tokens to logits: embedding, `depth` blocks, norm, linear head.
 
     `backbone.blocks[i].mixer` is the sequence mixer of block i; it maps (batch, length, width) to the same shape and
-    may be fed on its own.
+    can be called on its own.
 
     Raises:
-        ConfigError: a mixer cannot be built with these sizes.
+        ConfigError: A mixer cannot be built with these sizes.
 
     Example:
         >>> import torch
@@ -91,8 +90,8 @@ class Backbone(nn.Module):
         validation.instance("config", config, BackboneConfig, hint="Backbone(BackboneConfig(vocab_size=...))")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        # Vectors of norm 1. In the collapse setting (WLA, beta 1) larger ones (torch: entries of variance 1) let most
-        # nets leave the collapse by themselves, smaller ones (0.02) keep some from recovering under the regularizer.
+        # Vectors of norm 1. In the collapse setting (WLA, beta 1) most nets recover by themselves with larger ones
+        # (torch: entries of variance 1); with smaller ones (0.02) some do not recover even under the regularizer.
         nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         self.blocks = nn.ModuleList(Block(config, name) for name in config.featurizers)
         self.decoder = LastTokenDecoder(config.width) if config.decoder == "last_token" else nn.Identity()
@@ -100,7 +99,7 @@ class Backbone(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        """(batch, length) int64 to logits (batch, length, vocab_size).
+        """Map (batch, length) int64 to logits (batch, length, vocab_size).
 
         Raises:
             OperatorError: `tokens` has another shape or is not of integers.
@@ -108,7 +107,7 @@ class Backbone(nn.Module):
         if (
             not isinstance(tokens_BL, Tensor)
             or tokens_BL.dim() != 2
-            or tokens_BL.dtype not in _INDICES
+            or tokens_BL.dtype not in _INDEX_DTYPES
             or not tokens_BL.shape[1]
         ):
             raise OperatorError(
@@ -123,7 +122,7 @@ class Backbone(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """Computes x + mixer(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: BackboneConfig, featurizer: str) -> None:
         super().__init__()
@@ -136,14 +135,14 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.width, hidden) if config.mlp == "swiglu" else MLP(config.width, hidden)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D)."""
+        """Return (B, L, D)."""
         x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD))
         mixed: Tensor = x_BLD + self.mlp(self.mlp_norm(x_BLD))
         return mixed
 
 
 class SwiGLU(nn.Module):
-    """W_out (silu(W_gate x) * W_in x)."""
+    """Computes W_out (silu(W_gate x) * W_in x)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -151,14 +150,14 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D)."""
+        """Return (B, L, D)."""
         gate_BLF, in_BLF = self.gate_and_in(x_BLD).chunk(2, dim=-1)
         y: Tensor = self.out(F.silu(gate_BLF) * in_BLF)
         return y
 
 
 class MLP(nn.Module):
-    """W_out gelu(W_in x)."""
+    """Computes W_out gelu(W_in x)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -166,6 +165,38 @@ class MLP(nn.Module):
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D)."""
+        """Return (B, L, D)."""
         y: Tensor = self.out(F.gelu(self.into(x_BLD)))
+        return y
+
+
+class LastTokenDecoder(nn.Module):
+    """Decodes a sequence from its last position plus position codes, in two layers (MAD; Poli et al., 2024).
+
+    The only way from an earlier token to its reconstruction leads through the memory at the last position. Position
+    codes are sines and cosines of speeds from 1 down to 1/10000, so that any length can be decoded.
+
+    Example:
+        >>> decoder = LastTokenDecoder(32)
+        >>> features = torch.randn(1, 5, 32)
+        >>> changed = features.clone()
+        >>> changed[:, :-1] = 0
+        >>> torch.equal(decoder(features), decoder(changed))
+        True
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.layers = nn.Sequential(
+            RMSNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        )
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return (batch, length, width)."""
+        half = (self.width + 1) // 2
+        speed = torch.exp(torch.arange(half, device=x_BLD.device) * (-math.log(10000.0) / max(half - 1, 1)))
+        angle = torch.arange(x_BLD.shape[1], device=x_BLD.device)[:, None] * speed
+        position_LD = torch.cat([angle.sin(), angle.cos()], dim=-1)[:, : self.width].to(x_BLD.dtype)
+        y: Tensor = self.layers(x_BLD[:, -1:] + position_LD)
         return y

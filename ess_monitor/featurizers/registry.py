@@ -1,4 +1,4 @@
-"""Featurizers by name."""
+"""Builds featurizers by name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from torch import nn
 
 from ess_monitor import validation
 from ess_monitor.errors import ConfigError
-from ess_monitor.featurizers.gated import GLA, GLAS6
-from ess_monitor.featurizers.heads import LARGEST_SIZE
-from ess_monitor.featurizers.linear import LA, WLA
+from ess_monitor.featurizers.head_mixers import GLA, GLAS6, LA, SA, WLA
+from ess_monitor.featurizers.parts import LARGEST_SIZE
 from ess_monitor.featurizers.s6 import S6
-from ess_monitor.featurizers.softmax import SA
 
 FEATURIZERS: dict[str, type[nn.Module]] = {"la": LA, "wla": WLA, "gla": GLA, "sa": SA, "s6": S6, "gla_s6": GLAS6}
 """The paper's featurizers by name."""
@@ -23,7 +21,7 @@ _SIZES = {"self", "width", "num_heads", "expand_k", "state_size"}
 
 
 def build_mixer(name: str, width: int, num_heads: int, state_size: int, **options: Any) -> nn.Module:
-    """A mixer whose state has `state_size` dimensions per channel, whichever featurizer it is.
+    """Return a mixer whose state has `state_size` dimensions per channel, whichever featurizer it is.
 
     Args:
         name: key of `FEATURIZERS`.
@@ -33,7 +31,7 @@ def build_mixer(name: str, width: int, num_heads: int, state_size: int, **option
         options: further arguments of that featurizer (`beta`, `alpha`, `rope_base`, ...).
 
     Raises:
-        ConfigError: the name or an option is unknown, or a value is out of range.
+        ConfigError: The name or an option is unknown, or a value is out of range.
 
     Example:
         >>> [build_mixer(name, 32, 2, 8).state_capacity for name in ("la", "wla", "gla", "sa", "s6", "gla_s6")]
@@ -50,10 +48,10 @@ def build_mixer(name: str, width: int, num_heads: int, state_size: int, **option
 
 
 def options_of(name: str) -> frozenset[str]:
-    """Options of a featurizer besides its sizes.
+    """Return the options of a featurizer besides its sizes.
 
     Raises:
-        ConfigError: there is no such featurizer.
+        ConfigError: There is no such featurizer.
 
     Example:
         >>> sorted(options_of("wla"))
@@ -72,7 +70,7 @@ def check_options(names: Collection[str], options: Collection[str]) -> None:
         >>> check_options(("wla",), {"alpha"})
         Traceback (most recent call last):
         ...
-        ess_monitor.errors.ConfigError: option 'alpha' belongs to none of wla; their options are beta, qk_bias_std.
+        ess_monitor.errors.ConfigError: option 'alpha' is unknown to wla; their options are beta, qk_bias_std.
     """
     names = validation.several("names", names, str, hint="names of featurizers")
     if not names:
@@ -82,4 +80,4 @@ def check_options(names: Collection[str], options: Collection[str]) -> None:
     for option in sorted(options):
         if option not in known:
             listed = f"their options are {', '.join(sorted(known))}" if known else "they have no options"
-            raise ConfigError(f"option {option!r} belongs to none of {', '.join(names)}; {listed}.")
+            raise ConfigError(f"option {option!r} is unknown to {', '.join(names)}; {listed}.")

@@ -1,4 +1,4 @@
-"""S6, the selective state-space layer of Mamba, without its short convolution.
+"""Defines S6, the selective state-space layer of Mamba, without its short convolution.
 
 Shapes: B batch, L length, E channels (the width), N state per channel.
 """
@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from ess_monitor import validation
 from ess_monitor.featurizers.cores import DiagonalScan
-from ess_monitor.featurizers.heads import LARGEST_SIZE, check_features
-from ess_monitor.featurizers.norm import RMSNorm
+from ess_monitor.featurizers.parts import LARGEST_SIZE, RMSNorm, check_features
 
 
 class S6(nn.Module):
-    """Selective state space: A = exp(-A_hat Delta), B = Delta W_B u, C = W_C u (Eq. C.2.9; Gu & Dao, 2024).
+    """Selects what its state keeps: A = exp(-A_hat Delta), B = Delta W_B u, C = W_C u (Eq. C.2.9; Gu & Dao, 2024).
 
     Delta = softplus(W_Delta u + b). Every channel is an operator of its own: Delta is per channel; W_B, W_C and A_hat
     are shared. The convolution, the gate and the skip of the Mamba block around it are left out; the output goes
     through RMSNorm over the channels and a linear map. b starts at 0: with Mamba's own start of b (Delta from 0.001 to
-    0.1) most of the poor scaling of ESS with the state size (Finding 4) goes away.
+    0.1) most of the poor scaling of ESS with the state size (Finding 4) disappears.
 
     Args:
         width: d, channels in and out.
@@ -36,7 +35,7 @@ class S6(nn.Module):
         state_capacity: TSS per channel, n.
 
     Raises:
-        ConfigError: a size is no whole number from 1 up.
+        ConfigError: A size is not a whole number from 1 up.
 
     Example:
         >>> S6(32, state_size=8)(torch.randn(4, 20, 32)).shape
@@ -59,7 +58,7 @@ class S6(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, u_BLE: Tensor) -> Tensor:
-        """(batch, length, width) to the same shape."""
+        """Map (batch, length, width) to the same shape."""
         check_features(u_BLE, self.delta.in_features)
         delta_BEL1 = F.softplus(self.delta(u_BLE)).mT[..., None]
         b_BELN = delta_BEL1 * self.b(u_BLE)[:, None]

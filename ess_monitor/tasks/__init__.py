@@ -1,4 +1,4 @@
-"""The paper's synthetic tasks as map-style datasets: recall (MQAR), selective copying, compression.
+"""Generates the paper's synthetic tasks as map-style datasets: recall (MQAR), selective copying, compression.
 
 Every sample is a pure function of (seed, index): the same for every order of access, number of workers and batch size.
 Targets are -100 where nothing is asked.
@@ -12,10 +12,9 @@ Targets are -100 where nothing is asked.
 from __future__ import annotations
 
 from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
-from ess_monitor.tasks.compression import Compression, CompressionConfig
+from ess_monitor.tasks.mad import Compression, CompressionConfig, SelectiveCopying, SelectiveCopyingConfig
 from ess_monitor.tasks.metrics import accuracy, loss
 from ess_monitor.tasks.mqar import MQAR, MQARConfig
-from ess_monitor.tasks.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 
 __all__ = [
     "IGNORED",

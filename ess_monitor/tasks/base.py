@@ -1,4 +1,4 @@
-"""What the tasks have in common: samples by index, in batches, the same ones every time."""
+"""Draws samples of a task by index, in batches, the same ones every time."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ IGNORED = -100
 
 
 class TaskConfig(BaseModel):
-    """What every task has."""
+    """Sets what every task has."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     length: int = Field(default=64, ge=1, le=2**31 - 1)
     """Tokens per sample; 64 is the shortest of the paper's sweep."""
     samples: int = Field(default=128_000, ge=1, le=validation.LARGEST)
-    """Size of the dataset. Samples are made when they are read, so a large number costs nothing. Table 1 trains on
-    128 000 and tests on 6 400."""
+    """Size of the dataset. Samples are generated on access, so a large number costs nothing. Table 1 trains on 128 000
+    and tests on 6 400."""
     seed: int = 0
-    """Names the stream of samples. Different seeds share none, so take another one for validation."""
+    """Selects the stream of samples. Different seeds share none, so use another one for validation."""
 
 
 class SyntheticTask(Dataset[tuple[Tensor, Tensor]], ABC):
-    """A map-style dataset of (inputs, targets), both (length,) int64. Sample i depends on the config and i alone."""
+    """Maps an index to (inputs, targets), both (length,) int64. Sample i depends on the config and i alone."""
 
     def __init__(self, samples: int) -> None:
         self._samples = validation.whole("samples", samples, 1)
@@ -40,24 +40,24 @@ class SyntheticTask(Dataset[tuple[Tensor, Tensor]], ABC):
         return self._samples
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """One sample; a negative index counts from the end.
+        """Return one sample; a negative index counts from the end.
 
         Raises:
-            IndexError: there is no such sample.
+            IndexError: There is no such sample.
         """
         inputs_1L, targets_1L = self.batch([index])
         return inputs_1L[0], targets_1L[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """The samples of a batch, drawn together: what a DataLoader asks for when it can, and collates."""
+        """Return the samples of a batch, drawn together. A DataLoader prefers this method to `__getitem__`."""
         return list(zip(*self.batch(indices), strict=True))
 
     def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """The same samples stacked: (inputs, targets), both (batch, length) int64.
+        """Return the samples stacked: (inputs, targets), both (batch, length) int64.
 
         Raises:
-            IndexError: there is no such sample. Python's own error, by which a loop over a sequence ends.
-            ConfigError: an index is no whole number.
+            IndexError: There is no such sample. Python's own error, by which a loop over a sequence ends.
+            ConfigError: An index is not a whole number.
         """
         if isinstance(indices, Tensor) and indices.dim() == 1:
             indices = indices.tolist()
@@ -74,4 +74,4 @@ class SyntheticTask(Dataset[tuple[Tensor, Tensor]], ABC):
 
     @abstractmethod
     def _generate(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) of these samples, both (B, L)."""
+        """Return (inputs, targets) of these samples, both (B, L)."""

@@ -1,6 +1,6 @@
-"""Random numbers by counter: the n-th number of a sample is a hash of (seed, index, n).
+"""Draws random numbers by counter: the n-th number of a sample is a hash of (seed, index, n).
 
-There is no state to carry, so a batch is drawn in one go and a sample is the same wherever and whenever it is drawn.
+There is no state to carry, so a batch is drawn at once and a sample is the same wherever and whenever it is drawn.
 The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014), on int64 tensors whose arithmetic wraps; torch's
 own generators have no such form, and NumPy is not a dependency of torch.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of this unsigned 64-bit number."""
+    """Return the int64 with the bits of this unsigned 64-bit number."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
@@ -23,7 +23,7 @@ _SECOND = _signed(0x94D049BB133111EB)
 
 
 def random_bits(seed: int, index_B: Tensor, count: int) -> Tensor:
-    """`count` random integers in 0 .. 2^63 - 1 for every index.
+    """Return `count` random integers in 0 .. 2^63 - 1 for every index.
 
     Args:
         seed: any integer; taken modulo 2^64.
@@ -44,7 +44,7 @@ def random_bits(seed: int, index_B: Tensor, count: int) -> Tensor:
 
 
 def exponential(bits: Tensor) -> Tensor:
-    """Exponentially distributed float64 of mean 1, from random bits. Never 0 and never infinite.
+    """Return exponentially distributed float64 of mean 1, from random bits. Never 0 and never infinite.
 
     Example:
         >>> [float(f"{value:.2g}") for value in exponential(torch.tensor([0, (1 << 63) - 1]))]
@@ -61,5 +61,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, places: int) -> Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
+    """Shift to the right without keeping the sign, unlike torch's own shift."""
     return (x >> places) & ((1 << (64 - places)) - 1)

@@ -1,4 +1,4 @@
-"""Loss and accuracy on the positions that are asked."""
+"""Computes loss and accuracy on the positions that are asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ess_monitor.tasks.base import IGNORED
 
 
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats over the positions whose target is not -100.
+    """Return the mean cross-entropy in nats over the positions whose target is not -100.
 
     Args:
         logits: (..., vocab_size).
@@ -22,7 +22,7 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
         A scalar tensor on the logits' device; NaN when no position is asked.
 
     Raises:
-        OperatorError: the shapes do not go together, or dtypes and devices are others.
+        OperatorError: The shapes do not go together, or a dtype or device is wrong.
 
     Example:
         >>> import torch
@@ -34,7 +34,7 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Share of the positions whose target is not -100 at which the largest logit is the target's.
+    """Return the share of positions with a target other than -100 whose largest logit is the target's.
 
     Args, returns and errors as in `loss`.
 

@@ -1,4 +1,4 @@
-"""Multi-query associative recall (Zoology; Arora et al., 2023).
+"""Defines multi-query associative recall (Zoology; Arora et al., 2023).
 
 Shapes: B batch, L length, K key-value pairs, G places for a query.
 """
@@ -15,7 +15,7 @@ from ess_monitor.tasks.counter import exponential, random_bits
 
 
 class MQARConfig(TaskConfig):
-    """Size and difficulty of a recall task.
+    """Sets size and difficulty of a recall task.
 
     Example:
         >>> MQARConfig(length=30, kv_pairs=8)
@@ -52,11 +52,11 @@ class MQARConfig(TaskConfig):
 
 
 class MQAR(SyntheticTask):
-    """Key-value pairs, then every key once more: answer with its value.
+    """Asks for the value of every key, after a list of key-value pairs.
 
     Inputs: k1 v1 k2 v2 ... kK vK, then fillers (0) with the keys at even places between them. The target at the
     position of a repeated key is its value. Keys and values are distinct within a sample. Place g = 1, 2, ... after the
-    pairs has weight g^(power - 1); the keys draw their places in turn without putting back.
+    pairs has weight g^(power - 1); the keys draw their places in turn without replacement.
 
     Example:
         >>> inputs, targets = MQAR(MQARConfig(length=12, kv_pairs=2, vocab_size=10))[0]
@@ -80,7 +80,7 @@ class MQAR(SyntheticTask):
         token_bits, place_bits = torch.unflatten(bits[:, : 4 * pairs], 1, (2, 2, pairs)), bits[:, 4 * pairs :]
         tokens_B2K = _distinct(token_bits[:, 0], token_bits[:, 1], torch.tensor([half - 1, config.vocab_size - half]))
         key_BK, value_BK = (tokens_B2K + torch.tensor([1, half])[:, None]).unbind(1)
-        # Exponential clocks of rates w: the order in which they ring is that of weighted draws without putting back.
+        # Exponential clocks of rates w: the order in which they ring is that of weighted draws without replacement.
         place_BK = (exponential(place_bits) / self._weight_G).topk(pairs, largest=False).indices
         query_BK = 2 * pairs + 2 * place_BK
         inputs_BL = torch.zeros(len(index_B), config.length, dtype=torch.int64)
@@ -91,7 +91,7 @@ class MQAR(SyntheticTask):
 
 
 def _distinct(draw_bits_BSK: Tensor, order_bits_BSK: Tensor, size_S: Tensor) -> Tensor:
-    """K different numbers out of 0 .. size - 1 in random order, for S sizes at a time.
+    """Return K different numbers out of 0 .. size - 1 in random order, for S sizes at a time.
 
     Floyd's method: K draws, however large the vocabulary is. It gives a uniform set in an order that is not, hence the
     second row of bits.

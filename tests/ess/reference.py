@@ -1,4 +1,4 @@
-"""What the room must agree with: T written out entry by entry in float64, and the SVD of every H_i.
+"""Computes what `ess_monitor.ess` must agree with: T entry by entry in float64, and the SVD of every H_i.
 
 Shares no code with the package. Inputs of any dtype are first converted to float64, which is exact.
 """

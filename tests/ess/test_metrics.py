@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 
 from ess_monitor.errors import ConfigError, OperatorError
-from ess_monitor.ess import entropy_ess, midpoint_index, tolerance_ess
-from ess_monitor.ess import positions as aggregate
+from ess_monitor.ess import aggregate, entropy_ess, midpoint_index, tolerance_ess
 from tests.ess import reference
 
 VALUES = st.lists(st.floats(0, 1e3, allow_subnormal=False), min_size=1, max_size=12)

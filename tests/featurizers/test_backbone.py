@@ -68,7 +68,7 @@ def test_the_last_token_decoder_learns_to_compress() -> None:
     [
         ({"featurizer": "mamba"}, "featurizer 'mamba' is unknown; take one of la, wla"),
         ({"featurizer": ("gla",)}, "featurizer names 1 mixers for depth=2 blocks"),
-        ({"mixer_options": {"alpha": 3.0}}, "option 'alpha' belongs to none of gla"),
+        ({"mixer_options": {"alpha": 3.0}}, "option 'alpha' is unknown to gla"),
         ({"width": 0}, "greater than or equal to 1"),
         ({"dropout": 0.1}, "Extra inputs are not permitted"),
         ({"decoder": "first_token"}, "'every_token' or 'last_token'"),

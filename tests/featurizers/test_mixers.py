@@ -200,7 +200,7 @@ def test_autocast_changes_outputs_by_no_more_than_its_rounding() -> None:
         (lambda: GLA(12, 2, gate_bias_std=-1), "gate_bias_std=-1 must be a finite number from 0 up"),
         (lambda: S6(12, state_size=0), "state_size=0 must be a whole number from 1"),
         (lambda: build_mixer("mamba", 12, 2, 4), "featurizer 'mamba' is unknown; take one of la, wla"),
-        (lambda: build_mixer("la", 12, 2, 4, beta=1), "option 'beta' belongs to none of la"),
+        (lambda: build_mixer("la", 12, 2, 4, beta=1), "option 'beta' is unknown to la"),
         (lambda: build_mixer("s6", 12, 2, 4, beta=1), "they have no options"),
         (lambda: build_mixer("gla", 12, 2, 0), "state_size=0 must be a whole number from 1"),
     ],

@@ -1,7 +1,8 @@
-"""Causal softmax attention, from queries and keys."""
+"""Defines causal softmax attention, from queries and keys."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,13 +16,13 @@ from ess_monitor.ess.linalg import result_dtype, singular_values_, slabs, workin
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import (
     all_finite,
+    check_broadcast,
     check_floating,
     check_same_device,
-    common_size,
     first,
+    narrowed,
     pairs,
     per_head,
-    take,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxAttention(Operator):
-    """T = softmax(cap(scale q k^T) + mask) over the tokens up to and including the row's own.
+    """Computes T = softmax(cap(scale q k^T) + mask) over the tokens up to and including the row's own.
 
     Attention keeps every key and value, so TSS at position i is i (B.2.5 of the paper). T[i:, :i] is formed for one
     position at a time; T as a whole never is. A row in which every key is masked is a row of zeros.
@@ -43,9 +44,9 @@ class SoftmaxAttention(Operator):
         mask: Broadcastable to (batch, heads, length, length). bool: True keeps. Floating: added to the logits, where
             -inf and the smallest number of its dtype both mean masked. Causality is always applied on top.
         softcap: Bounds the logits before the mask is added: cap(z) = softcap tanh(z / softcap). None: cap(z) = z.
-        sinks: Broadcastable to (batch, heads, length): the logit of one more key for every row, with a value of zero.
-            It takes its share of the softmax and gives nothing, so that a row may sum to less than 1. None: no such
-            key; -inf for some heads means the same for those.
+        sinks: (batch|1, heads|1, length|1), the logit of one more key for every row, with a value of zero. It takes its
+            share of the softmax and gives nothing, so that a row may sum to less than 1. None, or -inf for some heads:
+            no such key.
 
     Raises:
         OperatorError: The shapes do not fit together, `scale` is not finite, or `softcap` is not positive.
@@ -66,49 +67,31 @@ class SoftmaxAttention(Operator):
     def __post_init__(self) -> None:
         check_floating("q", self.q, "(batch, heads, length, dim)", 4)
         check_floating("k", self.k, "(batch, key heads, length, dim)", 4)
-        for name, tensor in (("mask", self.mask), ("sinks", self.sinks)):
-            if tensor is not None:
-                validation.instance(name, tensor, Tensor, hint="None stands for no such thing", error=OperatorError)
-        check_same_device(q=self.q, k=self.k, mask=self.mask, sinks=self.sinks)
-        if self.q.shape[2:] != self.k.shape[2:] or self.heads % self.k.shape[1]:
+        batch, heads, length = max(self.q.shape[0], self.k.shape[0]), *self.q.shape[1:3]
+        if self.q.shape[2:] != self.k.shape[2:] or heads % self.k.shape[1]:
             raise OperatorError(
                 f"q has shape {tuple(self.q.shape)} and k {tuple(self.k.shape)}; length and dim must be equal, and the "
                 "number of key heads must divide the number of heads."
             )
-        common_size("samples", q=self.q.shape[0], k=self.k.shape[0])
+        check_broadcast("samples", q=self.q.shape[0], k=self.k.shape[0])
         if self.scale is not None:
             scale = validation.real("scale", self.scale, hint="None stands for dim**-0.5", error=OperatorError)
             object.__setattr__(self, "scale", scale)
         if self.softcap is not None:
-            softcap = validation.real(
-                "softcap", self.softcap, above=0, hint="None stands for no cap", error=OperatorError
-            )
+            hint = "None stands for no cap"
+            softcap = validation.real("softcap", self.softcap, above=0, hint=hint, error=OperatorError)
             object.__setattr__(self, "softcap", softcap)
         if self.mask is not None:
-            self._check_mask(self.mask)
+            validation.instance("mask", self.mask, Tensor, hint="or None for no mask", error=OperatorError)
+            if not (self.mask.dtype == torch.bool or self.mask.is_floating_point()):
+                raise OperatorError(
+                    f"mask has dtype {self.mask.dtype}; pass bool (True keeps) or floating (added to the logits)."
+                )
+            object.__setattr__(self, "mask", _broadcasting("mask", self.mask, (batch, heads, length, length)))
         if self.sinks is not None:
             check_floating("sinks", self.sinks, "(batch|1, heads|1, length|1)", 3)
-            full = (self.batch, self.heads, self.length)
-            if any(size not in (1, whole) for size, whole in zip(self.sinks.shape, full, strict=True)):
-                raise OperatorError(f"sinks has shape {tuple(self.sinks.shape)}, which does not broadcast to {full}.")
-
-    def _check_mask(self, mask: Tensor) -> None:
-        full = (self.batch, self.heads, self.length, self.length)
-        if not (mask.dtype == torch.bool or mask.is_floating_point()):
-            raise OperatorError(
-                f"mask has dtype {mask.dtype}; pass bool (True keeps) or floating (added to the logits)."
-            )
-        sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-        if len(sizes) != 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=True)):
-            raise OperatorError(f"mask has shape {tuple(mask.shape)}, which does not broadcast to {full}.")
-
-    @property
-    def batch(self) -> int:
-        return max(self.q.shape[0], self.k.shape[0])
-
-    @property
-    def heads(self) -> int:
-        return self.q.shape[1]
+            _broadcasting("sinks", self.sinks, (batch, heads, length))
+        check_same_device(q=self.q, k=self.k, mask=self.mask, sinks=self.sinks)
 
     @property
     def length(self) -> int:
@@ -118,20 +101,15 @@ class SoftmaxAttention(Operator):
     def capacity_grows(self) -> bool:
         return True
 
-    def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return torch.tensor(self._checked(positions), dtype=torch.float32).to(self.device, non_blocking=True)
+    def _capacity_at(self, position: int) -> int:
+        return position
 
     def finite(self) -> Tensor:
         finite = all_finite(self.q) & self._per_head(all_finite(self.k))
-        if self.mask is not None and self.mask.is_floating_point():
-            mask = self._mask_4d(self.mask)
-            finite = finite & ~(mask.isnan() | mask.isposinf()).flatten(2).any(-1)
-        if self.sinks is not None:
-            finite = finite & ~(self.sinks.isnan() | self.sinks.isposinf()).any(-1)
+        for bias in (self.mask, self.sinks):
+            if bias is not None and bias.is_floating_point():
+                finite = finite & all_finite(bias, allows_minus_infinity=True)
         return finite.expand(self.batch, self.heads)
-
-    def without_decay(self) -> None:
-        return None
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
@@ -156,30 +134,31 @@ class SoftmaxAttention(Operator):
         return per_head(out, self.batch, self.heads)
 
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        group = self.heads // self.k.shape[1]
-        key_heads = None if heads is None else _key_heads(heads, group)
-        q = first(take(take(self.q, 0, samples), 1, heads), 2, length)
-        k = first(take(take(self.k, 0, samples), 1, key_heads), 2, length)
-        mask = self.mask
-        if mask is not None:
-            mask = take(take(self._mask_4d(mask), 0, samples), 1, heads)
-            mask = first(first(mask, 2, length), 3, length)
-        sinks = self.sinks
-        if sinks is not None:
-            sinks = first(take(take(sinks, 0, samples), 1, heads), 2, length)
-        return type(self)(q, k, scale=self.scale, mask=mask, softcap=self.softcap, sinks=sinks)
+        key_heads = None if heads is None else _key_heads(heads, self.heads // self.k.shape[1])
+        return dataclasses.replace(
+            self,
+            q=narrowed(self.q, samples, heads, length),
+            k=narrowed(self.k, samples, key_heads, length),
+            mask=None if self.mask is None else first(narrowed(self.mask, samples, heads, length), 3, length),
+            sinks=None if self.sinks is None else narrowed(self.sinks, samples, heads, length),
+        )
 
     def _per_head(self, k: Tensor) -> Tensor:
-        """One entry per query head: (., key heads, ...) -> (., heads, ...)."""
+        """Repeat key heads for the query heads that read them: (., key heads, ...) -> (., heads, ...)."""
         group = self.heads // self.k.shape[1]
         return k if group == 1 else k.repeat_interleave(group, dim=1, output_size=self.heads)
 
-    def _mask_4d(self, mask: Tensor) -> Tensor:
-        return mask[(None,) * (4 - mask.dim())]
+
+def _broadcasting(name: str, tensor: Tensor, full: tuple[int, ...]) -> Tensor:
+    """Return `tensor` with as many dimensions as `full`, each 1 or as large; otherwise raise `OperatorError`."""
+    sizes = (1,) * (len(full) - tensor.dim()) + tuple(tensor.shape)
+    if len(sizes) != len(full) or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=True)):
+        raise OperatorError(f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to {full}.")
+    return tensor[(None,) * (len(full) - tensor.dim())]
 
 
 class _Rows:
-    """Logits of some (sample, head) pairs, in the working dtype. G pairs."""
+    """Computes logits of G (sample, head) pairs, in the working dtype."""
 
     def __init__(self, attention: SoftmaxAttention, slab: slice) -> None:
         batch, heads = attention.batch, attention.heads
@@ -189,8 +168,8 @@ class _Rows:
         self.k = pairs(attention._per_head(attention.k), batch, heads)[slab].to(dtype)
         self.mask = None
         if attention.mask is not None:
-            # A view over (batch, heads); only the block of rows that is asked for is ever copied.
-            self.mask = attention._mask_4d(attention.mask).expand(batch, heads, -1, -1)
+            # A view: only the block of rows in use is ever copied.
+            self.mask = attention.mask.expand(batch, heads, -1, -1)
         self.softcap = attention.softcap
         self.sinks = None
         if attention.sinks is not None:
@@ -198,7 +177,7 @@ class _Rows:
         self.members = [divmod(pair, heads) for pair in range(slab.start, slab.stop)]
 
     def logits(self, start: int, stop: int, columns: int) -> Tensor:
-        """Rows start..stop against the first `columns` keys, masked, without causality: (G, stop - start, columns)."""
+        """Return masked, not yet causal logits of rows start..stop and the first keys: (G, stop - start, columns)."""
         logits = self.q[:, start:stop] @ self.k[:, :columns].mT
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -213,21 +192,21 @@ class _Rows:
         return logits.masked_fill_(mask <= torch.finfo(mask.dtype).min, -torch.inf)
 
     def causal_logits(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop against the keys up to each row's own: (G, stop - start, stop)."""
+        """Return logits of rows start..stop and the keys up to each row's own: (G, stop - start, stop)."""
         row = torch.arange(start, stop, device=self.q.device)[:, None]
         column = torch.arange(stop, device=self.q.device)
         return self.logits(start, stop, stop).masked_fill_(column > row, -torch.inf)
 
     def log_normalizer(self, start: int) -> Tensor:
-        """log of the softmax denominator of the rows from `start` on: (G, length - start, 1)."""
+        """Return the log of the softmax denominators of the rows from `start` on: (G, length - start, 1)."""
         members, length = self.q.shape[:2]
         blocks = slabs(length - start, members * length)
         ranges = [(start + rows.start, start + rows.stop) for rows in blocks]
-        parts = [self.log_total(self.causal_logits(row, stop), row) for row, stop in ranges]
-        return torch.cat(parts, dim=1)
+        totals = [self.log_total(self.causal_logits(row, stop), row) for row, stop in ranges]
+        return torch.cat(totals, dim=1)
 
     def log_total(self, logits: Tensor, start: int) -> Tensor:
-        """log of the softmax denominator of the rows from `start` on that `logits` are of: (G, rows, 1)."""
+        """Return the log of the softmax denominators of `logits`, whose first row is `start`: (G, rows, 1)."""
         total = logits.logsumexp(-1, keepdim=True)
         if self.sinks is not None:
             sinks = self.sinks[:, start : start + logits.shape[1]] if self.sinks.shape[1] > 1 else self.sinks
@@ -236,7 +215,7 @@ class _Rows:
 
 
 def _key_heads(heads: Sequence[int], group: int) -> Sequence[int]:
-    """Key heads for the chosen query heads: whole groups stay grouped, otherwise one key head per query head."""
+    """Return the key heads of query heads: one per group where whole groups are chosen, else one per query head."""
     whole = [head // group for head in heads[::group]]
     if list(heads) == [key * group + member for key in whole for member in range(group)]:
         return whole

@@ -1,4 +1,4 @@
-"""What every operator is: a causal linear map y = T u per batch sample and head, known by its structure.
+"""Defines the operator: a causal linear map y = T u per sample and head, known by its structure.
 
 T is (L, L) and lower triangular, or (d L, d L) and block lower triangular. All that a layer carries from the tokens
 before position i to the tokens from i on passes through H_i = T[i:, :i], so the numerical rank of H_i is the memory in
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor, result_dtype
+from ess_monitor.ess.operators.fields import all_finite, narrowed
 from ess_monitor.ess.positions import check_positions
 
 if TYPE_CHECKING:
@@ -26,83 +28,85 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operator(ABC):
-    """A causal linear operator for every (sample, head): T of shape (batch, heads, d L, d L), usually never formed.
+    """Applies a causal linear map to every (sample, head): T of shape (batch, heads, d L, d L), usually never formed.
 
-    Subclasses are frozen dataclasses whose fields are tensors or plain values. Every method runs without gradients and
-    without reading device values on the host.
+    Subclasses are frozen dataclasses whose fields are tensors or plain values. The first two dimensions of every tensor
+    are batch and heads, or 1 where the tensor is shared. Every method runs without gradients and without reading device
+    values on the host.
     """
 
-    @property
-    @abstractmethod
-    def batch(self) -> int:
-        """Number of samples."""
+    block_size = 1  # not annotated, so not a field: a constant of every operator but the dense one
+    """Rows and columns of T per token, d: 1 unless channels mix inside the operator."""
 
     @property
-    @abstractmethod
+    def batch(self) -> int:
+        """Number of samples."""
+        return max(tensor.shape[0] for tensor in self.tensors)
+
+    @property
     def heads(self) -> int:
         """Number of independent operators per sample: heads, or channels where there are no heads."""
+        return max(tensor.shape[1] for tensor in self.tensors)
 
     @property
     @abstractmethod
     def length(self) -> int:
         """Tokens per sequence, L."""
 
-    block_size = 1  # not annotated, so not a field: a constant of every operator but the dense one
-    """Rows and columns of T per token, d: 1 unless channels mix inside the operator."""
-
     @property
     @abstractmethod
     def capacity_grows(self) -> bool:
-        """True where TSS is no design choice but grows with the position."""
-
-    @abstractmethod
-    def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        """Theoretically realizable state-size (TSS) per channel at each position: (positions,), floating.
-
-        Raises:
-            OperatorError: A position is outside 1..L-1.
-        """
-
-    @abstractmethod
-    def materialize(self) -> Tensor:
-        """T itself: (batch, heads, d L, d L), float64 for float64 inputs and float32 otherwise. For tests and plots."""
-
-    @abstractmethod
-    def without_decay(self) -> Operator | None:
-        """The same operator with every transition matrix A replaced by I. None where there is no A.
-
-        A token at which all decays are exactly 0 begins a new sequence (packed documents): that is no decay, and stays.
-        """
-
-    @abstractmethod
-    def finite(self) -> Tensor:
-        """(batch, heads) bool: False where an input that T depends on is NaN or infinite."""
-
-    @abstractmethod
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
-        """(batch, heads, positions, rank) in the working dtype, zero-padded; what is not finite may hold anything."""
-
-    @abstractmethod
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        """`select` with checked arguments."""
+        """True where TSS is not a design choice but grows with the position."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensor fields."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return tuple(value for value in values if isinstance(value, Tensor))
+        return tuple(self._tensor_fields.values())
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.tensors[0].device
 
-    def _checked(self, positions: Sequence[int]) -> tuple[int, ...]:
-        return check_positions(positions, self.length)
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Dtype of results: float64 where a tensor is float64, float32 otherwise."""
+        return result_dtype(*(tensor.dtype for tensor in self.tensors))
+
+    @property
+    def _tensor_fields(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @abstractmethod
+    def materialize(self) -> Tensor:
+        """Return T: (batch, heads, d L, d L), float64 for float64 inputs and float32 otherwise. For tests and plots."""
+
+    def without_decay(self) -> Operator | None:
+        """Return the operator with every transition matrix A replaced by I. None where there is no A.
+
+        A token at which all decays are exactly 0 begins a new sequence (packed documents): that is not a decay, and
+        stays.
+        """
+        return None
+
+    def finite(self) -> Tensor:
+        """Return (batch, heads) bool: False where an input that T depends on is NaN or infinite."""
+        flags = (all_finite(tensor) for tensor in self.tensors)
+        return reduce(torch.logical_and, flags).expand(self.batch, self.heads)
+
+    def state_capacity(self, positions: Sequence[int]) -> Tensor:
+        """Return the theoretically realizable state-size (TSS) per channel at each position: (positions,), floating.
+
+        Raises:
+            OperatorError: A position is outside 1..L-1.
+        """
+        capacity = [float(self._capacity_at(i)) for i in check_positions(positions, self.length)]
+        return torch.tensor(capacity, dtype=torch.float32).to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def singular_values(self, positions: Sequence[int]) -> Tensor:
-        """Singular values of H_i at each of `positions`.
+        """Return the singular values of H_i at each of `positions`.
 
         Args:
             positions: Positions i in 1..L-1, in any order.
@@ -120,27 +124,24 @@ class Operator(ABC):
             >>> DenseOperator(T).singular_values([2]).round(decimals=4)  # H_2 = [[3, 4]]
             tensor([[[[5.]]]])
         """
-        checked = self._checked(positions)
-        dtype = result_dtype(*(tensor.dtype for tensor in self.tensors))
+        checked = check_positions(positions, self.length)
         if not checked:
-            return torch.zeros((self.batch, self.heads, 0, 0), dtype=dtype, device=self.device)
+            return torch.zeros((self.batch, self.heads, 0, 0), dtype=self.result_dtype, device=self.device)
         values = self._raw_singular_values(checked)
         # Beyond the smaller side of H_i there is nothing: what a factorization leaves there is rounding.
         side = [self.block_size * min(i, self.length - i) for i in checked]
         exists = torch.arange(values.shape[-1], device=self.device) < index_tensor(side, self.device)[:, None]
         broken = values.isnan().any(-1, keepdim=True) | ~self.finite()[..., None, None]
-        return torch.where(exists, values, 0.0).masked_fill_(broken, torch.nan).to(dtype)
+        return torch.where(exists, values, 0.0).masked_fill_(broken, torch.nan).to(self.result_dtype)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same operator with `function` applied to every tensor (detach, clone, move).
+        """Return the operator with `function` applied to every tensor (detach, clone, move).
 
         Raises:
-            OperatorError: `function` is none, or what it gives does not form the operator.
+            OperatorError: `function` is not a function, or its results do not form the operator.
         """
         validation.function("function", function, error=OperatorError)
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = {name: function(value) for name, value in fields.items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **changed)
+        return dataclasses.replace(self, **{name: function(value) for name, value in self._tensor_fields.items()})
 
     def select(
         self,
@@ -149,7 +150,7 @@ class Operator(ABC):
         heads: slice | Sequence[int] | None = None,
         length: int | None = None,
     ) -> Self:
-        """The operator of some samples and heads, on the first `length` tokens (exact, because T is causal).
+        """Return the operator of some samples and heads, on the first `length` tokens (exact, because T is causal).
 
         Evenly spaced selections are views of the same memory.
 
@@ -161,6 +162,21 @@ class Operator(ABC):
             length = validation.whole("length", length, 1, self.length, hint=hint, error=OperatorError)
         return self._narrow(_chosen("samples", samples, self.batch), _chosen("heads", heads, self.heads), length)
 
+    @abstractmethod
+    def _capacity_at(self, position: int) -> int:
+        """Return TSS per channel at a checked position."""
+
+    @abstractmethod
+    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+        """Return (batch, heads, positions, rank) in the working dtype, zero-padded.
+
+        Entries of operators that are not finite may hold anything.
+        """
+
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
+        """Return `select` with checked arguments."""
+        return self.map(lambda tensor: narrowed(tensor, samples, heads, length))
+
 
 def _chosen(name: str, selection: slice | Sequence[int] | None, size: int) -> Sequence[int] | None:
     if selection is None:
@@ -169,7 +185,7 @@ def _chosen(name: str, selection: slice | Sequence[int] | None, size: int) -> Se
     if isinstance(selection, slice):
         try:
             chosen = range(size)[selection]
-        except (TypeError, ValueError):  # a start that is no number, or a step of 0
+        except (TypeError, ValueError):  # a start that is not a number, or a step of 0
             raise OperatorError(f"{name}={validation.shown(selection)} must be a slice of whole numbers.") from None
     else:
         chosen = validation.wholes(name, selection, -validation.LARGEST, error=OperatorError)
@@ -181,6 +197,6 @@ def _chosen(name: str, selection: slice | Sequence[int] | None, size: int) -> Se
 
 
 def check_operator(operator: Operator) -> None:
-    """Raise `OperatorError` unless `operator` is one."""
+    """Raise `OperatorError` unless `operator` is an `Operator`."""
     hint = "capture_operators(model, ...) gives those of a model"
     validation.instance("operator", operator, Operator, hint=hint, error=OperatorError)

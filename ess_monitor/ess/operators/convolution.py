@@ -1,28 +1,34 @@
-"""Causal convolutions, plain and gated: short filters (LFM2, Canon) and long ones (Hyena, S4 in convolution form)."""
+"""Defines causal convolutions, plain and gated: short (LFM2, Canon) and long ones (Hyena, S4 as a convolution).
+
+Number the outputs from position i on by a = 0, 1, ... and the inputs before it, latest first, by m = 0, 1, ...: the
+entry is kernel[a + m + 1], constant along anti-diagonals, and zero once a + m + 1 reaches the number of taps K. So H_i
+is a Hankel block of min(L - i, K - 1) rows and min(i, K - 1) columns, and zeros; column order does not matter here.
+
+Shapes: G (sample, head) pairs, L length, K taps, P positions, R x M the block.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.hankel import hankel_singular_values, toeplitz
-from ess_monitor.ess.linalg import result_dtype
+from ess_monitor.ess.linalg import index_tensor, singular_values_, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import (
-    all_finite,
+    check_batch_and_heads,
     check_floating,
     check_same_device,
-    common_size,
-    first,
+    narrowed,
     pairs,
     per_head,
-    take,
 )
 from ess_monitor.ess.positions import LONGEST
 
@@ -32,15 +38,9 @@ if TYPE_CHECKING:
 _KERNEL = "(batch, heads, taps)"
 
 
-def _fir_capacity(taps: int, positions: Sequence[int], device: torch.device) -> Tensor:
-    """A filter of K taps remembers its last K - 1 inputs, and at position i there are only i of them."""
-    capacity = [float(min(i, taps - 1)) for i in positions]
-    return torch.tensor(capacity).to(device, non_blocking=True)
-
-
 @dataclass(frozen=True, eq=False)
 class Convolution(Operator):
-    """T_ij = kernel[i - j]: the same filter at every position.
+    """Applies the same filter at every position: T_ij = kernel[i - j].
 
     TSS at position i is min(i, taps - 1). H_i is a Hankel matrix with nothing outside its first taps - 1 rows and
     columns, so short filters cost next to nothing and positions with equally large blocks share one factorization.
@@ -68,42 +68,28 @@ class Convolution(Operator):
         object.__setattr__(self, "length", length or self.kernel.shape[2])
 
     @property
-    def batch(self) -> int:
-        return self.kernel.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.kernel.shape[1]
-
-    @property
     def capacity_grows(self) -> bool:
         return self.kernel.shape[2] >= self.length
 
-    def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return _fir_capacity(self.kernel.shape[2], self._checked(positions), self.device)
-
-    def finite(self) -> Tensor:
-        return all_finite(self.kernel)
-
-    def without_decay(self) -> None:
-        return None
+    def _capacity_at(self, position: int) -> int:
+        return min(position, self.kernel.shape[2] - 1)  # the last K - 1 inputs, or all so far
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
-        return toeplitz(self.kernel.to(result_dtype(self.kernel.dtype)), self.length)
+        return _toeplitz(self.kernel.to(self.result_dtype), self.length)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
-        values = hankel_singular_values(self.kernel.flatten(0, 1), self.length, positions)
+        values = _hankel_singular_values(self.kernel.flatten(0, 1), self.length, positions)
         return per_head(values, self.batch, self.heads)
 
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        kernel = first(take(take(self.kernel, 0, samples), 1, heads), 2, length)
+        kernel = narrowed(self.kernel, samples, heads, length)
         return type(self)(kernel, self.length if length is None else length)
 
 
 @dataclass(frozen=True, eq=False)
 class GatedConvolution(Operator):
-    """T_ij = c_i kernel[i - j] b_j: a filter between two gates. TSS as in `Convolution`.
+    """Applies a filter between two gates: T_ij = c_i kernel[i - j] b_j. TSS as in `Convolution`.
 
     Args:
         b: (batch, heads or channels, length), gate on the input. batch and heads may be 1.
@@ -131,17 +117,7 @@ class GatedConvolution(Operator):
         check_same_device(b=self.b, kernel=self.kernel, c=self.c)
         if self.b.shape[2] != self.c.shape[2]:
             raise OperatorError(f"b has length {self.b.shape[2]} and c {self.c.shape[2]}; they must be equal.")
-        for name, dimension in (("samples", 0), ("heads", 1)):
-            sizes = {field: getattr(self, field).shape[dimension] for field in ("b", "kernel", "c")}
-            common_size(name, **sizes)
-
-    @property
-    def batch(self) -> int:
-        return max(tensor.shape[0] for tensor in self.tensors)
-
-    @property
-    def heads(self) -> int:
-        return max(tensor.shape[1] for tensor in self.tensors)
+        check_batch_and_heads(b=self.b, kernel=self.kernel, c=self.c)
 
     @property
     def length(self) -> int:
@@ -151,26 +127,61 @@ class GatedConvolution(Operator):
     def capacity_grows(self) -> bool:
         return self.kernel.shape[2] >= self.length
 
-    def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return _fir_capacity(self.kernel.shape[2], self._checked(positions), self.device)
-
-    def finite(self) -> Tensor:
-        finite = all_finite(self.b) & all_finite(self.kernel) & all_finite(self.c)
-        return finite.expand(self.batch, self.heads)
-
-    def without_decay(self) -> None:
-        return None
+    def _capacity_at(self, position: int) -> int:
+        return min(position, self.kernel.shape[2] - 1)
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
-        dtype = result_dtype(*(tensor.dtype for tensor in self.tensors))
-        operator = self.c.to(dtype)[..., :, None] * toeplitz(self.kernel.to(dtype), self.length)
+        dtype = self.result_dtype
+        operator = self.c.to(dtype)[..., :, None] * _toeplitz(self.kernel.to(dtype), self.length)
         return operator * self.b.to(dtype)[..., None, :]
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         b, kernel, c = (pairs(tensor, self.batch, self.heads) for tensor in (self.b, self.kernel, self.c))
-        values = hankel_singular_values(kernel, self.length, positions, gates=(b, c))
+        values = _hankel_singular_values(kernel, self.length, positions, gates=(b, c))
         return per_head(values, self.batch, self.heads)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        return self.map(lambda tensor: first(take(take(tensor, 0, samples), 1, heads), 2, length))
+
+def _hankel_singular_values(
+    kernel: Tensor, length: int, positions: Sequence[int], gates: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Return (G, P, rank) for a (G, K) kernel and optional gates b, c of (G, L), in the working dtype, zero-padded."""
+    members, taps = kernel.shape
+    dtype = working_dtype(kernel.device)
+    shapes: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for p, i in enumerate(positions):
+        shapes[min(length - i, taps - 1), min(i, taps - 1)].append(p)
+    rank = max(1, *(min(shape) for shape in shapes))
+    out = torch.zeros((members, len(positions), rank), dtype=dtype, device=kernel.device)
+    if taps == 1:  # no past, no memory; a column of zeros stays, where NaN of a broken kernel is shown
+        return out
+    for (rows, columns), members_of_shape in shapes.items():
+        # Without gates every position of one shape has the same block: factorize it once.
+        distinct = members_of_shape if gates is not None else members_of_shape[:1]
+        for group in slabs(members, rows * columns):
+            hankel = _hankel(kernel[group].to(dtype), rows, columns)
+            for part in slabs(len(distinct), (group.stop - group.start) * rows * columns):
+                blocks = hankel[:, None].repeat(1, part.stop - part.start, 1, 1)
+                if gates is not None:
+                    at = index_tensor([positions[p] for p in distinct[part]], kernel.device)[:, None]
+                    reads = at + torch.arange(rows, device=kernel.device)
+                    writes = at - 1 - torch.arange(columns, device=kernel.device)
+                    blocks *= gates[1][group][:, reads, None].to(dtype)
+                    blocks *= gates[0][group][:, writes].unsqueeze(-2).to(dtype)
+                values = singular_values_(blocks)
+                where = distinct[part] if gates is not None else members_of_shape
+                out[group, index_tensor(where, kernel.device), : min(rows, columns)] = values
+    return out
+
+
+def _hankel(kernel: Tensor, rows: int, columns: int) -> Tensor:
+    """Return a view of the padded kernel, (G, K) -> (G, R, M), with entry kernel[a + m + 1]."""
+    used = kernel[:, 1 : rows + columns]
+    return F.pad(used, (0, rows + columns - 1 - used.shape[-1])).unfold(-1, columns, 1)
+
+
+def _toeplitz(kernel: Tensor, length: int) -> Tensor:
+    """Return the operator of a kernel, (..., K) -> (..., L, L), with entry kernel[i - j] for i >= j."""
+    lag = torch.arange(length, device=kernel.device)[:, None] - torch.arange(length, device=kernel.device)
+    inside = (lag >= 0) & (lag < kernel.shape[-1])
+    return torch.where(inside, kernel[..., lag.clamp(0, kernel.shape[-1] - 1)], 0.0)

@@ -1,4 +1,4 @@
-"""Any causal operator, given as a matrix."""
+"""Defines the operator that is given as a matrix."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.linalg import result_dtype, singular_values_, slabs, working_dtype
+from ess_monitor.ess.linalg import singular_values_, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
-from ess_monitor.ess.operators.fields import check_floating, first, pairs, per_head, take
+from ess_monitor.ess.operators.fields import check_floating, first, narrowed, pairs, per_head
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class DenseOperator(Operator):
-    """T as a matrix: the fallback for layers whose structure is not known, at O(L^3) per position.
+    """Holds T as a matrix: the fallback for layers whose structure is not known, at O(L^3) per position.
 
     With `block_size` d > 1 a token owns d rows and columns (layers that mix channels inside the recurrence), and
     H_i = T[d i:, :d i]. T must be block lower triangular; this is not checked, and nothing above the diagonal is read.
@@ -57,14 +57,6 @@ class DenseOperator(Operator):
             )
 
     @property
-    def batch(self) -> int:
-        return self.T.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.T.shape[1]
-
-    @property
     def length(self) -> int:
         return self.T.shape[2] // self.block_size
 
@@ -72,19 +64,15 @@ class DenseOperator(Operator):
     def capacity_grows(self) -> bool:
         return True
 
-    def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        capacity = [float(self.block_size * i) for i in self._checked(positions)]
-        return torch.tensor(capacity).to(self.device, non_blocking=True)
+    def _capacity_at(self, position: int) -> int:
+        return self.block_size * position
 
     def finite(self) -> Tensor:
         # What lies above the diagonal is never read, so it may hold anything.
         return torch.isfinite(self.T.tril(-1)).flatten(2).all(-1)
 
-    def without_decay(self) -> None:
-        return None
-
     def materialize(self) -> Tensor:
-        return self.T.detach().to(result_dtype(self.T.dtype))
+        return self.T.detach().to(self.result_dtype)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         d, length = self.block_size, self.length
@@ -101,5 +89,5 @@ class DenseOperator(Operator):
 
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         size = None if length is None else length * self.block_size
-        T = first(first(take(take(self.T, 0, samples), 1, heads), 2, size), 3, size)
+        T = first(narrowed(self.T, samples, heads, size), 3, size)
         return type(self)(T, self.block_size)

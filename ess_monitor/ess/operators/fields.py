@@ -1,4 +1,4 @@
-"""Small helpers on the tensor fields of operators: checks, broadcasting, narrowing."""
+"""Checks, broadcasts and narrows the tensor fields of operators."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from ess_monitor.ess.linalg import index_tensor
 
 def check_floating(name: str, tensor: Tensor, expected: str, dimensions: int) -> None:
     """Raise `OperatorError` unless `tensor` is a real floating tensor with that many dimensions, none of them empty."""
-    if not isinstance(tensor, Tensor):
-        raise OperatorError(f"{name} is {validation.shown(tensor)}; pass a floating tensor of shape {expected}.")
-    if not tensor.is_floating_point():
-        raise OperatorError(f"{name} has dtype {tensor.dtype}; pass a real floating tensor of shape {expected}.")
-    if tensor.dim() != dimensions or 0 in tensor.shape:
+    validation.tensor(name, tensor, expected, (dimensions,), error=OperatorError)
+    if 0 in tensor.shape:
         raise OperatorError(f"{name} has shape {tuple(tensor.shape)}, expected {expected} with no empty dimension.")
 
 
@@ -30,8 +27,8 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise OperatorError(f"Tensors are on different devices ({places}); move them to one device.")
 
 
-def common_size(dimension: str, **sizes: int) -> int:
-    """The size that all of `sizes` broadcast to (each is that size or 1)."""
+def check_broadcast(dimension: str, **sizes: int) -> None:
+    """Raise `OperatorError` unless each of `sizes` is 1 or the largest of them."""
     common = max(sizes.values())
     for name, size in sizes.items():
         if size not in (1, common):
@@ -39,11 +36,16 @@ def common_size(dimension: str, **sizes: int) -> int:
             raise OperatorError(
                 f"{name} has {size} {dimension}, expected 1 or {common} ({given}); they must broadcast."
             )
-    return common
+
+
+def check_batch_and_heads(**tensors: Tensor) -> None:
+    """Raise `OperatorError` unless the two leading dimensions broadcast."""
+    for index, dimension in enumerate(("samples", "heads")):
+        check_broadcast(dimension, **{name: tensor.shape[index] for name, tensor in tensors.items()})
 
 
 def take(tensor: Tensor, dimension: int, indices: Sequence[int] | None) -> Tensor:
-    """`tensor` at `indices` of one dimension; a broadcast dimension stays. A view for evenly spaced indices."""
+    """Return `tensor` at `indices` of one dimension; a broadcast dimension stays. A view for evenly spaced indices."""
     if indices is None or tensor.shape[dimension] == 1:
         return tensor
     step = indices[1] - indices[0] if len(indices) > 1 else 1
@@ -53,22 +55,29 @@ def take(tensor: Tensor, dimension: int, indices: Sequence[int] | None) -> Tenso
 
 
 def first(tensor: Tensor, dimension: int, length: int | None) -> Tensor:
-    """The first `length` entries of one dimension, as a view; a shorter or broadcast dimension stays."""
+    """Return the first `length` entries of one dimension, as a view; a shorter or broadcast dimension stays."""
     if length is None or tensor.shape[dimension] <= length:
         return tensor
     return tensor.narrow(dimension, 0, length)
 
 
-def all_finite(tensor: Tensor) -> Tensor:
-    """(batch, heads) bool: whether everything behind the two leading dimensions is finite."""
+def narrowed(tensor: Tensor, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Tensor:
+    """Return some samples (dimension 0) and heads (1), and the first `length` entries of dimension 2."""
+    return first(take(take(tensor, 0, samples), 1, heads), 2, length)
+
+
+def all_finite(tensor: Tensor, *, allows_minus_infinity: bool = False) -> Tensor:
+    """Return (batch, heads) bool: whether all entries of the trailing dimensions are finite, or -inf where allowed."""
+    if allows_minus_infinity:
+        return ~(tensor.isnan() | tensor.isposinf()).flatten(2).any(-1)
     return torch.isfinite(tensor).flatten(2).all(-1)
 
 
 def pairs(tensor: Tensor, batch: int, heads: int) -> Tensor:
-    """(batch|1, heads|1, ...) -> (batch * heads, ...): one entry for every (sample, head)."""
+    """Return one entry per (sample, head): (batch|1, heads|1, ...) -> (batch * heads, ...)."""
     return tensor.expand(batch, heads, *tensor.shape[2:]).reshape(batch * heads, *tensor.shape[2:])
 
 
 def per_head(tensor: Tensor, batch: int, heads: int) -> Tensor:
-    """(batch * heads, ...) -> (batch, heads, ...): the way back from `pairs`."""
+    """Undo `pairs`: (batch * heads, ...) -> (batch, heads, ...)."""
     return tensor.reshape(batch, heads, *tensor.shape[1:])

@@ -1,11 +1,12 @@
-"""Recurrences with a diagonal transition matrix: LA, WLA, GLA, S4D, S6, Mamba, RetNet, RG-LRU and their like."""
+"""Defines recurrences with a diagonal transition matrix: LA, WLA, GLA, S4D, S6, Mamba, RetNet, RG-LRU."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,14 +15,13 @@ from ess_monitor.errors import OperatorError
 from ess_monitor.ess.gramian import recurrence_singular_values
 from ess_monitor.ess.linalg import result_dtype, working_dtype
 from ess_monitor.ess.operators.base import Operator
-from ess_monitor.ess.operators.fields import all_finite, check_floating, check_same_device, common_size, first, take
+from ess_monitor.ess.operators.fields import all_finite, check_batch_and_heads, check_floating, check_same_device
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+VECTOR_SHAPE = "(batch, heads, length, state)"
 
 
 def resets(log_decay: Tensor) -> Tensor:
-    """Log decay of A := I, (batch|1, heads|1, length|1, 1): 0, and -inf at tokens where nothing is kept at all.
+    """Return the log decay of A := I, (batch|1, heads|1, length|1, 1): 0, and -inf at tokens where all decays are 0.
 
     A decay that is the same at every token separates no sequences.
     """
@@ -32,8 +32,70 @@ def resets(log_decay: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class DiagonalRecurrence(Operator):
-    """s_t = diag(exp(log_decay_t)) s_{t-1} + b_t u_t,  y_t = c_t . s_t: the state is updated before it is read.
+class Recurrence(Operator):
+    """Carries a state of fixed size from token to token through transition matrices A_t. TSS is the state size n."""
+
+    log_decay: Tensor
+
+    @property
+    @abstractmethod
+    def _vectors(self) -> dict[str, Tensor]:
+        """The fields with an entry for every token and state dimension, by name."""
+
+    @abstractmethod
+    def _product_norm(self) -> Tensor:
+        """Return the Frobenius norm of A_L ... A_1 in the working dtype, broadcastable to (batch, heads)."""
+
+    @abstractmethod
+    def _mean_diagonal(self) -> Tensor:
+        """Return the mean of A's diagonal in the working dtype, broadcastable to (batch, heads)."""
+
+    def __post_init__(self) -> None:
+        vectors = self._vectors
+        for name, tensor in {"log_decay": self.log_decay, **vectors}.items():
+            check_floating(name, tensor, VECTOR_SHAPE, 4)
+        check_same_device(**self._tensor_fields)
+        full_name, full = next(iter(vectors.items()))
+        for name, tensor in self._tensor_fields.items():
+            if name in vectors and tensor.shape[2:] != full.shape[2:]:
+                raise OperatorError(
+                    f"{name} has shape {tuple(tensor.shape)} and {full_name} {tuple(full.shape)}; both must be "
+                    f"{VECTOR_SHAPE} with the same length and state."
+                )
+            for dimension, size in enumerate(tensor.shape[2:], start=2):
+                if size not in (1, full.shape[dimension]):
+                    raise OperatorError(
+                        f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to {full_name}'s "
+                        f"{tuple(full.shape)}: dimension {dimension} must be 1 or {full.shape[dimension]}."
+                    )
+        check_batch_and_heads(**self._tensor_fields)
+
+    @property
+    def length(self) -> int:
+        return next(iter(self._vectors.values())).shape[2]
+
+    @property
+    def state_size(self) -> int:
+        """State dimensions per channel, n."""
+        return next(iter(self._vectors.values())).shape[3]
+
+    @property
+    def capacity_grows(self) -> bool:
+        return False
+
+    def finite(self) -> Tensor:
+        # A log decay of -inf is a decay of 0 and legal.
+        decays = all_finite(self.log_decay, allows_minus_infinity=True)
+        others = (all_finite(tensor) for name, tensor in self._tensor_fields.items() if name != "log_decay")
+        return reduce(torch.logical_and, others, decays).expand(self.batch, self.heads)
+
+    def _capacity_at(self, position: int) -> int:
+        return self.state_size
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalRecurrence(Recurrence):
+    """Updates the state, then reads it: s_t = diag(exp(log_decay_t)) s_{t-1} + b_t u_t,  y_t = c_t . s_t.
 
     T_ij = sum_n c_i[n] exp(log_decay_{j+1}[n] + ... + log_decay_i[n]) b_j[n] for i >= j. TSS is the state size n.
     Singular values cost O(L n^2 + P n^3) for P positions and never form T (`ess_monitor.ess.gramian`).
@@ -53,58 +115,12 @@ class DiagonalRecurrence(Operator):
         tensor([[[[6., 0.]]]])
     """
 
-    log_decay: Tensor
     b: Tensor
     c: Tensor
 
-    def __post_init__(self) -> None:
-        shape = "(batch, heads, length, state)"
-        for name, tensor in (("log_decay", self.log_decay), ("b", self.b), ("c", self.c)):
-            check_floating(name, tensor, shape, 4)
-        check_same_device(log_decay=self.log_decay, b=self.b, c=self.c)
-        if self.b.shape[2:] != self.c.shape[2:]:
-            raise OperatorError(
-                f"b has shape {tuple(self.b.shape)} and c {tuple(self.c.shape)}; both must be {shape} with the same "
-                "length and state."
-            )
-        for dimension, size in zip((2, 3), self.b.shape[2:], strict=True):
-            if self.log_decay.shape[dimension] not in (1, size):
-                raise OperatorError(
-                    f"log_decay has shape {tuple(self.log_decay.shape)}, which does not broadcast to b's "
-                    f"{tuple(self.b.shape)}: dimension {dimension} must be 1 or {size}."
-                )
-        for name, dimension in (("samples", 0), ("heads", 1)):
-            sizes = {field: getattr(self, field).shape[dimension] for field in ("log_decay", "b", "c")}
-            common_size(name, **sizes)
-
     @property
-    def batch(self) -> int:
-        return max(tensor.shape[0] for tensor in self.tensors)
-
-    @property
-    def heads(self) -> int:
-        return max(tensor.shape[1] for tensor in self.tensors)
-
-    @property
-    def length(self) -> int:
-        return self.b.shape[2]
-
-    @property
-    def state_size(self) -> int:
-        """State dimensions per channel, n."""
-        return self.b.shape[3]
-
-    @property
-    def capacity_grows(self) -> bool:
-        return False
-
-    def state_capacity(self, positions: Sequence[int]) -> Tensor:
-        return torch.full((len(self._checked(positions)),), float(self.state_size), device=self.device)
-
-    def finite(self) -> Tensor:
-        # A log decay of -inf is a decay of 0 and legal.
-        decays = ~(self.log_decay.isnan() | self.log_decay.isposinf()).flatten(2).any(-1)
-        return (decays & all_finite(self.b) & all_finite(self.c)).expand(self.batch, self.heads)
+    def _vectors(self) -> dict[str, Tensor]:
+        return {"b": self.b, "c": self.c}
 
     def without_decay(self) -> DiagonalRecurrence:
         return DiagonalRecurrence(resets(self.log_decay), self.b, self.c)
@@ -120,31 +136,39 @@ class DiagonalRecurrence(Operator):
             state[:, :, :i] *= decay[:, :, i, None]
             state[:, :, i] = self.b[:, :, i]
             operator[:, :, i, : i + 1] = (state[:, :, : i + 1] * self.c[:, :, i, None].to(dtype)).sum(-1)
-        return operator.to(result_dtype(*(tensor.dtype for tensor in self.tensors)))
+        return operator.to(self.result_dtype)
+
+    def _product_norm(self) -> Tensor:
+        total = self.log_decay.sum(2, dtype=working_dtype(self.device))
+        if self.log_decay.shape[2] == 1:
+            total = total * self.length
+        repeated = self.state_size // total.shape[-1]
+        return (repeated * (2 * total).exp().sum(-1)).sqrt()
+
+    def _mean_diagonal(self) -> Tensor:
+        decay = self.log_decay.to(result_dtype(self.log_decay.dtype)).exp()
+        return decay.mean((2, 3), dtype=working_dtype(self.device))
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return recurrence_singular_values(self.log_decay, self.b, self.c, positions, self.batch, self.heads)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        return self.map(lambda tensor: first(take(take(tensor, 0, samples), 1, heads), 2, length))
-
 
 @dataclass(frozen=True, eq=False)
 class ReadFirstRecurrence(DiagonalRecurrence):
-    """y_t = c_t . s_{t-1}, then s_t = diag(exp log_decay_t) s_{t-1} + b_t u_t: the state is read before it is updated.
+    """Reads the state before the update: y_t = c_t . s_{t-1}, then s_t = diag(exp log_decay_t) s_{t-1} + b_t u_t.
 
     T_ij = sum_n c_i[n] exp(log_decay_{j+1}[n] + ... + log_decay_{i-1}[n]) b_j[n] for i > j, and 0 for i = j: what a
     token adds to its own output is in no H_i. A log decay of -inf separates sequences: the read of that token sees
     nothing from before it either.
 
-    Arguments as in `DiagonalRecurrence`, and so are A, the state without decay and the cost.
+    Arguments, A, the state without decay and the cost are those of `DiagonalRecurrence`.
     """
 
     def _updated_first(self) -> DiagonalRecurrence:
-        """The same H_i with the read after the update: the one decay that such a read sees more is divided out.
+        """Return an operator of the same H_i that reads after the update; the extra decay is divided out of c.
 
-        Decays too strong for that are bounded. What they then leave of a state, exp(-283) in float64, is as far below
-        the rounding of any sum as nothing at all is.
+        Decays too strong for that division are bounded. At the bound exp(-283) of a state is left in float64, which
+        vanishes in the rounding of any sum.
         """
         dtype = working_dtype(self.device)
         bound = 0.4 * math.log(torch.finfo(dtype).tiny)
@@ -155,7 +179,7 @@ class ReadFirstRecurrence(DiagonalRecurrence):
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
-        return self._updated_first().materialize().tril(-1).to(result_dtype(*(t.dtype for t in self.tensors)))
+        return self._updated_first().materialize().tril(-1).to(self.result_dtype)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return self._updated_first()._raw_singular_values(positions)

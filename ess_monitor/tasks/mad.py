@@ -1,4 +1,4 @@
-"""Selective copying (MAD; Poli et al., 2024).
+"""Defines selective copying and compression (MAD; Poli et al., 2024).
 
 Shapes: B batch, L length, K tokens to copy.
 """
@@ -15,7 +15,7 @@ from ess_monitor.tasks.counter import random_bits
 
 
 class SelectiveCopyingConfig(TaskConfig):
-    """Size and difficulty of a copying task.
+    """Sets size and difficulty of a copying task.
 
     Example:
         >>> SelectiveCopyingConfig(length=17, tokens_to_copy=8)
@@ -42,10 +42,10 @@ class SelectiveCopyingConfig(TaskConfig):
 
 
 class SelectiveCopying(SyntheticTask):
-    """Content tokens scattered among blanks, then "copy now", then as many blanks: answer with the content in order.
+    """Asks for the content in order, after content tokens among blanks, "copy now", and as many blanks.
 
-    Where the content stands is uniform over all choices of K places out of L - K - 1. (MAD's own generator never puts a
-    blank after the last content token.)
+    The places of the content are uniform over all choices of K places out of L - K - 1. (MAD's own generator never puts
+    a blank after the last content token.)
 
     Example:
         >>> config = SelectiveCopyingConfig(length=12, tokens_to_copy=3, vocab_size=10)
@@ -70,4 +70,49 @@ class SelectiveCopying(SyntheticTask):
         inputs_BL.scatter_(1, place_BK, content_BK)
         targets_BL = torch.full_like(inputs_BL, IGNORED)
         targets_BL[:, places + 1 :] = content_BK
+        return inputs_BL, targets_BL
+
+
+class CompressionConfig(TaskConfig):
+    """Sets size and difficulty of a compression task.
+
+    Example:
+        >>> CompressionConfig(length=32, vocab_size=8).samples
+        128000
+    """
+
+    vocab_size: int = Field(default=16, ge=2, le=2**31 - 1)
+    """Tokens: the last one says "compress", the rest are content. The paper makes the task harder by more of them, from
+    8 to 128; 16 is MAD's own default."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CompressionConfig:
+        if self.length < 2:
+            raise ValueError(f"length={self.length} must be at least 2: some content and the token that ends it.")
+        return self
+
+
+class Compression(SyntheticTask):
+    """Asks for random tokens back, from the features at a last token "compress" alone.
+
+    Targets are the inputs, except at the last position, whose token is always the same. Train it in a backbone with
+    `decoder="last_token"`: otherwise each position sees its own answer.
+
+    Example:
+        >>> inputs, targets = Compression(CompressionConfig(length=6, vocab_size=8))[0]
+        >>> torch.equal(inputs[:-1], targets[:-1]), inputs[-1].item(), targets[-1].item()
+        (True, 7, -100)
+    """
+
+    def __init__(self, config: CompressionConfig) -> None:
+        validation.instance("config", config, CompressionConfig)
+        super().__init__(config.samples)
+        self.config = config
+
+    def _generate(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        inputs_BL = random_bits(config.seed, index_B, config.length) % (config.vocab_size - 1)
+        inputs_BL[:, -1] = config.vocab_size - 1
+        targets_BL = inputs_BL.clone()
+        targets_BL[:, -1] = IGNORED
         return inputs_BL, targets_BL
