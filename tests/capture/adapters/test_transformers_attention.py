@@ -122,9 +122,9 @@ def test_the_position_bias_of_a_decoder_is_part_of_the_operator() -> None:
 
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config)
-    format_error = {info.name: info for info in layer_infos(model)}
-    assert [name for name, info in format_error.items() if info.supported] == ["decoder.block.0.layer.0.SelfAttention"]
-    skipped = {name: info.reason for name, info in format_error.items() if not info.supported}
+    described = {info.name: info for info in layer_infos(model)}
+    assert [name for name, info in described.items() if info.supported] == ["decoder.block.0.layer.0.SelfAttention"]
+    skipped = {name: info.reason for name, info in described.items() if not info.supported}
     assert all("not causal (is_causal=False)" in reason for reason in skipped.values())
     assert skipped.keys() == {"encoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.1.EncDecAttention"}
     [layer] = find_layers(model)
