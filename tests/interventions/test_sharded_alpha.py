@@ -184,11 +184,12 @@ def test_a_roll_back_that_raises_is_told_once_and_not_tried_again(
     run = Run(featurizer)
     run.pilot._on_failure = lambda message, error: told.append(message)
     run.measure(ILL)
-    target = "treatment.restore_alpha" if featurizer == "s6" else "regularizer.IdentityPull.detach"
+    target = "remedies.restore_alpha" if featurizer == "s6" else "identity_pull.IdentityPull.detach"
     monkeypatch.setattr(f"ess_monitor.interventions.{target}", broken)
     [action] = run.measure(ILL, loss=99.0)
     assert action.outcome == "failed"
-    assert "it could not be taken back (RuntimeError: different meshes), a person must look" in action.message
+    assert "could not be undone (RuntimeError: different meshes) and is not tried again" in action.message
+    assert action.message.endswith("inspect the layer by hand")
     assert run.pilot.active == ()
     assert run.measure(ILL, loss=99.0, times=6) == ()
     assert run.measure(ILL, times=6) == ()  # given up
