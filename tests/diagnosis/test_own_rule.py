@@ -50,5 +50,5 @@ def test_rules_are_tried_in_order_and_those_of_the_package_still_apply() -> None
 
 @pytest.mark.parametrize("wrong", [None, "collapsed", [None], [Verdict]])
 def test_what_is_not_a_rule_is_refused_by_name(wrong: object) -> None:
-    with pytest.raises(ConfigError, match="^rules"):
+    with pytest.raises(ConfigError, match=r"^rules"):
         Tracker(TASK, rules=wrong)  # type: ignore[arg-type]
