@@ -61,7 +61,6 @@ class RescaleAlpha(Remedy):
 
     @classmethod
     def match(cls, layer: Layer) -> bool:
-        """Return whether the layer has an alpha."""
         return layer.spec.alpha is not None
 
     @classmethod
@@ -82,16 +81,13 @@ class RescaleAlpha(Remedy):
 
     @classmethod
     def strengths(cls, config: AutopilotConfig) -> tuple[float, ...]:
-        """Return the factors, one per rung."""
         return config.alpha_factors
 
     @classmethod
     def describe(cls, strength: float) -> str:
-        """Return the factor, and what happens to the optimizer's state."""
         return f"alpha multiplied by {strength:g}, the optimizer's memory of it cleared"
 
     def apply(self, strength: float, optimizer: Optimizers) -> None:
-        """Multiply alpha once more."""
         copy = rescale_alpha(self.layer.module, strength, optimizer=optimizer, handle=self._handle)
         if not self._has_begun:
             self._copy, self._is_copy_sharded = copy, is_sharded(self._tensor)
@@ -158,30 +154,22 @@ class PullToIdentity(Remedy):
 
     @classmethod
     def match(cls, layer: Layer) -> bool:
-        """Return whether the layer's decay can be read and written."""
         return layer.spec.decay is not None
 
     @classmethod
     def strengths(cls, config: AutopilotConfig) -> tuple[float, ...]:
-        """Return the lambdas, one per rung."""
         return config.strengths
 
     @classmethod
     def describe(cls, strength: float) -> str:
-        """Return the regularizer and its lambda."""
         return f"A->I regularizer with lambda {strength:g} attached"
 
     def apply(self, strength: float, optimizer: Optimizers) -> None:
-        """Attach a new regularizer in place of the one before."""
         self.detach()
         handle = self.layer.spec.decay
         assert handle is not None, "match is false for this layer"
         self._pull = IdentityPull(
-            self.layer.module,
-            handle,
-            strength,
-            grad_scale=self.grad_scale,
-            on_failure=lambda error: self.report_failure(f"the {self.subject}", error),
+            self.layer.module, handle, strength, grad_scale=self.grad_scale, on_failure=self._on_pull_failure
         )
         self._pull.attach()
 
@@ -190,19 +178,19 @@ class PullToIdentity(Remedy):
         self.detach()
 
     def detach(self) -> None:
-        """Take the regularizer out of the forward pass."""
         if self._pull is not None:
             self._pull.detach()
             self._pull = None
 
     @property
     def failure(self) -> Exception | None:
-        """The first error of the attached regularizer."""
         return None if self._pull is None else self._pull.failure
 
     def resume(self, strength: float, state: RemedyState) -> None:
-        """Attach again."""
         self.apply(strength, None)
+
+    def _on_pull_failure(self, error: Exception) -> None:
+        self.report_failure(f"the {self.subject}", error)
 
 
 REMEDIES: tuple[type[Remedy], ...] = (RescaleAlpha, PullToIdentity)
