@@ -47,21 +47,13 @@ follow). rejected: not done, for the reason given. failed: the ladder came to it
 regularizer itself failed, or what was done could not be taken back. rolled_back: taken back because the loss broke.
 recovered: the layer is healthy again. released: the regularizer was taken off."""
 
-ACTIONS: tuple[ActionKind, ...] = ("pull_to_identity", "rescale_alpha", "advise")
-ACTION_OUTCOMES: tuple[ActionOutcome, ...] = (
-    "applied",
-    "dry_run",
-    "rejected",
-    "failed",
-    "rolled_back",
-    "recovered",
-    "released",
-)
+ACTIONS: tuple[ActionKind, ...] = get_args(ActionKind)
+ACTION_OUTCOMES: tuple[ActionOutcome, ...] = get_args(ActionOutcome)
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
-RUN_STATUSES: tuple[RunStatus, ...] = ("starting", "running", "finished", "failed")
-PHASES: tuple[Phase, ...] = ("capture", "measure", "diagnose", "intervene", "export")
-PARTS: tuple[Part, ...] = ("capture", "worker", "measurement", "agreement", "diagnosis", "intervention", "export")
-OUTCOMES: tuple[Outcome, ...] = ("ok", "skipped", "failed")
+RUN_STATUSES: tuple[RunStatus, ...] = get_args(RunStatus)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+PARTS: tuple[Part, ...] = get_args(Part)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 MEASURED: tuple[Status, ...] = ("ok", "nonfinite", "too_short")
 """A reading with one of these was taken and computed, whatever came of it."""
 

@@ -1,4 +1,4 @@
-"""Diagnosis: from readings to conditions and findings. Knows the records and the errors, and nothing else."""
+"""Diagnoses layers: from readings to conditions and findings."""
 
 from __future__ import annotations
 

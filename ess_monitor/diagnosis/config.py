@@ -1,8 +1,8 @@
-"""Where the lines are drawn, and why there.
+"""The thresholds of the diagnosis, and why they are where they are.
 
-Two kinds of line. Those on utilization say what is low and what is full; each has a second value at which a layer
-leaves the condition again (hysteresis), so that noise around one line does not turn into a series of findings. Those on
-time (warm-up, patience, trend) say for how long something has to be seen before it is believed.
+There are two kinds. Lines on utilization say what is low and what is full; each has a second value at which a layer
+leaves the condition again (hysteresis), so that noise around one line does not turn into a series of findings. Lines on
+time (warm-up, patience, trend) say for how long something has to be seen before it counts.
 
 Utilization is here the share of the *attainable* size, `effective_size / attainable_size`. It equals ESS / TSS
 wherever the sequence is long enough to fill the state (i >= TSS and length - i >= TSS); where it is not, a short
@@ -21,9 +21,9 @@ from ess_monitor import validation
 
 
 class DiagnosisConfig(BaseModel):
-    """Thresholds of the diagnosis.
+    """Sets the thresholds of the diagnosis.
 
-    The defaults are set against false alarms: a run that learns must never be called ill, and a collapse that is
+    The defaults are set against false alarms: no layer of a run that learns may be called collapsed. A collapse that is
     reported some hundred steps late has cost little (left alone until step 2000, three of three WLA runs could still be
     rescued).
 
@@ -83,7 +83,7 @@ class DiagnosisConfig(BaseModel):
     saturated_patience: int = Field(default=10, ge=1, le=10_000)
     """Consecutive measurements that must agree before a layer is called saturated: twice `patience`. A small state is
     full in every run, so time on the plateau is the whole evidence. The finding is advice and treats nothing: late
-    costs little, and a false one sends somebody to rebuild a model that was about to learn."""
+    costs little, and a false one makes somebody rebuild a model that was about to learn."""
 
     trend_window: int = Field(default=10, ge=4, le=10_000)
     """Measurements over which a trend is taken: the mean of the newer half against the mean of the older half. Ten at a
@@ -135,9 +135,7 @@ class DiagnosisConfig(BaseModel):
     @model_validator(mode="after")
     def _metric_is_complete(self) -> DiagnosisConfig:
         if self.metric == "":
-            raise ValueError(
-                "metric='' names no metric; give a name from the training loop's metrics, or None for none"
-            )
+            raise ValueError("metric='' is empty; give a name from the training loop's metrics, or None for none")
         if self.metric is not None and self.metric_solved is None:
             raise ValueError(
                 f"metric={self.metric!r} needs metric_solved, the value from which the task counts as solved; "
@@ -152,7 +150,7 @@ class DiagnosisConfig(BaseModel):
 
 
 def thresholds(config: DiagnosisConfig) -> dict[str, float]:
-    """The lines on utilization as `condition.bound` -> ratio, for dashboards (`RunInfo.thresholds`).
+    """Return the lines on utilization as `condition.bound` -> ratio, for dashboards (`RunInfo.thresholds`).
 
     The lines of a starved layer are left out: they hold only below a retention, which a curve of utilization does not
     show.

@@ -1,4 +1,7 @@
-"""One reading in its context -> one verdict. Pure functions, no memory of their own.
+"""One reading in its context -> one verdict. Pure functions without memory.
+
+A rule is a function `(reading, utilization, context, config) -> Verdict | None`. `RULES` are tried in order, and the
+first verdict counts; where no rule gives one, the layer is healthy. A new rule is one function and one line there.
 
 Collapsed (section 3.2: enough TSS, but ESS fails to increase) is
 
@@ -25,41 +28,43 @@ and is never said without a task metric. A full state is necessary for saturatio
 fills a small state by construction, and a WLA of TSS 4 solved MQAR at utilization 1.0. Whether more memory would help
 is a fact about the task that the operator does not show.
 
-A layer whose TSS grows with the position (softmax attention) is not judged: its TSS is no design choice.
+A layer whose TSS grows with the position (softmax attention) is not judged: its TSS is not a design choice.
 
-The first of several layers is not called collapsed (`spare_first_layer`). Where another one would look collapsed its
-verdict is unknown.
+The first of several layers is not called collapsed (`spare_first_layer`). Where another layer would look collapsed,
+its verdict is unknown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
-from ess_monitor.records import Condition, Reading, attainable_utilization, full_state_utilization
+from ess_monitor.records import CONDITION_INFO, Condition, Reading, attainable_utilization, full_state_utilization
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one reading says of its layer."""
+    """Says which condition one reading speaks for, and why."""
 
     condition: Condition
     reason: str
     """What was seen, against which threshold."""
     advice: str = ""
-    """What a person can do about it; empty for a healthy layer."""
+    """What to do about it; empty for a healthy layer."""
     suspected: Condition | None = None
-    """The condition that this reading shows and that only a trend upwards forbids to say (yet)."""
+    """The condition that this reading shows, while an upward trend still forbids calling the layer so."""
+    patience: int | None = None
+    """Consecutive measurements that must agree before the condition changes; None: `config.patience`."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a single reading does not show. The default is that of a first reading of a lone layer."""
+    """Holds what a single reading does not show. The default is that of the first reading of an only layer."""
 
     previous: Condition = "unknown"
-    """Condition before this reading: decides which side of a hysteresis applies."""
+    """Condition before this reading. It decides which of a hysteresis's two lines applies."""
     utilizations: tuple[float, ...] = ()
     """Utilization (`attainable_utilization`) over the trend window, oldest first, this reading's included."""
     metrics: tuple[float, ...] = ()
@@ -69,41 +74,12 @@ class Context:
     """True for the first layer of a model with more than one."""
 
 
-def judge(reading: Reading, context: Context, config: DiagnosisConfig) -> Verdict | None:
-    """The condition that `reading` speaks for, or None where it speaks for none.
-
-    None is returned for a status other than `ok`, for a layer whose capacity grows with the position, and for a reading
-    without sizes. Otherwise exactly one verdict, `healthy` included.
-
-    Example:
-        >>> reading = Reading(step=2000, layer="mixer.1", status="ok", length=64, positions=(32,), state_capacity=16,
-        ...                   attainable_size=16, effective_size=2.4, utilization_ratio=0.15, retention_ratio=0.54)
-        >>> judge(reading, Context(), DiagnosisConfig()).condition
-        'collapsed'
-        >>> learned = Context(metrics=(0.99,))
-        >>> judge(reading, learned, DiagnosisConfig(metric="accuracy", metric_solved=0.9)).condition
-        'healthy'
-    """
-    validation.instance("reading", reading, Reading)
-    validation.instance("context", context, Context)
-    validation.instance("config", config, DiagnosisConfig)
-    utilization = attainable_utilization(reading)
-    if utilization is None:
-        return None
-    if task_solved(context.metrics, config):
-        return Verdict(
-            "healthy",
-            f"utilization {utilization:.2f}, and the task is solved: {config.metric} reached {config.metric_solved:g}",
-        )
-    return (
-        _saturated(reading, context, config)
-        or _collapsed(reading, utilization, context, config)
-        or Verdict("healthy", _healthy_reason(utilization, context, config))
-    )
+Rule = Callable[[Reading, float, Context, DiagnosisConfig], "Verdict | None"]
+"""(reading, its attainable utilization, context, config) -> a verdict, or None where the rule does not apply."""
 
 
 def task_solved(metrics: Sequence[float], config: DiagnosisConfig) -> bool:
-    """Whether one of the last `patience` metric values reached `metric_solved`.
+    """Return whether one of the last `patience` metric values reached `metric_solved`.
 
     The best of several, so that a metric which hovers around the line counts as solved.
     """
@@ -116,9 +92,9 @@ def task_solved(metrics: Sequence[float], config: DiagnosisConfig) -> bool:
 
 
 def task_improves(metrics: Sequence[float], config: DiagnosisConfig, window: int | None = None) -> bool:
-    """Whether the metric closed `metric_progress_ratio` of its distance to `metric_solved` over the last `window`.
+    """Return whether the metric closed `metric_progress_ratio` of its distance to `metric_solved` over the window.
 
-    The window is `config.trend_window` unless said otherwise.
+    The window is the last `config.trend_window` values unless `window` is given.
     """
     recent = metrics[-(config.trend_window if window is None else window) :]
     if config.metric_solved is None or len(recent) < 2:
@@ -129,60 +105,69 @@ def task_improves(metrics: Sequence[float], config: DiagnosisConfig, window: int
 
 
 def is_rising(utilizations: Sequence[float], config: DiagnosisConfig) -> bool:
-    """Whether utilization rose by more than `rising_ratio` over the trend window."""
+    """Return whether utilization rose by more than `rising_ratio` over the trend window."""
     if len(utilizations) < 2:
         return False
     older, newer = _halves(utilizations)
     return newer > older * (1 + config.rising_ratio)
 
 
-def _saturated(reading: Reading, context: Context, config: DiagnosisConfig) -> Verdict | None:
-    if not context.metrics:
-        return None
-    utilization = full_state_utilization(reading)
-    if utilization is None:
-        return None
-    if context.previous == "saturated":
-        seen, bound = utilization >= config.saturated_recovers_below, config.saturated_recovers_below
-    else:
-        full = utilization >= config.saturated_above
-        learns = task_improves(context.metrics, config, config.plateau_window)
-        seen, bound = full and not learns, config.saturated_above
-    if not seen:
+def solved(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
+    """Return healthy where the task is solved, however little or much of the memory is in use."""
+    if not task_solved(context.metrics, config):
         return None
     return Verdict(
-        "saturated",
-        f"utilization {utilization:.2f} is at or above {bound:g} and {_unsolved(context, config)}",
-        f"the memory is full: raise the state size (now {reading.state_capacity:g} per channel) "
-        "or ask for less to be remembered; no change of the decay adds room",
+        "healthy",
+        f"utilization {utilization:.2f}, and the task is solved: {config.metric} reached {config.metric_solved:g}",
     )
 
 
-def _collapsed(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
+def saturated(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
+    """Return saturated where the state is full and the unsolved task stands still."""
+    full_utilization = full_state_utilization(reading)
+    if not context.metrics or full_utilization is None:
+        return None
+    if context.previous == "saturated":
+        bound, learns = config.saturated_recovers_below, False
+    else:
+        bound, learns = config.saturated_above, task_improves(context.metrics, config, config.plateau_window)
+    if full_utilization < bound or learns:
+        return None
+    return Verdict(
+        "saturated",
+        f"utilization {full_utilization:.2f} is at or above {bound:g} and {_unsolved(context, config)}",
+        f"the memory is full: raise the state size (now {reading.state_capacity:g} per channel) "
+        "or ask for less to be remembered; no change of the decay adds room",
+        patience=config.saturated_patience,
+    )
+
+
+def collapsed(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
+    """Return collapsed where little of the memory is in use for good; unknown or healthy where that may be right."""
     retention = reading.retention_ratio
-    collapsed = context.previous == "collapsed"
-    line = config.collapsed_recovers_above if collapsed else config.collapsed_below
-    starved_line = config.starved_recovers_above if collapsed else config.starved_below
-    retention_line = config.retention_recovers_above if collapsed else config.retention_below
+    was_collapsed = context.previous == "collapsed"
+    line = config.collapsed_recovers_above if was_collapsed else config.collapsed_below
+    starved_line = config.starved_recovers_above if was_collapsed else config.starved_below
+    retention_line = config.retention_recovers_above if was_collapsed else config.retention_below
     to_blame = retention is not None and retention < retention_line
     if not context.metrics and not to_blame:
-        # Without a task the only sign that low use is a fault is that the decay takes away what the features offer.
+        # Without a task only the decay, where it takes away what the features offer, shows that low use is a fault.
         return None
     starved = bool(context.metrics) and to_blame and utilization >= line
     bound = starved_line if starved else line
     if utilization >= bound:
         return None
     if context.first_of_several and config.spare_first_layer:
-        # Not collapsed, as it may be right to use so little; and not healthy, as nobody has seen that it is.
+        # Not collapsed, because using so little may be right; not healthy, because nothing shows that it is.
         return Verdict(
             "unknown", f"utilization {utilization:.2f} is below {bound:g}, which may be right in a first layer"
         )
-    if not collapsed and (is_rising(context.utilizations, config) or task_improves(context.metrics, config)):
-        # A saturated layer has to leave its condition first: there is no suspicion while there is a finding.
+    if not was_collapsed and (is_rising(context.utilizations, config) or task_improves(context.metrics, config)):
+        # A saturated layer has to leave its condition first: nothing is suspected while a finding stands.
         return Verdict(
             "healthy",
             f"utilization {utilization:.2f} is below {bound:g}, and it or the task is on its way up",
-            suspected=None if context.previous == "saturated" else "collapsed",
+            suspected=None if CONDITION_INFO[context.previous].needs_attention else "collapsed",
         )
     facts = [f"utilization {utilization:.2f} is below {bound:g} and not recovering"]
     if retention is None:
@@ -220,6 +205,43 @@ def _unsolved(context: Context, config: DiagnosisConfig) -> str:
 
 
 def _halves(values: Sequence[float]) -> tuple[float, float]:
-    """Means of the older and the newer half."""
+    """Return the means of the older and the newer half."""
     middle = len(values) // 2
     return sum(values[:middle]) / middle, sum(values[middle:]) / (len(values) - middle)
+
+
+RULES: tuple[Rule, ...] = (solved, saturated, collapsed)
+"""The rules in the order in which they are tried."""
+
+
+def judge(reading: Reading, context: Context, config: DiagnosisConfig, rules: Sequence[Rule] = RULES) -> Verdict | None:
+    """Return the condition that `reading` speaks for, or None where it cannot be judged.
+
+    A reading cannot be judged with a status other than `ok`, without sizes, or of a layer whose capacity grows with the
+    position. Every other one gets a verdict: that of the first rule that gives one, or healthy.
+
+    Example:
+        >>> reading = Reading(step=2000, layer="mixer.1", status="ok", length=64, positions=(32,), state_capacity=16,
+        ...                   attainable_size=16, effective_size=2.4, utilization_ratio=0.15, retention_ratio=0.54)
+        >>> judge(reading, Context(), DiagnosisConfig()).condition
+        'collapsed'
+        >>> learned = Context(metrics=(0.99,))
+        >>> judge(reading, learned, DiagnosisConfig(metric="accuracy", metric_solved=0.9)).condition
+        'healthy'
+    """
+    validation.instance("reading", reading, Reading)
+    validation.instance("context", context, Context)
+    validation.instance("config", config, DiagnosisConfig)
+    rules = check_rules(rules)
+    utilization = attainable_utilization(reading)
+    if utilization is None:
+        return None
+    verdicts = (rule(reading, utilization, context, config) for rule in rules)
+    given = (verdict for verdict in verdicts if verdict is not None)
+    return next(given, None) or Verdict("healthy", _healthy_reason(utilization, context, config))
+
+
+def check_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Return the rules as a tuple, or raise `ConfigError` where one is not a function."""
+    hint = "(reading, utilization, context, config) -> Verdict or None"
+    return tuple(validation.function("rules", rule, hint=hint) for rule in validation.listed("rules", rules, hint=hint))

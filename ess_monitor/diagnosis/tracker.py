@@ -1,19 +1,19 @@
-"""From verdicts to conditions: warm-up, patience, and a state that survives a restart."""
+"""The conditions of all layers over a run: warm-up, patience, and a state that survives a restart."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
-from ess_monitor.diagnosis.rules import Context, Verdict, judge
+from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge
 from ess_monitor.errors import CheckpointError
-from ess_monitor.records import Condition, Finding, Reading, attainable_utilization
+from ess_monitor.records import CONDITION_INFO, Condition, Finding, Reading, attainable_utilization
 
 STATE_VERSION = 1
 """Version of `Tracker.state_dict`; raised when its fields change."""
@@ -25,10 +25,15 @@ class Tracker:
     A condition changes when `patience` consecutive readings (`saturated_patience` for saturation) speak for the same
     new one after the warm-up. A reading that only suspects a condition, because the trend still points up, counts
     towards the streak and cannot complete it. Readings that are not `ok`, or that cannot be judged, neither count nor
-    break a streak. Memory is bounded: one window of numbers a layer and one for the task metric.
+    break a streak. Memory is bounded: one window of numbers per layer and one for the task metric.
 
-    Every change is a `Finding`, with one exception: between `unknown` and `healthy` there is no news. A layer turns out
-    healthy after the warm-up; a first layer that uses little, and may be right to, is not called anything.
+    Every change is a `Finding`, except between `unknown` and `healthy`: a layer that turns out healthy after the
+    warm-up, or a first layer that may be right to use little, needs no attention.
+
+    Args:
+        config: thresholds.
+        rules: what is tried on every reading, in order; the first verdict counts. A rule of your own comes before or
+            after those in `rules.RULES`.
 
     Example:
         >>> reading = Reading(step=0, layer="mixer", status="ok", length=64, state_capacity=16, attainable_size=16,
@@ -40,18 +45,19 @@ class Tracker:
         (['collapsed'], {'mixer': 'collapsed'})
     """
 
-    def __init__(self, config: DiagnosisConfig | None = None) -> None:
+    def __init__(self, config: DiagnosisConfig | None = None, rules: Sequence[Rule] = RULES) -> None:
         self.config = validation.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
+        self._rules = check_rules(rules)
         self._layers: dict[str, _Layer] = {}
         self._metrics: deque[float] = deque(maxlen=self._metric_window)
 
     @property
     def conditions(self) -> dict[str, Condition]:
-        """Condition of every layer seen so far, in the order in which the layers were first given."""
+        """Condition of every layer seen so far, in the order in which the layers were first seen."""
         return {name: layer.condition for name, layer in self._layers.items()}
 
     def observe(self, readings: Iterable[Reading], metrics: Mapping[str, float], step: int) -> tuple[Finding, ...]:
-        """Take in one measurement; return the conditions that changed with it.
+        """Judge one measurement, and return the conditions that changed with it.
 
         Args:
             readings: one per layer, in model order (the first layer of the first measurement is the model's first).
@@ -63,13 +69,13 @@ class Tracker:
         step = validation.whole("step", step, 0)
         for reading in readings:
             self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
-        self._take_metric(metrics)
+        self._append_metric(metrics)
         findings = (self._follow(reading, step) for reading in readings)
         return tuple(finding for finding in findings if finding is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on exactly here, as JSON-serializable values."""
-        state = _TrackerState(
+        """Return all that is needed to go on exactly here, as JSON-serializable values."""
+        state = TrackerState(
             version=STATE_VERSION,
             metric=self.config.metric,
             metrics=list(self._metrics),
@@ -86,7 +92,7 @@ class Tracker:
             CheckpointError: not a state of this version. The tracker is left as it was.
         """
         try:
-            parsed = _TrackerState.model_validate(dict(state))
+            parsed = TrackerState.model_validate(dict(state))
         except (ValidationError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"state of the diagnosis cannot be read: {_first_problem(error)}; allowed is what "
@@ -105,7 +111,7 @@ class Tracker:
     def _metric_window(self) -> int:
         return max(self.config.trend_window, self.config.plateau_window)
 
-    def _take_metric(self, metrics: Mapping[str, float]) -> None:
+    def _append_metric(self, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self.config.metric) if self.config.metric is not None else None
         if value is not None and math.isfinite(value):
             self._metrics.append(float(value))
@@ -125,12 +131,14 @@ class Tracker:
             metrics=tuple(self._metrics),
             first_of_several=len(self._layers) > 1 and reading.layer == next(iter(self._layers)),
         )
-        verdict = judge(reading, context, self.config)
+        verdict = judge(reading, context, self.config, self._rules)
         if verdict is None:
             return None
         previous = layer.condition
-        patience = self.config.saturated_patience if verdict.condition == "saturated" else self.config.patience
-        if not layer.settles_on(verdict, patience) or _is_no_news(previous, verdict):
+        patience = self.config.patience if verdict.patience is None else verdict.patience
+        if not layer.settles_on(verdict, patience):
+            return None
+        if not any(CONDITION_INFO[condition].needs_attention for condition in (previous, verdict.condition)):
             return None
         return Finding(
             step=step,
@@ -146,7 +154,7 @@ class Tracker:
 
 
 class _Layer:
-    """Condition, streak and window of one layer."""
+    """Holds condition, streak and window of one layer."""
 
     def __init__(self, window: int) -> None:
         self.condition: Condition = "unknown"
@@ -155,7 +163,7 @@ class _Layer:
         self.utilizations: deque[float] = deque(maxlen=window)
 
     def settles_on(self, verdict: Verdict, patience: int) -> bool:
-        """Count one reading for what it shows; True when the layer's condition changes with it."""
+        """Count one reading for what it shows, and return whether the layer's condition changes with it."""
         condition = verdict.suspected or verdict.condition
         if condition == self.condition:
             self.candidate, self.streak = condition, 0
@@ -184,11 +192,11 @@ class _Layer:
         return layer
 
 
-class _State(BaseModel):
+class _DiagnosisState(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class _LayerState(_State):
+class _LayerState(_DiagnosisState):
     name: str
     condition: Condition
     candidate: Condition
@@ -196,16 +204,14 @@ class _LayerState(_State):
     utilizations: list[float]
 
 
-class _TrackerState(_State):
+class TrackerState(_DiagnosisState):
+    """Validates `Tracker.state_dict`."""
+
     version: int = Field(ge=-(2**63), le=2**63 - 1)
     metric: str | None
     metrics: list[float]
     layers: list[_LayerState]
     """A list, so that the model order survives writers that sort keys."""
-
-
-def _is_no_news(previous: Condition, verdict: Verdict) -> bool:
-    return {previous, verdict.condition} <= {"unknown", "healthy"}
 
 
 def _first_problem(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Acting on what was found: the A->I regularizer, alpha re-initialization, and the autopilot that decides when."""
+"""Treats collapsed layers: the A->I regularizer, alpha re-initialization, and the autopilot that decides when."""
 
 from ess_monitor.interventions.alpha import AlphaCopy, rescale_alpha, restore_alpha
 from ess_monitor.interventions.alpha_advice import AlphaAdvice, advise_alpha

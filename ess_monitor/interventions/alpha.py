@@ -1,8 +1,8 @@
-"""Rescaling the decay as a whole: A = exp(-(arange / alpha) softplus(.)) with a larger alpha (section 4.1, Finding 5).
+"""Rescale the decay as a whole: A = exp(-(arange / alpha) softplus(.)) with a larger alpha (section 4.1, Finding 5).
 
 Multiplying alpha by f divides log A by f, whatever the input decides: A moves towards the identity by one factor for
 all states. On a trained layer the optimizer's memory of the changed parameter belongs to another scale and is cleared;
-a copy of both is kept, so that the change can be taken back.
+a copy of both is kept, so that the change can be undone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 @dataclass(frozen=True)
 class AlphaCopy:
-    """What `rescale_alpha` changed, as it was before."""
+    """Holds what `rescale_alpha` changed, as it was before."""
 
     tensor: torch.Tensor
     moments: dict[str, Any]
@@ -52,7 +52,7 @@ def rescale_alpha(
         layer: a layer with an alpha handle: GLA-S6, S6.
         factor: above 1 pulls A towards I, below 1 away from it.
         optimizer: the optimizer that trains the parameter, or all of the run.
-        handle: where alpha is; found by itself for a layer that `describe` knows.
+        handle: where alpha is; looked up for a layer that `describe` knows.
 
     Returns:
         A copy for `restore_alpha`.
@@ -73,11 +73,12 @@ def rescale_alpha(
     tensor = handle.of(layer)
     if not (handle.is_number or is_persistent(layer, tensor)):
         raise CaptureError(
-            f"layer: {handle.tensor} of {type(layer).__name__} is no parameter or buffer, so a change would not last "
+            f"layer: {handle.tensor} of {type(layer).__name__} is not a parameter or buffer, so a change would be lost "
             "(flattened by FSDP, or computed from others); with FSDP set use_orig_params=True, or call fully_shard"
         )
     state = _state_of(tensor, optimizer)
-    copy = AlphaCopy(tensor.detach().clone(), {name: _copied(value) for name, value in state.items()})
+    moments = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+    copy = AlphaCopy(tensor.detach().clone(), moments)
     with torch.no_grad():
         handle.put(layer, handle.divided(tensor, factor))
     _forget(state, tensor)
@@ -91,7 +92,7 @@ def restore_alpha(
     optimizer: Optimizers = None,
     handle: AlphaHandle | None = None,
 ) -> None:
-    """Take `rescale_alpha` back: the tensor, and the optimizer's state of it, bit for bit.
+    """Undo `rescale_alpha` bit for bit: the tensor, and the optimizer's state of it.
 
     State that did not exist yet when the copy was taken starts anew. A copy can be restored more than once.
 
@@ -114,17 +115,17 @@ def restore_alpha(
 
 
 def is_persistent(layer: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether it is a parameter or buffer. What FSDP hangs up in the place of one is a view into freed memory."""
+    """Return whether the tensor is a parameter or buffer. FSDP puts a view into freed memory in the place of one."""
     return any(tensor is own for own in chain(layer.parameters(), layer.buffers()))
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a rank holds only its part of the tensor: a DTensor (FSDP2), or a piece of FSDP's flat parameter."""
+    """Return whether a rank holds only its shard: a DTensor (FSDP2), or a piece of FSDP's flat parameter."""
     return hasattr(tensor, "device_mesh") or hasattr(tensor, "_fsdp_flattened")
 
 
 def _forget(state: dict[str, Any], tensor: torch.Tensor) -> None:
-    """Zero the moments and the step count. Only these: optimizers also keep tables here that parameters share."""
+    """Zero the moments and the step count, and nothing else: optimizers also keep tables here that parameters share."""
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
             if name == "step" or (value.shape == tensor.shape and value.is_floating_point()):
@@ -134,7 +135,7 @@ def _forget(state: dict[str, Any], tensor: torch.Tensor) -> None:
 
 
 def _state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str, Any]:
-    """The state of `tensor` in the optimizer that trains it; empty for a buffer or before the first step."""
+    """Return the state of `tensor` in the optimizer that trains it; empty for a buffer or before the first step."""
     for candidate in check_optimizers(optimizer):
         if tensor in candidate.state:
             state: dict[str, Any] = candidate.state[tensor]
@@ -142,14 +143,10 @@ def _state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str, Any]:
     return {}
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-
 def check_optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-    """The optimizers of a run as a tuple, or `ConfigError` where one is something else.
+    """Return the optimizers of a run as a tuple, or raise `ConfigError` where one is something else.
 
-    Wrappers (Accelerate's, Fabric's) are no sub-classes; they are known by their `state`.
+    Wrappers (Accelerate's, Fabric's) are not subclasses of torch's; they are recognized by their `state`.
     """
     if optimizer is None:
         return ()
@@ -157,17 +154,16 @@ def check_optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]
     for candidate in given:
         if isinstance(candidate, type) or not isinstance(getattr(candidate, "state", None), Mapping):
             raise ConfigError(
-                f"optimizer: {validation.shown(candidate)} is no torch optimizer; pass that of the run, or None"
+                f"optimizer: {validation.shown(candidate)} is not a torch optimizer; pass the run's, or None"
             )
     return given
 
 
 def _handle_for(layer: nn.Module, handle: AlphaHandle | None) -> AlphaHandle:
     check_model(layer, "layer")
-    return validation.optional("handle", handle, AlphaHandle) or _handle_of(layer)
-
-
-def _handle_of(layer: nn.Module) -> AlphaHandle:
+    given = validation.optional("handle", handle, AlphaHandle)
+    if given is not None:
+        return given
     found = find_layers(layer)
     if len(found) == 1 and found[0].module is layer and found[0].spec.alpha is not None:
         return found[0].spec.alpha

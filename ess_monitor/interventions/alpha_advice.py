@@ -1,4 +1,4 @@
-"""Which alpha to start with: the smallest for which the initial ESS grows with the state (section 4.1, Finding 5)."""
+"""Choose the alpha to start with: the smallest whose initial ESS grows with the state (section 4.1, Finding 5)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ess_monitor.ess import operator_positions, tolerance_ess
 from ess_monitor.interventions.alpha import rescale_alpha, restore_alpha
 
 LARGEST_SIZE = 2**20
-"""Of a state, a width, a length, a batch: far above what can be measured before a training."""
+"""Largest state, width, length and batch, in elements: far above what can be measured before a training."""
 
 
 @dataclass(frozen=True)
 class AlphaAdvice:
-    """Initial tolerance-ESS over state sizes and alpha factors, and what follows from it."""
+    """Holds the initial tolerance-ESS over state sizes and alpha factors, and the factor that follows from it."""
 
     state_sizes: tuple[int, ...]
     factors: tuple[float, ...]
@@ -48,7 +48,7 @@ def advise_alpha(
     """Measure a layer's ESS before training, on Gaussian input, for every state size and alpha.
 
     With A = exp(-arange softplus(.)) every further state forgets faster than the one before, and a larger state adds no
-    memory (Finding 4); dividing log A by a large enough factor mends it.
+    memory (Finding 4); dividing log A by a large enough factor fixes it.
 
     Args:
         build: state size -> layer with an alpha handle (GLA-S6, S6), before training.
@@ -56,9 +56,9 @@ def advise_alpha(
         factors: what alpha is multiplied with; equal to alpha itself for a layer that was built with alpha = 1.
         width: channels of the layer's input (batch, length, width).
         length: tokens; four times the largest state by default, because H_i = T[i:, :i] has at most min(i, length - i)
-            singular values, and a decay needs room to show.
+            singular values, and a decay needs tokens to show.
         batch: sequences.
-        seed: of the layers and of the input. The caller's random numbers are left alone.
+        seed: of the layers and of the input. The caller's random state is not changed.
         tolerance: tau of the tolerance-ESS, measured at the midpoint.
         margin: ESS that every added state dimension must bring, 0..1. 1 is a memory that is used to the full; half of
             that is far from a flat row (0) and from rounding.

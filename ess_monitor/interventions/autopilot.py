@@ -1,44 +1,55 @@
-"""Who decides: from conditions to actions, one layer at a time, up a ladder, within a budget.
+"""The autopilot: from conditions to actions, one layer at a time, up a ladder, within a budget.
 
-The remedy follows the cause. A collapsed layer whose retention is low forgets: one with an alpha is rescaled, one with
-a gate is pulled towards the identity. A collapsed layer that would be no fuller without its decay is not helped by
-either, and a full layer only by a larger state: both get advice.
+The remedy follows the cause. A collapsed layer whose retention is low forgets, and gets the first remedy that matches
+it. A collapsed layer that would be no fuller without its decay is not helped by a remedy, and a full layer only by a
+larger state: both get advice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.capture import Layer
-from ess_monitor.errors import CheckpointError
+from ess_monitor.errors import CheckpointError, ConfigError, format_error
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.config import AutopilotConfig
-from ess_monitor.interventions.treatment import (
-    OnFailure,
-    Treatment,
-    TreatmentState,
-    can_be_treated,
-    obstacle,
-    remedy_of,
-)
-from ess_monitor.records import Action, ActionOutcome, Condition, Finding, Reading
+from ess_monitor.interventions.remedies import REMEDIES, choose_remedy
+from ess_monitor.interventions.remedy import GradScale, OnFailure, Remedy
+from ess_monitor.interventions.treatment import Treatment, TreatmentState
+from ess_monitor.records import Action, ActionKind, ActionOutcome, Condition, Finding, Reading
 
 _STATE_VERSION = 1
 
 
-class _State(BaseModel):
+class AutopilotState(BaseModel):
+    """Validates `Autopilot.state_dict`."""
+
     model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
 
     spent: int = Field(ge=0, le=2**63 - 1)
     given_up: list[str]
-    told: dict[str, bool]
+    advised_layers: dict[str, bool] = Field(alias="told")
     treatments: list[TreatmentState]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one call of `Autopilot.act` has to go by."""
+
+    step: int
+    readings: Mapping[str, Reading]
+    """Usable reading of each layer that has one."""
+    conditions: Mapping[str, Condition]
+    reasons: Mapping[str, str]
+    """Why a layer's condition has just changed, for those whose has."""
+    loss: float | None
+    optimizer: Optimizers
 
 
 class Autopilot:
@@ -49,7 +60,9 @@ class Autopilot:
         layers: the measured layers, in model order.
         retention_below: retention under which the decay is to blame (that of the diagnosis).
         grad_scale: what the loss is multiplied with before backward (loss scale, 1 / accumulation steps).
-        on_failure: told when a regularizer fails in a forward or backward pass, in the thread of the pass.
+        on_failure: called when a remedy fails in a forward or backward pass, in the thread of the pass, or when it
+            cannot be undone.
+        remedies: subclasses of `Remedy`, in order of preference.
     """
 
     def __init__(
@@ -58,22 +71,24 @@ class Autopilot:
         layers: Sequence[Layer],
         *,
         retention_below: float = 0.75,
-        grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
+        grad_scale: GradScale = lambda: 1.0,
         on_failure: OnFailure = lambda message, error: None,
+        remedies: Sequence[type[Remedy]] = REMEDIES,
     ) -> None:
         self.config = validation.instance("config", config, AutopilotConfig)
         layers = validation.several("layers", layers, Layer, hint="find_layers(model)")
         validation.real("retention_below", retention_below, low=0)
         validation.function("grad_scale", grad_scale)
         self._layers = {layer.name: layer for layer in layers}
+        self._remedies: dict[str, type[Remedy]] = {remedy.name: remedy for remedy in _check_remedies(remedies)}
         self._retention_below = retention_below
         self._grad_scale = grad_scale
         self._on_failure = on_failure
         self._treatments: dict[str, Treatment] = {}
         self._spent = 0
         self._given_up: set[str] = set()
-        self._told: dict[str, bool] = {}
-        """Layers whose present collapse has been answered with words; True where the decay was to blame."""
+        self._advised_layers: dict[str, bool] = {}
+        """Layers whose present collapse has been answered with advice; True where the decay was to blame."""
 
     @property
     def budget_remaining(self) -> int:
@@ -109,247 +124,187 @@ class Autopilot:
         """
         if self.config.mode == "off":
             return ()
-        latest = {r.layer: r for r in readings if r.status == "ok"}
+        usable = {reading.layer: reading for reading in readings if reading.status == "ok"}
+        reasons = {finding.layer: finding.reason for finding in findings}
         loss = (metrics or {}).get(self.config.loss)
+        seen = Observation(step, usable, conditions, reasons, loss, optimizer)
         loss_broken = loss_broken or (loss is not None and not math.isfinite(loss))
         for name, condition in conditions.items():
             if condition != "collapsed":
-                self._told.pop(name, None)
-        actions = self._lift_failed(step, latest)
-        actions += [
-            self._advise_on_saturation(step, f, latest.get(f.layer)) for f in findings if f.condition == "saturated"
-        ]
-        broken = self._roll_back(step, loss, loss_broken, latest, optimizer)
-        if not (broken or loss_broken):
-            for name in list(self._treatments):
-                actions += self._follow(step, name, conditions.get(name, "unknown"), latest.get(name), loss, optimizer)
-            actions += self._begin(step, conditions, latest, findings, loss, optimizer)
-        return (*broken, *actions)
+                self._advised_layers.pop(name, None)
+        actions = self._detach_failed(seen)
+        actions += [_advise_on_saturation(seen, finding) for finding in findings if finding.condition == "saturated"]
+        rolled_back = self._roll_back(seen, loss_broken=loss_broken)
+        if not (rolled_back or loss_broken):
+            for treatment in self.active:
+                actions += self._follow(seen, treatment)
+            actions += self._begin(seen)
+        return (*rolled_back, *actions)
 
     def close(self) -> None:
         """Leave the forward pass of every layer."""
         for treatment in self._treatments.values():
-            treatment.lift()
+            treatment.remedy.detach()
 
     # -- steps of a treatment -----------------------------------------------------------------------------------------
 
-    def _lift_failed(self, step: int, latest: Mapping[str, Reading]) -> list[Action]:
-        """The treatment stays, so that all ranks go on deciding alike: the next rung attaches a new regularizer."""
+    def _detach_failed(self, seen: Observation) -> list[Action]:
+        """Detach remedies that have failed in a pass until the next rung.
+
+        The treatment stays: the other ranks, whose remedy may not have failed, go on with it and must decide alike.
+        """
         actions = []
         for name, treatment in self._treatments.items():
-            error = treatment.lift_if_failed()
-            if error:
-                said = f"the regularizer failed ({error}) and is taken off until the next rung; gradients are unchanged"
-                actions.append(self._action(step, treatment, "failed", said, latest.get(name)))
+            error = treatment.remedy.failure
+            if error is not None:
+                treatment.remedy.detach()
+                message = (
+                    f"the {treatment.remedy.subject} failed ({format_error(error)}) and is detached until the next "
+                    "rung; gradients are unchanged"
+                )
+                actions.append(treatment.to_action(seen.step, "failed", message, seen.readings.get(name)))
         return actions
 
-    def _roll_back(
-        self,
-        step: int,
-        loss: float | None,
-        broken: bool,
-        latest: Mapping[str, Reading],
-        optimizer: Optimizers,
-    ) -> list[Action]:
+    def _roll_back(self, seen: Observation, *, loss_broken: bool) -> list[Action]:
         actions = []
         for name, treatment in list(self._treatments.items()):
             limit = self._loss_limit(treatment)
-            out_of_band = limit is not None and loss is not None and loss > limit
-            if not (broken or out_of_band):
+            if loss_broken:
+                reason = "the loss is not finite"
+            elif limit is not None and seen.loss is not None and seen.loss > limit:
+                reason = f"the loss of {seen.loss:.4g} passed {limit:.4g}"
+            else:
                 continue
-            outcome, done = treatment.take_back(optimizer)
-            del self._treatments[name]
-            self._given_up.add(name)
-            why = "the loss is not finite" if broken else f"the loss of {loss:.4g} passed {limit:.4g}"
-            said = f"{why}: {done}, and not tried again"
-            actions.append(self._action(step, treatment, outcome, said, latest.get(name)))
+            outcome, result = treatment.roll_back(seen.optimizer)
+            self._end(treatment, give_up=True)
+            actions.append(treatment.to_action(seen.step, outcome, f"{reason}: {result}", seen.readings.get(name)))
         return actions
 
     def _loss_limit(self, treatment: Treatment) -> float | None:
-        """Where the band ends: ratio * start, and as far above a start below zero (a log-likelihood)."""
+        """Return where the band ends: ratio * start, and as far above a start below zero (a log-likelihood)."""
         ratio, start = self.config.loss_band_ratio, treatment.loss_at_start
         return None if ratio is None or start is None else start + (ratio - 1) * abs(start)
 
-    def _follow(
-        self,
-        step: int,
-        name: str,
-        condition: Condition,
-        reading: Reading | None,
-        loss: float | None,
-        optimizer: Optimizers,
-    ) -> list[Action]:
-        treatment = self._treatments[name]
-        if condition == "collapsed" and reading is None:
-            return []  # not measured: the last condition says nothing of now
-        if condition == "collapsed":
-            treatment.recovered_step = None
-            if step - treatment.step < self.config.cooldown_steps:
-                return []
-            return [self._escalate(step, treatment, reading, loss, optimizer)]
+    def _end(self, treatment: Treatment, *, give_up: bool = False) -> None:
+        del self._treatments[treatment.layer.name]
+        if give_up:
+            self._given_up.add(treatment.layer.name)
+
+    def _follow(self, seen: Observation, treatment: Treatment) -> list[Action]:
+        name = treatment.layer.name
+        condition, reading = seen.conditions.get(name, "unknown"), seen.readings.get(name)
         if condition == "unknown":
             return []
+        if condition == "collapsed":
+            if reading is None:
+                return []  # the condition is that of an earlier measurement
+            treatment.recovered_step = None
+            waited = seen.step - treatment.step
+            return [self._escalate(seen, treatment, reading)] if waited >= self.config.cooldown_steps else []
         actions = []
         if treatment.recovered_step is None:
-            treatment.recovered_step = step
-            took = f"recovered {step - treatment.first_step} steps after the treatment began"
-            actions.append(self._action(step, treatment, "recovered", took, reading))
-        wait, healthy = self.config.release_steps, step - treatment.recovered_step
-        if treatment.action == "rescale_alpha":
-            if healthy >= (wait or 0):  # a changed alpha stays; only the watch over the loss ends
-                del self._treatments[name]
+            treatment.recovered_step = seen.step
+            message = f"recovered {seen.step - treatment.first_step} steps after the treatment began"
+            actions.append(treatment.to_action(seen.step, "recovered", message, reading))
+        wait, healthy = self.config.release_steps, seen.step - treatment.recovered_step
+        if treatment.remedy.is_permanent:
+            if healthy >= (wait or 0):
+                self._end(treatment)  # the change stays; only the watch over the loss ends
         elif wait is not None and healthy >= wait:
-            treatment.lift()
-            del self._treatments[name]
-            said = f"healthy for {healthy} steps: regularizer taken off"
-            actions.append(self._action(step, treatment, "released", said, reading))
+            treatment.remedy.detach()
+            self._end(treatment)
+            message = f"healthy for {healthy} steps: {treatment.remedy.subject} detached"
+            actions.append(treatment.to_action(seen.step, "released", message, reading))
         return actions
 
-    def _escalate(
-        self,
-        step: int,
-        treatment: Treatment,
-        reading: Reading | None,
-        loss: float | None,
-        optimizer: Optimizers,
-    ) -> Action:
-        name = treatment.layer.name
-        rungs = self._rungs(treatment.action)
-        if treatment.rung + 1 >= len(rungs) or self.budget_remaining == 0:
-            why = "the ladder has no further rung" if self.budget_remaining else "the run's budget of actions is spent"
-            treatment.lift()
-            del self._treatments[name]
-            self._given_up.add(name)
-            return self._action(
-                step, treatment, "failed", f"still collapsed, and {why}: given up, a person must look", reading
-            )
+    def _escalate(self, seen: Observation, treatment: Treatment, reading: Reading) -> Action:
+        ladder = treatment.remedy.strengths(self.config)
+        if treatment.rung + 1 >= len(ladder) or self.budget_remaining == 0:
+            reason = "the ladder has no further rung" if self.budget_remaining else "the run's action budget is spent"
+            treatment.remedy.detach()
+            self._end(treatment, give_up=True)
+            message = f"still collapsed, and {reason}: not treated any more, inspect the layer by hand"
+            return treatment.to_action(seen.step, "failed", message, reading)
         self._spent += 1
-        treatment.climb(step, rungs[treatment.rung + 1], loss, optimizer)
-        waited = f"still collapsed after {self.config.cooldown_steps} steps: next rung, {treatment.strength:g}"
-        return self._action(step, treatment, "applied", waited, reading)
+        treatment.climb(seen.step, ladder[treatment.rung + 1], seen.loss, seen.optimizer)
+        message = f"still collapsed after {self.config.cooldown_steps} steps: next rung, {treatment.strength:g}"
+        return treatment.to_action(seen.step, "applied", message, reading)
 
-    def _begin(
-        self,
-        step: int,
-        conditions: Mapping[str, Condition],
-        latest: Mapping[str, Reading],
-        findings: Sequence[Finding],
-        loss: float | None,
-        optimizer: Optimizers,
-    ) -> list[Action]:
+    def _begin(self, seen: Observation) -> list[Action]:
         actions = []
-        reasons = {finding.layer: finding.reason for finding in findings}
-        ill = [name for name in self._layers if conditions.get(name) == "collapsed"]
-        for name in reversed(ill):  # the deepest first
-            reading = latest.get(name)
+        collapsed = [name for name in self._layers if seen.conditions.get(name) == "collapsed"]
+        for name in reversed(collapsed):  # the deepest first
+            reading = seen.readings.get(name)
             if name in self._treatments or name in self._given_up or reading is None:
                 continue
-            answered = self._told.get(name)
-            if answered is not None and (answered or not self._to_blame(reading)):
-                continue  # until the decay comes to blame, words are enough
+            blamed_before = self._advised_layers.get(name)
+            if blamed_before is not None and (blamed_before or not self._to_blame(reading)):
+                continue  # advice is not repeated until the decay becomes the cause
             if self.config.mode == "auto" and len(self._treatments) >= self.config.max_layers:
                 break
-            actions.append(self._answer(step, name, reading, reasons.get(name, "collapsed"), loss, optimizer))
+            actions.append(self._answer(seen, self._layers[name], reading))
         return actions
 
-    def _answer(
-        self,
-        step: int,
-        name: str,
-        reading: Reading,
-        finding: str,
-        loss: float | None,
-        optimizer: Optimizers,
-    ) -> Action:
-        layer, retention = self._layers[name], reading.retention_ratio
-        remedy, to_blame = remedy_of(layer), self._to_blame(reading)
+    def _answer(self, seen: Observation, layer: Layer, reading: Reading) -> Action:
+        finding = seen.reasons.get(layer.name, "collapsed")
+        to_blame = self._to_blame(reading)
 
-        def say(outcome: ActionOutcome, message: str) -> Action:
-            self._told[name] = to_blame
-            kind = remedy if remedy is not None and outcome == "dry_run" and to_blame else "advise"
+        def advise(
+            outcome: ActionOutcome, message: str, kind: ActionKind = "advise", at: float | None = None
+        ) -> Action:
+            self._advised_layers[layer.name] = to_blame
             return Action(
-                step=step,
-                layer=name,
+                step=seen.step,
+                layer=layer.name,
                 action=kind,
                 outcome=outcome,
                 finding=finding,
                 message=message,
-                strength=self._rungs(kind)[0] if kind != "advise" else None,
+                strength=at,
                 utilization_before=reading.utilization_ratio,
-                retention_before=retention,
+                retention_before=reading.retention_ratio,
             )
 
         if not to_blame:
+            retention = reading.retention_ratio
             kept = "it has no decay" if retention is None else f"retention is {retention:.2f}"
-            return say(
+            return advise(
                 "dry_run",
                 f"the decay is not to blame ({kept}), so no intervention would help: look at features, data "
                 "(few distinct tokens cap the rank) and position information",
             )
-        refusal = obstacle(layer, remedy)
-        if remedy is None or refusal:
-            return say("rejected", refusal)
-        rung = self._rungs(remedy)[0]
+        remedy = choose_remedy(layer, self._remedies.values())
+        if remedy is None:
+            return advise("rejected", f"{layer.spec.operator} of this layer has no handle on its decay")
+        obstacle = remedy.obstacle(layer)
+        if obstacle:
+            return advise("rejected", obstacle)
+        strength = remedy.strengths(self.config)[0]
         if self.config.mode == "advise":
-            return say("dry_run", f"mode auto would apply {remedy} at {rung:g} here")
+            message = f"mode auto would apply {remedy.name} at {strength:g} here"
+            return advise("dry_run", message, remedy.name, strength)
         if self.budget_remaining == 0:
-            return say("rejected", "the run's budget of actions is spent; raise autopilot.budget")
+            return advise("rejected", "the run's action budget is spent; raise autopilot.budget")
         self._spent += 1
-        treatment = Treatment(layer, remedy, finding, reading, self._grad_scale, self._on_failure)
-        treatment.start(step, rung, loss, optimizer)
-        self._treatments[name] = treatment
-        said = f"retention {retention:.2f} is below {self._retention_below:g}: {treatment.description}"
-        return self._action(step, treatment, "applied", said, None)
+        treatment = Treatment(self._make(remedy, layer), finding, reading)
+        treatment.start(seen.step, strength, seen.loss, seen.optimizer)
+        self._treatments[layer.name] = treatment
+        cause = f"retention {reading.retention_ratio:.2f} is below {self._retention_below:g}"
+        return treatment.to_action(seen.step, "applied", f"{cause}: {remedy.describe(strength)}")
 
     def _to_blame(self, reading: Reading) -> bool:
-        """Whether the decay takes away what the features would keep."""
+        """Return whether the decay takes away what the features would keep."""
         return reading.retention_ratio is not None and reading.retention_ratio < self._retention_below
-
-    def _advise_on_saturation(self, step: int, finding: Finding, reading: Reading | None) -> Action:
-        capacity = None if reading is None else reading.state_capacity
-        target = "more" if capacity is None else f"{2 ** math.ceil(math.log2(2 * capacity)):g} dimensions"
-        return Action(
-            step=step,
-            layer=finding.layer,
-            action="advise",
-            outcome="dry_run",
-            finding=finding.reason,
-            message=f"only a larger state helps a full one: train with {target}, and again twice that while it is full "
-            "(how much is missing cannot be seen beyond the full state)",
-            utilization_before=finding.utilization_ratio,
-            retention_before=finding.retention_ratio,
-        )
-
-    def _rungs(self, action: str) -> tuple[float, ...]:
-        return self.config.alpha_factors if action == "rescale_alpha" else self.config.strengths
-
-    @staticmethod
-    def _action(
-        step: int, treatment: Treatment, outcome: ActionOutcome, message: str, reading: Reading | None
-    ) -> Action:
-        return Action(
-            step=step,
-            layer=treatment.layer.name,
-            action=treatment.action,
-            outcome=outcome,
-            finding=treatment.finding,
-            message=message,
-            strength=treatment.strength,
-            utilization_before=treatment.utilization_before,
-            utilization_after=None if reading is None else reading.utilization_ratio,
-            retention_before=treatment.retention_before,
-            retention_after=None if reading is None else reading.retention_ratio,
-        )
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings and tensors: ladder positions, cool-downs, budget, copies for roll-back."""
+        """Return numbers, strings and tensors: ladder positions, cool-downs, budget, copies for roll-back."""
         return {
             "version": _STATE_VERSION,
             "spent": self._spent,
             "given_up": sorted(self._given_up),
-            "told": dict(self._told),
+            "told": dict(self._advised_layers),
             "treatments": [treatment.state_dict() for treatment in self._treatments.values()],
         }
 
@@ -366,7 +321,9 @@ class Autopilot:
         if not (isinstance(version, int) and version == _STATE_VERSION):
             raise CheckpointError(f"autopilot: state version {_shown(version)}, only {_STATE_VERSION} can be read")
         try:
-            parsed = _State.model_validate(dict(state))
+            parsed = AutopilotState.model_validate(dict(state))
+            named = [(self._remedy_named(treatment.action), treatment) for treatment in parsed.treatments]
+            treated = [(remedy, t, remedy.State.model_validate(t.model_extra)) for remedy, t in named]
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
@@ -374,8 +331,10 @@ class Autopilot:
                 f"autopilot: the state cannot be read ({where:.200}: {first['msg']:.200}); resume without the "
                 "monitor's state"
             ) from None
-        treatments = parsed.treatments if self.config.mode == "auto" else []
-        lost = [t.layer for t in treatments if not can_be_treated(self._layers.get(t.layer), t.action)]
+        if self.config.mode != "auto":
+            treated = []
+        layers = self._layers
+        lost = [t.layer for remedy, t, _ in treated if t.layer not in layers or not remedy.match(layers[t.layer])]
         if lost:
             raise CheckpointError(
                 f"autopilot: the state treats {lost} in a way that the measured layers of this model do not allow "
@@ -383,11 +342,47 @@ class Autopilot:
             )
         self.close()
         self._spent = parsed.spent
-        self._given_up, self._told = set(parsed.given_up), dict(parsed.told)
+        self._given_up, self._advised_layers = set(parsed.given_up), dict(parsed.advised_layers)
         self._treatments = {
-            t.layer: Treatment.from_state(self._layers[t.layer], t, self._grad_scale, self._on_failure)
-            for t in treatments
+            t.layer: Treatment.from_state(self._make(remedy, layers[t.layer]), t, remedy_state)
+            for remedy, t, remedy_state in treated
         }
+
+    def _remedy_named(self, action: str) -> type[Remedy]:
+        if action in self._remedies:
+            return self._remedies[action]
+        raise CheckpointError(
+            f"autopilot: the state has a treatment with {action:.200}; the remedies here are "
+            f"{', '.join(self._remedies)}; resume with the version that wrote it, or without the monitor's state"
+        )
+
+    def _make(self, remedy: type[Remedy], layer: Layer) -> Remedy:
+        return remedy(layer, self._grad_scale, self._on_failure)
+
+
+def _advise_on_saturation(seen: Observation, finding: Finding) -> Action:
+    reading = seen.readings.get(finding.layer)
+    capacity = None if reading is None else reading.state_capacity
+    target = "more" if capacity is None else f"{2 ** math.ceil(math.log2(2 * capacity)):g} dimensions"
+    return Action(
+        step=seen.step,
+        layer=finding.layer,
+        action="advise",
+        outcome="dry_run",
+        finding=finding.reason,
+        message=f"only a larger state helps a full one: train with {target}, and double it again while it stays full "
+        "(a full state does not show how much is missing)",
+        utilization_before=finding.utilization_ratio,
+        retention_before=finding.retention_ratio,
+    )
+
+
+def _check_remedies(remedies: Sequence[type[Remedy]]) -> tuple[type[Remedy], ...]:
+    given = validation.listed("remedies", remedies, hint="subclasses of Remedy")
+    for remedy in given:
+        if not (isinstance(remedy, type) and issubclass(remedy, Remedy)):
+            raise ConfigError(f"remedies holds {validation.type_of(remedy)}; it must hold subclasses of Remedy")
+    return given
 
 
 def _shown(version: object) -> str:

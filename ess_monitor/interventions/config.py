@@ -1,4 +1,4 @@
-"""When the autopilot acts, how strongly, and when it stops."""
+"""Settings of the autopilot: when it acts, how strongly, and when it stops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class AutopilotConfig(BaseModel):
-    """What may be done about a collapsed layer. A bare mode ("auto") is the same as {"mode": "auto"}.
+    """Sets what may be done about a collapsed layer. A bare mode ("auto") is the same as {"mode": "auto"}.
 
     Example:
         >>> AutopilotConfig.model_validate("auto").mode
@@ -18,8 +18,8 @@ class AutopilotConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mode: Literal["off", "advise", "auto"] = "advise"
-    """off: nothing. advise: say what would be done, change nothing. auto: do it. Nothing acts without being asked, so
-    the default only speaks."""
+    """off: nothing. advise: say what would be done, change nothing. auto: do it. The
+    default changes nothing, because nothing should act without being asked to."""
     strengths: tuple[float, ...] = Field(default=(0.5, 2.0), min_length=1)
     """lambda of the A->I regularizer, rung by rung. Any of .125, .5 and 2 rescued 5 of 5 WLA runs (Adam normalizes the
     gate's gradient, so the size hardly matters): the middle one first, then the largest."""
@@ -30,10 +30,10 @@ class AutopilotConfig(BaseModel):
     """Layers that are treated at a time, the deepest collapsed one first. Treating both layers of a net is worse than
     treating the second (appendix D.3; 2 of 3 seeds against 5 of 5 in our runs): the first layer needs its locality."""
     cooldown_steps: int = Field(default=1000, ge=0)
-    """Optimizer steps an action is given before the next rung. Rescued WLA runs were well 1000 to 1500 steps after the
-    regularizer was attached."""
+    """Optimizer steps an action is given before the next rung. Rescued WLA runs were healthy 1000 to 1500 steps after
+    the regularizer was attached."""
     release_steps: int | None = Field(default=500, ge=0)
-    """Steps a recovered layer must stay healthy before its regularizer is taken off; None keeps it on. Until then the
+    """Steps a recovered layer must stay healthy before its regularizer is detached; None keeps it on. Until then the
     treatment counts as one of `max_layers`, climbs on after a relapse, and is rolled back when the loss breaks; so is
     a rescaled alpha, which stays for good afterwards (with None from the recovery on)."""
     budget: int = Field(default=6, ge=0)

@@ -1,4 +1,4 @@
-"""Pulling the transition matrices towards the identity: lambda * ||A - I||_F (section 4.2, Finding 6).
+"""Pull the transition matrices towards the identity: lambda * ||A - I||_F (section 4.2, Finding 6).
 
 The norm. A_t is taken per position: R = mean over batch and positions of ||A_t - I||_F, the Frobenius norm over all
 heads (and channels) of the layer, whose A is block-diagonal. For a diagonal A_t = diag(a_t) that is
@@ -7,10 +7,10 @@ serves a run whatever its shapes. A decay that is the same at every position (WL
 
 The delta rule's A_t = (I - beta_t k_t k_t^T) diag(a_t) is taken as it stands: R pulls the decay to 1 *and* beta to 0.
 
-Two ways to use it. `identity_penalty(log_decay)` is a term for a loss of your own. `IdentityPull` needs no access to
-the loss: inside the forward pass an identity function stands where everything that determines A enters the recurrence,
-and adds lambda * dR to the gradient of each of these tensors on its way back. From there it flows into gate weights and
-biases, A_log, step-size projections.
+There are two ways to use it. `identity_penalty(log_decay)` is a term for a loss of your own. `IdentityPull` needs no
+access to the loss: it passes the tensors that determine A through an identity function, just before they enter the
+recurrence. In the backward pass that function adds lambda * dR to the gradient of each of these tensors. From there it
+flows into gate weights and biases, A_log and step-size projections.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from ess_monitor.capture.hooks.compiler import compile_with, compile_without
 from ess_monitor.capture.layers import check_model
 from ess_monitor.errors import ConfigError
 
-Failed = Callable[[Exception], None]
-"""Is told of an error on the way."""
+OnError = Callable[[Exception], None]
+"""Receives an error of a pass."""
 
 _SMALLEST = 1e-12
 """Below this squared distance A is the identity: R has no direction there, and its gradient is taken as 0."""
 
-_NUMBERS_AT_ONCE = 2**20
-"""Of the largest tensor behind A: longer sequences are worked through in parts."""
+_ELEMENTS_AT_ONCE = 2**20
+"""Of the largest tensor that determines A: longer sequences are worked through in chunks."""
 
 
 def identity_penalty(log_decay: torch.Tensor) -> torch.Tensor:
-    """R = mean over batch and positions of ||A_t - I||_F, for a diagonal A.
+    """Return R = mean over batch and positions of ||A_t - I||_F, for a diagonal A.
 
     Args:
         log_decay: log of A's diagonal, (batch, heads, length, state) or broadcasting to it, as in
@@ -59,12 +59,12 @@ def identity_penalty(log_decay: torch.Tensor) -> torch.Tensor:
 
 
 def transition_penalty(transition: Transition) -> torch.Tensor:
-    """R = mean over batch and positions of ||A_t - I||_F, for any A that the capture room knows."""
+    """Return R = mean over batch and positions of ||A_t - I||_F, for any A that a `DecayHandle` gives."""
     return _norm(transition).mean()
 
 
 def _norm(transition: Transition) -> torch.Tensor:
-    """||A_t - I||_F, (batch, length)."""
+    """Return ||A_t - I||_F, (batch, length)."""
     distance = torch.expm1(_precise(transition.log_decay))
     repeats = 1 if transition.state_size is None else transition.state_size / distance.shape[3]
     squared = distance.square().sum((1, 3)) * repeats
@@ -81,90 +81,96 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _AddPenaltyGradient(torch.autograd.Function):
-    """Identity on the tensors behind A; their gradients gain those of strength * R."""
+    """Passes the tensors that determine A through, and adds the gradients of strength * R to theirs."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        behind: DecayInputs,
+        inputs: DecayInputs,
         strength: Callable[[], float | torch.Tensor | None],
-        failed: Failed | None,
+        on_error: OnError | None,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(*tensors)
-        # Not `behind` as it is: its tensors would be kept outside of saved_tensors, past the end of backward.
-        ctx.behind, ctx.strength, ctx.failed = dataclasses.replace(behind, tensors=()), strength, failed
+        # Without the tensors, which would be kept outside of saved_tensors, past the end of backward.
+        ctx.inputs, ctx.strength, ctx.on_error = dataclasses.replace(inputs, tensors=()), strength, on_error
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad[3:]
-        if ctx.failed is None:
-            return (None, None, None, *_pulled(ctx, grads, needed))
         try:
-            sums = _pulled(ctx, grads, needed)
+            total = _with_penalty(ctx, grads, needed)
         except Exception as error:  # nothing of ours may stop a backward pass
-            ctx.failed(error)
-            sums = tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
-        return (None, None, None, *sums)
+            if ctx.on_error is None:
+                raise
+            ctx.on_error(error)
+            total = _where_needed(grads, needed)
+        return (None, None, None, *total)
 
 
-def _pulled(ctx: Any, grads: tuple[torch.Tensor, ...], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
-    """The gradients with those of strength * R added; as they are where there is no strength any more."""
+def _with_penalty(
+    ctx: Any, grads: tuple[torch.Tensor, ...], needed: tuple[bool, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients with those of strength * R added; unchanged where the strength is None."""
     strength = ctx.strength()
     if strength is None:
-        return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
-    pulls = _penalty_gradients(ctx.behind, ctx.saved_tensors, needed)
+        return _where_needed(grads, needed)
+    pulls = _penalty_gradients(ctx.inputs, ctx.saved_tensors, needed)
     return tuple(
         grad + (strength * pull).to(grad.dtype) if pull is not None else None
         for grad, pull in zip(grads, pulls, strict=True)
     )
 
 
+def _where_needed(grads: tuple[torch.Tensor, ...], needed: tuple[bool, ...]) -> tuple[torch.Tensor | None, ...]:
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+
+
 def _penalty_gradients(
-    behind: DecayInputs, tensors: tuple[torch.Tensor, ...], needed: tuple[bool, ...]
+    inputs: DecayInputs, tensors: tuple[torch.Tensor, ...], needed: tuple[bool, ...]
 ) -> list[torch.Tensor | None]:
-    """dR / d(tensor) for every tensor that needs it, one part of the sequence after the other."""
-    dims = behind.length_dims
+    """Return dR / d(tensor) for every tensor that needs it, computed chunk by chunk along the sequence."""
+    dims = inputs.length_dims
     lengths = [tensor.shape[dim] for tensor, dim in zip(tensors, dims, strict=True) if dim is not None]
     length = max(lengths, default=1)
     per_token = max(tensor.numel() // length for tensor in tensors)
-    part = max(1, _NUMBERS_AT_ONCE // max(1, per_token))
+    chunk = max(1, _ELEMENTS_AT_ONCE // max(1, per_token))
     sums = [
         torch.zeros_like(t, dtype=_precise(t).dtype) if need else None for t, need in zip(tensors, needed, strict=True)
     ]
     positions = 0
-    for start in range(0, length, part):
-        pieces = [_piece(tensor, dim, start, part) for tensor, dim in zip(tensors, dims, strict=True)]
+    for start in range(0, length, chunk):
+        pieces = [_tokens(tensor, dim, start, chunk) for tensor, dim in zip(tensors, dims, strict=True)]
         leaves = [piece.detach().requires_grad_(need) for piece, need in zip(pieces, needed, strict=True)]
         with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            norm = _norm(behind.transition(tuple(leaves)))
+            norm = _norm(inputs.transition(tuple(leaves)))
             wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
             found = iter(torch.autograd.grad(norm.sum(), wanted, allow_unused=True))
         positions += norm.numel()
         for total, dim, need in zip(sums, dims, needed, strict=True):
             gradient = next(found) if need else None
             if total is not None and gradient is not None:
-                _piece(total, dim, start, part).add_(gradient)
+                _tokens(total, dim, start, chunk).add_(gradient)
     return [None if total is None else total / positions for total in sums]
 
 
-def _piece(tensor: torch.Tensor, dim: int | None, start: int, part: int) -> torch.Tensor:
-    """Tokens start..start+part; the whole of a tensor that has no tokens, or one for all of them."""
+def _tokens(tensor: torch.Tensor, dim: int | None, start: int, count: int) -> torch.Tensor:
+    """Return `count` tokens from `start` on; all of a tensor without a length, or with one entry for all tokens."""
     if dim is None or tensor.shape[dim] == 1:
         return tensor
-    return tensor.narrow(dim, start, min(part, tensor.shape[dim] - start))
+    return tensor.narrow(dim, start, min(count, tensor.shape[dim] - start))
 
 
 def add_penalty_gradient(
     log_decay: torch.Tensor, strength: float | torch.Tensor | Callable[[], float | torch.Tensor]
 ) -> torch.Tensor:
-    """`log_decay`, unchanged, whose gradient also carries that of strength * identity_penalty(log_decay).
+    """Return `log_decay` unchanged, and add the gradient of strength * identity_penalty(log_decay) to its gradient.
 
     Args:
         log_decay: as in `identity_penalty`. Without `requires_grad` it is returned as it is.
         strength: lambda times whatever the loss is multiplied with before backward (loss scale, 1 / accumulation
-            steps); a callable is asked during backward.
+            steps); a callable is called during backward.
     """
     _check_log_decay(log_decay)
     ask = validation.function("strength", strength) if callable(strength) else _constant(strength)
@@ -186,30 +192,30 @@ def _constant(strength: float | torch.Tensor) -> Callable[[], float | torch.Tens
 
 
 def _with_gradient(
-    behind: DecayInputs, strength: Callable[[], float | torch.Tensor | None], failed: Failed | None = None
+    inputs: DecayInputs, strength: Callable[[], float | torch.Tensor | None], on_error: OnError | None = None
 ) -> tuple[torch.Tensor, ...]:
-    if not any(tensor.requires_grad for tensor in behind.tensors):
-        return behind.tensors
+    if not any(tensor.requires_grad for tensor in inputs.tensors):
+        return inputs.tensors
     result: tuple[torch.Tensor, ...] = _AddPenaltyGradient.apply(  # type: ignore[no-untyped-call]
-        behind, strength, failed, *behind.tensors
+        inputs, strength, on_error, *inputs.tensors
     )
     return result
 
 
 class IdentityPull:
-    """The regularizer on one layer, attached to its forward pass. Attach and detach at any step boundary.
+    """Regularizes one layer from inside its forward pass. Attach and detach at any step boundary.
 
     Outputs stay what they are, bit for bit. Nothing is injected in evaluation mode or without gradients. Every backward
     pass through a forward pass injects once, so run one backward pass per forward pass, as a training step does.
 
     Args:
         layer: the module.
-        handle: where its log-decay passes (found by the capture room).
+        handle: where its log-decay passes; `find_layers(model)[i].spec.decay`.
         strength: lambda.
         grad_scale: what the loss is multiplied with before backward. 1 unless a loss scaler or gradient accumulation
             (1 / N) is at work.
-        on_failure: told of the first error in a forward or backward pass. The pass goes on as if nothing were attached:
-            activations and gradients are those of the training. Called in the thread of the pass.
+        on_failure: called with the first error in a forward or backward pass, in the thread of the pass. The pass goes
+            on as if nothing were attached: activations and gradients are those of the training.
 
     Raises:
         ConfigError: the strength is not a finite number above 0.
@@ -232,7 +238,7 @@ class IdentityPull:
         strength: float,
         *,
         grad_scale: Callable[[], float | torch.Tensor] = lambda: 1.0,
-        on_failure: Failed = lambda error: None,
+        on_failure: OnError = lambda error: None,
     ) -> None:
         check_model(layer, "layer")
         validation.instance("handle", handle, DecayHandle, hint="find_layers(model)[i].spec.decay")
@@ -257,7 +263,7 @@ class IdentityPull:
         return self._failure
 
     def attach(self) -> None:
-        """Stand in the forward pass. A second call does nothing."""
+        """Enter the forward pass. A second call does nothing."""
         if not self._watch.active:
             self._watch = self._handle.site.watch(self._layer, before=self._inject)
             compile_with(self)
@@ -271,17 +277,16 @@ class IdentityPull:
         if not self._layer.training:
             return None
         try:
-            behind = self._handle.read(call)
-            return None if behind is None else self._handle.write(call, self._standing_behind(behind))
+            inputs = self._handle.read(call)
+            if inputs is None:
+                return None
+            # After a failure too, until it is detached: a checkpointed forward pass must be the same when repeated.
+            return self._handle.write(call, _with_gradient(inputs, self._scaled, self._fail))
         except Exception as error:  # nothing of ours may stop a forward pass
-            self._failed(error)
+            self._fail(error)
             return None
 
-    def _standing_behind(self, behind: DecayInputs) -> tuple[torch.Tensor, ...]:
-        # After a failure too, until it is detached: a checkpointed forward pass must be the same when it is repeated.
-        return _with_gradient(behind, self._scaled, self._failed)
-
-    def _failed(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         if self._failure is None:
             self._failure = error.with_traceback(None)
             self._on_failure(error)

@@ -1,4 +1,4 @@
-"""The A->I penalty of a model's layers as a term for a loss of your own, without knowing where their decay is."""
+"""Collect the A->I penalty of a model's layers as a term for a loss of your own."""
 
 from __future__ import annotations
 
@@ -18,48 +18,47 @@ from ess_monitor.interventions.identity_pull import transition_penalty
 
 
 class Penalties:
-    """What `collect_penalties` saw: R = mean ||A_t - I||_F of every layer that was called."""
+    """Computes R = mean ||A_t - I||_F of every layer that was called inside `collect_penalties`."""
 
     def __init__(self) -> None:
         self._watched: tuple[str, ...] = ()
-        # Kept as they pass and made into R only here: what is computed inside a checkpointed layer would have to be
+        # R is computed only when it is asked for: what is computed inside a checkpointed layer would have to be
         # computed again in its recomputation, when the hooks may be gone.
         self._seen: dict[str, list[DecayInputs]] = {}
         self._without_graph: set[str] = set()
 
     @property
     def per_layer(self) -> dict[str, torch.Tensor]:
-        """Layer name -> R, a scalar with graph, in the order of the calls. A layer called twice adds up."""
+        """Layer name -> R, a scalar with graph, in the order of the calls. The calls of one layer are summed."""
         return {
-            name: torch.stack([transition_penalty(behind.transition(behind.tensors)) for behind in calls]).sum()
+            name: torch.stack([transition_penalty(inputs.transition(inputs.tensors)) for inputs in calls]).sum()
             for name, calls in self._seen.items()
         }
 
     def total(self) -> torch.Tensor:
-        """Sum of R over the layers: multiply with lambda and add to the loss.
+        """Return the sum of R over the layers: multiply it by lambda and add it to the loss.
 
         Raises:
-            CaptureError: not every layer was seen, or one of them has no graph, so that the term would do nothing, or
-                less than it says.
+            CaptureError: a layer was not called, or ran without a graph, so that its penalty would have no gradient.
         """
         unseen = [name for name in self._watched if name not in self._seen]
         if unseen or not self._seen:
             raise CaptureError(
                 f"penalties: {unseen or 'no layer'} not seen inside the block; run the forward pass in it first. Code "
                 "that was compiled before shows no calls: attach an IdentityPull, with which it is compiled anew, or "
-                'run this forward pass under torch.compiler.set_stance("force_eager"). Of layers that a forward pass '
-                "may leave out, name the others with `layers`, or add up per_layer"
+                'run this forward pass under torch.compiler.set_stance("force_eager"). If a forward pass '
+                "may skip a layer, name the others with `layers`, or sum per_layer"
             )
         if self._without_graph:
             raise CaptureError(
-                f"penalties: {sorted(self._without_graph)} ran without gradients, so the penalty would move nothing. "
-                "Under reentrant activation checkpointing take use_reentrant=False, or attach an IdentityPull; "
-                "to only look at the numbers enter the block under torch.no_grad()"
+                f"penalties: {sorted(self._without_graph)} ran without gradients, so the penalty has no effect. "
+                "Under reentrant activation checkpointing set use_reentrant=False, or attach an IdentityPull; "
+                "to read the numbers only, enter the block under torch.no_grad()"
             )
         return torch.stack(list(self.per_layer.values())).sum()
 
-    def _add(self, name: str, behind: DecayInputs, *, graph_expected: bool) -> None:
-        self._seen.setdefault(name, []).append(behind)
+    def _add(self, name: str, inputs: DecayInputs, *, graph_expected: bool) -> None:
+        self._seen.setdefault(name, []).append(inputs)
         if graph_expected and not torch.is_grad_enabled():
             self._without_graph.add(name)
 
@@ -69,7 +68,7 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
     """Collect the A->I penalty of every layer that the forward pass inside the block calls.
 
     Adding `strength * penalties.total()` to the loss gives the gradients of an `IdentityPull` of that strength on each
-    of the layers. Put one forward pass into a block and the backward pass behind it: activation checkpointing calls the
+    of the layers. Put one forward pass into a block and the backward pass after it: activation checkpointing calls the
     layers again during backward.
 
     Args:
@@ -97,9 +96,9 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
 
     def watch(layer: Layer, handle: DecayHandle) -> HookHandle:
         def keep(call: Call) -> None:
-            behind = handle.read(call)
-            if behind is not None:
-                penalties._add(layer.name, behind, graph_expected=graph_expected)
+            inputs = handle.read(call)
+            if inputs is not None:
+                penalties._add(layer.name, inputs, graph_expected=graph_expected)
 
         return handle.site.watch(layer.module, before=keep)
 

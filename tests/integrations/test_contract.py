@@ -197,13 +197,14 @@ def _gradients_of_the_objective(model: LanguageModel, strength: float, accumulat
 def _attach_from_the_start(monkeypatch: pytest.MonkeyPatch, strength: float) -> None:
     """The autopilot begins with the second layer under treatment, through the scale that the integration gave it."""
     from ess_monitor.interventions import Autopilot
+    from ess_monitor.interventions.remedies import PullToIdentity
     from ess_monitor.interventions.treatment import Treatment
 
     original = Autopilot.__init__
 
     def treated(self, config, layers, **options) -> None:
         original(self, config, layers, **options)
-        treatment = Treatment(layers[1], "pull_to_identity", "test", None, options["grad_scale"])
+        treatment = Treatment(PullToIdentity(layers[1], options["grad_scale"]), "test", None)
         treatment.start(0, strength, None, None)
         self._treatments[layers[1].name] = treatment
 

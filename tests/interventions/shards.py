@@ -21,7 +21,7 @@ from ess_monitor.records import Condition
 from tests.interventions.pilots import FIRST, LAST, Run
 
 WORLD_SIZE = 2
-ILL: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
+COLLAPSED: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
 WAYS = ("fsdp2", "fsdp1")
 
 
@@ -61,7 +61,7 @@ class ShardedRun(Run):
 
     def roll_back(self) -> dict[str, Any]:
         """What comes of it."""
-        said = [action.outcome for action in self.measure(ILL, loss=99.0)]
+        said = [action.outcome for action in self.measure(COLLAPSED, loss=99.0)]
         return {"said": said, "alpha": self.alpha.detach().clone(), "moments": self.moments()}
 
 
@@ -81,7 +81,7 @@ def in_two(how: str, rank: int, folder: str) -> dict[str, Any]:
         if how == "fsdp2":
             # The tests may gather; what is tested may not.
             found["whole before"] = find_layers(run.model)[-1].module.A_log.full_tensor().detach()  # type: ignore[operator]
-        run.measure(ILL, times=3)
+        run.measure(COLLAPSED, times=3)
         if resume:
             if how == "fsdp2":
                 found["whole after"] = find_layers(run.model)[-1].module.A_log.full_tensor().detach()  # type: ignore[operator]
@@ -101,8 +101,8 @@ def from_whole_copy(how: str) -> dict[str, Any]:
     plain, run = ShardedRun("plain"), ShardedRun(how)
     run.train_once()
     before = run.alpha.detach().clone()
-    run.measure(ILL)
-    plain.measure(ILL)
+    run.measure(COLLAPSED)
+    plain.measure(COLLAPSED)
     run.pilot = run.new_pilot()
     run.pilot.load_state_dict(plain.pilot.state_dict())
     return {"before": before, **run.roll_back()}
@@ -129,7 +129,7 @@ def observe(rank: int, folder: str) -> None:
         found: dict[str, Any] = {how: in_two(how, rank, folder) for how in WAYS}
         found["from a whole copy"] = {how: from_whole_copy(how) for how in WAYS}
         flat = ShardedRun("fsdp1 flat")
-        found["flat"] = [(a.action, a.outcome, a.message) for a in flat.measure(ILL)]
+        found["flat"] = [(a.action, a.outcome, a.message) for a in flat.measure(COLLAPSED)]
         dist.barrier()  # a rank that leaves while the other still talks to it can abort
     finally:
         dist.destroy_process_group()

@@ -13,8 +13,8 @@ from ess_monitor.records import Condition, Finding
 from tests.interventions.helpers import backbone, batch, gradients, pull_on, task_loss
 from tests.interventions.pilots import FIRST, LAST, Run, said, weights
 
-ILL: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
-WELL: dict[str, Condition] = {FIRST: "healthy", LAST: "healthy"}
+COLLAPSED: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
+HEALTHY: dict[str, Condition] = {FIRST: "healthy", LAST: "healthy"}
 
 
 # -- modes ------------------------------------------------------------------------------------------------------------
@@ -42,10 +42,10 @@ def test_off_says_nothing() -> None:
 
 def test_advise_says_once_per_collapse_what_auto_would_do() -> None:
     run = Run("wla", mode="advise")
-    assert said(run.measure(ILL)) == [(LAST, "pull_to_identity", "dry_run", 0.5)]
-    assert run.measure(ILL, times=5) == ()
-    run.measure(WELL)
-    assert said(run.measure(ILL)) == [(LAST, "pull_to_identity", "dry_run", 0.5)]
+    assert said(run.measure(COLLAPSED)) == [(LAST, "pull_to_identity", "dry_run", 0.5)]
+    assert run.measure(COLLAPSED, times=5) == ()
+    run.measure(HEALTHY)
+    assert said(run.measure(COLLAPSED)) == [(LAST, "pull_to_identity", "dry_run", 0.5)]
 
 
 def test_a_bare_mode_is_a_config_and_nonsense_is_an_error() -> None:
@@ -101,7 +101,7 @@ def test_the_pull_that_is_attached_has_the_gradients_of_the_configured_strength(
 
 @pytest.mark.parametrize(("featurizer", "operator"), [("la", "DiagonalRecurrence"), ("sa", "SoftmaxAttention")])
 def test_a_layer_without_handle_is_rejected_with_the_reason(featurizer: str, operator: str) -> None:
-    [action] = Run(featurizer).measure(ILL)
+    [action] = Run(featurizer).measure(COLLAPSED)
     assert said((action,)) == [(LAST, "advise", "rejected", None)]
     assert action.message == f"{operator} of this layer has no handle on its decay"
 
@@ -109,18 +109,18 @@ def test_a_layer_without_handle_is_rejected_with_the_reason(featurizer: str, ope
 @pytest.mark.parametrize("retention", [0.7, 0.95, 1.3, None])
 def test_where_the_decay_is_not_to_blame_there_is_only_advice(retention: float | None) -> None:
     run = Run("wla")
-    [action] = run.measure(ILL, retention=retention)
+    [action] = run.measure(COLLAPSED, retention=retention)
     assert said((action,)) == [(LAST, "advise", "dry_run", None)]
     assert "the decay is not to blame" in action.message
     assert run.pulled == []
-    assert run.measure(ILL, retention=retention, times=5) == ()
+    assert run.measure(COLLAPSED, retention=retention, times=5) == ()
     assert run.pilot.budget_remaining == run.pilot.config.budget
 
 
 def test_a_collapse_that_becomes_the_fault_of_the_decay_is_answered_again() -> None:
     run = Run("wla")
-    assert said(run.measure(ILL, retention=0.9)) == [(LAST, "advise", "dry_run", None)]
-    assert said(run.measure(ILL, retention=0.5)) == [(LAST, "pull_to_identity", "applied", 0.5)]
+    assert said(run.measure(COLLAPSED, retention=0.9)) == [(LAST, "advise", "dry_run", None)]
+    assert said(run.measure(COLLAPSED, retention=0.5)) == [(LAST, "pull_to_identity", "applied", 0.5)]
 
 
 def test_advice_for_the_deepest_layer_lets_the_next_one_be_treated() -> None:
@@ -156,26 +156,26 @@ def test_a_layer_that_was_not_measured_is_not_treated() -> None:
 
 def test_the_pull_climbs_its_ladder_after_each_cooldown_and_is_given_up_at_the_end() -> None:
     run = Run("wla")
-    assert said(run.measure(ILL)) == [(LAST, "pull_to_identity", "applied", 0.5)]
-    assert run.measure(ILL) == ()  # 100 of 200 steps of cool-down
-    assert said(run.measure(ILL)) == [(LAST, "pull_to_identity", "applied", 2.0)]
+    assert said(run.measure(COLLAPSED)) == [(LAST, "pull_to_identity", "applied", 0.5)]
+    assert run.measure(COLLAPSED) == ()  # 100 of 200 steps of cool-down
+    assert said(run.measure(COLLAPSED)) == [(LAST, "pull_to_identity", "applied", 2.0)]
     assert [treatment.strength for treatment in run.pilot.active] == [2.0]
     assert run.pulled == [LAST]
-    assert run.measure(ILL) == ()
-    [failed] = run.measure(ILL)
+    assert run.measure(COLLAPSED) == ()
+    [failed] = run.measure(COLLAPSED)
     assert said((failed,)) == [(LAST, "pull_to_identity", "failed", 2.0)]
     assert "no further rung" in failed.message
     assert (failed.utilization_before, failed.utilization_after) == (0.15, 0.15)
     assert run.pulled == []
     assert run.pilot.active == ()
-    assert run.measure(ILL, times=20) == ()  # given up is given up
+    assert run.measure(COLLAPSED, times=20) == ()  # given up is given up
 
 
 def test_alpha_climbs_by_multiplication_and_stays_when_it_is_given_up() -> None:
     run = Run("gla_s6")
     log_alpha = run.model.blocks[1].mixer.log_alpha
     before = log_alpha.item()
-    outcomes = [said(run.measure(ILL)) for _ in range(5)]
+    outcomes = [said(run.measure(COLLAPSED)) for _ in range(5)]
     assert [entry[2:] for actions in outcomes for entry in actions] == [
         ("applied", 100.0),
         ("applied", 10.0),
@@ -201,56 +201,56 @@ def test_the_budget_ends_a_ladder_and_forbids_new_treatments() -> None:
 
 def test_a_recovered_layer_is_released_after_its_time() -> None:
     run = Run("wla")
-    run.measure(ILL)
-    [recovered] = run.measure(WELL, retention=0.98)
+    run.measure(COLLAPSED)
+    [recovered] = run.measure(HEALTHY, retention=0.98)
     assert said((recovered,)) == [(LAST, "pull_to_identity", "recovered", 0.5)]
     assert (recovered.retention_before, recovered.retention_after) == (0.5, 0.98)
     assert run.pulled == [LAST]
-    assert run.measure(WELL, times=2) == ()
-    assert said(run.measure(WELL)) == [(LAST, "pull_to_identity", "released", 0.5)]
+    assert run.measure(HEALTHY, times=2) == ()
+    assert said(run.measure(HEALTHY)) == [(LAST, "pull_to_identity", "released", 0.5)]
     assert run.pulled == []
     assert run.pilot.active == ()
 
 
 def test_a_collapse_during_the_wait_starts_the_wait_anew() -> None:
     run = Run("wla", cooldown_steps=1000)
-    run.measure(ILL)
-    run.measure(WELL, times=3)
-    assert run.measure(ILL) == ()
+    run.measure(COLLAPSED)
+    run.measure(HEALTHY, times=3)
+    assert run.measure(COLLAPSED) == ()
     assert run.pulled == [LAST]
-    assert [action.outcome for action in run.measure(WELL)] == ["recovered"]
-    assert run.measure(WELL, times=2) == ()
-    assert [action.outcome for action in run.measure(WELL)] == ["released"]
+    assert [action.outcome for action in run.measure(HEALTHY)] == ["recovered"]
+    assert run.measure(HEALTHY, times=2) == ()
+    assert [action.outcome for action in run.measure(HEALTHY)] == ["released"]
 
 
 def test_a_collapse_during_the_wait_climbs_once_the_cooldown_is_over() -> None:
     run = Run("wla")
-    run.measure(ILL)
-    run.measure(WELL, times=2)
-    assert said(run.measure(ILL)) == [(LAST, "pull_to_identity", "applied", 2.0)]
+    run.measure(COLLAPSED)
+    run.measure(HEALTHY, times=2)
+    assert said(run.measure(COLLAPSED)) == [(LAST, "pull_to_identity", "applied", 2.0)]
 
 
 def test_an_unknown_condition_neither_recovers_nor_escalates() -> None:
     run = Run("wla")
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     assert run.measure({LAST: "unknown"}, times=10) == ()
     assert run.pulled == [LAST]
 
 
 def test_a_pull_that_is_never_to_be_released_stays() -> None:
     run = Run("wla", release_steps=None)
-    run.measure(ILL)
-    assert [action.outcome for action in run.measure(WELL)] == ["recovered"]
-    assert run.measure(WELL, times=20) == ()
+    run.measure(COLLAPSED)
+    assert [action.outcome for action in run.measure(HEALTHY)] == ["recovered"]
+    assert run.measure(HEALTHY, times=20) == ()
     assert run.pulled == [LAST]
 
 
 def test_a_released_layer_that_collapses_again_is_treated_again() -> None:
     run = Run("wla")
-    run.measure(ILL)
-    run.measure(WELL, times=4)
+    run.measure(COLLAPSED)
+    run.measure(HEALTHY, times=4)
     assert run.pulled == []
-    assert said(run.measure(ILL)) == [(LAST, "pull_to_identity", "applied", 0.5)]
+    assert said(run.measure(COLLAPSED)) == [(LAST, "pull_to_identity", "applied", 0.5)]
     assert run.pilot.budget_remaining == run.pilot.config.budget - 2
 
 
@@ -271,73 +271,73 @@ def test_a_broken_loss_brings_alpha_and_its_moments_back_bitwise(featurizer: str
     run.train(3)
     before = weights(run.model)
     moments = str(run.optimizer.state_dict())
-    run.measure(ILL, loss=1.0)
-    run.measure(ILL, loss=1.0, times=2)  # a second rung: the roll-back goes to the very beginning
+    run.measure(COLLAPSED, loss=1.0)
+    run.measure(COLLAPSED, loss=1.0, times=2)  # a second rung: the roll-back goes to the very beginning
     assert weights(run.model) != before
-    [action] = run.measure(ILL, **signs)
+    [action] = run.measure(COLLAPSED, **signs)
     assert said((action,)) == [(LAST, "rescale_alpha", "rolled_back", 10.0)]
     assert weights(run.model) == before
     assert str(run.optimizer.state_dict()) == moments
-    assert run.measure(ILL, times=20) == ()
+    assert run.measure(COLLAPSED, times=20) == ()
 
 
 def test_a_recovered_alpha_is_watched_over_until_its_time_is_over() -> None:
     for times, outcomes in ((3, ["rolled_back"]), (4, [])):
         run = Run("gla_s6")
         before = weights(run.model)
-        run.measure(ILL)
-        run.measure(WELL, times=times)  # 300 steps after the recovery, at the fourth, it is over
-        assert [action.outcome for action in run.measure(WELL, broken=True)] == outcomes
+        run.measure(COLLAPSED)
+        run.measure(HEALTHY, times=times)  # 300 steps after the recovery, at the fourth, it is over
+        assert [action.outcome for action in run.measure(HEALTHY, broken=True)] == outcomes
         assert (weights(run.model) == before) == bool(outcomes)
 
 
 def test_a_relapse_of_a_recovered_alpha_climbs_instead_of_starting_anew() -> None:
     run = Run("gla_s6")
-    run.measure(ILL)
-    run.measure(WELL, times=2)
-    assert said(run.measure(ILL)) == [(LAST, "rescale_alpha", "applied", 10.0)]
+    run.measure(COLLAPSED)
+    run.measure(HEALTHY, times=2)
+    assert said(run.measure(COLLAPSED)) == [(LAST, "rescale_alpha", "applied", 10.0)]
 
 
 @pytest.mark.parametrize("signs", BREAKS.values(), ids=BREAKS)
 def test_a_broken_loss_takes_the_pull_off_for_good(signs: dict[str, Any]) -> None:
     run = Run("gla")
-    run.measure(ILL, loss=1.0)
-    [action] = run.measure(ILL, **signs)
+    run.measure(COLLAPSED, loss=1.0)
+    [action] = run.measure(COLLAPSED, **signs)
     assert said((action,)) == [(LAST, "pull_to_identity", "rolled_back", 0.5)]
     assert run.pulled == []
-    assert run.measure(ILL, times=20) == ()
+    assert run.measure(COLLAPSED, times=20) == ()
 
 
 @pytest.mark.parametrize(("start", "inside", "outside"), [(1.0, 3.0, 3.1), (0.1, 0.29, 0.31), (-2.0, 1.9, 2.1)])
 def test_the_band_is_as_wide_below_zero(start: float, inside: float, outside: float) -> None:
     """loss - start may grow to (ratio - 1) |start|: for a positive loss that is ratio times its start."""
     run = Run("wla", cooldown_steps=10_000)
-    run.measure(ILL, loss=start)
-    assert run.measure(ILL, loss=inside) == ()
-    assert [action.outcome for action in run.measure(ILL, loss=outside)] == ["rolled_back"]
+    run.measure(COLLAPSED, loss=start)
+    assert run.measure(COLLAPSED, loss=inside) == ()
+    assert [action.outcome for action in run.measure(COLLAPSED, loss=outside)] == ["rolled_back"]
 
 
 def test_without_a_band_only_a_loss_that_is_not_finite_counts() -> None:
     run = Run("wla", loss_band_ratio=None, cooldown_steps=10_000)
-    run.measure(ILL, loss=1.0)
-    assert run.measure(ILL, loss=1e9) == ()
-    assert [action.outcome for action in run.measure(ILL, loss=math.inf)] == ["rolled_back"]
+    run.measure(COLLAPSED, loss=1.0)
+    assert run.measure(COLLAPSED, loss=1e9) == ()
+    assert [action.outcome for action in run.measure(COLLAPSED, loss=math.inf)] == ["rolled_back"]
 
 
 def test_a_run_without_a_known_loss_is_not_rolled_back() -> None:
     run = Run("wla", cooldown_steps=10_000)
-    run.measure(ILL, loss=None)
-    assert run.measure(ILL, loss=None, times=3) == ()
-    assert run.measure(ILL, loss=1e9) == ()
+    run.measure(COLLAPSED, loss=None)
+    assert run.measure(COLLAPSED, loss=None, times=3) == ()
+    assert run.measure(COLLAPSED, loss=1e9) == ()
     assert run.pulled == [LAST]
 
 
 @pytest.mark.parametrize("signs", [{"broken": True}, {"loss": math.nan}])
 def test_nothing_is_begun_while_the_loss_is_broken(signs: dict[str, Any]) -> None:
     run = Run("wla")
-    assert run.measure(ILL, **signs) == ()
+    assert run.measure(COLLAPSED, **signs) == ()
     assert run.pulled == []
-    assert [action.outcome for action in run.measure(ILL)] == ["applied"]
+    assert [action.outcome for action in run.measure(COLLAPSED)] == ["applied"]
 
 
 # -- saturation, end --------------------------------------------------------------------------------------------------

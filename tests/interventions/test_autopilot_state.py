@@ -16,8 +16,8 @@ from ess_monitor.records import Action, Condition
 from tests.interventions.helpers import backbone, batch, gradients, task_loss
 from tests.interventions.pilots import FIRST, LAST, Run, said, weights
 
-ILL: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
-WELL: dict[str, Condition] = {FIRST: "healthy", LAST: "healthy"}
+COLLAPSED: dict[str, Condition] = {FIRST: "healthy", LAST: "collapsed"}
+HEALTHY: dict[str, Condition] = {FIRST: "healthy", LAST: "healthy"}
 
 
 class Event(NamedTuple):
@@ -95,19 +95,19 @@ def test_a_run_resumed_after_every_measurement_equals_the_uninterrupted_one(
 def test_saving_changes_nothing_and_a_state_is_not_changed_by_going_on() -> None:
     run = Run("gla_s6")
     run.train(2)
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     state = run.pilot.state_dict()
     kept = copy.deepcopy(state)
     assert str(run.pilot.state_dict()) == str(kept)
     run.train(2)
-    run.measure(ILL, times=2)
-    run.measure(ILL, loss=99.0)
+    run.measure(COLLAPSED, times=2)
+    run.measure(COLLAPSED, loss=99.0)
     assert str(state) == str(kept)
 
 
 def test_a_pull_is_attached_again_with_the_strength_it_had() -> None:
     run = Run("wla")
-    run.measure(ILL, times=3)
+    run.measure(COLLAPSED, times=3)
     other = resumed(run, "wla")
     assert other.pulled == [LAST]
     found = []
@@ -121,9 +121,9 @@ def test_a_roll_back_after_a_resume_goes_to_the_state_before_the_treatment() -> 
     run = Run("s6")
     run.train(3)
     before, moments = weights(run.model), str(run.optimizer.state_dict())
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     other = resumed(run, "s6")
-    assert [action.outcome for action in other.measure(ILL, loss=99.0)] == ["rolled_back"]
+    assert [action.outcome for action in other.measure(COLLAPSED, loss=99.0)] == ["rolled_back"]
     assert weights(other.model) == before
     assert str(other.optimizer.state_dict()) == moments
 
@@ -131,7 +131,7 @@ def test_a_roll_back_after_a_resume_goes_to_the_state_before_the_treatment() -> 
 def test_loading_twice_attaches_once_and_an_empty_state_detaches() -> None:
     run = Run("wla")
     empty = run.pilot.state_dict()
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     state = run.pilot.state_dict()
     run.pilot.load_state_dict(state)
     run.pilot.load_state_dict(state)
@@ -139,7 +139,7 @@ def test_loading_twice_attaches_once_and_an_empty_state_detaches() -> None:
     assert len(core._forward_pre_hooks) == 1
     run.pilot.load_state_dict(empty)
     assert run.pulled == []
-    assert said(run.measure(ILL)) == [(LAST, "pull_to_identity", "applied", 0.5)]
+    assert said(run.measure(COLLAPSED)) == [(LAST, "pull_to_identity", "applied", 0.5)]
 
 
 @pytest.mark.parametrize("mode", ["off", "advise"])
@@ -149,13 +149,13 @@ def test_resumed_in_a_mode_that_does_not_act_nothing_is_attached_and_nothing_cha
 ) -> None:
     run = Run(featurizer)
     run.train()
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     other = resumed(run, featurizer, mode=mode)
     before = weights(other.model)
     assert other.pulled == []
     assert other.pilot.active == ()
-    assert all(action.outcome == "dry_run" for action in other.measure(ILL))
-    other.measure(ILL, loss=99.0, times=5)
+    assert all(action.outcome == "dry_run" for action in other.measure(COLLAPSED))
+    other.measure(COLLAPSED, loss=99.0, times=5)
     assert weights(other.model) == before
     assert other.pulled == []
 
@@ -168,7 +168,7 @@ def test_what_was_said_is_not_said_again_after_a_resume() -> None:
 
 def test_a_state_that_cannot_be_used_is_an_error_and_leaves_the_pilot_as_it_was() -> None:
     run = Run("wla")
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     state = run.pilot.state_dict()
     [treatment] = state["treatments"]
     unusable: list[tuple[dict[str, Any], str]] = [
@@ -186,5 +186,5 @@ def test_a_state_that_cannot_be_used_is_an_error_and_leaves_the_pilot_as_it_was(
 
 def test_the_model_that_runs_under_a_treatment_has_the_usual_state_dict() -> None:
     run = Run("wla")
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     assert list(run.model.state_dict()) == list(backbone("wla").state_dict())

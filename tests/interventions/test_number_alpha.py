@@ -13,7 +13,8 @@ from torch import nn
 from ess_monitor.capture import Layer, find_layers
 from ess_monitor.errors import CaptureError
 from ess_monitor.interventions import Autopilot, AutopilotConfig, rescale_alpha, restore_alpha
-from ess_monitor.interventions.treatment import Treatment, TreatmentState, obstacle, remedy_of
+from ess_monitor.interventions.remedies import PullToIdentity, RescaleAlpha, choose_remedy
+from ess_monitor.interventions.treatment import Treatment, TreatmentState
 
 LAYERS = ("gla.GatedLinearAttention", "simple_gla.SimpleGatedLinearAttention")
 
@@ -41,7 +42,7 @@ def saved_and_loaded(state: Any) -> Any:
 
 
 def treatment(layer: Layer) -> Treatment:
-    return Treatment(layer, "rescale_alpha", "collapsed", None, lambda: 1.0)
+    return Treatment(RescaleAlpha(layer), "collapsed", None)
 
 
 @pytest.mark.parametrize("path", LAYERS)
@@ -69,8 +70,8 @@ def test_a_clamp_behind_the_number_takes_the_handle_away() -> None:
 
 def test_the_autopilot_pulls_where_the_number_would_be_lost_with_the_saved_weights() -> None:
     layer = found()
-    assert remedy_of(layer) == "pull_to_identity"
-    assert not obstacle(layer, "rescale_alpha")
+    assert choose_remedy(layer) is PullToIdentity
+    assert not RescaleAlpha.obstacle(layer)
 
 
 def test_a_resumed_treatment_sets_the_number_again_and_can_still_be_taken_back() -> None:
@@ -82,11 +83,13 @@ def test_a_resumed_treatment_sets_the_number_again_and_can_still_be_taken_back()
     second = found(gate_logit_normalizer=7)
     second.module.load_state_dict(first.module.state_dict())
     for _ in range(2):  # also a second time, in a process that goes on
-        resumed = Treatment.from_state(second, TreatmentState.model_validate(state), lambda: 1.0)
+        resumed = Treatment.from_state(
+            RescaleAlpha(second), TreatmentState.model_validate(state), RescaleAlpha.State.model_validate(state)
+        )
         assert number(second) == number(first) == 7 * 100.1 * 10.3
     assert resumed.state_dict() == begun.state_dict()
     for layer, under_way in ((first, begun), (second, resumed)):
-        assert under_way.take_back(None) == ("rolled_back", "taken back")
+        assert under_way.roll_back(None) == ("rolled_back", "rescale_alpha undone, and not tried again")
         assert number(layer) == 7
         assert isinstance(number(layer), int)
 

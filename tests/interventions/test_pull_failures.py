@@ -112,17 +112,17 @@ class TestUnderTheAutopilot:
     ) -> None:
         failures: list[str] = []
         run = self.run(failures, strengths=[0.5, 1.0])
-        ill = {LAST: "collapsed"}
-        assert [action.outcome for action in run.measure(ill)] == ["applied"]
+        collapsed = {LAST: "collapsed"}
+        assert [action.outcome for action in run.measure(collapsed)] == ["applied"]
         with monkeypatch.context() as patch:
             patch.setattr(regularizer, "_penalty_gradients", explode)
             run.train(3)
         assert failures == [f"the regularizer on {LAST}: ZeroDivisionError: injected | ZeroDivisionError"]
-        [action] = run.measure(ill)
+        [action] = run.measure(collapsed)
         assert (action.outcome, action.layer, action.action) == ("failed", LAST, "pull_to_identity")
         assert "ZeroDivisionError: injected" in action.message
         assert sum(len(m._forward_pre_hooks) for m in run.model.modules()) == 0
-        [action] = run.measure(ill)
+        [action] = run.measure(collapsed)
         assert (action.outcome, action.strength) == ("applied", 1.0)
         task_loss(run.model, batch(0)).backward()
         free = copy.deepcopy(run.model)

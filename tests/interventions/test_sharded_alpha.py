@@ -16,7 +16,7 @@ from ess_monitor.featurizers import S6
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.interventions import rescale_alpha
 from tests.interventions.pilots import LAST, Run, said, weights
-from tests.interventions.shards import ILL, WAYS, WORLD_SIZE, observe
+from tests.interventions.shards import COLLAPSED, WAYS, WORLD_SIZE, observe
 from tests.interventions.test_autopilot_state import resumed
 from tests.ranks import saved_by_ranks
 
@@ -96,7 +96,7 @@ def test_a_tensor_that_is_computed_from_others_is_not_rescaled() -> None:
     del layer.A_log
     layer.A_log = held
     before = held.clone()
-    with pytest.raises(CaptureError, match="A_log of S6 is no parameter or buffer"):
+    with pytest.raises(CaptureError, match="A_log of S6 is not a parameter or buffer"):
         rescale_alpha(layer, 100.0, handle=AlphaHandle("A_log"))
     assert torch.equal(held, before)
 
@@ -125,11 +125,11 @@ def test_a_rung_after_the_resume_is_divided_away_with_the_one_before(featurizer:
     run = Run(featurizer)
     run.train(2)
     before = last_alpha(run)
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     without_copy(run)
-    assert said(run.measure(ILL, times=2)) == [(LAST, "rescale_alpha", "applied", 10.0)]
+    assert said(run.measure(COLLAPSED, times=2)) == [(LAST, "rescale_alpha", "applied", 10.0)]
     without_copy(run)
-    assert [action.outcome for action in run.measure(ILL, loss=99.0)] == ["rolled_back"]
+    assert [action.outcome for action in run.measure(COLLAPSED, loss=99.0)] == ["rolled_back"]
     torch.testing.assert_close(last_alpha(run), before, **ROUNDING)
 
 
@@ -137,9 +137,9 @@ def test_a_whole_copy_is_still_saved_and_restored_over_two_resumes() -> None:
     run = Run("s6")
     run.train(2)
     before, moments = weights(run.model), str(run.optimizer.state_dict())
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     other = resumed(resumed(run, "s6"), "s6")
-    assert [action.outcome for action in other.measure(ILL, loss=99.0)] == ["rolled_back"]
+    assert [action.outcome for action in other.measure(COLLAPSED, loss=99.0)] == ["rolled_back"]
     assert weights(other.model) == before
     assert str(other.optimizer.state_dict()) == moments
 
@@ -147,11 +147,11 @@ def test_a_whole_copy_is_still_saved_and_restored_over_two_resumes() -> None:
 def test_a_copy_of_another_shape_is_not_used() -> None:
     run = Run("s6")
     before = last_alpha(run)
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     state = run.pilot.state_dict()
     state["treatments"][0]["copy"]["tensor"] = torch.zeros(1)  # would fill all of alpha
     run.pilot.load_state_dict(state)
-    run.measure(ILL, loss=99.0)
+    run.measure(COLLAPSED, loss=99.0)
     torch.testing.assert_close(last_alpha(run), before, **ROUNDING)
 
 
@@ -183,26 +183,27 @@ def test_a_roll_back_that_raises_is_told_once_and_not_tried_again(
     told: list[str] = []
     run = Run(featurizer)
     run.pilot._on_failure = lambda message, error: told.append(message)
-    run.measure(ILL)
-    target = "treatment.restore_alpha" if featurizer == "s6" else "regularizer.IdentityPull.detach"
+    run.measure(COLLAPSED)
+    target = "remedies.restore_alpha" if featurizer == "s6" else "identity_pull.IdentityPull.detach"
     monkeypatch.setattr(f"ess_monitor.interventions.{target}", broken)
-    [action] = run.measure(ILL, loss=99.0)
+    [action] = run.measure(COLLAPSED, loss=99.0)
     assert action.outcome == "failed"
-    assert "it could not be taken back (RuntimeError: different meshes), a person must look" in action.message
+    assert "could not be undone (RuntimeError: different meshes) and is not tried again" in action.message
+    assert action.message.endswith("inspect the layer by hand")
     assert run.pilot.active == ()
-    assert run.measure(ILL, loss=99.0, times=6) == ()
-    assert run.measure(ILL, times=6) == ()  # given up
+    assert run.measure(COLLAPSED, loss=99.0, times=6) == ()
+    assert run.measure(COLLAPSED, times=6) == ()  # given up
     assert len(calls) == len(told) == 1
 
 
 def test_a_state_with_neither_copy_nor_factor_is_not_said_to_be_taken_back() -> None:
     run = Run("s6")
-    run.measure(ILL)
+    run.measure(COLLAPSED)
     treated, state = weights(run.model), run.pilot.state_dict()
     state["treatments"][0]["copy"] = None
     del state["treatments"][0]["factor"]
     run.pilot.load_state_dict(state)
-    [action] = run.measure(ILL, loss=99.0)
+    [action] = run.measure(COLLAPSED, loss=99.0)
     assert action.outcome == "failed"
     assert "has no copy of this alpha, and no factor" in action.message
     assert weights(run.model) == treated

@@ -10,4 +10,4 @@ from ess_monitor.interventions import identity_pull as regularizer
 @pytest.fixture
 def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a long sequence: worked through in parts."""
-    monkeypatch.setattr(regularizer, "_NUMBERS_AT_ONCE", 200)
+    monkeypatch.setattr(regularizer, "_ELEMENTS_AT_ONCE", 200)
