@@ -2,7 +2,7 @@
 
 Per value head: A_t = (I - beta_t k_t k_t^T) diag(exp g_t), input beta_t k_t, read scale q_t. DeltaNet has no g, Gated
 DeltaNet one per head, KDA one per state dimension. RWKV-7: A_t = diag(exp w_t) + b_t a_t^T, input k_t, read r_t. TSS is
-the size of a key. The kernels may be handed raw gates and keys and do the rest themselves; their flags say so.
+the size of a key. Flags of an op say whether it is given raw gates and keys, and applies their activations itself.
 """
 
 from __future__ import annotations
@@ -14,76 +14,82 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.gated_linear import (
-    Part,
+    Select,
     first_tokens,
-    forgotten_at,
-    goes_on,
-    not_read,
-    part_of,
+    forget_at,
+    no_decay,
     precise,
+    refuse_options,
     scale_of,
+    selection,
 )
-from ess_monitor.capture.adapters.layer_attributes import attribute, real_tokens
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, under_names
-from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
+from ess_monitor.capture.adapters.layer_attributes import attribute, existing, is_decoding_step, real_tokens
+from ess_monitor.capture.handles import (
+    AlphaHandle,
+    DecayHandle,
+    DecayInputs,
+    Transition,
+    named_inputs,
+    write_arguments,
+)
+from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.capture.hooks.global_names import names_used
-from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import DeltaRecurrence, Operator
 from ess_monitor.ess.operators.fields import take
 
-Given = Mapping[str, Any]
+Arguments = Mapping[str, Any]
 """Arguments of an op by their names."""
 
 _NORM_EPSILON = 1e-6
-"""Of the norm that the kernels take of queries and keys."""
+"""In the norm that the kernels apply to queries and keys."""
 
 
 def delta_rule(call: Call) -> LazyOperator | None:
-    """`*_delta_rule(q, k, v, beta, ...)`; with `g` behind `v`: `*_gated_delta_rule` and `*_kda`."""
+    """Read `*_delta_rule(q, k, v, beta, ...)`; with `g` after `v`: `*_gated_delta_rule` and `*_kda`."""
     q, k, v = (call.kwargs[name] for name in ("q", "k", "v"))
-    if goes_on(call, v):
+    batch, total, heads = v.shape[:3]
+    if is_decoding_step(call, total):
         return None
     _check_known(call)
-    batch, total, heads = v.shape[:3]
     scale, normalized = scale_of(call, q), bool(call.kwargs.get("use_qk_l2norm_in_kernel"))
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
-        part = part_of(samples, chosen, length, heads)
-        keys, queries = (_unit(part(tensor), normalized) for tensor in (k, q))
-        log_decay = forgotten_at(first_tokens(call, length), _log_decay(call.kwargs, part, chosen))
-        return DeltaRecurrence(log_decay, _beta(call.kwargs, part), keys, queries * scale)
+        select = selection(samples, chosen, length, heads)
+        keys, queries = (_unit(select(tensor), normalized) for tensor in (k, q))
+        log_decay = forget_at(first_tokens(call, length), _log_decay(call.kwargs, select, chosen))
+        return DeltaRecurrence(log_decay, _beta(call.kwargs, select), keys, queries * scale)
 
     return LazyOperator(batch, heads, total, form)
 
 
 def rwkv7(call: Call) -> LazyOperator | None:
-    """`chunk_rwkv7(r, w, k, v, a, b, ...)`, `fused_mul_recurrent_rwkv7(r, w, k, v, kk, a, ...)`."""
+    """Read `chunk_rwkv7(r, w, k, v, a, b, ...)`, `fused_mul_recurrent_rwkv7(r, w, k, v, kk, a, ...)`."""
     r, w, k, v = (call.kwargs[name] for name in ("r", "w", "k", "v"))
-    if goes_on(call, v):
-        return None
-    not_read(call, "reverse", "cp_context")
     batch, total, heads = v.shape[:3]
+    if is_decoding_step(call, total):
+        return None
+    refuse_options(call, "reverse", "cp_context")
     scale = scale_of(call, r)
     real = real_tokens(call, batch, total) if call.kwargs.get("cu_seqlens") is None else None
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
-        part = part_of(samples, chosen, length, heads)
+        select = selection(samples, chosen, length, heads)
         first = first_tokens(call, length)
-        left, right = _rank_one(call.op, *(part(call.kwargs[name]) for name in _RANK_ONE[call.op]))
+        left, right = _rank_one(call.op, *(select(call.kwargs[name]) for name in _RANK_ONE[call.op]))
         if first is not None:
             right = right.masked_fill(first[:, None], 0.0)
-        b = part(k) if real is None else part(k) * real[samples, None, :length, None]
-        return DeltaRecurrence.diagonal_plus_rank_one(
-            forgotten_at(first, part(w)), left, right, b, precise(part(r)) * scale
-        )
+        b = select(k) if real is None else select(k) * real[samples, None, :length, None]
+        c = precise(select(r)) * scale
+        return DeltaRecurrence.diagonal_plus_rank_one(forget_at(first, select(w)), left, right, b, c)
 
     return LazyOperator(batch, heads, total, form)
 
 
 def _check_known(call: Call) -> None:
-    not_read(call, "gk", "gv", "cp_context")
+    refuse_options(call, "gk", "gv", "cp_context")
     beta = call.kwargs.get("beta")
     if beta is not None and beta.dim() != 3:
         raise CaptureError(
@@ -97,21 +103,21 @@ def _unit(tensor: Tensor, normalized: bool) -> Tensor:
     return tensor * (tensor.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt() if normalized else tensor
 
 
-def _beta(given: Given, part: Part) -> Tensor:
-    """(batch, heads, length), or (1, 1, 1) where every input replaces what is there."""
+def _beta(given: Arguments, select: Select) -> Tensor:
+    """(batch, heads, length), or (1, 1, 1) where every input replaces the old value completely."""
     if given.get("beta") is None:
         return precise(given["k"]).new_ones((1, 1, 1))
-    beta = precise(part(given["beta"]))
+    beta = precise(select(given["beta"]))
     if not given.get("use_beta_sigmoid_in_kernel"):
         return beta
     return beta.sigmoid() * (2.0 if given.get("allow_neg_eigval") else 1.0)
 
 
-def _log_decay(given: Given, part: Part, heads: Sequence[int]) -> Tensor:
+def _log_decay(given: Arguments, select: Select, heads: Sequence[int]) -> Tensor:
     """(batch, heads, length, state), any of them 1."""
     if given.get("g") is None:
-        return precise(given["k"]).new_zeros((1, 1, 1, 1))
-    gate = precise(part(given["g"]))
+        return no_decay(given["k"])
+    gate = precise(select(given["g"]))
     gate = gate if gate.dim() == 4 else gate[..., None]
     if not given.get("use_gate_in_kernel"):
         return gate
@@ -128,75 +134,63 @@ def _per_head(parameter: Tensor | None, total: int, heads: Sequence[int]) -> Ten
     return None if parameter is None else precise(take(parameter.reshape(total, 1, -1), 0, heads))
 
 
-def _rank_one(op: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """What A_t writes and what it reads."""
-    if op == "chunk_rwkv7":
-        return second, first
-    return first * second, -first
-
-
 _RANK_ONE = {"chunk_rwkv7": ("a", "b"), "fused_mul_recurrent_rwkv7": ("kk", "a")}
+"""Op -> its arguments that make the rank-one part of A_t."""
 
 
-def _delta_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
-    """A depends on the gate, beta and the keys, before whatever of their activations the kernel computes."""
+def _rank_one(op: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the left and the right factor of the rank-one part, from the arguments in `_RANK_ONE`."""
+    return (second, first) if op == "chunk_rwkv7" else (first * second, -first)
+
+
+def delta_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
+    """Build the handle of the gate, beta and the keys, before the activations that the kernel applies to them."""
 
     def names(call: Call) -> tuple[str, ...]:
-        gate = ("g", "A_log", "dt_bias") if call.kwargs.get("use_gate_in_kernel") else ("g",)
-        return tuple(name for name in (*gate, "beta", "k") if call.kwargs.get(name) is not None)
+        return ("g", "A_log", "dt_bias", "beta", "k") if call.kwargs.get("use_gate_in_kernel") else ("g", "beta", "k")
 
     def read(call: Call) -> DecayInputs | None:
-        v = call.kwargs["v"]
-        if goes_on(call, v):
+        length, heads = call.kwargs["v"].shape[1:3]
+        if is_decoding_step(call, length):
             return None
         _check_known(call)
-        given, (length, heads), size = names(call), v.shape[1:3], call.kwargs["k"].shape[-1]
-        # Only the flags: the tensors must not be held once backward has freed them.
+        state_size = call.kwargs["k"].shape[-1]
         flags = {name: value for name, value in call.kwargs.items() if not isinstance(value, Tensor)}
 
-        def transition(tensors: tuple[Tensor, ...]) -> Transition:
-            found = {**flags, **dict(zip(given, tensors, strict=True))}
-            part = part_of(slice(None), range(heads), length, heads)
-            k = _unit(part(found["k"]), bool(flags.get("use_qk_l2norm_in_kernel")))
-            log_decay = _log_decay(found, part, range(heads))
-            return Transition(log_decay, -_beta(found, part)[..., None] * k, log_decay.exp() * k, state_size=size)
+        def transition(tensors: dict[str, Tensor]) -> Transition:
+            given = {**flags, **tensors}
+            select = selection(slice(None), range(heads), length, heads)
+            k = _unit(select(given["k"]), bool(flags.get("use_qk_l2norm_in_kernel")))
+            log_decay = _log_decay(given, select, range(heads))
+            return Transition(log_decay, -_beta(given, select)[..., None] * k, log_decay.exp() * k, state_size)
 
-        dims = tuple(None if name in ("A_log", "dt_bias") else 1 for name in given)
-        return DecayInputs(tuple(call.kwargs[name] for name in given), transition, dims)
+        parameters = ("A_log", "dt_bias")
+        inputs = {name: (call.kwargs.get(name), None if name in parameters else 1) for name in names(call)}
+        return named_inputs(inputs, transition)
 
-    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
-        return under_names(*names(call))(call, tensors)
-
-    return DecayHandle(_those_of(layer, *_BEHIND_DELTA), site, read, write)
+    parameters = existing(layer, "a_proj", "f_proj", "A_log", "dt_bias", "b_proj", "k_proj", "k_conv1d")
+    return DecayHandle(parameters, site, read, write_arguments(names))
 
 
-def _rwkv7_handle(layer: nn.Module, site: CallSite) -> DecayHandle:
+def _rwkv7_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
+    def names(call: Call) -> tuple[str, ...]:
+        return ("w", *_RANK_ONE[call.op])
+
     def read(call: Call) -> DecayInputs | None:
-        if goes_on(call, call.kwargs["v"]):
+        if is_decoding_step(call, call.kwargs["v"].shape[1]):
             return None
         op = call.op
 
         def transition(tensors: tuple[Tensor, ...]) -> Transition:
             log_decay, *others = (tensor.transpose(1, 2) for tensor in tensors)
-            left, right = _rank_one(op, *others)
-            return Transition(log_decay, left, right)
+            return Transition(log_decay, *_rank_one(op, *others))
 
-        return DecayInputs(tuple(call.kwargs[name] for name in ("w", *_RANK_ONE[call.op])), transition, (1, 1, 1))
+        return DecayInputs(tuple(call.kwargs[name] for name in names(call)), transition, (1, 1, 1))
 
-    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
-        return under_names("w", *_RANK_ONE[call.op])(call, tensors)
-
-    return DecayHandle(_those_of(layer, "w_lora", "a_lora", "k_proj", "k_k"), site, read, write)
+    return DecayHandle(existing(layer, "w_lora", "a_lora", "k_proj", "k_k"), site, read, write_arguments(names))
 
 
-_BEHIND_DELTA = ("a_proj", "f_proj", "A_log", "dt_bias", "b_proj", "k_proj", "k_conv1d")
-
-
-def _those_of(layer: nn.Module, *names: str) -> tuple[str, ...]:
-    return tuple(name for name in names if hasattr(layer, name))
-
-
-def _refuses(layer: nn.Module) -> str | None:
+def _refusal(layer: nn.Module) -> str | None:
     if "chunk_gated_delta_product" in names_used(type(layer)):
         return "it makes several steps of the delta rule per token, so that its op sees another sequence than the layer"
     if hasattr(layer, "num_memories"):
@@ -212,23 +206,21 @@ def _alpha(layer: nn.Module) -> AlphaHandle | None:
 
 _OPS = ("delta_rule", "gated_delta_rule", "gdn", "kda")
 
-FAMILIES.append(
+ADAPTERS = (
     LayerAdapter(
         operator="DeltaRecurrence",
         ops={f"{kernel}_{op}": delta_rule for op in _OPS for kernel in ("chunk", "fused_recurrent")},
         state_capacity=lambda layer: attribute(layer, "head_k_dim", "head_dim"),
         channels=lambda layer: attribute(layer, "num_v_heads", "num_heads"),
-        decay=_delta_handle,
+        decay=delta_decay,
         alpha=_alpha,
-        refuses=_refuses,
-    )
-)
-FAMILIES.append(
+        refusal=_refusal,
+    ),
     LayerAdapter(
         operator="DeltaRecurrence",
         ops={"chunk_rwkv7": rwkv7, "fused_mul_recurrent_rwkv7": rwkv7},
         state_capacity=lambda layer: attribute(layer, "head_dim"),
         channels=lambda layer: attribute(layer, "num_heads"),
-        decay=_rwkv7_handle,
-    )
+        decay=_rwkv7_decay,
+    ),
 )

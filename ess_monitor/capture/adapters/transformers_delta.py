@@ -1,9 +1,9 @@
-"""The gated delta rule in transformers: Qwen3-Next, Qwen3.5, OLMo-Hybrid (one decay per head), Kimi Linear (one per
-state dimension), and whatever calls the same ops.
+"""The gated delta rule in transformers.
 
-The ops are those of flash-linear-attention with other names for the same arguments, and are handed decays and betas
-with their activations done. Padding has keys of 0 here, since the layers set its input to 0 in front of a convolution
-without bias: it is in no T.
+Qwen3-Next, Qwen3.5, OLMo-Hybrid (one decay per head), Kimi Linear (one per state dimension), and every other layer that
+calls the same ops. These are the ops of flash-linear-attention with other names for the same arguments. They are given
+decays and betas with the activations applied. Padding has keys of 0, because the layers set its input to 0 in front of
+a convolution without bias: it is in no T.
 """
 
 from __future__ import annotations
@@ -12,53 +12,35 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.fla_delta import delta_rule
-from ess_monitor.capture.adapters.gated_linear import goes_on, precise
-from ess_monitor.capture.adapters.layer_attributes import attribute
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, under_names
+from ess_monitor.capture.adapters.fla_delta import delta_decay, delta_rule
+from ess_monitor.capture.adapters.layer_attributes import attribute, existing
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, write_arguments
 from ess_monitor.capture.hooks.call_site import Call, CallSite
-from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 
-_NORM_EPSILON = 1e-6
-"""Of the norm that the ops take of queries and keys."""
+_PARAMETERS = (
+    *("forget_gate", "in_proj_a", "in_proj_ba", "a_proj", "A_log", "dt_bias"),  # decay
+    *("in_proj_b", "b_proj"),  # beta
+    *("in_proj_qkv", "in_proj_qkvz", "k_proj", "conv1d"),  # keys
+)
+"""What gates, betas and keys are computed from, by the names in these layers."""
+
+
+def _renamed(call: Call) -> Call:
+    q, k, v = (call.kwargs[name] for name in ("query", "key", "value"))
+    return dataclasses.replace(call, kwargs={**call.kwargs, "q": q, "k": k, "v": v})
 
 
 def gated_delta_rule(call: Call) -> LazyOperator | None:
-    """`*_gated_delta_rule(query, key, value, g, beta, ...)`, `*_kimi_delta_attention` with `g` per state dimension."""
-    q, k, v = (call.kwargs[name] for name in ("query", "key", "value"))
-    return delta_rule(dataclasses.replace(call, kwargs={**call.kwargs, "q": q, "k": k, "v": v}))
+    """Read `*_gated_delta_rule(query, key, value, g, beta, ...)` and `*_kimi_delta_attention`."""
+    return delta_rule(_renamed(call))
 
 
 def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
-    """A_t = (I - beta_t k_t k_t^T) diag(exp g_t): the identity only where nothing decays and nothing is replaced."""
-
-    def read(call: Call) -> DecayInputs | None:
-        if goes_on(call, call.kwargs["value"]):
-            return None
-        heads, normalized = call.kwargs["value"].shape[2], bool(call.kwargs["use_qk_l2norm_in_kernel"])
-
-        def transition(tensors: tuple[Tensor, ...]) -> Transition:
-            g, beta, k = (precise(tensor).transpose(1, 2) for tensor in tensors)
-            if normalized:
-                k = k * (k.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt()
-            k = k.repeat_interleave(heads // k.shape[1], 1)
-            log_decay = g if g.dim() == 4 else g[..., None]
-            return Transition(log_decay, -beta[..., None] * k, log_decay.exp() * k, state_size=k.shape[-1])
-
-        return DecayInputs(tuple(call.kwargs[name] for name in ("g", "beta", "key")), transition, (1, 1, 1))
-
-    return DecayHandle(_parameters(layer), site, read, under_names("g", "beta", "key"))
-
-
-def _parameters(layer: nn.Module) -> tuple[str, ...]:
-    """What gates, betas and keys are made from, by the names that these layers give it."""
-    names = (
-        *("forget_gate", "in_proj_a", "in_proj_ba", "a_proj", "A_log", "dt_bias"),  # decay
-        *("in_proj_b", "b_proj"),  # beta
-        *("in_proj_qkv", "in_proj_qkvz", "k_proj", "conv1d"),  # keys
-    )
-    return tuple(name for name in names if hasattr(layer, name))
+    read = delta_decay(layer, site).read
+    write = write_arguments(lambda call: ("g", "beta", "key"))
+    return DecayHandle(existing(layer, *_PARAMETERS), site, lambda call: read(_renamed(call)), write)
 
 
 def _alpha(layer: nn.Module) -> AlphaHandle | None:
@@ -70,7 +52,7 @@ def _alpha(layer: nn.Module) -> AlphaHandle | None:
     return AlphaHandle("A_log" if gate is layer else "forget_gate.A_log", 1.0)
 
 
-FAMILIES.append(
+ADAPTERS = (
     LayerAdapter(
         operator="DeltaRecurrence",
         ops={
@@ -83,5 +65,5 @@ FAMILIES.append(
         channels=lambda layer: attribute(layer, "num_v_heads", "num_heads"),
         decay=_decay,
         alpha=_alpha,
-    )
+    ),
 )
