@@ -11,14 +11,7 @@ import torch
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.layers import (
-    Layer,
-    LayerFilter,
-    calls_only_unknown_ops,
-    find_layers,
-    layer_infos,
-    skipped_of_libraries,
-)
+from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos, skipped_of_libraries
 from ess_monitor.capture.sampler import CaptureConfig, Captured, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
@@ -37,9 +30,10 @@ def require_layers(
     A library version that renamed every op must not stop a training: with `in_training` the result is then empty, and a
     warning says why.
     """
-    if in_training and calls_only_unknown_ops(model):
-        reasons = "; ".join(f"skipped: {reason}" for reason in skipped_of_libraries(model))
-        logger.warning("%s. Nothing in %s can be measured: this run has no readings", reasons, type(model).__name__)
+    reasons, are_all = skipped_of_libraries(model)
+    if in_training and are_all:
+        skipped = "; ".join(f"skipped: {reason}" for reason in reasons)
+        logger.warning("%s. Nothing in %s can be measured: this run has no readings", skipped, type(model).__name__)
         return ()
     found = find_layers(model, layers)
     if not found:
@@ -49,7 +43,7 @@ def require_layers(
             f"Skipped: {skipped or 'nothing looked like one'}. "
             "Use ess_monitor.describe(model) for the list, or teach your layer with ess_monitor.register_capture."
         )
-    for reason in skipped_of_libraries(model):
+    for reason in reasons:
         logger.warning("skipped: %s", reason)
     return found
 

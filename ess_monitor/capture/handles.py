@@ -115,9 +115,7 @@ def named_inputs(
 ) -> DecayInputs:
     """Build the inputs of a transition that takes them by name.
 
-    Args:
-        inputs: name -> (tensor, dimension that runs along the sequence). Tensors that are None are left out.
-        transition: A from the tensors by name.
+    `inputs` has a tensor, and its dimension that runs along the sequence, under each name. None is left out.
     """
     given = {name: (tensor, dim) for name, (tensor, dim) in inputs.items() if tensor is not None}
     names = tuple(given)

@@ -35,16 +35,16 @@ class LayerAdapter:
     """With `classes`: how the call at `path` is read."""
     path: str = ""
     """With `classes`: the sub-module whose call is read."""
-    state_capacity: Callable[[nn.Module], int | None] = unknown
+    state_capacity: Callable[[Any], int | None] = unknown
     capacity_grows: bool = False
-    channels: Callable[[nn.Module], int | None] = unknown
-    decay: Callable[[nn.Module, CallSite], DecayHandle | None] = lambda layer, site: None
+    channels: Callable[[Any], int | None] = unknown
+    decay: Callable[[Any, CallSite], DecayHandle | None] = lambda layer, site: None
     """The decay handle, given the site at which the layer is read."""
-    alpha: Callable[[nn.Module], AlphaHandle | None] = unknown
-    uninformative: str = ""
-    is_member: Callable[[nn.Module], bool] = lambda layer: True
+    alpha: Callable[[Any], AlphaHandle | None] = unknown
+    uninformative: Callable[[Any], str] = lambda layer: ""
+    is_member: Callable[[Any], bool] = lambda layer: True
     """Narrows the family where its ops or classes are more common than its layers. Other layers are ignored."""
-    refusal: Callable[[nn.Module], str | None] = unknown
+    refusal: Callable[[Any], str | None] = unknown
     """Why a layer of the family cannot be read (not causal, an unknown variant); None where it can."""
     stand_in: StandIn = function_stand_in
     """Builds what is put under an op's name."""
@@ -78,5 +78,5 @@ class LayerAdapter:
             channels=self.channels,
             decay=self.decay(layer, site),
             alpha=self.alpha(layer),
-            uninformative=self.uninformative,
+            uninformative=self.uninformative(layer),
         )

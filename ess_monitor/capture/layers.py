@@ -202,18 +202,17 @@ def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
     return tuple(infos)
 
 
-def skipped_of_libraries(model: nn.Module) -> tuple[str, ...]:
-    """Return why mixers of known libraries are skipped, one reason per class: a new version may have renamed an op."""
-    skipped = ((name, module) for name, module, spec in _walk(model) if spec is None and _library_of(module))
-    return tuple({type(module): f"{_clean_name(name)}: {_why_skipped(module)}" for name, module in skipped}.values())
+def skipped_of_libraries(model: nn.Module) -> tuple[tuple[str, ...], bool]:
+    """Return why mixers of known libraries are skipped, and whether the model has no other mixers.
 
-
-def calls_only_unknown_ops(model: nn.Module) -> bool:
-    """Return whether all mixers of the model are of known libraries, and none calls an op of a known name.
-
-    False where a mixer is refused for a reason of its own: it could be read with no version of its library.
+    There is one reason per class: a new version may have renamed its op. The second value is False where a mixer is
+    refused for a reason of its own, which no version of its library would change.
     """
-    mixers = [(module, spec) for _, module, spec in _walk(model)]
-    return bool(mixers) and all(
-        spec is None and _library_of(module) is not None and why_refused(module) is None for module, spec in mixers
-    )
+    reasons: dict[type[nn.Module], str] = {}
+    has_others = False
+    for name, module, spec in _walk(model):
+        is_skipped = spec is None and _library_of(module) is not None
+        if is_skipped:
+            reasons[type(module)] = f"{_clean_name(name)}: {_why_skipped(module)}"
+        has_others |= not is_skipped or why_refused(module) is not None
+    return tuple(reasons.values()), bool(reasons) and not has_others

@@ -2,7 +2,7 @@
 
 from ess_monitor.capture.adapters import (
     convolution,
-    fla_delta,
+    delta_rule,
     gated_linear,
     lightning_attention,
     mamba,
@@ -11,21 +11,18 @@ from ess_monitor.capture.adapters import (
     rwkv4,
     torch_attention,
     transformers_attention,
-    transformers_delta,
 )
 
-_MODULES = (
-    convolution,
-    gated_linear,
-    fla_delta,
-    lightning_attention,
-    mamba,
-    mamba2,
-    rg_lru,
-    rwkv4,
-    transformers_attention,
-    torch_attention,
-    transformers_delta,
+LAYER_ADAPTERS = (
+    *convolution.ADAPTERS,
+    *gated_linear.ADAPTERS,
+    *delta_rule.ADAPTERS,
+    *lightning_attention.ADAPTERS,
+    *mamba.ADAPTERS,
+    *mamba2.ADAPTERS,
+    *rg_lru.ADAPTERS,
+    *rwkv4.ADAPTERS,
+    *transformers_attention.ADAPTERS,
+    *torch_attention.ADAPTERS,
 )
-LAYER_ADAPTERS = tuple(adapter for module in _MODULES for adapter in module.ADAPTERS)
 """The first adapter that knows a layer reads it."""

@@ -89,15 +89,17 @@ def _padding(conv: nn.Conv1d) -> int:
     return conv.padding[0]
 
 
-def _is_filter(layer: nn.Module, *, depthwise: bool, long: bool) -> bool:
+def _is_filter(conv: nn.Conv1d, *, depthwise: bool) -> bool:
     """Return whether the layer has several taps and torch's own forward: a sub-class may take another layout."""
-    if not isinstance(layer, nn.Conv1d) or type(layer).forward is not nn.Conv1d.forward or layer.kernel_size[0] == 1:
-        return False
-    return (layer.groups == layer.in_channels) == depthwise and (reach(layer) >= _LONG_TOKENS) == long
+    has_taps = type(conv).forward is nn.Conv1d.forward and conv.kernel_size[0] > 1
+    return has_taps and (conv.groups == conv.in_channels) == depthwise
 
 
-def _refusal(layer: nn.Module) -> str | None:
-    conv = cast(nn.Conv1d, layer)
+def _uninformative(conv: nn.Conv1d) -> str:
+    return _SHORT if reach(conv) < _LONG_TOKENS else ""
+
+
+def _refusal(conv: nn.Conv1d) -> str | None:
     back = reach(conv)
     if conv.stride[0] != 1:
         return f"stride {conv.stride[0]}: its outputs are fewer than its inputs, so T is not square"
@@ -126,11 +128,7 @@ def short_conv(call: Call) -> Operator | None:
     if call.output.shape[1] == 1:
         return None
     b, c, _ = call.output.transpose(1, 2).chunk(3, 1)
-    return GatedConvolution(b, impulse_response(_conv(call.layer)).transpose(0, 1), c)
-
-
-def _conv(layer: nn.Module) -> nn.Conv1d:
-    return cast(nn.Conv1d, layer.conv)
+    return GatedConvolution(b, impulse_response(cast(nn.Conv1d, call.layer.conv)).transpose(0, 1), c)
 
 
 ADAPTERS = (
@@ -139,34 +137,28 @@ ADAPTERS = (
         classes=r".*\.Lfm\w*ShortConv",
         path="in_proj",
         build=short_conv,
-        state_capacity=lambda layer: reach(_conv(layer)),
-        channels=lambda layer: _conv(layer).out_channels,
-        uninformative=_SHORT,
+        state_capacity=lambda layer: reach(layer.conv),
+        channels=lambda layer: layer.conv.out_channels,
+        uninformative=lambda layer: _SHORT,
     ),
-    *(
-        LayerAdapter(
-            operator="Convolution",
-            classes=_CONV1D,
-            build=depthwise,
-            is_member=partial(_is_filter, depthwise=True, long=long),
-            state_capacity=lambda layer: reach(cast(nn.Conv1d, layer)),
-            channels=lambda layer: cast(nn.Conv1d, layer).out_channels,
-            refusal=_refusal,
-            uninformative="" if long else _SHORT,
-        )
-        for long in (False, True)
+    LayerAdapter(
+        operator="Convolution",
+        classes=_CONV1D,
+        build=depthwise,
+        is_member=partial(_is_filter, depthwise=True),
+        state_capacity=reach,
+        channels=lambda conv: conv.out_channels,
+        refusal=_refusal,
+        uninformative=_uninformative,
     ),
-    *(
-        LayerAdapter(
-            operator="DenseOperator",
-            classes=_CONV1D,
-            build=across_channels,
-            is_member=partial(_is_filter, depthwise=False, long=long),
-            capacity_grows=True,
-            channels=lambda layer: cast(nn.Conv1d, layer).groups,
-            refusal=_refusal,
-            uninformative="" if long else _SHORT,
-        )
-        for long in (False, True)
+    LayerAdapter(
+        operator="DenseOperator",
+        classes=_CONV1D,
+        build=across_channels,
+        is_member=partial(_is_filter, depthwise=False),
+        capacity_grows=True,
+        channels=lambda conv: conv.groups,
+        refusal=_refusal,
+        uninformative=_uninformative,
     ),
 )

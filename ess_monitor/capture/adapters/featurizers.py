@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.registry import add_spec
@@ -27,15 +28,6 @@ def _softmax(call: Call) -> Operator:
     """Read `core(q, k, v, scale)`: T = softmax(scale q k^T), causal."""
     q, k, _, scale = call.args
     return SoftmaxAttention(q, k, scale=scale)
-
-
-def _capacity(mixer: nn.Module) -> int | None:
-    capacity = mixer.state_capacity
-    return None if capacity is None else int(capacity)  # type: ignore[arg-type]
-
-
-def _channels(mixer: nn.Module) -> int:
-    return int(mixer.num_heads)  # type: ignore[arg-type]
 
 
 def _decay(*parameters: str) -> DecayHandle:
@@ -67,8 +59,8 @@ for _layer, (_decay_handle, _alpha_handle) in _HANDLES.items():
             build=_softmax if _layer is SA else _scan,
             site=_CORE,
             capacity_grows=_layer is SA,
-            state_capacity=_capacity,
-            channels=_channels,
+            state_capacity=int_attribute("state_capacity"),
+            channels=int_attribute("num_heads"),
             decay=_decay_handle,
             alpha=_alpha_handle,
         ),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import attribute, existing, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, write_arguments
 from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.capture.hooks.global_names import names_used
@@ -168,15 +168,21 @@ def rwkv6(call: Call) -> LazyOperator | None:
     )
 
 
+_KERNELS = ("chunk", "fused_chunk", "fused_recurrent", "parallel")
+_OPS: dict[str, Build] = {
+    "chunk_gla": gla,
+    "fused_recurrent_gla": gla,
+    **{f"{kernel}_simple_gla": simple_gla for kernel in _KERNELS},
+    **{f"{kernel}_retention": retention for kernel in _KERNELS},
+    **{f"{kernel}_linear_attn": linear_attention for kernel in _KERNELS[:3]},
+}
+_RWKV6_OPS = dict.fromkeys(("chunk_rwkv6", "fused_recurrent_rwkv6"), rwkv6)
+
 _GATES = {
     "chunk_gla": "g",
     "fused_recurrent_gla": "gk",
-    "chunk_simple_gla": "g",
-    "fused_chunk_simple_gla": "g",
-    "fused_recurrent_simple_gla": "g",
-    "parallel_simple_gla": "g",
-    "chunk_rwkv6": "w",
-    "fused_recurrent_rwkv6": "w",
+    **{f"{kernel}_simple_gla": "g" for kernel in _KERNELS},
+    **dict.fromkeys(_RWKV6_OPS, "w"),
 }
 """Op -> its argument with the log decay. Retention has a fixed one, linear attention none."""
 
@@ -204,7 +210,7 @@ def _refusal(layer: nn.Module) -> str | None:
 
 
 def _state_capacity(layer: nn.Module) -> int | None:
-    size = attribute(layer, "head_k_dim", "head_f_dim", "mem_size", "head_dim")
+    size = int_attribute("head_k_dim", "head_f_dim", "mem_size", "head_dim")(layer)
     feature_map = getattr(layer, "feature_map_q", getattr(layer, "feature_map", None))
     widened = _WIDENED.get(type(feature_map).__name__)
     return None if size is None or widened is None else size * widened(feature_map)
@@ -252,36 +258,21 @@ def _normalizer(layer: nn.Module) -> AlphaHandle | None:
     return AlphaHandle("gate_logit_normalizer", form="divisor") if divides else None
 
 
-_OPS: dict[str, Build] = {
-    "chunk_gla": gla,
-    "fused_recurrent_gla": gla,
-    "chunk_simple_gla": simple_gla,
-    "fused_chunk_simple_gla": simple_gla,
-    "fused_recurrent_simple_gla": simple_gla,
-    "parallel_simple_gla": simple_gla,
-    "chunk_retention": retention,
-    "fused_chunk_retention": retention,
-    "fused_recurrent_retention": retention,
-    "parallel_retention": retention,
-    "chunk_linear_attn": linear_attention,
-    "fused_chunk_linear_attn": linear_attention,
-    "fused_recurrent_linear_attn": linear_attention,
-}
 ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
         ops=_OPS,
         state_capacity=_state_capacity,
-        channels=lambda layer: attribute(layer, "num_heads"),
+        channels=int_attribute("num_heads"),
         decay=_decay,
         alpha=_normalizer,
         refusal=_refusal,
     ),
     LayerAdapter(
         operator="ReadFirstRecurrence",
-        ops={"chunk_rwkv6": rwkv6, "fused_recurrent_rwkv6": rwkv6},
+        ops=_RWKV6_OPS,
         state_capacity=_state_capacity,
-        channels=lambda layer: attribute(layer, "num_heads"),
+        channels=int_attribute("num_heads"),
         decay=_decay,
         alpha=_last_bias,
     ),

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ess_monitor.capture.adapters.layer_attributes import attribute
+from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import DiagonalRecurrence, Operator
 from ess_monitor.ess.operators.fields import take
+
+_heads = int_attribute("num_attention_heads", "num_heads")
 
 
 def masked_qkv(call: Call) -> LazyOperator | None:
@@ -36,16 +38,12 @@ def masked_qkv(call: Call) -> LazyOperator | None:
     return LazyOperator(qkv.shape[0], heads, qkv.shape[1], form)
 
 
-def _heads(layer: nn.Module) -> int | None:
-    return attribute(layer, "num_attention_heads", "num_heads")
-
-
 ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
         ops={"apply_mask_to_padding_states": masked_qkv},
         is_member=lambda layer: hasattr(layer, "slope_rate") and hasattr(layer, "qkv_proj"),
-        state_capacity=lambda layer: attribute(layer, "head_dim"),
+        state_capacity=int_attribute("head_dim"),
         channels=_heads,
     ),
 )

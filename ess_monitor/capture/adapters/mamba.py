@@ -14,17 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import (
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.selective_scan import (
     alpha_of_a_log,
-    attribute,
-    existing,
-    is_decoding_step,
-    real_tokens,
-    segment_starts,
+    scan_operator,
+    scan_transition,
     shifted,
     short_conv,
     why_without_kernels,
@@ -35,76 +32,11 @@ from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite, Op
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
-from ess_monitor.ess import DiagonalRecurrence, Operator
+from ess_monitor.ess import Operator
 from ess_monitor.ess.linalg import index_tensor
 from ess_monitor.ess.operators.fields import take
 
 _FUSED = "mamba_inner_fn"
-
-
-def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, limits: tuple[float, float] | None) -> Tensor:
-    """Compute Delta, (batch, heads, length, 1)."""
-    if bias is not None:
-        dt = dt + bias[:, None]
-    delta = F.softplus(dt) if softplus else dt
-    return (delta if limits is None else delta.clamp(*limits))[..., None]
-
-
-def _log_decay(delta: Tensor, A: Tensor, starts: Tensor | None) -> Tensor:
-    """Compute log A_t, (batch, heads, length, state|1); -inf at the first token of a packed sequence."""
-    log_decay = delta * A.reshape(len(A), 1, -1)
-    return log_decay if starts is None else log_decay.masked_fill(starts[:, None, :, None], -torch.inf)
-
-
-def scan_operator(
-    heads: Sequence[int],
-    dt: Tensor,
-    A: Tensor,
-    bias: Tensor | None,
-    b: Tensor,
-    c: Tensor,
-    *,
-    softplus: bool = True,
-    limits: tuple[float, float] | None = None,
-    real: Tensor | None = None,
-    segments: Tensor | None = None,
-) -> Operator:
-    """Build the operator of some heads of a selective scan, in float64.
-
-    Args:
-        heads: the heads (Mamba-2) or channels (Mamba) to select.
-        dt: (batch, heads, length), of all heads.
-        A: (heads,) or (heads, state), of all heads.
-        bias: (heads,), added to dt of all heads, or None.
-        b: (batch, selected heads|1, length, state).
-        c: as b.
-        softplus: whether Delta is the softplus of dt.
-        limits: bounds of Delta.
-        real: (batch, length), False for padding.
-        segments: (batch, length), the number of a token's packed sequence.
-    """
-    few_bias = None if bias is None else take(bias, 0, heads).double()
-    delta = _step_size(take(dt, 1, heads).double(), few_bias, softplus, limits)
-    b = b * delta
-    if real is not None:
-        b = b * real[:, None, :, None]
-    starts = None if segments is None else segment_starts(segments)
-    return DiagonalRecurrence(_log_decay(delta, take(A, 0, heads).double(), starts), b, c)
-
-
-def scan_transition(
-    dt: Tensor,
-    A: Tensor,
-    bias: Tensor | None,
-    starts: Tensor | None = None,
-    *,
-    softplus: bool = True,
-    limits: tuple[float, float] | None = None,
-    state_size: int | None = None,
-) -> Transition:
-    """Compute A_t of a selective scan in float32, with its graph. Shapes as in `scan_operator`."""
-    delta = _step_size(dt.float(), None if bias is None else bias.float(), softplus, limits)
-    return Transition(_log_decay(delta, A.float(), starts), state_size=state_size)
 
 
 def scan(call: Call) -> LazyOperator | None:
@@ -334,15 +266,8 @@ def _zamba_decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
 
 
 _OPS = {_FUSED: fused, "mamba_selective_scan": scan, "selective_scan_fn": scan}
-
-
-def _capacity(layer: nn.Module) -> int | None:
-    return attribute(layer, "ssm_state_size", "d_state", "state_size")
-
-
-def _channels(layer: nn.Module) -> int | None:
-    return attribute(layer, "intermediate_size", "d_inner")
-
+_CAPACITY = int_attribute("ssm_state_size", "d_state", "state_size")
+_CHANNELS = int_attribute("intermediate_size", "d_inner")
 
 ADAPTERS = (
     LayerAdapter(
@@ -350,16 +275,16 @@ ADAPTERS = (
         classes=r"transformers\..*\.ZambaMambaMixer",
         path="in_proj",
         build=zamba,
-        state_capacity=_capacity,
-        channels=_channels,
+        state_capacity=_CAPACITY,
+        channels=_CHANNELS,
         decay=_zamba_decay,
         alpha=alpha_of_a_log,
     ),
     LayerAdapter(
         operator="DiagonalRecurrence",
         ops=_OPS,
-        state_capacity=_capacity,
-        channels=_channels,
+        state_capacity=_CAPACITY,
+        channels=_CHANNELS,
         decay=_decay,
         alpha=alpha_of_a_log,
         refusal=lambda layer: why_without_kernels(layer, *_OPS),

@@ -18,19 +18,17 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import (
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.selective_scan import (
     alpha_of_a_log,
-    attribute,
-    existing,
-    is_decoding_step,
-    real_tokens,
+    scan_operator,
+    scan_transition,
     segment_starts,
     shifted,
     short_conv,
     why_without_kernels,
     without_placeholders,
 )
-from ess_monitor.capture.adapters.mamba import scan_operator, scan_transition
 from ess_monitor.capture.handles import DecayHandle, DecayInputs, Transition, named_inputs, write_arguments
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.layer_adapter import LayerAdapter
@@ -228,20 +226,15 @@ _OPS = {
 }
 
 
-def _capacity(layer: nn.Module) -> int | None:
-    return attribute(layer, "ssm_state_size", "d_state")
-
-
-def _channels(layer: nn.Module) -> int | None:
-    return attribute(layer, "num_heads", "nheads")
-
+_CAPACITY = int_attribute("ssm_state_size", "d_state")
+_CHANNELS = int_attribute("num_heads", "nheads")
 
 ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
         ops=_OPS,
-        state_capacity=_capacity,
-        channels=_channels,
+        state_capacity=_CAPACITY,
+        channels=_CHANNELS,
         decay=_decay,
         alpha=alpha_of_a_log,
         refusal=lambda layer: why_without_kernels(layer, *_OPS),
@@ -251,8 +244,8 @@ ADAPTERS = (
         classes=r"fla\.layers\.mamba2\.Mamba2",
         path="in_proj",
         build=fla_projection,
-        state_capacity=_capacity,
-        channels=_channels,
+        state_capacity=_CAPACITY,
+        channels=_CHANNELS,
         decay=_fla_decay,
         alpha=alpha_of_a_log,
     ),

@@ -46,7 +46,7 @@ def rg_lru(call: Call) -> LazyOperator | None:
     if x.shape[1] == 1:
         return None
     layer = call.layer
-    width = _block_width(layer)
+    width = cast(Tensor, layer.recurrent_gate_weight).shape[-1]
 
     def form(samples: slice, channels: Sequence[int], length: int) -> Operator:
         blocks = sorted({channel // width for channel in channels})
@@ -70,10 +70,6 @@ def _arguments(call: Call) -> tuple[Tensor, Tensor]:
     return named["activations"], named["position_ids"]
 
 
-def _block_width(layer: nn.Module) -> int:
-    return cast(Tensor, layer.recurrent_gate_weight).shape[-1]
-
-
 def _in_blocks(x: Tensor, width: int) -> Tensor:
     return x.reshape(*x.shape[:2], -1, width)
 
@@ -93,8 +89,8 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
         x, positions = _arguments(call)
         if x.shape[1] == 1:
             return None
-        parameters = tuple(cast(Tensor, getattr(layer, name)) for name in _PARAMETERS)
-        width = _block_width(layer)
+        parameters: tuple[Tensor, ...] = tuple(getattr(layer, name) for name in _PARAMETERS)
+        width = parameters[0].shape[-1]
 
         def transition(tensors: tuple[Tensor, ...]) -> Transition:
             x, positions, weight, bias, recurrent = tensors
@@ -117,9 +113,9 @@ ADAPTERS = (
         classes=r".*\.RecurrentGemmaRglru",
         build=rg_lru,
         state_capacity=lambda layer: 1,
-        channels=lambda layer: len(cast(Tensor, layer.recurrent_param)),
+        channels=lambda layer: len(layer.recurrent_param),
         decay=_decay,
         alpha=lambda layer: AlphaHandle("recurrent_param", form="softplus"),
-        uninformative="a channel's state has one dimension, so that its ESS can only be 0 or 1",
+        uninformative=lambda layer: "a channel's state has one dimension, so that its ESS can only be 0 or 1",
     ),
 )

@@ -9,7 +9,6 @@ T divides every row by its sum. The bonus u lies on T's diagonal, which no H_i c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +77,9 @@ ADAPTERS = (
         operator="ReadFirstRecurrence",
         ops={"rwkv_linear_attention": wkv},
         state_capacity=lambda layer: 1,
-        channels=lambda layer: len(cast(Tensor, layer.time_decay)),
+        channels=lambda layer: len(layer.time_decay),
         decay=_decay,
         alpha=lambda layer: AlphaHandle("time_decay", 1.0),
-        uninformative="a channel's state has one dimension, so that its ESS can only be 0 or 1",
+        uninformative=lambda layer: "a channel's state has one dimension, so that its ESS can only be 0 or 1",
     ),
 )

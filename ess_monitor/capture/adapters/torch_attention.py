@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import configured
+from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.adapters.transformers_attention import causal_attention, part, why_not_causal
 from ess_monitor.capture.hooks.call_site import Call, named_arguments
 from ess_monitor.capture.hooks.function_patch import function_stand_in
@@ -25,19 +25,10 @@ from ess_monitor.errors import CaptureError
 from ess_monitor.ess import Operator
 from ess_monitor.ess.operators.fields import take
 
-
-def _documented(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    **further: Any,
-) -> None:
-    """Show the arguments of `scaled_dot_product_attention`, as torch documents them."""
+_SIGNATURE = inspect.signature(
+    lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, **more: None
+)
+"""The arguments of `scaled_dot_product_attention`, as torch documents them."""
 
 
 def with_signature(original: Any, called: Callable[..., Any]) -> Any:
@@ -46,7 +37,7 @@ def with_signature(original: Any, called: Callable[..., Any]) -> Any:
     try:
         inspect.signature(original)
     except ValueError:
-        signed.__signature__ = inspect.signature(_documented)
+        signed.__signature__ = _SIGNATURE
     return function_stand_in(signed, called)
 
 
@@ -83,13 +74,12 @@ def _by_head(tensor: Tensor) -> Tensor:
 
 
 def _refusal(layer: nn.Module) -> str | None:
-    reason = why_not_causal(layer)
-    if reason is None and getattr(getattr(layer, "config", None), "_attn_implementation", "sdpa") != "sdpa":
-        reason = (
-            "with this attn_implementation the layer does not call scaled_dot_product_attention; "
-            "load the model with attn_implementation='sdpa' to measure it"
-        )
-    return reason
+    if getattr(getattr(layer, "config", None), "_attn_implementation", "sdpa") == "sdpa":
+        return why_not_causal(layer)
+    return why_not_causal(layer) or (
+        "with this attn_implementation the layer does not call scaled_dot_product_attention; "
+        "load the model with attn_implementation='sdpa' to measure it"
+    )
 
 
 def read_module(call: Call) -> LazyOperator | None:
@@ -173,7 +163,7 @@ ADAPTERS = (
         classes=r"torch\.nn\.modules\.activation\.MultiheadAttention",
         build=read_module,
         capacity_grows=True,
-        channels=lambda layer: configured(layer, "num_heads"),
+        channels=int_attribute("num_heads", or_config=True),
         refusal=_module_refusal,
     ),
     LayerAdapter(
@@ -182,7 +172,7 @@ ADAPTERS = (
         stand_in=with_signature,
         namespaces=(vars(F),),
         capacity_grows=True,
-        channels=lambda layer: configured(layer, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads"),
+        channels=int_attribute("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", or_config=True),
         refusal=_refusal,
     ),
 )

@@ -7,13 +7,14 @@ reads them all: T = softmax(cap(scale q k^T) + mask), one T per query head. Drop
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import configured
+from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.hooks.function_patch import function_stand_in
 from ess_monitor.capture.layer_adapter import LayerAdapter
@@ -189,19 +190,16 @@ def _flash_mask(real: Tensor | None, options: dict[str, Any], q: Tensor, samples
     It hides padding (rows as well), tokens before the window, and the other sequences of a packed batch.
     """
     position = torch.arange(length, device=q.device)
-    keep = None
-    window = options.get("sliding_window")
+    window, segment = options.get("sliding_window"), _segments(options, q.shape[0], position)
+    keeps = []
     if isinstance(window, int):
-        keep = ((position[:, None] - position) < window)[None, None]
-    segment = _segments(options, q.shape[0], position)
+        keeps.append(((position[:, None] - position) < window)[None, None])
     if segment is not None:
-        same = (segment[:, :, None] == segment[:, None, :])[:, None]
-        keep = same if keep is None else keep & same
+        keeps.append((segment[:, :, None] == segment[:, None, :])[:, None])
     if real is not None:
         token = first(real if real.shape[0] == 1 else real[samples], 1, length) != 0
-        both = (token[:, :, None] & token[:, None, :])[:, None]
-        keep = both if keep is None else keep & both
-    return keep
+        keeps.append((token[:, :, None] & token[:, None, :])[:, None])
+    return functools.reduce(torch.logical_and, keeps) if keeps else None
 
 
 def _segments(options: dict[str, Any], batch: int, position: Tensor) -> Tensor | None:
@@ -230,13 +228,15 @@ def _refusal(layer: nn.Module) -> str | None:
     if hasattr(layer, "get_input_embeddings"):  # the models' base class asks the same interface which kernels exist
         return "a whole model, not a sequence mixer"
     reason = why_not_causal(layer)
-    if reason is None and not hasattr(layer, "is_causal"):
-        reason = "does not say whether it is causal; set `is_causal = True` on the layer if it is"
-    if reason is None and hasattr(layer, "lambda_q1"):
-        reason = "differential attention: T is a difference of two softmax maps, which no operator here can hold"
-    if reason is None and getattr(layer, "reorder_and_upcast_attn", False) and _kernel(layer) == "eager":
-        reason = "reorder_and_upcast_attn bypasses the attention interface; use attn_implementation='sdpa'"
-    return reason
+    if reason is not None:
+        return reason
+    if not hasattr(layer, "is_causal"):
+        return "does not say whether it is causal; set `is_causal = True` on the layer if it is"
+    if hasattr(layer, "lambda_q1"):
+        return "differential attention: T is a difference of two softmax maps, which no operator here can hold"
+    if getattr(layer, "reorder_and_upcast_attn", False) and _kernel(layer) == "eager":
+        return "reorder_and_upcast_attn bypasses the attention interface; use attn_implementation='sdpa'"
+    return None
 
 
 ADAPTERS = (
@@ -245,7 +245,7 @@ ADAPTERS = (
         ops={"ALL_ATTENTION_FUNCTIONS": read_interface},
         stand_in=WatchedInterface,
         capacity_grows=True,
-        channels=lambda layer: configured(layer, "num_heads", "num_attention_heads", "n_heads", "n_head"),
+        channels=int_attribute("num_heads", "num_attention_heads", "n_heads", "n_head", or_config=True),
         refusal=_refusal,
     ),
 )

@@ -120,7 +120,7 @@ class CallSite:
     def _watch_module(self, handle: HookHandle, layer: nn.Module, before: Before | None, after: After | None) -> None:
         module = layer.get_submodule(self.path)
         if module is not layer:
-            _ForwardTracker(layer).attach(handle)
+            _track_forward(layer, handle)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Call:
             return Call(layer, module, "", args, kwargs, output, layer_kwargs=_running_kwargs(layer))
@@ -133,7 +133,7 @@ class CallSite:
             handle.add(module.register_forward_hook(hook, with_kwargs=True).remove)
 
     def _watch_ops(self, handle: HookHandle, layer: nn.Module, before: Before | None, after: After | None) -> None:
-        _ForwardTracker(layer).attach(handle)
+        _track_forward(layer, handle)
         for op in self.ops:
             listener = _op_listener(layer, op.name, before, after)
             for namespace in op.namespaces:
@@ -144,7 +144,8 @@ class _Forward(NamedTuple):
     """A forward call of a watched layer that is running."""
 
     layer: nn.Module
-    tracker: _ForwardTracker
+    handle: HookHandle
+    """Of the hooks that noted the call."""
     kwargs: dict[str, Any]
     number: int
 
@@ -165,32 +166,25 @@ def _running_kwargs(layer: nn.Module) -> dict[str, Any]:
     return next((forward.kwargs for forward in reversed(_RUNNING.forwards) if forward.layer is layer), {})
 
 
-class _ForwardTracker:
-    """Notes when a layer's forward begins and ends."""
+def _track_forward(layer: nn.Module, handle: HookHandle) -> None:
+    """Add the hooks that note when the layer's forward begins and ends."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _RUNNING.forwards.append(_Forward(layer, handle, kwargs, next(_COUNT)))
 
-    def attach(self, handle: HookHandle) -> None:
-        """Add the hooks to the layer."""
-        handle.add(
-            self._layer.register_forward_pre_hook(ModuleHook(self._begin), with_kwargs=True, prepend=True).remove
-        )
-        # Called after an exception too: the recomputation of a checkpointed layer ends early with one.
-        handle.add(self._layer.register_forward_hook(ModuleHook(self._end), always_call=True).remove)
-        handle.add(self._forget)
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _RUNNING.forwards.append(_Forward(self._layer, self, kwargs, next(_COUNT)))
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for k in range(len(_RUNNING.forwards) - 1, -1, -1):
-            if _RUNNING.forwards[k].tracker is self:
+            if _RUNNING.forwards[k].handle is handle:
                 del _RUNNING.forwards[k:]  # calls inside it that have not ended never will
                 return
 
-    def _forget(self) -> None:
-        _RUNNING.forwards[:] = [forward for forward in _RUNNING.forwards if forward.tracker is not self]
+    def forget() -> None:
+        _RUNNING.forwards[:] = [forward for forward in _RUNNING.forwards if forward.handle is not handle]
+
+    handle.add(layer.register_forward_pre_hook(ModuleHook(begin), with_kwargs=True, prepend=True).remove)
+    # Called after an exception too: the recomputation of a checkpointed layer ends early with one.
+    handle.add(layer.register_forward_hook(ModuleHook(end), always_call=True).remove)
+    handle.add(forget)
 
 
 def _op_listener(layer: nn.Module, name: str, before: Before | None, after: After | None) -> Listener:

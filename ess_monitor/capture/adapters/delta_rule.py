@@ -1,12 +1,18 @@
-"""The delta rule, by the ops of flash-linear-attention: DeltaNet, Gated DeltaNet, KDA, RWKV-7.
+"""The delta rule, by the ops of flash-linear-attention and transformers.
 
-Per value head: A_t = (I - beta_t k_t k_t^T) diag(exp g_t), input beta_t k_t, read scale q_t. DeltaNet has no g, Gated
-DeltaNet one per head, KDA one per state dimension. RWKV-7: A_t = diag(exp w_t) + b_t a_t^T, input k_t, read r_t. TSS is
-the size of a key. Flags of an op say whether it is given raw gates and keys, and applies their activations itself.
+In flash-linear-attention: DeltaNet, Gated DeltaNet, KDA, RWKV-7. Per value head:
+A_t = (I - beta_t k_t k_t^T) diag(exp g_t), input beta_t k_t, read scale q_t. DeltaNet has no g, Gated DeltaNet one per
+head, KDA one per state dimension. RWKV-7: A_t = diag(exp w_t) + b_t a_t^T, input k_t, read r_t. TSS is the size of a
+key. Flags of an op say whether it is given raw gates and keys, and applies their activations itself.
+
+In transformers: Qwen3-Next, Qwen3.5, OLMo-Hybrid (one decay per head), Kimi Linear (one per state dimension). Their ops
+have other names for the same arguments, with the activations of decay and beta applied. Padding has keys of 0, because
+the layers set its input to 0 in front of a convolution without bias: it is in no T.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +29,7 @@ from ess_monitor.capture.adapters.gated_linear import (
     scale_of,
     selection,
 )
-from ess_monitor.capture.adapters.layer_attributes import attribute, existing, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
 from ess_monitor.capture.handles import (
     AlphaHandle,
     DecayHandle,
@@ -88,6 +94,17 @@ def rwkv7(call: Call) -> LazyOperator | None:
     return LazyOperator(batch, heads, total, form)
 
 
+def _renamed(call: Call) -> Call:
+    """Return a call of a transformers op with its arguments under the names of flash-linear-attention as well."""
+    q, k, v = (call.kwargs[name] for name in ("query", "key", "value"))
+    return dataclasses.replace(call, kwargs={**call.kwargs, "q": q, "k": k, "v": v})
+
+
+def transformers_delta_rule(call: Call) -> LazyOperator | None:
+    """Read `*_gated_delta_rule(query, key, value, g, beta, ...)` and `*_kimi_delta_attention` of transformers."""
+    return delta_rule(_renamed(call))
+
+
 def _check_known(call: Call) -> None:
     refuse_options(call, "gk", "gv", "cp_context")
     beta = call.kwargs.get("beta")
@@ -143,7 +160,7 @@ def _rank_one(op: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return (second, first) if op == "chunk_rwkv7" else (first * second, -first)
 
 
-def delta_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
+def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
     """Build the handle of the gate, beta and the keys, before the activations that the kernel applies to them."""
 
     def names(call: Call) -> tuple[str, ...]:
@@ -170,6 +187,18 @@ def delta_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
 
     parameters = existing(layer, "a_proj", "f_proj", "A_log", "dt_bias", "b_proj", "k_proj", "k_conv1d")
     return DecayHandle(parameters, site, read, write_arguments(names))
+
+
+def _transformers_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
+    read, write = _decay(layer, site).read, write_arguments(lambda call: ("g", "beta", "key"))
+    return DecayHandle(existing(layer, *_TRANSFORMERS_PARAMETERS), site, lambda call: read(_renamed(call)), write)
+
+
+_TRANSFORMERS_PARAMETERS = (
+    *("forget_gate", "in_proj_a", "in_proj_ba", "a_proj", "A_log", "dt_bias"),  # decay
+    *("in_proj_b", "b_proj"),  # beta
+    *("in_proj_qkv", "in_proj_qkvz", "k_proj", "conv1d"),  # keys
+)
 
 
 def _rwkv7_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
@@ -199,9 +228,18 @@ def _refusal(layer: nn.Module) -> str | None:
 
 
 def _alpha(layer: nn.Module) -> AlphaHandle | None:
-    """log A = -exp(A_log) softplus(.); with a lower bound A_log stands inside a sigmoid and scales nothing."""
+    """Return the alpha of log A = -exp(A_log) softplus(.); None with a lower bound, where A_log is in a sigmoid."""
     scales = isinstance(getattr(layer, "A_log", None), Tensor) and getattr(layer, "lower_bound", None) is None
     return AlphaHandle("A_log", 1.0) if scales else None
+
+
+def _transformers_alpha(layer: nn.Module) -> AlphaHandle | None:
+    """Return the same alpha, by the names in transformers."""
+    gate = getattr(layer, "forget_gate", layer)
+    bounded = any(value not in (None, False) for name, value in vars(gate).items() if "safe" in name or "bound" in name)
+    if bounded or not isinstance(getattr(gate, "A_log", None), Tensor):
+        return None
+    return AlphaHandle("A_log" if gate is layer else "forget_gate.A_log", 1.0)
 
 
 _OPS = ("delta_rule", "gated_delta_rule", "gdn", "kda")
@@ -210,17 +248,30 @@ ADAPTERS = (
     LayerAdapter(
         operator="DeltaRecurrence",
         ops={f"{kernel}_{op}": delta_rule for op in _OPS for kernel in ("chunk", "fused_recurrent")},
-        state_capacity=lambda layer: attribute(layer, "head_k_dim", "head_dim"),
-        channels=lambda layer: attribute(layer, "num_v_heads", "num_heads"),
-        decay=delta_decay,
+        state_capacity=int_attribute("head_k_dim", "head_dim"),
+        channels=int_attribute("num_v_heads", "num_heads"),
+        decay=_decay,
         alpha=_alpha,
         refusal=_refusal,
     ),
     LayerAdapter(
         operator="DeltaRecurrence",
         ops={"chunk_rwkv7": rwkv7, "fused_mul_recurrent_rwkv7": rwkv7},
-        state_capacity=lambda layer: attribute(layer, "head_dim"),
-        channels=lambda layer: attribute(layer, "num_heads"),
+        state_capacity=int_attribute("head_dim"),
+        channels=int_attribute("num_heads"),
         decay=_rwkv7_decay,
+    ),
+    LayerAdapter(
+        operator="DeltaRecurrence",
+        ops={
+            "torch_chunk_gated_delta_rule": transformers_delta_rule,
+            "torch_recurrent_gated_delta_rule": transformers_delta_rule,
+            "chunk_kimi_delta_attention": transformers_delta_rule,
+            "recurrent_kimi_delta_attention": transformers_delta_rule,
+        },
+        state_capacity=int_attribute("head_k_dim", "head_dim"),
+        channels=int_attribute("num_v_heads", "num_heads"),
+        decay=_transformers_decay,
+        alpha=_transformers_alpha,
     ),
 )
