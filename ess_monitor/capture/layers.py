@@ -210,7 +210,7 @@ def skipped_of_libraries(model: nn.Module) -> tuple[tuple[str, ...], bool]:
     """
     reasons: dict[type[nn.Module], str] = {}
     has_others = False
-    for name, module, spec in _walk(model):
+    for name, module, spec in _walk(check_model(model)):
         is_skipped = spec is None and _library_of(module) is not None
         if is_skipped:
             reasons[type(module)] = f"{_clean_name(name)}: {_why_skipped(module)}"

@@ -1,8 +1,8 @@
-"""Mamba's selective scan: transformers (Mamba, FalconMamba, Jamba, Zamba), mamba_ssm, and whatever calls the same ops.
+"""Mamba's selective scan, in transformers and mamba_ssm, and in every other layer that calls the same ops.
 
-Per channel e: Delta = softplus(dt + bias), A_t[n] = exp(Delta_t A[n]), input Delta_t B_t[n], read C_t[n]; TSS is the
-state size n. The convolution in front of the scan and the gate after it are outside of T; D u lies on T's diagonal,
-which no H_i contains.
+In transformers: Mamba, FalconMamba, Jamba, Zamba. Per channel e: Delta = softplus(dt + bias),
+A_t[n] = exp(Delta_t A[n]), input Delta_t B_t[n], read C_t[n]; TSS is the state size n. The convolution in front of the
+scan and the gate after it are outside of T; D u lies on T's diagonal, which no H_i contains.
 
 The scan's own op has dt, B and C among its arguments. The fused op (`mamba_inner_fn`) gets the input of the convolution
 and the weights of all that follows, and returns the layer's output: dt, B and C are computed again, for the selected

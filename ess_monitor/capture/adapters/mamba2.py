@@ -1,4 +1,4 @@
-"""Mamba-2's scalar recurrence, in transformers, mamba_ssm and fla, and whatever calls the same ops.
+"""Mamba-2's scalar recurrence, in transformers, mamba_ssm and fla, and in every other layer that calls the same ops.
 
 In transformers: Mamba2, Bamba, GraniteMoeHybrid, Zamba2, FalconH1, NemotronH. Per head h:
 Delta = clamp(softplus(dt + bias), limits), A_t = exp(Delta_t A) times the identity, input Delta_t B_t, read C_t. Groups

@@ -47,11 +47,10 @@ def when_raised(model: nn.Module, act: Callable[[], None]) -> Callable[[], None]
 
 
 class _ForwardErrorHook:
-    """Adds a hook behind each forward call of a model. One per model, in front of its forward.
+    """Runs before a model's forward and adds a hook that runs after it. There is one per model.
 
-    PyTorch calls the hooks behind a forward that raised while it iterates over the dictionary that holds them. Hooks
-    can be removed there only at the end of the iteration. The hook behind is therefore added anew for each call: it is
-    then the last one, and can remove the others.
+    After a forward that raised, PyTorch calls the hooks while it iterates over the dictionary that holds them. Only the
+    last one can remove any. The hook after the forward is therefore added again for each call, which makes it the last.
     """
 
     def __init__(self) -> None:
