@@ -42,7 +42,7 @@ from torch import nn
 from benchmarks.report import Result, main
 from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.capture.hooks.compiler import _HOLDERS
-from ess_monitor.capture.hooks.function_patch import _TAPS
+from ess_monitor.capture.hooks.function_patch import _PATCHES
 from ess_monitor.records import PHASES
 
 LAYERS, LENGTH = 24, 64
@@ -190,7 +190,7 @@ def standing_by(build: Callable[[], nn.Module], batch: int, *, calls: int = 1, p
                     gc.collect()
         if len(monitor.findings) or monitor.armed:
             raise RuntimeError("the monitor took a sample while it was to stand by")
-        if _TAPS or _HOLDERS:
+        if _PATCHES or _HOLDERS:
             raise RuntimeError("the monitor watches ops, or holds the compiler, while it was to stand by")
         found.hooks = hooks_of(training.model) - (0 if calls == 1 else LAYERS)
     return found

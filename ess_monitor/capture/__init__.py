@@ -1,4 +1,4 @@
-"""From a user's module to an operator: which layers, which tensors, described per layer."""
+"""Find the sequence mixers of a model and capture the operators that they apply."""
 
 from ess_monitor.capture.capture_pass import capture_operators
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, Transition

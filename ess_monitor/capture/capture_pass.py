@@ -1,4 +1,4 @@
-"""One synchronous forward pass, for its operators."""
+"""Run one synchronous forward pass and return its operators."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.layers import Layer, LayerFilter, all_moved, find_layers, layer_infos, skipped_of_libraries
+from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos, skipped_of_libraries
 from ess_monitor.capture.sampler import CaptureConfig, Captured, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
 
 EVERYTHING = CaptureConfig(samples=2**31, heads=None, max_length=None, source="validation")
-"""No crop at all."""
-
+"""Takes all samples, heads and tokens."""
 
 logger = logging.getLogger("ess_monitor")
 
@@ -26,14 +25,15 @@ logger = logging.getLogger("ess_monitor")
 def require_layers(
     model: nn.Module, layers: LayerFilter | None = None, *, in_training: bool = False
 ) -> tuple[Layer, ...]:
-    """`find_layers`, or `NoLayersError` with what was found and what to do.
+    """Return `find_layers`, or raise `NoLayersError` with what was found and what to do.
 
-    A version of a library that moved all the names is no reason to stop a training: in one, the layers are then none,
-    and a warning says why.
+    A library version that renamed every op must not stop a training: with `in_training` the result is then empty, and a
+    warning says why.
     """
-    if in_training and all_moved(model):
-        reasons = "; ".join(f"skipped: {reason}" for reason in skipped_of_libraries(model))
-        logger.warning("%s. Nothing in %s can be measured: this run has no readings", reasons, type(model).__name__)
+    reasons, are_all = skipped_of_libraries(model)
+    if in_training and are_all:
+        skipped = "; ".join(f"skipped: {reason}" for reason in reasons)
+        logger.warning("%s. Nothing in %s can be measured: this run has no readings", skipped, type(model).__name__)
         return ()
     found = find_layers(model, layers)
     if not found:
@@ -43,14 +43,14 @@ def require_layers(
             f"Skipped: {skipped or 'nothing looked like one'}. "
             "Use ess_monitor.describe(model) for the list, or teach your layer with ess_monitor.register_capture."
         )
-    for reason in skipped_of_libraries(model):
+    for reason in reasons:
         logger.warning("skipped: %s", reason)
     return found
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; every module gets its own mode back, so that no dropout draws random numbers."""
+    """Switch to eval mode, without gradients, so that no dropout draws random numbers. Restore each module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -78,19 +78,19 @@ def capture_pass(
         with evaluating(model):
             model(*inputs, **named_inputs)
     finally:
-        taken = sampler.collect()
-    names = {item.layer.name for item in taken}
-    problems = [f"{item.layer.name}: {item.error}" for item in taken if not isinstance(item, Captured)]
+        results = sampler.collect()
+    names = {item.layer.name for item in results}
+    problems = [f"{item.layer.name}: {item.error}" for item in results if not isinstance(item, Captured)]
     problems += [f"{layer.name}: was not called in this forward pass" for layer in found if layer.name not in names]
     if problems:
         raise CaptureError(
             "could not read " + "; ".join(problems) + ". Leave such a layer out with `layers`, or report its class."
         )
-    return tuple(item for item in taken if isinstance(item, Captured))
+    return tuple(item for item in results if isinstance(item, Captured))
 
 
 def capture_operators(model: nn.Module, *inputs: Any, **named_inputs: Any) -> dict[str, Operator]:
-    """The operator y = T u of every sequence mixer, from one forward pass on `inputs`.
+    """Return the operator y = T u of every sequence mixer, from one forward pass on `inputs`.
 
     Synchronous, in eval mode and without gradients; modes are restored and nothing stays attached. All samples, heads
     and positions are taken.

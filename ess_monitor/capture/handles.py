@@ -1,12 +1,9 @@
-"""What an intervention may act on: found by the capture room, used by the interventions.
-
-A handle says where in a layer something is, never what to do with it.
-"""
+"""Handles on a layer's decay: where an intervention can act. Capture finds them, interventions use them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,55 +28,58 @@ class Transition:
 
 @dataclass(frozen=True)
 class DecayInputs:
-    """The tensors that determine A in one call, all of them, and how they do."""
+    """All tensors that determine A in one call, and the function that computes A from them."""
 
     tensors: tuple[torch.Tensor, ...]
     transition: Callable[[tuple[torch.Tensor, ...]], Transition]
-    """A from the tensors, differentiable. It is also called with a part of the sequence."""
+    """A from the tensors, differentiable. It is also called with a part of the sequence. It must not refer to tensors
+    of the call, which would keep them in memory after backward has freed them."""
     length_dims: tuple[int | None, ...] = (2,)
-    """For each tensor the dimension that runs along the sequence, None where there is none. Long sequences are worked
-    through in parts, so that A is never held for all positions at once."""
+    """For each tensor the dimension that runs along the sequence, or None. Long sequences are processed in parts, so
+    that A is never held for all positions at once."""
 
 
 @dataclass(frozen=True)
 class DecayHandle:
-    """The place where everything that determines a layer's A enters its recurrence.
+    """The call that the tensors which determine a layer's A pass through.
 
-    Gradients added to the tensors that `read` finds there reach every parameter behind A: gate projections, biases,
-    A_log.
+    Gradients added to the tensors that `read` finds there reach every parameter that A depends on: gate projections,
+    biases, A_log.
     """
 
     parameters: tuple[str, ...]
-    """What determines the decay, for `describe`: names below the layer."""
+    """Names, below the layer, of what determines the decay; shown by `describe`."""
     site: CallSite
     """The call that takes the tensors as arguments."""
     read: Callable[[Call], DecayInputs | None]
-    """What is behind A in a call; None for a call without (a step of cached decoding)."""
+    """The inputs of A in a call; None for a call without any (a step of cached decoding)."""
     write: Callable[[Call, tuple[torch.Tensor, ...]], Arguments]
     """The arguments of the call with other tensors in place of those that `read` gave. Parameters that the layer uses
-    by itself cannot be put into a call and stay as they are. Their gradients are exact all the same: it is enough that
-    one of the tensors goes on."""
+    by itself are no arguments and stay as they are. Their gradients are exact all the same: it is enough that one of
+    the tensors is replaced."""
 
 
 @dataclass(frozen=True)
 class AlphaHandle:
-    """What scales the whole log-decay: log A = -rate(t) * (what the input decides), of a parameter or buffer t; or a
-    plain number that log A is divided by."""
+    """The parameter, buffer or number t that scales the whole log-decay: log A = -rate(t) * (a function of the input).
+
+    A plain number is what log A is divided by.
+    """
 
     tensor: str
     """Its name below the layer."""
     sign: float = 1.0
     """+1: raising the tensor raises the decay rate (A_log). -1: it lowers the rate (log alpha)."""
     form: Literal["exp", "softplus", "divisor"] = "exp"
-    """What makes a rate of sign * t. divisor: a number, an attribute of the layer, whose inverse is the rate."""
+    """How the rate follows from sign * t. divisor: t is a number, an attribute of the layer, and the rate is 1 / t."""
 
     @property
     def is_number(self) -> bool:
-        """True for an attribute that is no tensor: it is not trained, and in no state_dict."""
+        """True for an attribute that is not a tensor: it is not trained, and in no state_dict."""
         return self.form == "divisor"
 
     def of(self, layer: nn.Module) -> torch.Tensor:
-        """The tensor itself; of a number one that holds it, in float64 or int64."""
+        """Return the tensor itself; a number as a float64 or int64 tensor."""
         owner, name = self._place(layer)
         found: torch.Tensor | float = getattr(owner, name)
         if isinstance(found, torch.Tensor):
@@ -100,34 +100,40 @@ class AlphaHandle:
         return layer.get_submodule(owner), name
 
     def divided(self, tensor: torch.Tensor, factor: float) -> torch.Tensor:
-        """What the tensor has to be for a rate that is smaller by `factor`."""
+        """Return the tensor of a rate that is smaller by `factor`."""
         if self.form == "divisor":
             return tensor.double() * factor
         if self.form == "exp":
             return tensor - self.sign * math.log(factor)
         rate = nn.functional.softplus(self.sign * tensor.double()) / factor
-        return (self.sign * (rate + (-torch.expm1(-rate)).log())).to(tensor.dtype)  # softplus, inverted
+        return (self.sign * (rate + (-torch.expm1(-rate)).log())).to(tensor.dtype)  # the inverse of softplus
 
 
-def positional(index: int, path: str, parameters: tuple[str, ...]) -> DecayHandle:
-    """A log-decay that is the positional argument `index` of the call of the sub-module at `path`."""
+def named_inputs(
+    inputs: Mapping[str, tuple[torch.Tensor | None, int | None]],
+    transition: Callable[[dict[str, torch.Tensor]], Transition],
+) -> DecayInputs:
+    """Build the inputs of a transition that takes them by name.
 
-    def write(call: Call, tensors: tuple[torch.Tensor, ...]) -> Arguments:
-        return (*call.args[:index], tensors[0], *call.args[index + 1 :]), call.kwargs
-
-    return DecayHandle(
-        parameters,
-        CallSite(path),
-        read=lambda call: DecayInputs((call.args[index],), lambda tensors: Transition(tensors[0])),
-        write=write,
+    `inputs` has a tensor, and its dimension that runs along the sequence, under each name. None is left out.
+    """
+    given = {name: (tensor, dim) for name, (tensor, dim) in inputs.items() if tensor is not None}
+    names = tuple(given)
+    return DecayInputs(
+        tuple(tensor for tensor, _ in given.values()),
+        lambda tensors: transition(dict(zip(names, tensors, strict=True))),
+        tuple(dim for _, dim in given.values()),
     )
 
 
-def under_names(*names: str) -> Callable[[Call, tuple[torch.Tensor, ...]], Arguments]:
-    """`DecayHandle.write` for tensors that are arguments of an op under these names; None-valued ones are left out."""
+def write_arguments(names: Callable[[Call], Iterable[str]]) -> Callable[[Call, tuple[torch.Tensor, ...]], Arguments]:
+    """Build a `DecayHandle.write` that replaces the arguments of an op under `names`, in the order of `read`.
+
+    Arguments that are None are left out. Tensors that `read` gave beyond the arguments are not written.
+    """
 
     def write(call: Call, tensors: tuple[torch.Tensor, ...]) -> Arguments:
-        given = [name for name in names if call.kwargs.get(name) is not None]
-        return call.args, {**call.kwargs, **dict(zip(given, tensors, strict=True))}
+        given = [name for name in names(call) if call.kwargs.get(name) is not None]
+        return call.args, {**call.kwargs, **dict(zip(given, tensors, strict=False))}
 
     return write

@@ -1,8 +1,8 @@
-"""Families of layers: one entry for an op, or for a class name, however many model files repeat it.
+"""Read a whole family of layers, however many model files repeat it.
 
-Libraries copy a layer from one model file to the next and keep the name of the op it calls. A family is therefore
-found by the op's name in the layer's own code, so that a new model file needs no new entry here. Layers that call no op
-of their own are found by class name.
+Libraries copy a layer from one model file to the next and keep the name of the op it calls. An adapter therefore finds
+its layers by the op's name in their own code, so that a new model file needs no new adapter. Layers that call no op are
+found by class name.
 """
 
 from __future__ import annotations
@@ -18,73 +18,56 @@ from ess_monitor.capture.handles import AlphaHandle, DecayHandle
 from ess_monitor.capture.hooks.call_site import CallSite, Op
 from ess_monitor.capture.hooks.function_patch import StandIn, function_stand_in
 from ess_monitor.capture.hooks.global_names import names_used
-from ess_monitor.capture.spec import Build, CaptureSpec
-
-
-def _nothing(module: nn.Module) -> None:
-    return None
-
-
-def _always(module: nn.Module) -> bool:
-    return True
+from ess_monitor.capture.spec import Build, CaptureSpec, unknown
 
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """Layers that are read the same way. All callables take the layer."""
+    """How all layers of a family are read. All callables take the layer."""
 
     operator: str
     """Class name of the operator, for `describe`."""
     ops: Mapping[str, Build] = field(default_factory=dict)
-    """Op name -> how its call is read. A layer belongs to the family when its code uses one of these names."""
+    """Op name -> how its call is read. The family has every layer whose code uses one of these names."""
     classes: str = ""
-    """Or: a regular expression that `module.ClassName` matches in full."""
+    """Instead of ops: a regular expression that matches `module.ClassName` in full."""
     build: Build | None = None
-    """How a layer found by class name is read, at `path`."""
+    """With `classes`: how the call at `path` is read."""
     path: str = ""
-    """Sub-module whose call is read, for a layer found by class name."""
-    state_capacity: Callable[[nn.Module], int | None] = _nothing
+    """With `classes`: the sub-module whose call is read."""
+    state_capacity: Callable[[Any], int | None] = unknown
     capacity_grows: bool = False
-    channels: Callable[[nn.Module], int | None] = _nothing
-    decay: Callable[[nn.Module, CallSite], DecayHandle | None] = lambda module, site: None
+    channels: Callable[[Any], int | None] = unknown
+    decay: Callable[[Any, CallSite], DecayHandle | None] = lambda layer, site: None
     """The decay handle, given the site at which the layer is read."""
-    alpha: Callable[[nn.Module], AlphaHandle | None] = _nothing
-    uninformative: str = ""
-    only: Callable[[nn.Module], bool] = _always
-    """What must hold of a layer besides, where ops or classes are more common than the layers that are meant. Others
-    are none of this family: they are neither read nor refused."""
-    refuses: Callable[[nn.Module], str | None] = _nothing
-    """Why this very layer cannot be read although its kind can (not causal, an unknown variant); None where it can."""
-    make: StandIn = function_stand_in
-    """What is put under an op's name."""
-    namespaces: tuple[Callable[[], dict[str, Any] | None], ...] = ()
-    """Further namespaces in which the names may be looked up (`vars(torch.nn.functional)`)."""
+    alpha: Callable[[Any], AlphaHandle | None] = unknown
+    uninformative: Callable[[Any], str] = lambda layer: ""
+    is_member: Callable[[Any], bool] = lambda layer: True
+    """Narrows the family where its ops or classes are more common than its layers. Other layers are ignored."""
+    refusal: Callable[[Any], str | None] = unknown
+    """Why a layer of the family cannot be read (not causal, an unknown variant); None where it can."""
+    stand_in: StandIn = function_stand_in
+    """Builds what is put under an op's name."""
+    namespaces: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    """Further namespaces in which the ops are looked up (`vars(torch.nn.functional)`)."""
 
     def site(self, layer: nn.Module) -> CallSite | None:
-        """Where this layer is read; None when it is not of the family."""
-        site = self._site(layer)
-        return site if site is not None and self.only(layer) else None
-
-    def _site(self, layer: nn.Module) -> CallSite | None:
+        """Return where this layer is read; None when it is not of the family."""
         if self.classes:
-            cls = type(layer)
-            matches = any(re.fullmatch(self.classes, f"{c.__module__}.{c.__qualname__}") for c in cls.__mro__)
-            return CallSite(self.path) if matches else None
-        used = names_used(type(layer))
-        further = [found for find in self.namespaces if (found := find()) is not None]
-        ops = []
-        for name in self.ops:
-            if name in used:
-                looked_up = [*used[name], *further]
-                namespaces = tuple(space for space in looked_up if name in space)
-                if namespaces:
-                    ops.append(Op(name, namespaces, self.make))
-        return CallSite(ops=tuple(ops)) if ops else None
+            names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(layer).__mro__)
+            site = CallSite(self.path) if any(re.fullmatch(self.classes, name) for name in names) else None
+        else:
+            used = names_used(type(layer))
+            looked_up = {name: (*used[name], *self.namespaces) for name in self.ops if name in used}
+            holding = {name: tuple(s for s in spaces if name in s) for name, spaces in looked_up.items()}
+            ops = tuple(Op(name, spaces, self.stand_in) for name, spaces in holding.items() if spaces)
+            site = CallSite(ops=ops) if ops else None
+        return site if site is not None and self.is_member(layer) else None
 
     def spec(self, layer: nn.Module) -> CaptureSpec | None:
-        """How this very layer is read; None when it is not of the family."""
+        """Return how this layer is read; None when it is not of the family, or refused."""
         site = self.site(layer)
-        if site is None or self.refuses(layer) is not None:
+        if site is None or self.refusal(layer) is not None:
             return None
         return CaptureSpec(
             operator=self.operator,
@@ -92,12 +75,8 @@ class LayerAdapter:
             site=site,
             state_capacity=self.state_capacity,
             capacity_grows=self.capacity_grows,
-            channels=lambda module: self.channels(module) or 0,
+            channels=self.channels,
             decay=self.decay(layer, site),
             alpha=self.alpha(layer),
-            uninformative=self.uninformative,
+            uninformative=self.uninformative(layer),
         )
-
-
-FAMILIES: list[LayerAdapter] = []
-"""Filled by the modules of `ess_monitor.capture.adapters`. The first that knows a layer reads it."""

@@ -1,4 +1,4 @@
-"""Finding the sequence mixers of a model, and saying of the others why they are skipped."""
+"""Find the sequence mixers of a model, and say why the others are skipped."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo
 
+_TESTED_VERSIONS: dict[str, tuple[str, str]] = {
+    "transformers": ("transformers", "5.23.0"),
+    "fla": ("flash-linear-attention", "0.6.0"),
+    "mamba_ssm": ("mamba_ssm", "2.3.2.post1"),
+}
+"""Import name -> (distribution, version that the tests run with)."""
+
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 _MIXER_NAMES = re.compile(
     r"attention|attn|mamba|ssm|s4|s5|s6|deltanet|retention|rwkv|recurren|lru|hyena|longconv|timemix|mixer",
     re.IGNORECASE,
 )
-
 _PARTS_OF_A_LAYER = re.compile(r"norm|embedding|mlp|feedforward|expert|router|rotary|head$", re.IGNORECASE)
 """Modules that carry the name of the architecture they belong to."""
 
 
 class LayerFilter(BaseModel):
-    """Which layers are measured, by shell patterns on their dotted module names. A list is read as `include`."""
+    """Chooses the layers to measure, by shell patterns on their dotted module names. A list is read as `include`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,14 +54,14 @@ class LayerFilter(BaseModel):
         return value
 
     def matches(self, name: str) -> bool:
-        """True when the layer called `name` is to be measured."""
+        """Return whether the layer called `name` is to be measured."""
         validation.instance("name", name, str, hint="the dotted name of a module")
         return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be read: where it is in the model and how it is read."""
+    """A layer that can be read, with its place in the model."""
 
     name: str
     module: nn.Module
@@ -63,7 +69,7 @@ class Layer:
 
 
 def check_model(model: nn.Module, name: str = "model") -> nn.Module:
-    """`model`, or `ConfigError` where it is none."""
+    """Return `model`, or raise `ConfigError` where it is not a module."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name}: {validation.type_of(model)} is not a torch.nn.Module; pass the trained {name}")
     return model
@@ -74,10 +80,9 @@ def _filter(layers: LayerFilter | None) -> LayerFilter:
     return validation.optional("layers", layers, LayerFilter, hint=hint) or LayerFilter()
 
 
-def clean_name(name: str) -> str:
-    """Dotted module name without the prefixes that DDP, FSDP, torch.compile and checkpoint wrappers add."""
-    cleaned = _WRAPPERS.sub("", name).lstrip(".")
-    return cleaned or "model"
+def _clean_name(name: str) -> str:
+    """Return a module's name without the prefixes that DDP, FSDP, torch.compile and checkpoint wrappers add."""
+    return _WRAPPERS.sub("", name).lstrip(".") or "model"
 
 
 def _looks_like_mixer(module: nn.Module) -> bool:
@@ -88,73 +93,78 @@ def _looks_like_mixer(module: nn.Module) -> bool:
     return bool(mixes) and any(True for _ in module.parameters())
 
 
+def _library_of(module: nn.Module) -> str | None:
+    """Return the import name of the known library that a module's class comes from."""
+    name = type(module).__module__.partition(".")[0]
+    return name if name in _TESTED_VERSIONS else None
+
+
+def _versions_of(library: str) -> str:
+    """Return a text with the installed and the tested version.
+
+    >>> _versions_of("fla").endswith("tested with 0.6.0")
+    True
+    """
+    distribution, tested = _TESTED_VERSIONS[library]
+    try:
+        installed = version(distribution)
+    except PackageNotFoundError:
+        installed = "of an unknown version"
+    return f"{distribution} {installed}, tested with {tested}"
+
+
 def _why_skipped(module: nn.Module) -> str:
     if isinstance(module, nn.RNNBase):
         return "a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it"
     refused = why_refused(module)
     if refused is not None:
         return refused
-    library = library_of(module)
+    cls, library = type(module).__name__, _library_of(module)
+    problem = f"no capture is known for {cls}"
     if library is not None:
-        return (
-            f"{type(module).__name__} calls no op of a known name ({versions_of(library)}); "
-            f"teach it with @ess_monitor.register_capture({type(module).__name__})"
-        )
-    return (
-        f"no capture is known for {type(module).__name__}; "
-        f"teach it with @ess_monitor.register_capture({type(module).__name__})"
-    )
-
-
-def _owner(name: str) -> str | None:
-    """Name of the module that holds `name`; None for the model itself."""
-    return name.rpartition(".")[0] if name else None
+        problem = f"{cls} calls no op of a known name ({_versions_of(library)})"
+    return f"{problem}; teach it with @ess_monitor.register_capture({cls})"
 
 
 def _is_below(name: str, prefixes: list[str]) -> bool:
-    return any(name.startswith(prefix + ".") or prefix == "" for prefix in prefixes)
+    return any(prefix == "" or name.startswith(prefix + ".") for prefix in prefixes)
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | None]]:
-    """Every outermost module that can be read, and every innermost one that only looks like a mixer, in model order.
+    """Yield every outermost module that can be read, and every innermost lookalike of a mixer, in model order.
 
-    What can be read inside of a module whose own code calls an op is one of its own: the op is not what it does. A
-    convolution is a part of the mixer that holds it, not one beside it.
+    A readable module inside a module whose own code calls an op is a layer too: the op is not what it does. A
+    convolution inside a mixer is a part of it, not a layer.
     """
-    inside: list[str] = []
-    around: list[str] = []
-    modules = list(model.named_modules())
-    lookalikes = {name for name, module in modules if _looks_like_mixer(module)}
-    specs = {name: spec for name, module in modules if (spec := find_spec(module)) is not None}
-    parts = {
-        name for name, module in modules if isinstance(module, nn.Conv1d) and _owner(name) in lookalikes | specs.keys()
-    }
-    modules = [(name, module) for name, module in modules if name not in parts]
-    lookalikes -= parts
-    readable = specs.keys() - parts
-    for name, module in modules:
-        if _is_below(name, inside):
+    modules = dict(model.named_modules())
+    lookalikes = {name for name, module in modules.items() if _looks_like_mixer(module)}
+    specs = {name: spec for name, module in modules.items() if (spec := find_spec(module)) is not None}
+    mixers = lookalikes | specs.keys()
+    convolutions = {name for name, module in modules.items() if isinstance(module, nn.Conv1d)}
+    parts = {name for name in convolutions if name and name.rpartition(".")[0] in mixers}
+    mixers -= parts
+    closed: list[str] = []  # nothing inside these is a layer
+    open_: list[str] = []  # what can be read inside these is one
+    for name, module in modules.items():
+        if name not in mixers or _is_below(name, closed):
             continue
-        part = _is_below(name, around)
-        if name in readable and not (part and isinstance(module, nn.Conv1d)):
-            (around if specs[name].site.ops else inside).append(name)
+        is_inside = _is_below(name, open_)
+        if name in specs and not (is_inside and name in convolutions):
+            (open_ if specs[name].site.ops else closed).append(name)
             yield name, module, specs[name]
-        elif name in lookalikes and not part:
-            below = name + "." if name else ""
-            nested = (other for other in lookalikes | readable if other != name and other.startswith(below))
-            if not any(nested):
-                yield name, module, None
+        elif name in lookalikes and not is_inside and not any(_is_below(other, [name]) for other in mixers - {name}):
+            yield name, module, None
 
 
 def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[Layer, ...]:
-    """The layers to measure, in model order.
+    """Return the layers to measure, in model order.
 
     Raises:
-        ConfigError: an include or exclude pattern matches no layer of the model (a typing error would otherwise mean
-            that nothing, or too much, is watched in silence).
+        ConfigError: an include or exclude pattern matches no layer of the model. Otherwise a typing error could mean
+            that nothing, or too much, is measured without notice.
     """
     model, layers = check_model(model), _filter(layers)
-    found = [Layer(clean_name(name), module, spec) for name, module, spec in _walk(model) if spec is not None]
+    found = [Layer(_clean_name(name), module, spec) for name, module, spec in _walk(model) if spec is not None]
     names = [layer.name for layer in found]
     for pattern in (*layers.include, *layers.exclude):
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
@@ -166,72 +176,43 @@ def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
 
 
 def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[LayerInfo, ...]:
-    """What `describe` says of every sequence mixer of the model, measured or skipped, in model order."""
+    """Return what `describe` says about every sequence mixer of the model, measured or skipped, in model order."""
     model, layers = check_model(model), _filter(layers)
     infos = []
     for raw_name, module, spec in _walk(model):
-        name, cls = clean_name(raw_name), type(module).__name__
+        name, cls = _clean_name(raw_name), type(module).__name__
         if spec is None:
             infos.append(LayerInfo(name=name, module=cls, supported=False, reason=_why_skipped(module)))
             continue
-        excluded = not layers.matches(name)
+        is_chosen = layers.matches(name)
         infos.append(
             LayerInfo(
                 name=name,
                 module=cls,
-                supported=not excluded,
-                reason="excluded by the `layers` setting" if excluded else "",
+                supported=is_chosen,
+                reason="" if is_chosen else "excluded by the `layers` setting",
                 operator=spec.operator,
                 state_capacity=spec.state_capacity(module),
                 capacity_grows=spec.capacity_grows,
                 uninformative=spec.uninformative,
-                channels=spec.channels(module),
+                channels=spec.channels(module) or 0,
                 handles=spec.handles,
             )
         )
     return tuple(infos)
 
 
-def skipped_of_libraries(model: nn.Module) -> tuple[str, ...]:
-    """Why mixers of libraries that are known are skipped, once a class: a new version may have moved a name."""
-    skipped = ((name, module) for name, module, spec in _walk(model) if spec is None and library_of(module) is not None)
-    return tuple({type(module): f"{clean_name(name)}: {_why_skipped(module)}" for name, module in skipped}.values())
+def skipped_of_libraries(model: nn.Module) -> tuple[tuple[str, ...], bool]:
+    """Return why mixers of known libraries are skipped, and whether the model has no other mixers.
 
-
-def all_moved(model: nn.Module) -> bool:
-    """Whether the model has mixers, all of libraries that are known, and none calls an op of a name that is known.
-
-    What is refused for a reason of its own is not meant: no version of its library could be read.
+    There is one reason per class: a new version may have renamed its op. The second value is False where a mixer is
+    refused for a reason of its own, which no version of its library would change.
     """
-    mixers = [(module, spec) for _, module, spec in _walk(model)]
-    return bool(mixers) and all(
-        spec is None and library_of(module) is not None and why_refused(module) is None for module, spec in mixers
-    )
-
-
-TESTED: dict[str, tuple[str, str]] = {
-    "transformers": ("transformers", "5.23.0"),
-    "fla": ("flash-linear-attention", "0.6.0"),
-    "mamba_ssm": ("mamba_ssm", "2.3.2.post1"),
-}
-"""Import name -> (distribution, version that the tests run with)."""
-
-
-def library_of(module: nn.Module) -> str | None:
-    """Import name of the known library that a module's class comes from."""
-    name = type(module).__module__.partition(".")[0]
-    return name if name in TESTED else None
-
-
-def versions_of(library: str) -> str:
-    """What is installed, and what was tested, in words.
-
-    >>> versions_of("fla").endswith("tested with 0.6.0")
-    True
-    """
-    distribution, tested = TESTED[library]
-    try:
-        installed = version(distribution)
-    except PackageNotFoundError:
-        installed = "of an unknown version"
-    return f"{distribution} {installed}, tested with {tested}"
+    reasons: dict[type[nn.Module], str] = {}
+    has_others = False
+    for name, module, spec in _walk(check_model(model)):
+        is_skipped = spec is None and _library_of(module) is not None
+        if is_skipped:
+            reasons[type(module)] = f"{_clean_name(name)}: {_why_skipped(module)}"
+        has_others |= not is_skipped or why_refused(module) is not None
+    return tuple(reasons.values()), bool(reasons) and not has_others

@@ -1,7 +1,7 @@
-"""Which layer classes can be read, and how a new one is added.
+"""Find out how a layer is read, and register how a class of your own is.
 
-The table is filled by `register_capture` and by the adapters of libraries that are *already imported*: an adapter is
-imported only when its library is in `sys.modules`, so the monitor never pulls in a framework by itself.
+Layers of other libraries are known by the names in their code, and no library is imported for them. The package's own
+featurizers are added once `ess_monitor.featurizers` is imported.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.layer_adapter import FAMILIES
-from ess_monitor.capture.spec import CaptureSpec
+from ess_monitor.capture.adapters import LAYER_ADAPTERS
+from ess_monitor.capture.spec import CaptureSpec, unknown
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import Operator
 
@@ -24,25 +24,10 @@ Read = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Operator]
 
 _SPECS: dict[type[nn.Module], CaptureSpec] = {}
 
-_ADAPTERS = {
-    "ess_monitor.featurizers": "ess_monitor.capture.adapters.featurizers",
-    "torch": "ess_monitor.capture.adapters",
-}
-"""Library (a name in `sys.modules`) -> module of ours that registers its layers when imported. The adapters of other
-people's layers know them by the names in their code, and import no library."""
-
 
 def add_spec(layer: type[nn.Module], spec: CaptureSpec) -> None:
     """Register `spec` for `layer` and its sub-classes, replacing an earlier one."""
-    _check_layer(layer)
     _SPECS[layer] = spec
-
-
-def _check_layer(layer: type[nn.Module]) -> None:
-    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-        raise CaptureError(
-            f"layer: {validation.shown(layer)} is not a torch.nn.Module class; pass the class, not an instance"
-        )
 
 
 def register_capture(
@@ -65,7 +50,7 @@ def register_capture(
         channels: number of independent operators from the module, for `describe`.
 
     Raises:
-        CaptureError: `layer` is no module class, or something that should be a function is none.
+        CaptureError: `layer` is not a module class, or an argument that should be a function is not one.
 
     Example:
         >>> import torch
@@ -89,8 +74,10 @@ def register_capture(
         >>> capture_operators(model, torch.randn(2, 8, 4))["0"].length
         8
     """
-
-    _check_layer(layer)
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        raise CaptureError(
+            f"layer: {validation.shown(layer)} is not a torch.nn.Module class; pass the class, not an instance"
+        )
     validation.instance("operator", operator, str, hint="the name of an operator's class", error=CaptureError)
     for name, given in (("state_capacity", state_capacity), ("channels", channels)):
         if given is not None:
@@ -98,39 +85,31 @@ def register_capture(
 
     def decorate(build: Read) -> Read:
         validation.function("build", build, hint="(module, args, kwargs, output) -> Operator", error=CaptureError)
-        extra: dict[str, Any] = {}
-        if state_capacity is not None:
-            extra["state_capacity"] = state_capacity
-        if channels is not None:
-            extra["channels"] = channels
-        add_spec(
-            layer,
-            CaptureSpec(
-                operator=operator,
-                build=lambda call: build(call.module, call.args, call.kwargs, call.output),
-                **extra,
-            ),
+        spec = CaptureSpec(
+            operator=operator,
+            build=lambda call: build(call.module, call.args, call.kwargs, call.output),
+            state_capacity=state_capacity or unknown,
+            channels=channels or unknown,
         )
+        add_spec(layer, spec)
         return build
 
     return decorate
 
 
 def find_spec(module: nn.Module) -> CaptureSpec | None:
-    """The spec for this module's class or its nearest registered base class, or None."""
-    for library, adapter in _ADAPTERS.items():
-        if library in sys.modules:
-            importlib.import_module(adapter)
+    """Return the spec of this module's class or its nearest registered base class, or else of the first adapter."""
+    if "ess_monitor.featurizers" in sys.modules:
+        importlib.import_module("ess_monitor.capture.adapters.featurizers")
     for cls in type(module).__mro__:
         if cls in _SPECS:
             return _SPECS[cls]
-    specs = (family.spec(module) for family in FAMILIES)
+    specs = (adapter.spec(module) for adapter in LAYER_ADAPTERS)
     return next((spec for spec in specs if spec is not None), None)
 
 
 def why_refused(module: nn.Module) -> str | None:
-    """Why a layer whose kind is known cannot be read; None when its kind is not known, or it can be read."""
-    for family in FAMILIES:
-        if family.site(module) is not None:
-            return family.refuses(module)
-    return None
+    """Return why a layer of a known kind cannot be read; None when it can, or its kind is not known."""
+    adapters = (adapter for adapter in LAYER_ADAPTERS if adapter.site(module) is not None)
+    adapter = next(adapters, None)
+    return None if adapter is None else adapter.refusal(module)

@@ -1,9 +1,9 @@
-"""Taking a few sequences' operators out of one forward pass.
+"""Copy the operators of a few sequences out of one forward pass.
 
 Hooks are attached when a sample is armed and removed when it is collected: a step that is not sampled runs the model
-exactly as it would without the monitor. A hook never computes on, waits for, or changes what the layer does; it copies
-a small slice of the tensors that define the operator, on the stream the layer runs on. A sampled step of a compiled
-model runs eagerly, because compiled code does not see hooks that were attached after its first call.
+exactly as it would without the monitor. A hook does not change or wait for what the layer does. It copies a small slice
+of the tensors that define the operator, on the stream the layer runs on. A sampled step of a compiled model runs
+eagerly, because compiled code ignores hooks that were attached after its first call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger("ess_monitor")
 
 
 class CaptureConfig(BaseModel):
-    """How much of one forward pass is taken. The defaults keep a sample at a few megabytes and milliseconds."""
+    """Sets how much of one forward pass is copied. The defaults keep a sample at a few megabytes and milliseconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,20 +45,20 @@ class CaptureConfig(BaseModel):
     None takes the whole sequence."""
     source: Literal["train", "validation", "random_tokens"] = "train"
     """What is sampled: batches the model trains on, batches it is validated on, or random tokens that are sent through
-    it for the purpose (models with a token embedding; costs a forward pass of `samples` sequences). Data with few
+    it for this purpose (models with a token embedding; costs a forward pass of `samples` sequences). Data with few
     distinct tokens cap the ESS; random ones lift the cap: collapsed WLA runs show .15-.18 of TSS, rescued ones .6."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """One layer's narrowed operator of one forward pass. Its tensors are copies that nobody else holds."""
+    """One layer's narrowed operator of one forward pass. Its tensors are copies that no other code holds."""
 
     layer: Layer
     operator: Operator
     heads: tuple[int, ...]
-    """Indices of the heads that were taken."""
+    """Indices of the heads in `operator`."""
     channels: int
-    """How many heads the layer has in all."""
+    """Number of heads of the whole layer."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class CaptureFailure:
     layer: Layer
     error: str
     cause: Exception | None = None
-    """Without its traceback, whose frames would keep the activations of the step."""
+    """Without its traceback, whose frames would keep the activations of the step in memory."""
 
 
 def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
-    """`take` evenly spaced heads of `total`, shifted by one with every `turn`, so that all are seen in time.
+    """Return `take` evenly spaced heads of `total`, shifted by one with every `turn`, so that each has its turn.
 
     >>> rotate_heads(8, 4, 0), rotate_heads(8, 4, 1), rotate_heads(2, 4, 5)
     ((0, 2, 4, 6), (1, 3, 5, 7), (0, 1))
@@ -82,21 +82,19 @@ def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
     return tuple(sorted({(turn + k * total // take) % total for k in range(take)}))
 
 
-def part_of(count: int, share: float) -> int:
-    """`share` of `count`, and at least one.
+def _share_of(count: int, share: float) -> int:
+    """Return `share` of `count`, and at least one.
 
-    >>> part_of(4, 1.0), part_of(5, 0.5), part_of(4, 0.0)
+    >>> _share_of(4, 1.0), _share_of(5, 0.5), _share_of(4, 0.0)
     (4, 2, 1)
     """
     return max(1, int(count * share))
 
 
-_AGAIN = (
+_SEVERAL_CALLS = (
     "calls its op more than once in one forward pass, so that its y is not T u with the T of one of the calls; give "
     "each call a module of its own, or leave the layer out with `layers`"
 )
-
-
 _SPREAD = (
     "it runs inside context_parallel, where a process has some of the tokens only, so its state is spread over all "
     "of them; measure without context parallelism, or train without the monitor"
@@ -104,19 +102,19 @@ _SPREAD = (
 
 
 class Sampler:
-    """Arms, collects and removes the hooks of one sample.
+    """Attaches the hooks of one sample, collects its operators, and removes the hooks.
 
     Args:
-        layers: to read, in model order.
-        config: how much of each.
-        model: that they are part of. A forward pass of it that raises ends the sample at once, so that nothing stays
-            attached when nobody comes to collect it; the sample is lost, and the next one can be armed. None leaves all
-            attached until `collect` or `remove`.
-        off: names of the layers that are left alone; looked at whenever a sample is armed.
-        share: of the samples and heads that `config` asks for, 0 for one of each; asked whenever a sample is armed.
-            None leaves all layers alone for one sample.
-        on_operator: called with each operator that was taken.
-        clock: counts the seconds that the hooks add to the training step (`capture_seconds`).
+        layers: the layers to read, in model order.
+        config: how much of each layer to copy.
+        model: the model of these layers. A forward pass of it that raises ends the sample at once, so that nothing
+            stays attached when `collect` is never called. That sample is lost, and the next one can be armed. None
+            leaves the hooks attached until `collect` or `remove`.
+        off: names of layers to skip; read whenever a sample is armed.
+        share: returns the share of the samples and heads of `config` to copy, 0 for one of each, None to skip all
+            layers for one sample. Called whenever a sample is armed.
+        on_operator: called with each operator.
+        clock: measures the seconds that the hooks add to the training step (`capture_seconds`).
     """
 
     def __init__(
@@ -137,21 +135,21 @@ class Sampler:
             validation.function(name, function)
         self.capture_seconds = 0.0
         self.asked: tuple[str, ...] = ()
-        """Layers that the sample under way, or the last one, was armed for."""
+        """Names of the layers that the current sample, or the last one, was armed for."""
         self.share = 1.0
-        """The share that this sample takes of them."""
+        """The share of this sample."""
+        self.turn = 0
+        """Number of samples so far. It decides which heads come next."""
         self._armed = False
         self._forget: Callable[[], None] | None = None
-        self._off, self._ask_share = off, share
+        self._off, self._next_share = off, share
         self._on_operator = on_operator
         self._clock = clock
-        self.turn = 0
-        """Samples taken so far: which heads come next follows from it."""
-        self._watches: list[HookHandle] = []
+        self._hooks: list[HookHandle] = []
         self._eager = EagerStance()
-        self._taken: dict[str, Captured | CaptureFailure] = {}
-        self._first: dict[str, tuple[int, int]] = {}
-        """When the call that was taken was made: in which forward call of the layer, and when it ended."""
+        self._results: dict[str, Captured | CaptureFailure] = {}
+        self._captured_calls: dict[str, tuple[int, int]] = {}
+        """Layer name -> the captured call: number of the layer's forward call, and when the call ended."""
 
     @property
     def armed(self) -> bool:
@@ -159,13 +157,13 @@ class Sampler:
         return self._armed
 
     def arm(self) -> None:
-        """Attach the hooks for the next forward pass. Arming twice is harmless."""
+        """Attach the hooks for the next forward pass. A second call does nothing."""
         if self._armed:
             return
-        self._taken.clear()
-        self._first.clear()
+        self._results.clear()
+        self._captured_calls.clear()
         self.capture_seconds = 0.0
-        share = self._ask_share()
+        share = self._next_share()
         layers = () if share is None else tuple(layer for layer in self.layers if layer.name not in self._off)
         self.asked, self.share = tuple(layer.name for layer in layers), share or 0.0
         if layers:
@@ -175,25 +173,25 @@ class Sampler:
             self._forget = when_raised(self._model, self._abort)
         for layer in layers:
             try:
-                self._watches.append(layer.spec.site.watch(layer.module, after=partial(self._see, layer)))
+                self._hooks.append(layer.spec.site.watch(layer.module, after=partial(self._on_call, layer)))
             except Exception as error:
-                self._taken[layer.name] = _failure(layer, error)
+                self._results[layer.name] = _failure(layer, error)
 
     def collect(self) -> tuple[Captured | CaptureFailure, ...]:
-        """Remove the hooks and hand over what the forward pass gave, in model order."""
+        """Remove the hooks and return the results of the forward pass, in model order."""
         self.remove()
-        taken = tuple(self._taken[layer.name] for layer in self.layers if layer.name in self._taken)
-        self._taken.clear()
-        if taken:
+        results = tuple(self._results[layer.name] for layer in self.layers if layer.name in self._results)
+        self._results.clear()
+        if results:
             self.turn += 1
-        return taken
+        return results
 
     def remove(self) -> None:
-        """Remove the hooks. Nothing of ours is left in the model."""
+        """Remove the hooks."""
         self._armed = False
         self._eager.end()
-        while self._watches:
-            self._watches.pop().remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         if self._forget is not None:
             self._forget()
             self._forget = None
@@ -201,41 +199,38 @@ class Sampler:
     def _abort(self) -> None:
         logger.debug("ess_monitor: the forward pass raised, and its sample is lost")
         self.remove()
-        self._taken.clear()
+        self._results.clear()
 
-    def _see(self, layer: Layer, call: Call) -> None:
-        if not self._wanted(layer.module):
+    def _on_call(self, layer: Layer, call: Call) -> None:
+        # A validation pass between two training steps is not a training batch.
+        if self.config.source == "train" and not layer.module.training and not torch.is_grad_enabled():
             return
         started = self._clock()
         try:
-            if layer.name not in self._taken:
-                taken = self._take(layer, call)
-                if taken is not None:
-                    self._taken[layer.name] = taken
-                    self._first[layer.name] = (call.entry, call.ended)
-            elif self._again(layer, call):
-                self._taken[layer.name] = _failure(layer, CaptureError(_AGAIN))
+            if layer.name not in self._results:
+                captured = self._take(layer, call)
+                if captured is not None:
+                    self._results[layer.name] = captured
+                    self._captured_calls[layer.name] = (call.forward_number, call.end_number)
+            elif self._is_second_call(layer, call):
+                self._results[layer.name] = _failure(layer, CaptureError(_SEVERAL_CALLS))
         except Exception as error:
-            self._taken[layer.name] = _failure(layer, error)
+            self._results[layer.name] = _failure(layer, error)
         self.capture_seconds += self._clock() - started
 
-    def _again(self, layer: Layer, call: Call) -> bool:
-        """Whether a layer calls its op once more after what was taken: what it applies is then not that one's T.
+    def _is_second_call(self, layer: Layer, call: Call) -> bool:
+        """Return whether a layer calls its op again after the captured call, so that its y is not that call's T u.
 
-        Another forward call of the layer is none of that (it is shared, or a checkpoint computes it again), nor is the
-        end of an op that made the call which was taken, nor a call that is not the one meant.
+        Not a second call: one in another forward call of the layer (it is shared, or a checkpoint recomputes it), the
+        end of an op that made the captured call, and a call that is not the one meant.
         """
-        if not isinstance(self._taken[layer.name], Captured):
+        if not isinstance(self._results[layer.name], Captured):
             return False
-        entry, ended = self._first[layer.name]
-        if not call.entry or call.entry != entry or call.began < ended:
+        forward_number, end_number = self._captured_calls[layer.name]
+        if not call.forward_number or call.forward_number != forward_number or call.start_number < end_number:
             return False
         with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
             return layer.spec.build(call) is not None
-
-    def _wanted(self, module: nn.Module) -> bool:
-        """A validation pass between two training steps must not be taken for a training batch."""
-        return self.config.source != "train" or module.training or torch.is_grad_enabled()
 
     def _take(self, layer: Layer, call: Call) -> Captured | None:
         if tokens_are_spread():
@@ -245,8 +240,8 @@ class Sampler:
             if whole is None:
                 return None
             most = whole.heads if self.config.heads is None else min(self.config.heads, whole.heads)
-            heads = rotate_heads(whole.heads, part_of(most, self.share), self.turn)
-            samples = part_of(min(self.config.samples, whole.batch), self.share)
+            heads = rotate_heads(whole.heads, _share_of(most, self.share), self.turn)
+            samples = _share_of(min(self.config.samples, whole.batch), self.share)
             length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
             few = whole.select(samples=slice(0, samples), heads=heads, length=length)
             operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
@@ -262,7 +257,5 @@ def _failure(layer: Layer, error: Exception) -> CaptureFailure:
 
 
 def _device_type(call: Call) -> str:
-    for value in (*call.args, *call.kwargs.values(), call.output):
-        if isinstance(value, torch.Tensor):
-            return value.device.type
-    return "cpu"
+    values = (*call.args, *call.kwargs.values(), call.output)
+    return next((value.device.type for value in values if isinstance(value, torch.Tensor)), "cpu")

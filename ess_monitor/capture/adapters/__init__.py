@@ -1,8 +1,8 @@
-"""How other people's layers are read. Each module adds its layers' adapters; none imports the library it knows."""
+"""Adapters for the layers of other libraries. None of them imports the library it knows."""
 
 from ess_monitor.capture.adapters import (
     convolution,
-    fla_delta,
+    delta_rule,
     gated_linear,
     lightning_attention,
     mamba,
@@ -11,19 +11,18 @@ from ess_monitor.capture.adapters import (
     rwkv4,
     torch_attention,
     transformers_attention,
-    transformers_delta,
 )
 
-__all__ = [
-    "convolution",
-    "fla_delta",
-    "gated_linear",
-    "lightning_attention",
-    "mamba",
-    "mamba2",
-    "rg_lru",
-    "rwkv4",
-    "torch_attention",
-    "transformers_attention",
-    "transformers_delta",
-]
+LAYER_ADAPTERS = (
+    *convolution.ADAPTERS,
+    *gated_linear.ADAPTERS,
+    *delta_rule.ADAPTERS,
+    *lightning_attention.ADAPTERS,
+    *mamba.ADAPTERS,
+    *mamba2.ADAPTERS,
+    *rg_lru.ADAPTERS,
+    *rwkv4.ADAPTERS,
+    *transformers_attention.ADAPTERS,
+    *torch_attention.ADAPTERS,
+)
+"""The first adapter that knows a layer reads it."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, positional
-from ess_monitor.capture.hooks.call_site import Call, CallSite
+from ess_monitor.capture.adapters.layer_attributes import int_attribute
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.registry import add_spec
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.ess import DiagonalRecurrence, Operator, SoftmaxAttention
 from ess_monitor.featurizers import GLA, GLAS6, LA, S6, SA, WLA
 
+_CORE = CallSite("core")
+
 
 def _scan(call: Call) -> Operator:
-    """`core(q, k, v, log_decay)`: T_ij = sum_n q_i[n] exp(sum log_decay) k_j[n]; no decay given means A = I."""
+    """Read `core(q, k, v, log_decay)`: T_ij = sum_n q_i[n] exp(sum log_decay) k_j[n]; without a decay A = I."""
     q, k, _, log_decay = call.args
     if log_decay is None:
         log_decay = torch.zeros((1, 1, 1, 1), dtype=k.dtype, device=k.device)
@@ -22,26 +25,24 @@ def _scan(call: Call) -> Operator:
 
 
 def _softmax(call: Call) -> Operator:
-    """`core(q, k, v, scale)`: T = softmax(scale q k^T), causal."""
+    """Read `core(q, k, v, scale)`: T = softmax(scale q k^T), causal."""
     q, k, _, scale = call.args
     return SoftmaxAttention(q, k, scale=scale)
 
 
-def _capacity(mixer: nn.Module) -> int | None:
-    capacity = mixer.state_capacity
-    return None if capacity is None else int(capacity)  # type: ignore[arg-type]
-
-
-def _channels(mixer: nn.Module) -> int:
-    return int(mixer.num_heads)  # type: ignore[arg-type]
-
-
 def _decay(*parameters: str) -> DecayHandle:
-    """The fourth argument of `core(q, k, v, log_decay)`."""
-    return positional(3, "core", parameters)
+    """Build the handle of the last argument of `core(q, k, v, log_decay)`."""
+
+    def read(call: Call) -> DecayInputs:
+        return DecayInputs((call.args[3],), lambda tensors: Transition(tensors[0]))
+
+    def write(call: Call, tensors: tuple[torch.Tensor, ...]) -> Arguments:
+        return (*call.args[:3], tensors[0]), call.kwargs
+
+    return DecayHandle(parameters, _CORE, read, write)
 
 
-_KNOBS: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] = {
+_HANDLES: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] = {
     LA: (None, None),
     SA: (None, None),
     WLA: (_decay("decay_logit"), None),
@@ -50,16 +51,16 @@ _KNOBS: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] = {
     S6: (_decay("delta", "A_log"), AlphaHandle("A_log", 1.0)),
 }
 
-for _layer, (_decay_handle, _alpha_handle) in _KNOBS.items():
+for _layer, (_decay_handle, _alpha_handle) in _HANDLES.items():
     add_spec(
         _layer,
         CaptureSpec(
             operator="SoftmaxAttention" if _layer is SA else "DiagonalRecurrence",
             build=_softmax if _layer is SA else _scan,
-            site=CallSite("core"),
+            site=_CORE,
             capacity_grows=_layer is SA,
-            state_capacity=_capacity,
-            channels=_channels,
+            state_capacity=int_attribute("state_capacity"),
+            channels=int_attribute("num_heads"),
             decay=_decay_handle,
             alpha=_alpha_handle,
         ),

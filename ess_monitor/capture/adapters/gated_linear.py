@@ -1,11 +1,11 @@
-"""Linear attention with a decay, by the ops of flash-linear-attention: GLA, HGRN2, simple GLA, retention, linear
-attention, RWKV-6, and whatever calls the same ops.
+"""Linear attention with a decay, by the ops of flash-linear-attention.
 
-Per head: A_t = diag(exp g_t), input k_t, read scale q_t; TSS is the size of a key. Convolutions in front and the output
-gate and norm behind are outside of T. Tensors of these ops are (batch, length, heads, size).
+GLA, HGRN2, simple GLA, retention, linear attention, RWKV-6, and every other layer that calls the same ops. Per head:
+A_t = diag(exp g_t), input k_t, read scale q_t; TSS is the size of a key. Convolutions in front, and the output gate and
+norm after the op, are outside of T. Tensors of these ops are (batch, length, heads, size).
 
-Padded batches are packed by the layers before the op: one row of `cu_seqlens`, in which nothing is carried from one
-sequence into the next. There A is 0 at every first token, so that T is block-diagonal.
+Layers pack padded batches before the op: one row of `cu_seqlens`, in which no state passes from one sequence to the
+next. There A is 0 at every first token, so that T is block-diagonal.
 """
 
 from __future__ import annotations
@@ -17,60 +17,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import attribute, is_decoding, real_tokens
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, under_names
-from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, write_arguments
+from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.capture.hooks.global_names import names_used
-from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import Build, LazyOperator
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import DiagonalRecurrence, Operator, ReadFirstRecurrence
 from ess_monitor.ess.operators.fields import take
 
-Part = Callable[[Tensor], Tensor]
+Select = Callable[[Tensor], Tensor]
 """Cuts (batch, length, heads, ...) down to the wanted (samples, heads, tokens, ...)."""
 
-_NORMALISER_EPSILON = 1e-10
+_NORMALIZER_EPSILON = 1e-10
 
 
-def not_read(call: Call, *names: str) -> None:
-    """Refuse a call that uses an option of the op with which it is another operator."""
+def refuse_options(call: Call, *names: str) -> None:
+    """Raise `CaptureError` for a call with an option of the op that makes it another operator."""
     for name in names:
         value = call.kwargs.get(name)
         if value is not None and value is not False:
             raise CaptureError(f"{call.op}: called with {name}, which changes the operator in a way that is not known")
 
 
-def goes_on(call: Call, tokens: Tensor) -> bool:
-    """Whether the call is a step of decoding."""
-    return is_decoding(call) or tokens.shape[1] == 1
-
-
 def scale_of(call: Call, query: Tensor) -> float:
-    """What the op multiplies queries with."""
+    """Return the factor that the op multiplies queries with."""
     scale = call.kwargs.get("scale")
     return float(query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def part_of(samples: slice, heads: Sequence[int], length: int, total: int) -> Part:
-    """The wanted part; tensors with fewer heads than `total` serve several heads each."""
+def selection(samples: slice, heads: Sequence[int], length: int, total: int) -> Select:
+    """Build the function that selects a part; tensors with fewer heads than `total` serve several heads each."""
 
-    def part(tensor: Tensor) -> Tensor:
+    def select(tensor: Tensor) -> Tensor:
         group = total // tensor.shape[2]
         return take(tensor[samples, :length], 2, [head // group for head in heads]).transpose(1, 2)
 
-    return part
+    return select
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Return the tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def first_tokens(call: Call, length: int) -> Tensor | None:
-    """(length,) bool: tokens that begin a new sequence inside a packed row; None for a row that is one sequence.
+def no_decay(like: Tensor) -> Tensor:
+    """Return the log decay of A = I, (1, 1, 1, 1)."""
+    return precise(like).new_zeros((1, 1, 1, 1))
 
-    Found on the device: where the sequences begin is not known to the host.
+
+def first_tokens(call: Call, length: int) -> Tensor | None:
+    """Return which tokens begin a new sequence inside a packed row, (length,); None for a row that is one sequence.
+
+    Found on the device: the host does not know where the sequences begin.
     """
     ends = call.kwargs.get("cu_seqlens")
     if ends is None:
@@ -81,42 +81,42 @@ def first_tokens(call: Call, length: int) -> Tensor | None:
     return marks[:length]
 
 
-def forgotten_at(first: Tensor | None, log_decay: Tensor) -> Tensor:
-    """The log decay, -inf where a new sequence begins."""
+def forget_at(first: Tensor | None, log_decay: Tensor) -> Tensor:
+    """Return the log decay, -inf where a new sequence begins."""
     return log_decay if first is None else torch.where(first[:, None], -math.inf, log_decay)
 
 
 def _recurrence(
     call: Call,
-    log_decay: Callable[[Part, Sequence[int]], Tensor],
+    log_decay: Callable[[Select, Sequence[int]], Tensor],
     *,
     query: str = "q",
     kind: type[DiagonalRecurrence] = DiagonalRecurrence,
     masked: bool = False,
 ) -> LazyOperator | None:
     q, k, v = call.kwargs[query], call.kwargs["k"], call.kwargs["v"]
-    if goes_on(call, v):
-        return None
-    not_read(call, "gv", "reverse")
     batch, total, heads = v.shape[:3]
+    if is_decoding_step(call, total):
+        return None
+    refuse_options(call, "gv", "reverse")
     scale, normalized = scale_of(call, q), bool(call.kwargs.get("normalize"))
     real = real_tokens(call, batch, total) if masked and call.kwargs.get("cu_seqlens") is None else None
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
-        part = part_of(samples, chosen, length, heads)
+        select = selection(samples, chosen, length, heads)
         first = first_tokens(call, length)
-        b, c = part(k), precise(part(q)) * scale
+        b, c = select(k), precise(select(q)) * scale
         if real is not None:
             b = b * real[samples, None, :length, None]
         if normalized:
-            c = c / (_row_sums(b, c, first) + _NORMALISER_EPSILON)
-        return kind(forgotten_at(first, log_decay(part, chosen)), b, c)
+            c = c / (_row_sums(b, c, first) + _NORMALIZER_EPSILON)
+        return kind(forget_at(first, log_decay(select, chosen)), b, c)
 
     return LazyOperator(batch, heads, total, form)
 
 
 def _row_sums(b: Tensor, c: Tensor, first: Tensor | None) -> Tensor:
-    """sum_j T_ij of linear attention, each row from the beginning of its own sequence on."""
+    """Return sum_j T_ij of linear attention, each row from the beginning of its own sequence."""
     sums = b.double().cumsum(2)
     if first is not None:
         tokens = torch.arange(len(first), device=first.device)
@@ -126,32 +126,29 @@ def _row_sums(b: Tensor, c: Tensor, first: Tensor | None) -> Tensor:
 
 
 def gla(call: Call) -> LazyOperator | None:
-    """`chunk_gla(q, k, v, g, ...)`, `fused_recurrent_gla(q, k, v, gk, ...)`: a decay for every state dimension."""
+    """Read `chunk_gla(q, k, v, g, ...)`, `fused_recurrent_gla(q, k, v, gk, ...)`: a decay per state dimension."""
     gate = call.kwargs[_GATES[call.op]]
-
-    def log_decay(part: Part, heads: Sequence[int]) -> Tensor:
-        return precise(call.kwargs["k"]).new_zeros((1, 1, 1, 1)) if gate is None else part(gate)
-
-    return _recurrence(call, log_decay)
+    return _recurrence(call, lambda select, heads: no_decay(call.kwargs["k"]) if gate is None else select(gate))
 
 
 def simple_gla(call: Call) -> LazyOperator | None:
-    """`*_simple_gla(q, k, v, g, g_gamma, ...)`: a decay for every head, from the input, constant, or both."""
+    """Read `*_simple_gla(q, k, v, g, g_gamma, ...)`: a decay per head, from the input, constant, or both."""
     gate, constant = call.kwargs.get("g"), call.kwargs.get("g_gamma")
 
-    def log_decay(part: Part, heads: Sequence[int]) -> Tensor:
-        fixed = precise(call.kwargs["k"]).new_zeros((1, 1, 1, 1))
-        if constant is not None:
+    def log_decay(select: Select, heads: Sequence[int]) -> Tensor:
+        if constant is None:
+            fixed = no_decay(call.kwargs["k"])
+        else:
             fixed = take(constant.reshape(1, -1, 1, 1), 1, heads)
-        return fixed if gate is None else fixed + part(gate)[..., None]
+        return fixed if gate is None else fixed + select(gate)[..., None]
 
     return _recurrence(call, log_decay, masked=True)
 
 
 def retention(call: Call) -> LazyOperator | None:
-    """`*_retention(q, k, v, ...)`: a constant decay of head h, 1 - 2^-(5 + h), that the op knows itself."""
+    """Read `*_retention(q, k, v, ...)`: a constant decay of head h, 1 - 2^-(5 + h), that is part of the op."""
 
-    def log_decay(part: Part, heads: Sequence[int]) -> Tensor:
+    def log_decay(select: Select, heads: Sequence[int]) -> Tensor:
         lost = torch.tensor([2.0 ** -(5 + head) for head in heads])
         device = call.kwargs["k"].device
         return torch.log1p(-lost).reshape(1, -1, 1, 1).to(device, non_blocking=True)
@@ -160,28 +157,34 @@ def retention(call: Call) -> LazyOperator | None:
 
 
 def linear_attention(call: Call) -> LazyOperator | None:
-    """`*_linear_attn(q, k, v, normalize=, ...)`: A = I; normalized, every row of T is divided by its sum."""
-    return _recurrence(call, lambda part, heads: precise(call.kwargs["k"]).new_zeros((1, 1, 1, 1)))
+    """Read `*_linear_attn(q, k, v, normalize=, ...)`: A = I; normalized, every row of T is divided by its sum."""
+    return _recurrence(call, lambda select, heads: no_decay(call.kwargs["k"]))
 
 
 def rwkv6(call: Call) -> LazyOperator | None:
-    """`*_rwkv6(r, k, v, w, u, ...)`: read before the update; the bonus u lies on T's diagonal."""
+    """Read `*_rwkv6(r, k, v, w, u, ...)`: read before the update; the bonus u lies on T's diagonal."""
     return _recurrence(
-        call, lambda part, heads: part(call.kwargs["w"]), query="r", kind=ReadFirstRecurrence, masked=True
+        call, lambda select, heads: select(call.kwargs["w"]), query="r", kind=ReadFirstRecurrence, masked=True
     )
 
+
+_KERNELS = ("chunk", "fused_chunk", "fused_recurrent", "parallel")
+_OPS: dict[str, Build] = {
+    "chunk_gla": gla,
+    "fused_recurrent_gla": gla,
+    **{f"{kernel}_simple_gla": simple_gla for kernel in _KERNELS},
+    **{f"{kernel}_retention": retention for kernel in _KERNELS},
+    **{f"{kernel}_linear_attn": linear_attention for kernel in _KERNELS[:3]},
+}
+_RWKV6_OPS = dict.fromkeys(("chunk_rwkv6", "fused_recurrent_rwkv6"), rwkv6)
 
 _GATES = {
     "chunk_gla": "g",
     "fused_recurrent_gla": "gk",
-    "chunk_simple_gla": "g",
-    "fused_chunk_simple_gla": "g",
-    "fused_recurrent_simple_gla": "g",
-    "parallel_simple_gla": "g",
-    "chunk_rwkv6": "w",
-    "fused_recurrent_rwkv6": "w",
+    **{f"{kernel}_simple_gla": "g" for kernel in _KERNELS},
+    **dict.fromkeys(_RWKV6_OPS, "w"),
 }
-"""Under which name an op takes the log decay. Retention has its own, linear attention none."""
+"""Op -> its argument with the log decay. Retention has a fixed one, linear attention none."""
 
 _GATE_LAYERS = ("gk_proj", "f_proj", "f_conv1d", "w_proj", "g_gate_proj", "tau_gate_proj")
 
@@ -192,10 +195,10 @@ _WIDENED: dict[str, Callable[[Any], int]] = {
     "HedgehogFeatureMap": lambda feature_map: 2,
     "DPFPFeatureMap": lambda feature_map: 2 * int(feature_map.nu),
 }
-"""By how much a feature map widens keys; others (Taylor) are not known before a forward pass."""
+"""Class of a feature map -> by how much it widens keys. Others (Taylor) are not known before a forward pass."""
 
 
-def _refuses(layer: nn.Module) -> str | None:
+def _refusal(layer: nn.Module) -> str | None:
     if not getattr(layer, "causal", True):
         return "it is not causal here (causal=False), so y = T u has no state that passes from token to token"
     inside = {"parallel_based", "parallel_rebased"} & names_used(type(layer)).keys()
@@ -207,20 +210,20 @@ def _refuses(layer: nn.Module) -> str | None:
 
 
 def _state_capacity(layer: nn.Module) -> int | None:
-    size = attribute(layer, "head_k_dim", "head_f_dim", "mem_size", "head_dim")
+    size = int_attribute("head_k_dim", "head_f_dim", "mem_size", "head_dim")(layer)
     feature_map = getattr(layer, "feature_map_q", getattr(layer, "feature_map", None))
     widened = _WIDENED.get(type(feature_map).__name__)
     return None if size is None or widened is None else size * widened(feature_map)
 
 
 def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
-    """The log decay is an argument, and nothing else is behind A."""
+    """Build the handle of a log decay that is an argument of the op and determines A alone."""
     gated = CallSite(ops=tuple(op for op in site.ops if op.name in _GATES))
-    parameters = tuple(name for name in _GATE_LAYERS if hasattr(layer, name))
+    parameters = existing(layer, *_GATE_LAYERS)
 
     def read(call: Call) -> DecayInputs | None:
         gate, constant = call.kwargs.get(_GATES[call.op]), call.kwargs.get("g_gamma")
-        if gate is None or goes_on(call, call.kwargs["v"]):
+        if gate is None or is_decoding_step(call, call.kwargs["v"].shape[1]):
             return None
         state_size = call.kwargs["k"].shape[-1]
 
@@ -234,58 +237,43 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
 
         return DecayInputs((gate,), transition, (1,))
 
-    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
-        return under_names(_GATES[call.op])(call, tensors)
+    if not (gated.ops and parameters):
+        return None
+    return DecayHandle(parameters, gated, read, write_arguments(lambda call: (_GATES[call.op],)))
 
-    return DecayHandle(parameters, gated, read, write) if gated.ops and parameters else None
 
-
-def _alpha(layer: nn.Module) -> AlphaHandle | None:
-    """log A = -exp(w): the last bias of w shifts it as a whole."""
+def _last_bias(layer: nn.Module) -> AlphaHandle | None:
+    """Return the alpha of log A = -exp(w): the last bias of w shifts it as a whole."""
     bias = "w_proj.linear.lora.2.bias"
     return AlphaHandle(bias, 1.0) if bias in dict(layer.named_parameters()) else None
 
 
 def _normalizer(layer: nn.Module) -> AlphaHandle | None:
-    """log A = logsigmoid(gate) / a number of the layer (GLA, simple GLA). A clamp behind it does not scale with it."""
+    """Return the alpha of log A = logsigmoid(gate) / a number of the layer (GLA, simple GLA).
+
+    None with a clamp after the division, which does not scale with the number.
+    """
     number = getattr(layer, "gate_logit_normalizer", None)
     divides = isinstance(number, (int, float)) and getattr(layer, "clamp_min", None) is None
     return AlphaHandle("gate_logit_normalizer", form="divisor") if divides else None
 
 
-_OPS: dict[str, Build] = {
-    "chunk_gla": gla,
-    "fused_recurrent_gla": gla,
-    "chunk_simple_gla": simple_gla,
-    "fused_chunk_simple_gla": simple_gla,
-    "fused_recurrent_simple_gla": simple_gla,
-    "parallel_simple_gla": simple_gla,
-    "chunk_retention": retention,
-    "fused_chunk_retention": retention,
-    "fused_recurrent_retention": retention,
-    "parallel_retention": retention,
-    "chunk_linear_attn": linear_attention,
-    "fused_chunk_linear_attn": linear_attention,
-    "fused_recurrent_linear_attn": linear_attention,
-}
-FAMILIES.append(
+ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
         ops=_OPS,
         state_capacity=_state_capacity,
-        channels=lambda layer: attribute(layer, "num_heads"),
+        channels=int_attribute("num_heads"),
         decay=_decay,
         alpha=_normalizer,
-        refuses=_refuses,
-    )
-)
-FAMILIES.append(
+        refusal=_refusal,
+    ),
     LayerAdapter(
         operator="ReadFirstRecurrence",
-        ops={"chunk_rwkv6": rwkv6, "fused_recurrent_rwkv6": rwkv6},
+        ops=_RWKV6_OPS,
         state_capacity=_state_capacity,
-        channels=lambda layer: attribute(layer, "num_heads"),
+        channels=int_attribute("num_heads"),
         decay=_decay,
-        alpha=_alpha,
-    )
+        alpha=_last_bias,
+    ),
 )

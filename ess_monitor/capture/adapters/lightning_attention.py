@@ -1,7 +1,7 @@
-"""Lightning attention of MiniMax (arXiv 2501.08313): linear attention with a constant decay for every head.
+"""Lightning attention of MiniMax (arXiv 2501.08313): linear attention with a constant decay per head.
 
-S_t = exp(-slope_h) S_{t-1} + k_t v_t^T,  y_t = q_t S_t. The slopes are buffers, so that there is nothing to train, and
-three more buffers are derived from them, so that there is nothing to rescale on its own.
+S_t = exp(-slope_h) S_{t-1} + k_t v_t^T,  y_t = q_t S_t. The slopes are buffers, so that there is nothing to train.
+Three more buffers are derived from them, so that there is nothing to rescale on its own.
 """
 
 from __future__ import annotations
@@ -9,44 +9,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ess_monitor.capture.adapters.layer_attributes import attribute
+from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.hooks.call_site import Call
-from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import DiagonalRecurrence, Operator
 from ess_monitor.ess.operators.fields import take
 
+_heads = int_attribute("num_attention_heads", "num_heads")
+
 
 def masked_qkv(call: Call) -> LazyOperator | None:
-    """`apply_mask_to_padding_states(qkv, attention_mask)`: its output is q, k and v of every head, 0 for padding."""
-    layer, qkv = call.layer, call.output
+    """Read `apply_mask_to_padding_states(qkv, attention_mask)`: it returns q, k and v of each head, 0 for padding."""
+    qkv, slope = call.output, cast(Tensor, call.layer.slope_rate)
     if qkv.shape[1] == 1:
         return None
-    heads = _heads(layer) or 1
+    heads = _heads(call.layer) or 1
     by_head = qkv.reshape(*qkv.shape[:2], heads, -1).transpose(1, 2)
     size = by_head.shape[-1] // 3
-    slope = cast(Tensor, layer.slope_rate)
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
         few = take(by_head[samples], 1, chosen)[..., :length, :]
-        decay = -take(slope.reshape(1, heads, 1, 1), 1, chosen)
-        return DiagonalRecurrence(decay, few[..., size : 2 * size], few[..., :size])
+        log_decay = -take(slope.reshape(1, heads, 1, 1), 1, chosen)
+        return DiagonalRecurrence(log_decay, few[..., size : 2 * size], few[..., :size])
 
     return LazyOperator(qkv.shape[0], heads, qkv.shape[1], form)
 
 
-def _heads(layer: nn.Module) -> int | None:
-    return attribute(layer, "num_attention_heads", "num_heads")
-
-
-FAMILIES.append(
+ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
         ops={"apply_mask_to_padding_states": masked_qkv},
-        only=lambda layer: hasattr(layer, "slope_rate") and hasattr(layer, "qkv_proj"),
-        state_capacity=lambda layer: attribute(layer, "head_dim"),
+        is_member=lambda layer: hasattr(layer, "slope_rate") and hasattr(layer, "qkv_proj"),
+        state_capacity=int_attribute("head_dim"),
         channels=_heads,
-    )
+    ),
 )

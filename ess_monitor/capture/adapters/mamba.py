@@ -1,12 +1,12 @@
-"""Mamba's selective scan: transformers (Mamba, FalconMamba, Jamba, Zamba), mamba_ssm, and whatever calls the same ops.
+"""Mamba's selective scan, in transformers and mamba_ssm, and in every other layer that calls the same ops.
 
-Per channel e: Delta = softplus(dt + bias), A_t[n] = exp(Delta_t A[n]), input Delta_t B_t[n], read C_t[n]; TSS is the
-state size n. The convolution in front and the gate behind the scan are outside of T; D u lies on T's diagonal, which
-no H_i contains.
+In transformers: Mamba, FalconMamba, Jamba, Zamba. Per channel e: Delta = softplus(dt + bias),
+A_t[n] = exp(Delta_t A[n]), input Delta_t B_t[n], read C_t[n]; TSS is the state size n. The convolution in front of the
+scan and the gate after it are outside of T; D u lies on T's diagonal, which no H_i contains.
 
-Three places. The scan's own op has dt, B and C among its arguments. The fused op (`mamba_inner_fn`) is given what is in
-front of the convolution, with the weights of all that follows, and returns the layer's output: dt, B and C are computed
-again, for the part that is taken. Zamba scans once for every one of its heads: it is read as a whole at `in_proj`.
+The scan's own op has dt, B and C among its arguments. The fused op (`mamba_inner_fn`) gets the input of the convolution
+and the weights of all that follows, and returns the layer's output: dt, B and C are computed again, for the selected
+part. Zamba scans once for each of its heads: it is read as a whole at `in_proj`.
 """
 
 from __future__ import annotations
@@ -14,122 +14,50 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import (
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.selective_scan import (
     alpha_of_a_log,
-    attribute,
-    is_decoding,
-    is_placeholder,
-    real_tokens,
+    scan_operator,
+    scan_transition,
     shifted,
     short_conv,
     why_without_kernels,
+    without_placeholders,
 )
-from ess_monitor.capture.handles import DecayHandle, DecayInputs, Transition
+from ess_monitor.capture.handles import DecayHandle, DecayInputs, Transition, named_inputs, write_arguments
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite, Op
 from ess_monitor.capture.hooks.global_names import names_used
-from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
-from ess_monitor.ess import DiagonalRecurrence, Operator
+from ess_monitor.ess import Operator
 from ess_monitor.ess.linalg import index_tensor
 from ess_monitor.ess.operators.fields import take
 
-
-def step_size(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """Delta, (batch, channels, length)."""
-    if bias is not None:
-        dt = dt + bias[:, None]
-    return F.softplus(dt) if softplus else dt
+_FUSED = "mamba_inner_fn"
 
 
 def scan(call: Call) -> LazyOperator | None:
-    """`mamba_selective_scan(hidden_states, dt, A, B, C, ...)`, `selective_scan_fn(u, delta, A, B, C, ...)`."""
-    u, dt, A, B, C = (call.kwargs[name] for name in _scan_names(call))
-    batch, channels, length = u.shape
-    if is_decoding(call) or length == 1:
+    """Read `mamba_selective_scan(hidden_states, dt, A, B, C, ...)`, `selective_scan_fn(u, delta, A, B, C, ...)`."""
+    dt, A, B, C = (call.kwargs[name] for name in (_name_of_dt(call), "A", "B", "C"))
+    batch, channels, length = dt.shape
+    if is_decoding_step(call, length):
         return None
     bias, softplus = call.kwargs["delta_bias"], bool(call.kwargs["delta_softplus"])
-    real = real_tokens(call, batch, length)
+    mask = real_tokens(call, batch, length)
 
     def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
-        few = dt[samples, :, :length]
-        kept = None if real is None else real[samples, :length]
         b, c = (_by_state(t, samples, heads, length, channels) for t in (B, C))
-        return _recurrence(take(few, 1, heads), take(A, 0, heads), b, c, _few(bias, heads), softplus, kept)
+        real = None if mask is None else mask[samples, :length]
+        return scan_operator(heads, dt[samples, :, :length], A, bias, b, c, softplus=softplus, real=real)
 
     return LazyOperator(batch, channels, length, form)
 
 
-def fused(call: Call) -> LazyOperator | None:
-    """`mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, ...)`."""
-    xz, A, bias = (call.kwargs[name] for name in ("xz", "A", "delta_bias"))
-    batch, channels, length = xz.shape[0], xz.shape[1] // 2, xz.shape[2]
-    if call.output is None or length == 1:  # None: not a kernel, the scan follows
-        return None
-    softplus = bool(call.kwargs["delta_softplus"])
-
-    def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
-        exact = {
-            name: value.double() if isinstance(value, Tensor) and name not in _OTHERS else value
-            for name, value in call.kwargs.items()
-        }
-        taps = shifted(xz[samples, :channels, :length].double(), exact["conv1d_weight"].shape[-1])
-        dt, B, C = _inner(taps, exact)
-        everything = slice(None)
-        # Fixed B and C come as arguments, one for all samples.
-        b = _by_state(B, everything if exact["B"] is None else samples, heads, length, channels)
-        c = _by_state(C, everything if exact["C"] is None else samples, heads, length, channels)
-        return _recurrence(take(dt, 1, heads), take(A, 0, heads), b, c, _few(bias, heads), softplus, None)
-
-    return LazyOperator(batch, channels, length, form)
-
-
-_OTHERS = ("xz", "out_proj_weight", "out_proj_bias", "D")
-"""Arguments of the fused op that T does not depend on, apart from xz itself."""
-
-
-def _inner(taps: Sequence[Tensor], given: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """dt, B and C as the fused op computes them from the part of xz that is scanned, as its convolution meets it."""
-    x = F.silu(short_conv(taps, given["conv1d_weight"], given["conv1d_bias"])).to(given["x_proj_weight"].dtype)
-    rank = given["delta_proj_weight"].shape[1]
-    low, B, C = (given["x_proj_weight"] @ x).tensor_split((rank, rank + given["A"].shape[1]), 1)
-    dt = given["delta_proj_weight"] @ low
-    B = _plus(B, given.get("B_proj_bias")) if given["B"] is None else given["B"]
-    C = _plus(C, given.get("C_proj_bias")) if given["C"] is None else given["C"]
-    eps = given.get("b_c_dt_rms_eps", 1e-6)
-    # dt is normed over the channels, behind its projection.
-    dt, B, C = (
-        tensor if given.get(name) is None else _rms(tensor, given[name], eps)
-        for tensor, name in ((dt, "dt_rms_weight"), (B, "b_rms_weight"), (C, "c_rms_weight"))
-    )
-    return dt, B, C
-
-
-def _plus(tensor: Tensor, bias: Tensor | None) -> Tensor:
-    return tensor if bias is None else tensor + bias[:, None]
-
-
-def _rms(tensor: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over dimension 1."""
-    precise = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return precise * (precise.square().mean(1, keepdim=True) + eps).rsqrt() * weight[:, None]
-
-
-def _recurrence(
-    dt: Tensor, A: Tensor, b: Tensor, c: Tensor, bias: Tensor | None, softplus: bool, real: Tensor | None
-) -> Operator:
-    delta = step_size(dt.double(), bias, softplus)[..., None]
-    b = b * delta
-    if real is not None:
-        b = b * real[:, None, :, None]
-    return DiagonalRecurrence(delta * A[:, None].double(), b, c)
-
-
-def _few(bias: Tensor | None, heads: Sequence[int]) -> Tensor | None:
-    return None if bias is None else take(bias, 0, heads).double()
+def _name_of_dt(call: Call) -> str:
+    return list(call.kwargs)[1]
 
 
 def _by_state(tensor: Tensor, samples: slice, heads: Sequence[int], length: int, channels: int) -> Tensor:
@@ -146,103 +74,144 @@ def _by_state(tensor: Tensor, samples: slice, heads: Sequence[int], length: int,
     return tensor[..., :length].mT.double()
 
 
-def _scan_names(call: Call) -> tuple[str, ...]:
-    return (*list(call.kwargs)[:2], "A", "B", "C")
+def fused(call: Call) -> LazyOperator | None:
+    """Read `mamba_inner_fn(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, ...)`."""
+    xz = call.kwargs["xz"]
+    batch, channels, length = xz.shape[0], xz.shape[1] // 2, xz.shape[2]
+    if call.output is None or length == 1:  # None: a placeholder of the kernel; the layer calls the scan next
+        return None
+
+    def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
+        given = {
+            name: value.double() if isinstance(value, Tensor) and name not in _NOT_IN_T else value
+            for name, value in call.kwargs.items()
+        }
+        taps = shifted(xz[samples, :channels, :length].double(), given["conv1d_weight"].shape[-1])
+        x = _convolved(taps, given)
+        b, c = (
+            # x has the selected samples only; a fixed B or C has all.
+            _by_state(tensor, slice(None) if given[name] is None else samples, heads, length, channels)
+            for name, tensor in _fused_b_and_c(x, given).items()
+        )
+        dt, softplus = _fused_dt(x, given), bool(given["delta_softplus"])
+        return scan_operator(heads, dt, given["A"], given["delta_bias"], b, c, softplus=softplus)
+
+    return LazyOperator(batch, channels, length, form)
 
 
-def _log_decay(dt: Tensor, A: Tensor, bias: Tensor | None, softplus: bool) -> Transition:
-    delta = step_size(dt.float(), None if bias is None else bias.float(), softplus)
-    return Transition(delta[..., None] * A[:, None].float())
+_NOT_IN_T = ("xz", "out_proj_weight", "out_proj_bias", "D")
+"""Arguments of the fused op that need no conversion: T does not depend on them, and xz is cut first."""
+
+
+def _convolved(taps: Sequence[Tensor], given: Mapping[str, Any]) -> Tensor:
+    """Compute the input of the scan from the part of xz that is scanned, as the fused op does."""
+    return F.silu(short_conv(taps, given["conv1d_weight"], given.get("conv1d_bias")))
+
+
+def _fused_dt(x: Tensor, given: Mapping[str, Any]) -> Tensor:
+    up: Tensor = given["delta_proj_weight"]
+    return _normalized(up @ (given["x_proj_weight"][: up.shape[1]] @ x), "dt", given)
+
+
+def _fused_b_and_c(x: Tensor, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return B and C: arguments of the fused op where they are fixed, otherwise computed from x."""
+    rank, state = given["delta_proj_weight"].shape[1], given["A"].shape[1]
+    projected = given["x_proj_weight"][rank:] @ x
+    found = {}
+    for name, tensor in (("B", projected[:, :state]), ("C", projected[:, -state:])):
+        bias, fixed = given.get(f"{name}_proj_bias"), given[name]
+        computed = tensor if bias is None else tensor + bias[:, None]
+        found[name] = _normalized(computed if fixed is None else fixed, name.lower(), given)
+    return found
+
+
+def _normalized(tensor: Tensor, name: str, given: Mapping[str, Any]) -> Tensor:
+    """Apply the RMSNorm over dimension 1 that some fused ops apply to dt, B and C."""
+    weight: Tensor | None = given.get(f"{name}_rms_weight")
+    if weight is None:
+        return tensor
+    variance = tensor.square().mean(1, keepdim=True)
+    return tensor * (variance + float(given.get("b_c_dt_rms_eps", 1e-6))).rsqrt() * weight[:, None]
 
 
 def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
-    """dt, A and the bias of dt are all that A_t depends on."""
-    names = tuple(name for name in ("x_proj", "dt_proj", "A_log") if hasattr(layer, name))
+    """Build the handle of dt, A and the bias of dt, which determine A_t."""
+
+    def names(call: Call) -> tuple[str, ...]:
+        return _FUSED_INPUTS if call.op == _FUSED else (_name_of_dt(call), "A", "delta_bias")
 
     def read(call: Call) -> DecayInputs | None:
-        if call.op == "mamba_inner_fn":
-            return _behind_fused(call)
-        dt, A, bias = (call.kwargs[name] for name in (_scan_names(call)[1], "A", "delta_bias"))
-        if is_decoding(call) or dt.shape[2] == 1:
+        if call.op == _FUSED:
+            return _fused_inputs(call)
+        dt, A, bias = (call.kwargs[name] for name in names(call))
+        if is_decoding_step(call, dt.shape[2]):
             return None
         softplus = bool(call.kwargs["delta_softplus"])
-
-        def transition(tensors: tuple[Tensor, ...]) -> Transition:
-            dt, A, *bias = tensors
-            return _log_decay(dt, A, bias[0] if bias else None, softplus)
-
-        return DecayInputs(
-            (dt, A) if bias is None else (dt, A, bias), transition, (2, None, None)[: 2 + (bias is not None)]
+        return named_inputs(
+            {"dt": (dt, 2), "A": (A, None), "bias": (bias, None)},
+            lambda given: scan_transition(given["dt"], given["A"], given.get("bias"), softplus=softplus),
         )
 
-    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
-        names = _behind_names(call) if call.op == "mamba_inner_fn" else (_scan_names(call)[1], "A", "delta_bias")
-        return call.args, {**call.kwargs, **dict(zip(names, tensors, strict=False))}
-
-    ops = tuple(op for op in site.ops if op.name != "mamba_inner_fn" or not is_placeholder(op))
-    return DecayHandle(names, CallSite(ops=ops), read, write)
+    parameters = existing(layer, "x_proj", "dt_proj", "A_log")
+    return DecayHandle(parameters, without_placeholders(site, _FUSED), read, write_arguments(names))
 
 
-_BEHIND = ("A", "delta_bias", "conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight", "dt_rms_weight")
+_FUSED_INPUTS = (
+    *("A", "delta_bias", "conv1d_weight", "conv1d_bias"),
+    *("x_proj_weight", "delta_proj_weight", "dt_rms_weight"),
+)
 """Arguments of the fused op that A_t depends on, apart from xz."""
 
 
-def _behind_names(call: Call) -> list[str]:
-    return [name for name in _BEHIND if call.kwargs.get(name) is not None]
+def _fused_inputs(call: Call) -> DecayInputs | None:
+    """Return the inputs of A_t in a call of the fused op.
 
-
-def _behind_fused(call: Call) -> DecayInputs | None:
-    """The fused op's arguments carry the identity function into it; xz, which is convolved, is given as the taps of the
-    convolution meet it and stays as it is in the call: its gradient gains what theirs do."""
-    k, names = call.kwargs, _behind_names(call)
-    channels, softplus, eps = k["A"].shape[0], bool(k["delta_softplus"]), k.get("b_c_dt_rms_eps", 1e-6)
+    Instead of xz, which the op convolves, they have the shifted copies that the taps meet. These are not written back:
+    gradients added to them reach xz through their own graph.
+    """
+    k = call.kwargs
     if k["xz"].shape[2] == 1:
         return None
-    taps = shifted(k["xz"][:, :channels], k["conv1d_weight"].shape[-1])
+    taps = {f"tap {i}": t for i, t in enumerate(shifted(k["xz"][:, : k["A"].shape[0]], k["conv1d_weight"].shape[-1]))}
+    tap_names = tuple(taps)
+    softplus, options = bool(k["delta_softplus"]), {n: k[n] for n in ("b_c_dt_rms_eps",) if n in k}
 
-    def transition(tensors: tuple[Tensor, ...]) -> Transition:
-        given = {name: tensor.float() for name, tensor in zip(names, tensors, strict=False)}
-        x = F.silu(
-            short_conv([tap.float() for tap in tensors[len(names) :]], given["conv1d_weight"], given.get("conv1d_bias"))
-        )
-        down = given["delta_proj_weight"]
-        dt = down @ (given["x_proj_weight"][: down.shape[1]] @ x)
-        if "dt_rms_weight" in given:
-            dt = _rms(dt, given["dt_rms_weight"], eps)
-        return _log_decay(dt, given["A"], given.get("delta_bias"), softplus)
+    def transition(tensors: dict[str, Tensor]) -> Transition:
+        exact = {name: tensor.float() for name, tensor in tensors.items()}
+        dt = _fused_dt(_convolved([exact[name] for name in tap_names], exact), {**exact, **options})
+        return scan_transition(dt, exact["A"], exact.get("delta_bias"), softplus=softplus)
 
-    dims = (None,) * len(names) + (2,) * len(taps)
-    return DecayInputs((*(k[name] for name in names), *taps), transition, dims)
+    weights = {name: (k.get(name), None) for name in _FUSED_INPUTS}
+    return named_inputs({**weights, **{name: (tap, 2) for name, tap in taps.items()}}, transition)
 
 
 def zamba(call: Call) -> LazyOperator | None:
-    """The output of Zamba's `in_proj`, (batch, length, 2 channels): x and gate of every channel side by side."""
+    """Read Zamba's `in_proj`, whose output (batch, length, 2 channels) has x and gate of every channel side by side."""
     layer, projected = call.layer, call.output
     batch, length, channels = projected.shape[0], projected.shape[1], projected.shape[2] // 2
     if length == 1:
         return None
-    tokens = real_tokens(call, batch, length)
+    mask = real_tokens(call, batch, length)
 
     def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
-        x = projected[samples, :length, ::2].mT
-        real = None if tokens is None else tokens[samples, :length]
+        real = None if mask is None else mask[samples, :length]
         exact = {
             name: tensor.double()
             for name, tensor in layer.named_parameters()
             if not name.startswith(("in_proj", "out_proj"))
         }
-        taps = shifted(x.double(), exact["conv1d.weight"].shape[-1])
+        taps = shifted(projected[samples, :length, ::2].mT.double(), exact["conv1d.weight"].shape[-1])
         x = _activation(layer)(short_conv(taps, exact["conv1d.weight"], exact.get("conv1d.bias")))
-        dt, B, C = _zamba_inner(x if real is None else x * real[:, None], exact)
+        dt, *others = _zamba_inner(x if real is None else x * real[:, None], exact)
+        b, c = (_by_state(t, slice(None), heads, length, channels) for t in others)
         A, bias = (-exact["A_log"].exp()).flatten(0, 1), exact["dt_proj_bias"].flatten()
-        b, c = (_by_state(t, slice(None), heads, length, channels) for t in (B, C))
-        return _recurrence(take(dt, 1, heads), take(A, 0, heads), b, c, _few(bias, heads), True, real)
+        return scan_operator(heads, dt, A, bias, b, c, real=real)
 
     return LazyOperator(batch, channels, length, form)
 
 
 def _zamba_inner(x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """dt (batch, channels, length), B and C (batch, heads, n, length): every head of Zamba has weights of its own."""
+    """Compute dt (batch, channels, length), and B and C (batch, heads, n, length). Every head has its own weights."""
     up, down = weights["x_proj_weight"], weights["dt_proj_weight"]
     by_head = x.reshape(x.shape[0], up.shape[0], -1, x.shape[2]).to(up.dtype)
     rank = down.shape[2]
@@ -254,77 +223,70 @@ def _activation(layer: nn.Module) -> Any:
     return F.silu if getattr(layer, "activation", "silu") in ("silu", "swish") else layer.act
 
 
+_ZAMBA_PARAMETERS = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log")
+
+
 def _zamba_decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
-    """The input of the convolution carries the identity function, for the parameters as well: they are no arguments."""
+    """Build the handle of the convolution's input and the parameters after it.
+
+    Only the input is an argument of a call and is written back. The parameters' gradients are added all the same.
+    """
     spaces = tuple(s for s in names_used(type(layer)).get("causal_conv1d_fn", ()) if "causal_conv1d_fn" in s)
     if not spaces:
         return None
 
     def read(call: Call) -> DecayInputs | None:
-        name, *_ = call.kwargs
-        x, weight, bias = call.kwargs[name], call.kwargs["weight"], call.kwargs["bias"]
+        x, weight, bias = (call.kwargs[name] for name in (next(iter(call.kwargs)), "weight", "bias"))
         if x.shape[2] == 1:
             return None
-        own, real = dict(layer.named_parameters()), real_tokens(call, x.shape[0], x.shape[2])
         *earlier, now = shifted(x, weight.shape[-1])
-        weights = [own[name] for name in _ZAMBA] + [weight] + ([] if bias is None else [bias])
-        masks = [] if real is None else [real]
+        taps = {"now": now} | {f"tap {i}": tap for i, tap in enumerate(earlier)}
+        tap_names = (*tuple(taps)[1:], "now")
 
-        def transition(tensors: tuple[Tensor, ...]) -> Transition:
-            taps, rest = tensors[: 1 + len(earlier)], tensors[1 + len(earlier) :]
-            given = dict(zip(_ZAMBA, rest, strict=False))
-            of_conv = rest[len(_ZAMBA) : len(weights)]
-            conv = _activation(layer)(short_conv((*taps[1:], taps[0]), of_conv[0], of_conv[1] if of_conv[1:] else None))
-            for mask in rest[len(weights) :]:
-                conv = conv * mask[:, None]
+        def transition(given: dict[str, Tensor]) -> Transition:
+            x = _activation(layer)(short_conv([given[n] for n in tap_names], given["weight"], given.get("bias")))
+            dt, _, _ = _zamba_inner(x * given["real"][:, None] if "real" in given else x, given)
             A = -given["A_log"].float().exp()
-            dt = _zamba_inner(conv, given)[0]
-            return _log_decay(dt, A.flatten(0, 1), given["dt_proj_bias"].flatten(), True)
+            return scan_transition(dt, A.flatten(0, 1), given["dt_proj_bias"].flatten())
 
-        dims = (2,) * (1 + len(earlier)) + (None,) * len(weights) + (1,) * len(masks)
-        return DecayInputs((now, *earlier, *weights, *masks), transition, dims)
+        own = dict(layer.named_parameters())
+        inputs: dict[str, tuple[Tensor | None, int | None]] = {name: (tap, 2) for name, tap in taps.items()}
+        inputs |= {name: (own[name], None) for name in _ZAMBA_PARAMETERS}
+        inputs |= {
+            "weight": (weight, None),
+            "bias": (bias, None),
+            "real": (real_tokens(call, x.shape[0], x.shape[2]), 1),
+        }
+        return named_inputs(inputs, transition)
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
-        name, *_ = call.kwargs
-        return call.args, {**call.kwargs, name: tensors[0]}
+        return call.args, {**call.kwargs, next(iter(call.kwargs)): tensors[0]}
 
-    return DecayHandle(_ZAMBA, CallSite(ops=(Op("causal_conv1d_fn", spaces),)), read, write)
-
-
-_ZAMBA = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log")
+    return DecayHandle(_ZAMBA_PARAMETERS, CallSite(ops=(Op("causal_conv1d_fn", spaces),)), read, write)
 
 
-_OPS = {"mamba_inner_fn": fused, "mamba_selective_scan": scan, "selective_scan_fn": scan}
+_OPS = {_FUSED: fused, "mamba_selective_scan": scan, "selective_scan_fn": scan}
+_CAPACITY = int_attribute("ssm_state_size", "d_state", "state_size")
+_CHANNELS = int_attribute("intermediate_size", "d_inner")
 
-
-def _capacity(layer: nn.Module) -> int | None:
-    return attribute(layer, "ssm_state_size", "d_state", "state_size")
-
-
-def _channels(layer: nn.Module) -> int | None:
-    return attribute(layer, "intermediate_size", "d_inner")
-
-
-FAMILIES.append(
+ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
         classes=r"transformers\..*\.ZambaMambaMixer",
         path="in_proj",
         build=zamba,
-        state_capacity=_capacity,
-        channels=_channels,
+        state_capacity=_CAPACITY,
+        channels=_CHANNELS,
         decay=_zamba_decay,
         alpha=alpha_of_a_log,
-    )
-)
-FAMILIES.append(
+    ),
     LayerAdapter(
         operator="DiagonalRecurrence",
         ops=_OPS,
-        state_capacity=_capacity,
-        channels=_channels,
+        state_capacity=_CAPACITY,
+        channels=_CHANNELS,
         decay=_decay,
         alpha=alpha_of_a_log,
-        refuses=lambda layer: why_without_kernels(layer, *_OPS),
-    )
+        refusal=lambda layer: why_without_kernels(layer, *_OPS),
+    ),
 )

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ess_monitor.capture.adapters.layer_attributes import by_channel
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
-from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import DiagonalRecurrence, Operator
 from ess_monitor.ess.operators.fields import take
@@ -26,26 +27,26 @@ from ess_monitor.ess.operators.fields import take
 _STRENGTH = -8.0
 """The paper's c, with its sign."""
 
-_BEHIND_A = ("recurrent_gate_weight", "recurrent_gate_bias", "recurrent_param")
+_PARAMETERS = ("recurrent_gate_weight", "recurrent_gate_bias", "recurrent_param")
 
 
 def gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """sigmoid(x W + b) in blocks: (batch, length, blocks, width) and (blocks, width, width) -> as x."""
+    """Compute sigmoid(x W + b) in blocks: (batch, length, blocks, width) and (blocks, width, width) -> as x."""
     return torch.sigmoid(torch.einsum("blhi,hij->blhj", x, weight) + bias)
 
 
 def log_decay(recurrence_gate: Tensor, recurrent_param: Tensor, reset: Tensor) -> Tensor:
-    """log a, (batch, length, channels); -inf where a document begins."""
+    """Compute log a, (batch, length, channels); -inf where a document begins."""
     return (_STRENGTH * recurrence_gate * F.softplus(recurrent_param)).masked_fill(reset, -math.inf)
 
 
 def rg_lru(call: Call) -> LazyOperator | None:
-    """`RecurrentGemmaRglru.forward(activations, position_ids)`."""
+    """Read `RecurrentGemmaRglru.forward(activations, position_ids)`."""
     x, positions = _arguments(call)
     if x.shape[1] == 1:
         return None
     layer = call.layer
-    width = _block_width(layer)
+    width = cast(Tensor, layer.recurrent_gate_weight).shape[-1]
 
     def form(samples: slice, channels: Sequence[int], length: int) -> Operator:
         blocks = sorted({channel // width for channel in channels})
@@ -59,7 +60,7 @@ def rg_lru(call: Call) -> LazyOperator | None:
         parameter = take(cast(Tensor, layer.recurrent_param), 0, channels).double()
         log_a = log_decay(of("recurrent"), parameter, _resets(positions, samples, length))
         b = of("input") * (-torch.expm1(2 * log_a)).sqrt()
-        return DiagonalRecurrence(_by_channel(log_a), _by_channel(b), torch.ones_like(_by_channel(b[:1, :, :1])))
+        return DiagonalRecurrence(by_channel(log_a), by_channel(b), torch.ones_like(by_channel(b[:1, :, :1])))
 
     return LazyOperator(x.shape[0], x.shape[2], x.shape[1], form)
 
@@ -67,10 +68,6 @@ def rg_lru(call: Call) -> LazyOperator | None:
 def _arguments(call: Call) -> tuple[Tensor, Tensor]:
     named = dict(zip(("activations", "position_ids"), call.args, strict=False)) | call.kwargs
     return named["activations"], named["position_ids"]
-
-
-def _block_width(layer: nn.Module) -> int:
-    return cast(Tensor, layer.recurrent_gate_weight).shape[-1]
 
 
 def _in_blocks(x: Tensor, width: int) -> Tensor:
@@ -82,29 +79,23 @@ def _resets(positions: Tensor, samples: slice, length: int) -> Tensor:
     return few[:, :length, None] == 0
 
 
-def _by_channel(tensor: Tensor) -> Tensor:
-    """(batch, length, channels) -> (batch, channels, length, 1)."""
-    return tensor.transpose(1, 2)[..., None]
-
-
 def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
-    """The layer computes A inside, from its input and three parameters.
+    """Build the handle of the layer's input and three parameters, from which it computes A.
 
-    Only the input can be put back into the call. The parameters stay where they are: their gradients leave the identity
-    function on their own, since it has them as inputs.
+    Only the input is an argument of the call and is written back. The parameters' gradients are added all the same.
     """
 
     def read(call: Call) -> DecayInputs | None:
         x, positions = _arguments(call)
         if x.shape[1] == 1:
             return None
-        parameters = tuple(cast(Tensor, getattr(layer, name)) for name in _BEHIND_A)
-        width = _block_width(layer)
+        parameters: tuple[Tensor, ...] = tuple(getattr(layer, name) for name in _PARAMETERS)
+        width = parameters[0].shape[-1]
 
         def transition(tensors: tuple[Tensor, ...]) -> Transition:
             x, positions, weight, bias, recurrent = tensors
             gates = gate(_in_blocks(x.float(), width), weight.float(), bias.float()).flatten(2)
-            return Transition(_by_channel(log_decay(gates, recurrent.float(), positions[..., None] == 0)))
+            return Transition(by_channel(log_decay(gates, recurrent.float(), positions[..., None] == 0)))
 
         return DecayInputs((x, positions, *parameters), transition, (1, 1, None, None, None))
 
@@ -113,18 +104,18 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
             return (tensors[0], *call.args[1:]), call.kwargs
         return call.args, {**call.kwargs, "activations": tensors[0]}
 
-    return DecayHandle(_BEHIND_A, site, read, write)
+    return DecayHandle(_PARAMETERS, site, read, write)
 
 
-FAMILIES.append(
+ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
         classes=r".*\.RecurrentGemmaRglru",
         build=rg_lru,
         state_capacity=lambda layer: 1,
-        channels=lambda layer: len(cast(Tensor, layer.recurrent_param)),
+        channels=lambda layer: len(layer.recurrent_param),
         decay=_decay,
         alpha=lambda layer: AlphaHandle("recurrent_param", form="softplus"),
-        uninformative="a channel's state has one dimension, so that its ESS can only be 0 or 1",
-    )
+        uninformative=lambda layer: "a channel's state has one dimension, so that its ESS can only be 0 or 1",
+    ),
 )

@@ -1,13 +1,12 @@
 """Softmax attention of torch itself: `nn.MultiheadAttention`, and `F.scaled_dot_product_attention` in a layer's code.
 
-A call says that it is causal by `is_causal`, or by a mask that hides later tokens. One that is neither has no lower
-triangular T and fails with a reason. Keys of another length are a step of cached decoding for the function, which is
-skipped, and cross attention for the module, which has no cache.
+A call is causal with `is_causal`, or with a mask that hides later tokens. Any other call has no lower triangular T and
+fails with a reason. Keys of another length are a step of cached decoding for the function, which is skipped, and cross
+attention for the module, which has no cache.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,56 +15,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import configured
+from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.adapters.transformers_attention import causal_attention, part, why_not_causal
 from ess_monitor.capture.hooks.call_site import Call, named_arguments
-from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.hooks.function_patch import function_stand_in
+from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import Operator
 from ess_monitor.ess.operators.fields import take
 
-
-def _documented(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    **further: Any,
-) -> None:
-    """How torch documents the arguments of `scaled_dot_product_attention`."""
+_SIGNATURE = inspect.signature(
+    lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, **more: None
+)
+"""The arguments of `scaled_dot_product_attention`, as torch documents them."""
 
 
 def with_signature(original: Any, called: Callable[..., Any]) -> Any:
-    """A stand-in for torch's function, which is compiled and shows no signature."""
-
-    @functools.wraps(original)
-    def signed(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
-
+    """Build a stand-in for torch's function, which is compiled and shows no signature."""
+    signed = function_stand_in(original, lambda function, args, kwargs: function(*args, **kwargs))
     try:
         inspect.signature(original)
     except ValueError:
-        signed.__signature__ = inspect.signature(_documented)  # type: ignore[attr-defined]
-
-    @functools.wraps(original)
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        return called(signed, args, kwargs)
-
-    return stand_in
+        signed.__signature__ = _SIGNATURE
+    return function_stand_in(signed, called)
 
 
 def read_function(call: Call) -> LazyOperator | None:
-    """`scaled_dot_product_attention(query, key, value, attn_mask, is_causal=, scale=, enable_gqa=)`."""
+    """Read `scaled_dot_product_attention(query, key, value, attn_mask, is_causal=, scale=, enable_gqa=)`."""
     given = call.kwargs
     if "attn_mask" not in given:
-        raise CaptureError("the code calls a function of its own of this name, not torch's")
-    q, k = (_four(given[name], "query and key") for name in ("query", "key"))
-    mask = None if given["attn_mask"] is None else _mask_4d(given["attn_mask"])
+        raise CaptureError("the layer calls its own function of this name, not torch's")
+    q, k = (_by_head(given[name]) for name in ("query", "key"))
+    mask = given["attn_mask"]
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
     if q.shape[2] != k.shape[2] or q.shape[2] == 1:
         return None
 
@@ -82,30 +66,28 @@ def read_function(call: Call) -> LazyOperator | None:
     return LazyOperator(max(q.shape[0], k.shape[0]), q.shape[1], q.shape[2], form)
 
 
-def _four(tensor: Tensor, name: str) -> Tensor:
-    """(batch, length, dim) is one head."""
+def _by_head(tensor: Tensor) -> Tensor:
+    """(batch, heads, length, dim); (batch, length, dim) is one head."""
     if tensor.is_nested or tensor.dim() not in (3, 4):
-        raise CaptureError(f"{name} must be dense tensors of shape (batch, heads, length, dim) to be read")
+        raise CaptureError("query and key must be dense tensors of shape (batch, heads, length, dim) to be read")
     return tensor[:, None] if tensor.dim() == 3 else tensor
 
 
-def _mask_4d(mask: Tensor) -> Tensor:
-    return mask[(None,) * (4 - mask.dim())]
-
-
-def _refuses(layer: nn.Module) -> str | None:
-    reason = why_not_causal(layer)
-    if reason is None and getattr(getattr(layer, "config", None), "_attn_implementation", "sdpa") != "sdpa":
-        reason = (
-            "with this attn_implementation the layer does not call scaled_dot_product_attention; "
-            "load the model with attn_implementation='sdpa' to measure it"
-        )
-    return reason
+def _refusal(layer: nn.Module) -> str | None:
+    if getattr(getattr(layer, "config", None), "_attn_implementation", "sdpa") == "sdpa":
+        return why_not_causal(layer)
+    return why_not_causal(layer) or (
+        "with this attn_implementation the layer does not call scaled_dot_product_attention; "
+        "load the model with attn_implementation='sdpa' to measure it"
+    )
 
 
 def read_module(call: Call) -> LazyOperator | None:
-    """The call of an `nn.MultiheadAttention`: q and k once more from the input and its weights, for the part that is
-    taken only. No sub-module is called in between, and on its fast path no function either."""
+    """Read the call of an `nn.MultiheadAttention`.
+
+    q and k are computed again from the input and the weights, for the selected part: it calls no sub-module, and on
+    its fast path no function either.
+    """
     module = call.module
     assert isinstance(module, nn.MultiheadAttention)
     given = named_arguments(inspect.signature(module.forward), call.args, call.kwargs)
@@ -127,7 +109,7 @@ def read_module(call: Call) -> LazyOperator | None:
         (q_weight, q_bias), (k_weight, k_bias) = _projections(module)
         q = _project(query[samples, :length], q_weight, q_bias, module.num_heads, heads)
         k = _project(key[samples, :length], k_weight, k_bias, module.num_heads, heads)
-        mask = _added(given, batch, module.num_heads, q.dtype)
+        mask = _additive_mask(given, batch, module.num_heads, q.dtype)
         if mask is not None:
             mask = take(part(mask, samples, length), 1, heads)
         return causal_attention(q, k, mask, causal=bool(given["is_causal"]))
@@ -136,7 +118,7 @@ def read_module(call: Call) -> LazyOperator | None:
 
 
 def _projections(module: Any) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of q, and of k."""
+    """Return weight and bias of q, and of k."""
     weights = (module.q_proj_weight, module.k_proj_weight)  # None unless keys are of another width
     if module.in_proj_weight is not None:
         weights = module.in_proj_weight.chunk(3)[:2]
@@ -145,7 +127,7 @@ def _projections(module: Any) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, total: int, heads: Sequence[int]) -> Tensor:
-    """(batch, length, width) -> (batch, heads, length, dim), of some heads."""
+    """Compute q or k of some heads: (batch, length, width) -> (batch, heads, length, dim)."""
     dtype = torch.promote_types(x.dtype, weight.dtype)  # under autocast they differ
     few = take(weight.reshape(total, -1, weight.shape[1]), 0, heads).flatten(0, 1).to(dtype)
     few_bias = None if bias is None else take(bias.reshape(total, -1), 0, heads).flatten().to(dtype)
@@ -153,9 +135,12 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, total: int, heads: 
     return projected.reshape(*x.shape[:2], len(heads), -1).transpose(1, 2)
 
 
-def _added(given: dict[str, Any], batch: int, heads: int, dtype: torch.dtype) -> Tensor | None:
-    """attn_mask, (L, L) or (batch * heads, L, L), and key_padding_mask, (batch, L) or (L,), as one additive mask. Of
-    bool ones True means hidden, the opposite of the function's."""
+def _additive_mask(given: dict[str, Any], batch: int, heads: int, dtype: torch.dtype) -> Tensor | None:
+    """Return attn_mask and key_padding_mask as one additive mask.
+
+    attn_mask is (L, L) or (batch * heads, L, L), key_padding_mask (batch, L) or (L,). In bool masks True means hidden,
+    the opposite of the function's.
+    """
     mask, padding = given["attn_mask"], given["key_padding_mask"]
     parts = []
     if mask is not None:
@@ -166,30 +151,28 @@ def _added(given: dict[str, Any], batch: int, heads: int, dtype: torch.dtype) ->
     return sum(added[1:], added[0]) if added else None
 
 
-def _refuses_module(layer: nn.Module) -> str | None:
+def _module_refusal(layer: nn.Module) -> str | None:
     if getattr(layer, "bias_k", None) is not None or getattr(layer, "add_zero_attn", False):
         return "add_bias_kv and add_zero_attn add a key that is no token, so y is not T u"
     return None
 
 
-FAMILIES.append(
+ADAPTERS = (
     LayerAdapter(
         operator="SoftmaxAttention",
         classes=r"torch\.nn\.modules\.activation\.MultiheadAttention",
         build=read_module,
         capacity_grows=True,
-        channels=lambda layer: configured(layer, "num_heads"),
-        refuses=_refuses_module,
-    )
-)
-FAMILIES.append(
+        channels=int_attribute("num_heads", or_config=True),
+        refusal=_module_refusal,
+    ),
     LayerAdapter(
         operator="SoftmaxAttention",
         ops={"scaled_dot_product_attention": read_function},
-        make=with_signature,
-        namespaces=(lambda: vars(F),),
+        stand_in=with_signature,
+        namespaces=(vars(F),),
         capacity_grows=True,
-        channels=lambda layer: configured(layer, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads"),
-        refuses=_refuses,
-    )
+        channels=int_attribute("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", or_config=True),
+        refusal=_refusal,
+    ),
 )

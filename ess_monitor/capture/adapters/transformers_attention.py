@@ -1,7 +1,7 @@
 """Softmax attention of transformers: every layer that fetches its kernel from the global `ALL_ATTENTION_FUNCTIONS`.
 
-The kernels behind that interface (eager, sdpa, flash, flex, a user's own) are all called as
-`kernel(module, q, k, v, mask, **options)` with q after rotary embeddings and norms and with grouped k, so one family
+The kernels of that interface (eager, sdpa, flash, flex, a user's own) are all called as
+`kernel(module, q, k, v, mask, **options)` with q after rotary embeddings and norms and with grouped k, so one adapter
 reads them all: T = softmax(cap(scale q k^T) + mask), one T per query head. Dropout is not part of T.
 """
 
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import configured
+from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.hooks.call_site import Call
-from ess_monitor.capture.layer_adapter import FAMILIES, LayerAdapter
+from ess_monitor.capture.hooks.function_patch import function_stand_in
+from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import Operator, SoftmaxAttention
@@ -24,34 +25,26 @@ from ess_monitor.ess.operators.fields import first
 
 _KEYS_FROM_ELSEWHERE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 _DENSE_KERNELS = ("eager", "sdpa", "flex_attention")
-"""Kernels whose mask says everything. The others (flash) take padding, window and packing as options."""
-_NEVER = -1000.0
+"""Kernels whose mask is complete. The others (flash) take padding, window and packing as options."""
+_HIDDEN_LOGIT = -1000.0
 """An additive mask below this leaves no weight: exp(-745) is already 0 in float64."""
 
 
 class WatchedInterface:
-    """Stands in for an `AttentionInterface`: everything is passed on, and the kernels it hands out are watched."""
+    """Replaces an `AttentionInterface`: passes everything on, and watches the kernels that it returns."""
 
     def __init__(self, original: Any, called: Callable[..., Any]) -> None:
         self._original, self._called = original, called
 
     def _watched(self, kernel: Any) -> Any:
-        if not callable(kernel):
-            return kernel
-        called = self._called
-
-        @functools.wraps(kernel)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            return called(kernel, args, kwargs)
-
-        return watched
+        return function_stand_in(kernel, self._called) if callable(kernel) else kernel
 
     def get_interface(self, *args: Any, **kwargs: Any) -> Any:
-        """The kernel that the original gives, watched."""
+        """Return the kernel that the original returns, watched."""
         return self._watched(self._original.get_interface(*args, **kwargs))
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
-        """The same by the mapping's own method."""
+        """Return the same by the mapping's own method."""
         return self._watched(self._original.get(*args, **kwargs))
 
     def __getitem__(self, name: str) -> Any:
@@ -83,30 +76,30 @@ def causal_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> SoftmaxAttention:
-    """The operator of a call, or of a part of it, that has been checked to be causal.
+    """Build the operator of a call, or of a part of it, after a check that it is causal.
 
     Args:
         q: (batch, heads, length, dim).
         k: (batch, key heads, length, dim).
-        mask: (batch|1, heads|1, length|1, keys) with keys >= length: bool (True keeps) or floating (added); None for
-            none. With more keys than rows the rest belongs to tokens that were cut off.
-        causal: whether the kernel hides later tokens by itself. Otherwise the mask has to, and is looked at.
+        mask: (batch|1, heads|1, length|1, keys) with keys >= length: bool (True keeps) or floating (added), or None.
+            Keys beyond `length` belong to tokens that were cut off.
+        causal: whether the kernel hides later tokens by itself. Otherwise the mask has to, and is checked.
         scale: factor on q k^T.
         softcap: bound of the logits.
         sinks: (batch|1, heads, length|1).
 
     Raises:
-        CaptureError: later tokens are seen. On an accelerator the mask is not read, which would stall the training:
-            q becomes NaN there, so that the reading has the status `nonfinite` and never a wrong number.
+        CaptureError: a token attends to later ones. On an accelerator the host does not read the mask, which would
+            stall the training: q becomes NaN there, so that the reading is `nonfinite` and never a wrong number.
     """
     length = q.shape[2]
     if mask is not None and mask.is_floating_point():
-        # What masks is the smallest number of its dtype, and of no other: infinity is the same in all.
+        # Libraries hide a token with the smallest number of the dtype, which is not the smallest of another one.
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
     if not causal:
         if mask is None:
             raise CaptureError(f"the call was made without a mask and without is_causal=True: {_NOT_CAUSAL}")
-        keep = mask if mask.dtype == torch.bool else mask > _NEVER
+        keep = mask if mask.dtype == torch.bool else mask > _HIDDEN_LOGIT
         later = keep.expand(*keep.shape[:2], length, keep.shape[3]).triu(1).any()
         if later.device.type != "cpu":
             q = q.masked_fill(later, torch.nan)
@@ -122,13 +115,13 @@ _NOT_CAUSAL = (
 
 
 def part(tensor: Tensor, samples: slice, length: int) -> Tensor:
-    """Some samples and the first tokens of (batch|1, heads, length|1, ...), as a view."""
+    """Return some samples and the first tokens of (batch|1, heads, length|1, ...), as a view."""
     few = tensor if tensor.shape[0] == 1 else tensor[samples]
     return first(few, 2, length)
 
 
 def read_interface(call: Call) -> LazyOperator | None:
-    """`kernel(module, q, k, v, mask, scaling=, softcap=, s_aux=, sliding_window=, position_bias=, ...)`."""
+    """Read `kernel(module, q, k, v, mask, scaling=, softcap=, s_aux=, sliding_window=, position_bias=, ...)`."""
     options = call.kwargs
     _, q, k, _, mask = list(options.values())[:5]
     if any(call.layer_kwargs.get(name) is not None for name in _KEYS_FROM_ELSEWHERE):
@@ -163,12 +156,12 @@ def read_interface(call: Call) -> LazyOperator | None:
 
 
 def _kernel(layer: nn.Module) -> str:
-    """Name of the kernel; a layer without a configuration gets its own eager one."""
+    """Return the kernel's name; a layer without a configuration gets its own eager one."""
     return getattr(getattr(layer, "config", None), "_attn_implementation", None) or "eager"
 
 
 def _sinks(options: dict[str, Any]) -> Tensor | None:
-    """(heads,), one for all tokens, or (batch, heads, length, 1), to the three dimensions of the operator's."""
+    """Return the sinks as (batch|1, heads, length|1), from (heads,) or (batch, heads, length, 1)."""
     given = options.get("s_aux", options.get("sinks"))
     if not isinstance(given, Tensor):
         return None
@@ -176,7 +169,7 @@ def _sinks(options: dict[str, Any]) -> Tensor | None:
 
 
 def _dense_mask(mask: Any, bias: Tensor | None, q: Tensor, samples: slice, length: int) -> Tensor | None:
-    """The mask of an eager, sdpa or flex kernel, with a position bias where there is one."""
+    """Return the mask of an eager, sdpa or flex kernel, with a position bias where there is one."""
     keys = q.shape[2]
     if hasattr(mask, "mask_mod"):  # of flex attention: a function of indices
         from torch.nn.attention.flex_attention import create_mask
@@ -192,26 +185,25 @@ def _dense_mask(mask: Any, bias: Tensor | None, q: Tensor, samples: slice, lengt
 
 
 def _flash_mask(real: Tensor | None, options: dict[str, Any], q: Tensor, samples: slice, length: int) -> Tensor | None:
-    """What a flash kernel hides besides later tokens: padding (also the rows of it), what is behind the window, and the
-    other sequences of a packed batch."""
+    """Return which tokens a flash kernel keeps, apart from later ones; None for all.
+
+    It hides padding (rows as well), tokens before the window, and the other sequences of a packed batch.
+    """
     position = torch.arange(length, device=q.device)
-    keep = None
-    window = options.get("sliding_window")
+    window, segment = options.get("sliding_window"), _segments(options, q.shape[0], position)
+    keeps = []
     if isinstance(window, int):
-        keep = ((position[:, None] - position) < window)[None, None]
-    segment = _segments(options, q.shape[0], position)
+        keeps.append(((position[:, None] - position) < window)[None, None])
     if segment is not None:
-        same = (segment[:, :, None] == segment[:, None, :])[:, None]
-        keep = same if keep is None else keep & same
+        keeps.append((segment[:, :, None] == segment[:, None, :])[:, None])
     if real is not None:
         token = first(real if real.shape[0] == 1 else real[samples], 1, length) != 0
-        both = (token[:, :, None] & token[:, None, :])[:, None]
-        keep = both if keep is None else keep & both
-    return keep
+        keeps.append((token[:, :, None] & token[:, None, :])[:, None])
+    return functools.reduce(torch.logical_and, keeps) if keeps else None
 
 
 def _segments(options: dict[str, Any], batch: int, position: Tensor) -> Tensor | None:
-    """(1, length): which packed sequence each token is of. Packed batches have one row; nothing is read on the host."""
+    """Return the packed sequence of each token, (1, length). Packed batches have one row; the host reads no value."""
     ends, position_ids = options.get("cu_seq_lens_q"), options.get("position_ids")
     if isinstance(ends, Tensor):
         return torch.bucketize(position, ends.to(position.dtype), right=True)[None]
@@ -224,7 +216,7 @@ _CROSS = "rows and columns of T are different sequences, so the past has no stat
 
 
 def why_not_causal(layer: nn.Module) -> str | None:
-    """Why a layer that says of itself that it is no causal self-attention cannot be read; None where it does not."""
+    """Return why a layer that declares not to be causal self-attention cannot be read; None for other layers."""
     if getattr(layer, "is_cross_attention", False) or "CrossAttention" in type(layer).__name__:
         return "cross attention: rows and columns of T are different sequences, so there is no y = T u of one sequence"
     if getattr(layer, "is_causal", None) is False:
@@ -232,26 +224,28 @@ def why_not_causal(layer: nn.Module) -> str | None:
     return None
 
 
-def _refuses(layer: nn.Module) -> str | None:
+def _refusal(layer: nn.Module) -> str | None:
     if hasattr(layer, "get_input_embeddings"):  # the models' base class asks the same interface which kernels exist
-        return "a whole model, no sequence mixer of its own"
+        return "a whole model, not a sequence mixer"
     reason = why_not_causal(layer)
-    if reason is None and not hasattr(layer, "is_causal"):
-        reason = "does not say whether it is causal; set `is_causal = True` on the layer if it is"
-    if reason is None and hasattr(layer, "lambda_q1"):
-        reason = "differential attention: T is a difference of two softmax maps, which no operator here can hold"
-    if reason is None and getattr(layer, "reorder_and_upcast_attn", False) and _kernel(layer) == "eager":
-        reason = "reorder_and_upcast_attn bypasses the attention interface; use attn_implementation='sdpa'"
-    return reason
+    if reason is not None:
+        return reason
+    if not hasattr(layer, "is_causal"):
+        return "does not say whether it is causal; set `is_causal = True` on the layer if it is"
+    if hasattr(layer, "lambda_q1"):
+        return "differential attention: T is a difference of two softmax maps, which no operator here can hold"
+    if getattr(layer, "reorder_and_upcast_attn", False) and _kernel(layer) == "eager":
+        return "reorder_and_upcast_attn bypasses the attention interface; use attn_implementation='sdpa'"
+    return None
 
 
-FAMILIES.append(
+ADAPTERS = (
     LayerAdapter(
         operator="SoftmaxAttention",
         ops={"ALL_ATTENTION_FUNCTIONS": read_interface},
-        make=WatchedInterface,
+        stand_in=WatchedInterface,
         capacity_grows=True,
-        channels=lambda layer: configured(layer, "num_heads", "num_attention_heads", "n_heads", "n_head"),
-        refuses=_refuses,
-    )
+        channels=int_attribute("num_heads", "num_attention_heads", "n_heads", "n_head", or_config=True),
+        refusal=_refusal,
+    ),
 )

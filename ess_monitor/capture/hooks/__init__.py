@@ -1,1 +1,1 @@
-"""Hooks and function patches that see a layer's call, and what leaves them in order."""
+"""Hooks and patches through which capture and interventions see a model's calls."""

@@ -1,8 +1,8 @@
-"""Where in a layer the call happens that is read or changed: one way to stand there, whatever kind of call it is.
+"""Watch one call inside a layer, read it, and change its arguments.
 
-Two kinds. The call of a sub-module, seen by module hooks. And the call of a *functional op* that the layer's code makes
-through a global name, seen by a tap on that name; which layer it belongs to follows from hooks that note when a layer's
-own forward begins and ends.
+The call is that of a sub-module, seen by module hooks, or that of a *functional op*: a function that the layer's code
+reaches through a global name, seen by a patch of that name. Hooks on the layer note when its own forward begins and
+ends, which tells the layer that an op's call belongs to.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from ess_monitor.capture.hooks.function_patch import StandIn, add_listener, function_stand_in
+from ess_monitor.capture.hooks.function_patch import Listener, StandIn, add_listener, function_stand_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call at a site, with what it was called with."""
+    """One call at a site and its arguments."""
 
     layer: nn.Module
     """The sequence mixer."""
@@ -39,16 +39,16 @@ class Call:
     output: Any = None
     """What the call returned; None before it."""
     layer_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the layer's own call (attention masks, packing), where that is not the call itself."""
-    entry: int = 0
-    """Of an op: which forward call of the layer made it."""
-    began: int = 0
-    ended: int = 0
-    """Of an op: when the call was made and when it returned, counted over all of them. One op may call another."""
+    """Keyword arguments of the layer's own call (attention masks, packing), where that is another call."""
+    forward_number: int = 0
+    """Number of the layer's forward call that made an op's call; 0 for a sub-module."""
+    start_number: int = 0
+    end_number: int = 0
+    """When an op was called and when it returned, in one count over all ops. An op may call another one."""
 
 
 Before = Callable[[Call], "Arguments | None"]
-"""Sees a call before it is made; returns other arguments, or None for none."""
+"""Sees a call before it is made. Returns the arguments to make it with, or None to leave them."""
 After = Callable[[Call], None]
 """Sees a call with its output."""
 
@@ -59,12 +59,14 @@ class Op:
 
     name: str
     namespaces: tuple[dict[str, Any], ...] = field(repr=False)
-    make: StandIn = field(default=function_stand_in, repr=False)
+    stand_in: StandIn = field(default=function_stand_in, repr=False)
 
 
-class _Hook:
-    """A module hook of ours. A pickled or deep-copied model gets one that does nothing: the copy is not the model that
-    is watched, and what the hook refers to cannot be pickled."""
+class ModuleHook:
+    """A module hook that does nothing in a pickled or deep-copied model.
+
+    The copy is not watched, and what the hook refers to cannot be pickled.
+    """
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self._function = function
@@ -73,11 +75,11 @@ class _Hook:
         return None if self._function is None else self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None,)
+        return ModuleHook, (None,)
 
 
 class HookHandle:
-    """Hooks and taps that stand somewhere until `remove` is called."""
+    """Removes the hooks and patches that were added to it."""
 
     def __init__(self) -> None:
         self._removers: list[Callable[[], None]] = []
@@ -88,144 +90,129 @@ class HookHandle:
         return bool(self._removers)
 
     def add(self, remove: Callable[[], None]) -> None:
-        """Something more to take away."""
+        """Call `remove` when this handle is removed."""
         self._removers.append(remove)
 
     def remove(self) -> None:
-        """Leave no trace. A second call does nothing."""
+        """Remove everything, last added first. A second call does nothing."""
         while self._removers:
             self._removers.pop()()
 
 
 @dataclass(frozen=True)
 class CallSite:
-    """The place of a call in a layer: a sub-module's, or that of any of some ops.
-
-    `path` counts where there are no ops; empty means the layer itself.
-    """
+    """The call to watch in a layer: that of a sub-module, or that of any of several ops."""
 
     path: str = ""
+    """Sub-module below the layer; empty for the layer itself. Unused where there are ops."""
     ops: tuple[Op, ...] = ()
 
     def watch(self, layer: nn.Module, *, before: Before | None = None, after: After | None = None) -> HookHandle:
-        """Stand at this site of `layer`. Exceptions of `before` and `after` go through to the layer's caller."""
-        watch = HookHandle()
+        """Call `before` and `after` around each call at this site. Their exceptions reach the layer's caller."""
+        handle = HookHandle()
         try:
-            (self._watch_ops if self.ops else self._watch_module)(watch, layer, before, after)
+            (self._watch_ops if self.ops else self._watch_module)(handle, layer, before, after)
         except BaseException:
-            watch.remove()
+            handle.remove()
             raise
-        return watch
+        return handle
 
-    def _watch_module(self, watch: HookHandle, layer: nn.Module, before: Before | None, after: After | None) -> None:
+    def _watch_module(self, handle: HookHandle, layer: nn.Module, before: Before | None, after: After | None) -> None:
         module = layer.get_submodule(self.path)
         if module is not layer:
-            _Entered(layer).watch(watch)
+            _track_forward(layer, handle)
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Call:
+            return Call(layer, module, "", args, kwargs, output, layer_kwargs=_running_kwargs(layer))
+
         if before is not None:
-            ask = before
-
-            def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                return ask(Call(layer, module, "", args, kwargs, layer_kwargs=_kwargs_of(layer)))
-
-            watch.add(module.register_forward_pre_hook(_Hook(pre_hook), with_kwargs=True).remove)
+            pre_hook = ModuleHook(lambda _, args, kwargs: before(call(args, kwargs)))
+            handle.add(module.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
         if after is not None:
-            tell = after
+            hook = ModuleHook(lambda _, args, kwargs, output: after(call(args, kwargs, output)))
+            handle.add(module.register_forward_hook(hook, with_kwargs=True).remove)
 
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                tell(Call(layer, module, "", args, kwargs, output, layer_kwargs=_kwargs_of(layer)))
-
-            watch.add(module.register_forward_hook(_Hook(hook), with_kwargs=True).remove)
-
-    def _watch_ops(self, watch: HookHandle, layer: nn.Module, before: Before | None, after: After | None) -> None:
-        _Entered(layer).watch(watch)
+    def _watch_ops(self, handle: HookHandle, layer: nn.Module, before: Before | None, after: After | None) -> None:
+        _track_forward(layer, handle)
         for op in self.ops:
-            listener = _OpListener(layer, op.name, before, after)
+            listener = _op_listener(layer, op.name, before, after)
             for namespace in op.namespaces:
-                watch.add(add_listener(namespace, op.name, listener, op.make))
+                handle.add(add_listener(namespace, op.name, listener, op.stand_in))
 
 
-class _UnderWay(threading.local):
-    """The watched layers whose forward is running in this thread, innermost last."""
+class _Forward(NamedTuple):
+    """A forward call of a watched layer that is running."""
+
+    layer: nn.Module
+    handle: HookHandle
+    """Of the hooks that noted the call."""
+    kwargs: dict[str, Any]
+    number: int
+
+
+class _Running(threading.local):
+    """The forward calls of watched layers that are running in this thread, innermost last."""
 
     def __init__(self) -> None:
-        self.entered: list[tuple[nn.Module, object, dict[str, Any], int]] = []
-        """(layer, who noted it, keyword arguments, number)"""
+        self.forwards: list[_Forward] = []
 
 
-_UNDER_WAY = _UnderWay()
+_RUNNING = _Running()
 _COUNT = itertools.count(1)
 
 
-def _kwargs_of(layer: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of the innermost call of `layer` that is under way."""
-    return next((kwargs for entered, _, kwargs, _ in reversed(_UNDER_WAY.entered) if entered is layer), {})
+def _running_kwargs(layer: nn.Module) -> dict[str, Any]:
+    """Return the keyword arguments of the innermost running call of `layer`."""
+    return next((forward.kwargs for forward in reversed(_RUNNING.forwards) if forward.layer is layer), {})
 
 
-class _Entered:
-    """Notes when a layer's forward begins and ends."""
+def _track_forward(layer: nn.Module, handle: HookHandle) -> None:
+    """Add the hooks that note when the layer's forward begins and ends."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _RUNNING.forwards.append(_Forward(layer, handle, kwargs, next(_COUNT)))
 
-    def watch(self, watch: HookHandle) -> None:
-        """Attach the hooks that do so."""
-        watch.add(self._layer.register_forward_pre_hook(_Hook(self.begin), with_kwargs=True, prepend=True).remove)
-        # Called after an exception too: the recomputation of a checkpointed layer ends early with one.
-        watch.add(self._layer.register_forward_hook(_Hook(self.end), always_call=True).remove)
-        watch.add(self.forget)
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _UNDER_WAY.entered.append((self._layer, self, kwargs, next(_COUNT)))
-
-    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for k in range(len(_UNDER_WAY.entered) - 1, -1, -1):
-            if _UNDER_WAY.entered[k][1] is self:
-                del _UNDER_WAY.entered[k:]  # what is above it did not end properly
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for k in range(len(_RUNNING.forwards) - 1, -1, -1):
+            if _RUNNING.forwards[k].handle is handle:
+                del _RUNNING.forwards[k:]  # calls inside it that have not ended never will
                 return
 
-    def forget(self) -> None:
-        _UNDER_WAY.entered[:] = [entry for entry in _UNDER_WAY.entered if entry[1] is not self]
+    def forget() -> None:
+        _RUNNING.forwards[:] = [forward for forward in _RUNNING.forwards if forward.handle is not handle]
+
+    handle.add(layer.register_forward_pre_hook(ModuleHook(begin), with_kwargs=True, prepend=True).remove)
+    # Called after an exception too: the recomputation of a checkpointed layer ends early with one.
+    handle.add(layer.register_forward_hook(ModuleHook(end), always_call=True).remove)
+    handle.add(forget)
 
 
-class _OpListener:
-    """Passes on the calls that one layer makes of one op."""
+def _op_listener(layer: nn.Module, name: str, before: Before | None, after: After | None) -> Listener:
+    """Build the listener that sees the calls which `layer` makes of the op `name`."""
 
-    def __init__(self, layer: nn.Module, name: str, before: Before | None, after: After | None) -> None:
-        self._layer, self._name = layer, name
-        self._before, self._after = before, after
-
-    def __call__(
-        self, original: Callable[..., Any], proceed: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if not _UNDER_WAY.entered or _UNDER_WAY.entered[-1][0] is not self._layer:
+    def listen(original: Callable[..., Any], proceed: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _RUNNING.forwards or _RUNNING.forwards[-1].layer is not layer:
             return proceed(args, kwargs)
         try:
             signature = inspect.signature(original)
             named = named_arguments(signature, args, kwargs)
-        except (TypeError, ValueError):  # a builtin that does not say what it takes: nothing to read, and not our call
+        except (TypeError, ValueError):  # a builtin without a signature cannot be read
             return proceed(args, kwargs)
-        _, _, layer_kwargs, entry = _UNDER_WAY.entered[-1]
-        call = Call(
-            layer=self._layer,
-            module=self._layer,
-            op=self._name,
-            kwargs=named,
-            layer_kwargs=layer_kwargs,
-            entry=entry,
-            began=next(_COUNT),
-        )
-        if self._before is not None:
-            changed = self._before(call)
-            if changed is not None:
-                args, kwargs = with_named_arguments(signature, args, kwargs, changed[1])
+        _, _, layer_kwargs, number = _RUNNING.forwards[-1]
+        call = Call(layer, layer, name, (), named, None, layer_kwargs, forward_number=number, start_number=next(_COUNT))
+        changed = None if before is None else before(call)
+        if changed is not None:
+            args, kwargs = with_named_arguments(signature, args, kwargs, changed[1])
         output = proceed(args, kwargs)
-        if self._after is not None:
-            self._after(dataclasses.replace(call, output=output, ended=next(_COUNT)))
+        if after is not None:
+            after(dataclasses.replace(call, output=output, end_number=next(_COUNT)))
         return output
+
+    return listen
 
 
 def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Every argument of a call by its name: defaults filled in, `**kwargs` spread out.
+    """Return every argument of a call by its name: defaults filled in, `**kwargs` spread out.
 
     >>> named_arguments(inspect.signature(lambda a, b=2, **more: None), (1,), {"c": 3})
     {'a': 1, 'b': 2, 'c': 3}
@@ -244,7 +231,7 @@ def named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs:
 def with_named_arguments(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], named: Mapping[str, Any]
 ) -> Arguments:
-    """The arguments of a call with those that differ in `named` in their place; the others stay as they were given.
+    """Return a call's arguments with the changed ones of `named` in place; the others stay as they were passed.
 
     >>> with_named_arguments(inspect.signature(lambda a, b=2, **more: None), (1,), {"c": 3}, {"a": 5, "b": 2, "c": 4})
     ((5,), {'c': 4})

@@ -1,9 +1,9 @@
-"""Standing in for a function that a library reaches through a global name.
+"""Patch a function that a library reaches through a global name.
 
-Layers of transformers, fla and mamba_ssm call their kernels as module globals (`mamba_selective_scan`, `chunk_gla`), so
-putting another function under that name shows every call with the arguments the layer really used, on every kernel
-path, without touching the library's files. Several listeners may stand at one name (two monitors, a sample and a
-regularizer); when the last one leaves, the original object is back under its name.
+Layers of transformers, fla and mamba_ssm call their kernels as module globals (`mamba_selective_scan`, `chunk_gla`).
+Another function under that name sees every call with the arguments that the layer used, on every kernel path, and the
+library's files stay untouched. Several listeners may share a name (two monitors, a sample and a regularizer). When the
+last one is removed, the original object is back under its name.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Callable
 from typing import Any
 
 Proceed = Callable[[tuple[Any, ...], dict[str, Any]], Any]
-"""Calls the original, or the listener behind."""
+"""Calls the next listener, or the original after the last one."""
 
 Listener = Callable[[Callable[..., Any], Proceed, tuple[Any, ...], dict[str, Any]], Any]
 """`(original, proceed, args, kwargs) -> output`: sees one call and returns what `proceed` gave."""
 
 StandIn = Callable[[Any, Callable[..., Any]], Any]
-"""`(original, called) -> object`: what is put under the name. It must call `called(function, args, kwargs)` for every
-call of a function behind the name."""
+"""`(original, called) -> object`: builds what is put under the name. The object must call
+`called(function, args, kwargs)` for every call of a function that the name leads to."""
 
 
 def function_stand_in(original: Any, called: Callable[..., Any]) -> Any:
-    """A function in place of a function."""
+    """Build a function that replaces a function."""
 
     @functools.wraps(original)
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -34,8 +34,8 @@ def function_stand_in(original: Any, called: Callable[..., Any]) -> Any:
     return stand_in
 
 
-class _Tap:
-    """One name with its listeners."""
+class _Patch:
+    """Puts a stand-in under one name and passes its calls through the listeners."""
 
     def __init__(self, namespace: dict[str, Any], name: str, make: StandIn) -> None:
         self.namespace, self.name = namespace, name
@@ -54,13 +54,12 @@ class _Tap:
         return lambda args, kwargs: listeners[0](function, following, args, kwargs)
 
     def restore(self) -> None:
-        # Somebody may have put a function of their own over ours in the meantime: then theirs stays, and ours behind
-        # it passes every call on.
+        # If somebody else has patched the name since, their function stays and ours passes its calls on.
         if self.namespace.get(self.name) is self.stand_in:
             self.namespace[self.name] = self.original
 
 
-_TAPS: dict[tuple[int, str], _Tap] = {}
+_PATCHES: dict[tuple[int, str], _Patch] = {}
 """By identity of the namespace and name. Process-wide, as the names themselves are."""
 _LOCK = threading.Lock()
 
@@ -72,25 +71,25 @@ def add_listener(
 
     Args:
         namespace: the globals that hold the name: `vars(module)` or `function.__globals__`.
-        name: under which the function is called.
-        listener: stands around the call; it must pass the call on exactly once.
+        name: the name under which the function is called.
+        listener: called around each call; it must pass the call on exactly once.
         make: builds what is put under the name.
 
     Returns:
-        A function that takes the listener away; a second call of it does nothing.
+        A function that removes the listener; a second call of it does nothing.
     """
     key = (id(namespace), name)
     with _LOCK:
-        tap = _TAPS.get(key)
-        if tap is None:
-            tap = _TAPS[key] = _Tap(namespace, name, make)
-        tap.listeners = (*tap.listeners, listener)
+        patch = _PATCHES.get(key)
+        if patch is None:
+            patch = _PATCHES[key] = _Patch(namespace, name, make)
+        patch.listeners = (*patch.listeners, listener)
 
     def remove() -> None:
         with _LOCK:
-            tap.listeners = tuple(other for other in tap.listeners if other is not listener)
-            if not tap.listeners and _TAPS.get(key) is tap:
-                del _TAPS[key]
-                tap.restore()
+            patch.listeners = tuple(other for other in patch.listeners if other is not listener)
+            if not patch.listeners and _PATCHES.get(key) is patch:
+                del _PATCHES[key]
+                patch.restore()
 
     return remove

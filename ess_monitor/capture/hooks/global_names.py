@@ -1,4 +1,4 @@
-"""Which global names a layer's code uses, read off its functions without calling them."""
+"""Find the global names that a layer's code uses, without calling it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 
 
 def names_used(layer: type[nn.Module]) -> dict[str, tuple[dict[str, Any], ...]]:
-    """Every name that the methods of `layer` look up, with the namespaces they look in. Base classes of torch are left
-    out, methods that are overridden are not called and are left out too.
+    """Return every name that the methods of `layer` look up, with the namespaces they look in.
+
+    Base classes of torch and overridden methods are left out.
 
     >>> class Layer(nn.Module):
     ...     def forward(self, x):
@@ -26,27 +27,22 @@ def names_used(layer: type[nn.Module]) -> dict[str, tuple[dict[str, Any], ...]]:
 
 @cache
 def _names_used(layer: Any) -> dict[str, tuple[dict[str, Any], ...]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for function in _methods(layer):
         for name in _names(function.__code__):
-            namespaces = found.setdefault(name, [])
-            if not any(function.__globals__ is other for other in namespaces):
-                namespaces.append(function.__globals__)
-    return {name: tuple(namespaces) for name, namespaces in found.items()}
+            found.setdefault(name, {})[id(function.__globals__)] = function.__globals__
+    return {name: tuple(namespaces.values()) for name, namespaces in found.items()}
 
 
 def _methods(layer: type[nn.Module]) -> Iterator[FunctionType]:
-    seen: set[str] = set()
+    own: dict[str, Any] = {}
     for cls in layer.__mro__:
-        if cls.__module__.partition(".")[0] in ("torch", "builtins"):
-            continue
-        for name, value in vars(cls).items():
-            if name in seen:
-                continue
-            seen.add(name)
-            function = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else None
-            if isinstance(function, FunctionType):
-                yield function
+        if cls.__module__.partition(".")[0] not in ("torch", "builtins"):
+            own = {**own, **{name: value for name, value in vars(cls).items() if name not in own}}
+    for value in own.values():
+        function = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else None
+        if isinstance(function, FunctionType):
+            yield function
 
 
 def _names(code: CodeType) -> Iterator[str]:

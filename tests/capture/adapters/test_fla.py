@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.layers.fla import layer, op, rwkv6
 from ess_monitor.capture import CaptureConfig, Captured, Sampler, find_layers, layer_infos
-from ess_monitor.capture.adapters.fla_delta import delta_rule
+from ess_monitor.capture.adapters.delta_rule import delta_rule
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.ess import Operator
 
@@ -158,8 +158,8 @@ def test_the_chunked_delta_rule_is_read_like_the_recurrent_one() -> None:
     beta, scale = torch.rand(1, 72, 2), 8**-0.5
     y = chunk.ChunkDeltaRuleFunction.apply(q, k, v, beta, scale, None, False, True)[0]
     kwargs = {"q": q, "k": k, "v": v, "beta": beta, "use_qk_l2norm_in_kernel": True}
-    sketch = delta_rule(Call(nn.Identity(), nn.Identity(), "chunk_delta_rule", kwargs=kwargs))
-    assert sketch is not None
-    operator = sketch.select(samples=slice(0, 1), heads=range(2), length=72)
+    lazy = delta_rule(Call(nn.Identity(), nn.Identity(), "chunk_delta_rule", kwargs=kwargs))
+    assert lazy is not None
+    operator = lazy.select(samples=slice(0, 1), heads=range(2), length=72)
     product = operator.map(Tensor.double).materialize() @ v.transpose(1, 2).double()
     torch.testing.assert_close(product, y.transpose(1, 2).double(), rtol=0, atol=1e-5 * y.abs().max().item())

@@ -218,8 +218,8 @@ class WithConv(nn.Module):
 @pytest.mark.parametrize(
     ("conv", "reason"),
     [
-        (nn.Conv1d(4, 4, 3, padding=1, groups=4), r"padding 1: it looks at tokens to come; .* 2 tokens back"),
-        (nn.Conv1d(4, 4, 3, padding="same", groups=4), "padding same: it looks at tokens to come"),
+        (nn.Conv1d(4, 4, 3, padding=1, groups=4), r"padding 1: it looks at later tokens; .* 2 tokens back"),
+        (nn.Conv1d(4, 4, 3, padding="same", groups=4), "padding same: it looks at later tokens"),
         (nn.Conv1d(4, 4, 3, stride=2), "stride 2: its outputs are fewer"),
         (nn.Conv1d(4, 4, 3, padding=2, padding_mode="circular"), "padding_mode 'circular'"),
         (nn.Conv1d(4, 8, 3, padding=2), "4 channels become 8"),

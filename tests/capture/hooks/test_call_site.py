@@ -108,7 +108,7 @@ def test_attaching_and_detaching_leaves_module_and_library_as_they_were() -> Non
             watch.remove()
     assert {name: dict(value) for name, value in vars(layer).items() if "hooks" in name} == hooks
     assert globals()["mix"] is space["mix"]
-    assert sites._UNDER_WAY.entered == []
+    assert sites._RUNNING.forwards == []
 
 
 def test_an_exception_in_the_users_forward_leaves_nothing_behind() -> None:
@@ -117,7 +117,7 @@ def test_an_exception_in_the_users_forward_leaves_nothing_behind() -> None:
     layer.fail = True
     with pytest.raises(RuntimeError, match="not today"):
         layer(X)
-    assert sites._UNDER_WAY.entered == []
+    assert sites._RUNNING.forwards == []
     layer.fail = False
     layer(X)
     watch.remove()
@@ -134,7 +134,7 @@ def test_a_checkpointed_layer_is_seen_in_its_forward_and_in_its_recomputation(re
     assert [call.layer for call in seen] == layers
     x.sum().backward()
     assert [call.layer for call in seen] == [*layers, *reversed(layers)]
-    assert sites._UNDER_WAY.entered == []
+    assert sites._RUNNING.forwards == []
     for watch in watches:
         watch.remove()
 
