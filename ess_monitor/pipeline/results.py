@@ -9,7 +9,7 @@ from ess_monitor.diagnosis import Tracker
 from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
-from ess_monitor.interventions.treatment import GradScale
+from ess_monitor.interventions.remedy import GradScale
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.records import MEASURED, Action, Condition, Finding, Measurement, Outcome, Reading, SampleResult
 
