@@ -130,8 +130,8 @@ def _normalized(tensor: Tensor, name: str, given: Mapping[str, Any]) -> Tensor:
     weight: Tensor | None = given.get(f"{name}_rms_weight")
     if weight is None:
         return tensor
-    variance = tensor.square().mean(1, keepdim=True)
-    return tensor * (variance + float(given.get("b_c_dt_rms_eps", 1e-6))).rsqrt() * weight[:, None]
+    eps: float = given.get("b_c_dt_rms_eps", 1e-6)
+    return tensor * (tensor.square().mean(1, keepdim=True) + eps).rsqrt() * weight[:, None]
 
 
 def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
