@@ -382,6 +382,9 @@ def _check_remedies(remedies: Sequence[type[Remedy]]) -> tuple[type[Remedy], ...
     for remedy in given:
         if not (isinstance(remedy, type) and issubclass(remedy, Remedy)):
             raise ConfigError(f"remedies holds {validation.type_of(remedy)}; it must hold subclasses of Remedy")
+    names = [remedy.name for remedy in given]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"remedies: two of {', '.join(names)} have one name; give each its own")
     return given
 
 

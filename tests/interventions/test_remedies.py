@@ -107,6 +107,11 @@ def test_a_third_remedy_is_applied_escalated_and_rolled_back_bit_for_bit() -> No
     assert run.pilot.active == ()
 
 
+def test_two_remedies_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two of rescale_alpha, pull_to_identity, rescale_alpha have one name"):
+        Autopilot(AutopilotConfig(), (), remedies=(*REMEDIES, RescaleAlpha))
+
+
 def test_a_third_remedy_goes_through_a_checkpoint_and_is_undone_afterwards() -> None:
     run = RunWithGateBias("gla")
     before = weights(run.model)
