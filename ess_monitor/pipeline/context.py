@@ -18,7 +18,7 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.pipeline.health import Health
 from ess_monitor.records import RUN_STATUSES, Part, Phase, RunStatus
-from ess_monitor.runtime import Cadence, Guard
+from ess_monitor.runtime import Cadence, Guard, Job
 
 Metrics = Mapping[str, "float | torch.Tensor"]
 """What the training loop knows of a step, by name: numbers, or tensors of one element."""
@@ -99,9 +99,10 @@ class RunContext:
         self.counters.load_state_dict(state["ledger"])
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What was captured in one sampled forward pass."""
+@dataclass(eq=False)
+class Sample(Job):
+    """What was captured in one sampled forward pass, and the tasks that measure it: one a layer, in order, and perhaps
+    one more for the metrics."""
 
     step: int
     """Optimizer steps before the pass."""

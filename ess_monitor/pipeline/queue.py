@@ -14,7 +14,7 @@ from ess_monitor.errors import format_error
 from ess_monitor.pipeline.context import Metrics, RunContext, Sample
 from ess_monitor.pipeline.readings import compute, lost_reading, positions_of, reading
 from ess_monitor.records import MEASURED, SampleResult
-from ess_monitor.runtime import ComputeBackend, Executor, Job, Task, backend_for, is_out_of_memory
+from ess_monitor.runtime import ComputeBackend, Executor, Task, backend_for, is_out_of_memory
 
 
 class MeasurementQueue:
@@ -41,13 +41,12 @@ class MeasurementQueue:
         """Send a sample to the worker. One that finds the queue full is dropped and counted."""
         for failure in sample.failures:
             self._guards["capture"].count(f"layer {failure.layer.name}: {failure.error}", failure.cause)
-        tasks = [self._task(captured) for captured in sample.captured]
-        numbers, tensors = split_metrics(metrics or {})
+        sample.tasks = [self._task(captured) for captured in sample.captured]
+        sample.metrics, tensors = split_metrics(metrics or {})
         if tensors:
             device = next(iter(tensors.values())).device
-            tasks.append(Task(self._backend_of(device), tuple(tensors.values()), lambda: tensors))
-        sample = replace(sample, metrics=numbers)
-        if not self._guards["measurement"].open or not self._executor.submit(sample, tasks):
+            sample.tasks.append(Task(self._backend_of(device), tuple(tensors.values()), lambda: tensors))
+        if not self._guards["measurement"].open or not self._executor.submit(sample):
             why = "the measurement queue was full; raise every_n_steps or runtime.queue_length"
             if self._executor.stuck:
                 why = "the worker is still busy with an earlier sample, which was given up"
@@ -56,17 +55,17 @@ class MeasurementQueue:
 
     def poll(self) -> list[SampleResult]:
         """Return the samples that are done or given up, oldest first; never waits."""
-        return [self._finish(job) for job in self._executor.poll()]
+        return [self._finish(sample) for sample in self._executor.poll()]
 
     def drain(self, timeout_seconds: float) -> list[SampleResult]:
         """Wait for every sample under way, and return them."""
-        return [self._finish(job) for job in self._executor.drain(timeout_seconds)]
+        return [self._finish(sample) for sample in self._executor.drain(timeout_seconds)]
 
     def take(self, timeout_seconds: float | None = None) -> SampleResult | None:
         """Wait for the oldest sample, up to the runtime's timeout or a shorter one; None when nothing is under way."""
         longest = self._config.runtime.timeout_seconds
-        job = self._executor.take(longest if timeout_seconds is None else min(timeout_seconds, longest))
-        return None if job is None else self._finish(job)
+        sample = self._executor.take(longest if timeout_seconds is None else min(timeout_seconds, longest))
+        return None if sample is None else self._finish(sample)
 
     def close(self, timeout_seconds: float) -> None:
         """End the worker; wait for its thread so long, and 2 s at most."""
@@ -77,65 +76,63 @@ class MeasurementQueue:
         work = lambda: compute(captured, positions, self._config.tolerance)  # noqa: E731
         return Task(self._backend_of(operator.device), operator.tensors, work)
 
-    def _finish(self, job: Job[Sample]) -> SampleResult:
-        cost = sum(task.launched.cost_seconds() for task in job.tasks if task.launched and task.launched.done())
+    def _finish(self, sample: Sample) -> SampleResult:
+        cost = sum(task.cost_seconds() for task in sample.tasks if task.has_results())
         self._context.charge("measure", cost)
-        self._count_timeouts(job)
-        result = self._read(job)
-        off = self._report_health(job, result)
+        self._count_timeouts(sample)
+        result = self._read(sample)
+        off = self._report_health(sample, result)
         readings = tuple(r.model_copy(update={"message": off.get(r.layer, r.message)}) for r in result.readings)
         return replace(result, readings=readings) if off else result
 
-    def _read(self, job: Job[Sample]) -> SampleResult:
-        """Return the readings of a job in model order, and its metrics."""
-        sample = job.tag
+    def _read(self, sample: Sample) -> SampleResult:
+        """Return the readings of a sample in model order, and its metrics."""
         readings = [lost_reading(sample.step, lost.layer.name, "failed", lost.error) for lost in sample.failures]
         seen = {item.layer.name for item in sample.captured} | {item.layer.name for item in sample.failures}
         unseen = "was not called in the sampled forward pass, or not by code that hooks can see"
         readings += [lost_reading(sample.step, name, "failed", unseen) for name in sample.requested if name not in seen]
-        for captured, task in zip(sample.captured, job.tasks, strict=False):
+        for captured, task in zip(sample.captured, sample.tasks, strict=False):
             name, error = captured.layer.name, task.error
-            if job.state == "abandoned":
-                readings.append(lost_reading(sample.step, name, "timed_out", job.error))
+            if sample.state == "abandoned":
+                readings.append(lost_reading(sample.step, name, "timed_out", sample.error))
                 continue
-            if task.launched is not None:
+            if task.results is not None:
                 try:
                     positions = positions_of(captured, self._config.positions)
-                    results = task.launched.results
-                    readings.append(reading(sample.step, captured, positions, self._config.tolerance, results))
+                    readings.append(reading(sample.step, captured, positions, self._config.tolerance, task.results))
                     continue
                 except Exception as problem:
                     error = format_error(problem)
             readings.append(lost_reading(sample.step, name, "failed", error))
         metrics = dict(sample.metrics)
-        for task in job.tasks[len(sample.captured) :]:
-            if task.launched is not None and task.launched.done():
-                metrics.update({name: float(value) for name, value in task.launched.results.items()})
+        for task in sample.tasks[len(sample.captured) :]:
+            if task.results is not None and task.arrived():
+                metrics.update({name: float(value) for name, value in task.results.items()})
         readings.sort(key=lambda r: self._context.layer_names.index(r.layer))
         nonfinite = frozenset(name for name, value in metrics.items() if not math.isfinite(value))
         finite = {name: value for name, value in metrics.items() if name not in nonfinite}
         return SampleResult(sample.step, tuple(readings), finite, nonfinite)
 
-    def _count_timeouts(self, job: Job[Sample]) -> None:
+    def _count_timeouts(self, sample: Sample) -> None:
         """A sample that is given up may have held the training up, so after some in a row the worker is off."""
-        if job.state != "abandoned":
+        if sample.state != "abandoned":
             self._timeouts_in_a_row = 0
             return
         self._timeouts_in_a_row += 1
         guard = self._guards["worker"]
-        guard.count(f"a sample was given up: {job.error}")
+        guard.count(f"a sample was given up: {sample.error}")
         if self._timeouts_in_a_row >= guard.limit:
             guard.turn_off(
-                f"{self._timeouts_in_a_row} samples in a row were given up, the last because it was {job.error}. Take "
-                "smaller ones (capture.samples, capture.heads, positions) or allow more time, and attach a new monitor "
-                "to turn it on again."
+                f"{self._timeouts_in_a_row} samples in a row were given up, the last because it was {sample.error}. "
+                "Take smaller ones (capture.samples, capture.heads, positions) or allow more time, and attach a new "
+                "monitor to turn it on again."
             )
 
-    def _report_health(self, job: Job[Sample], result: SampleResult) -> dict[str, str]:
+    def _report_health(self, sample: Sample, result: SampleResult) -> dict[str, str]:
         """Tell the monitor's health how this sample went; return the messages of layers that are off from now on."""
-        sample, backoff = job.tag, self._health.backoff
+        backoff = self._health.backoff
         causes: dict[str, BaseException | None] = {failure.layer.name: failure.cause for failure in sample.failures}
-        for captured, task in zip(sample.captured, job.tasks, strict=False):
+        for captured, task in zip(sample.captured, sample.tasks, strict=False):
             causes[captured.layer.name] = task.cause
         failed = {r.layer: r.message for r in result.readings if r.status == "failed" and r.layer in causes}
         for captured in sample.captured:

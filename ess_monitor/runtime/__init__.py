@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from ess_monitor.runtime.backends import (
         ComputeBackend,
         HostBackend,
-        Launched,
         StreamBackend,
         Streams,
+        Task,
         TorchStreams,
         backend_for,
     )
     from ess_monitor.runtime.backoff import SampleSizeBackoff, is_out_of_memory
     from ess_monitor.runtime.cadence import Cadence
-    from ess_monitor.runtime.executor import Executor, Job, RuntimeConfig, Task
+    from ess_monitor.runtime.executor import Executor, Job, RuntimeConfig
     from ess_monitor.runtime.guard import Breaker, Guard
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Guard",
     "HostBackend",
     "Job",
-    "Launched",
     "RuntimeConfig",
     "SampleSizeBackoff",
     "StreamBackend",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,8 +23,6 @@ from typing import Any, Protocol
 import torch
 
 from ess_monitor import validation
-
-Tensors = Iterable[torch.Tensor]
 
 
 class StreamEvent(Protocol):
@@ -40,15 +38,27 @@ class StreamEvent(Protocol):
         """Return the milliseconds from this event to `end`, both done."""
 
 
-@dataclass(frozen=True)
-class Launched:
-    """Holds results on their way to the host."""
+@dataclass(eq=False)
+class Task:
+    """Describes a computation on tensors of one device, and holds its results on their way to the host."""
 
-    results: dict[str, torch.Tensor]
-    """Host tensors; they hold the values once `done()`."""
-    done: Callable[[], bool]
-    cost_seconds: Callable[[], float]
-    """Seconds the computation took; call it only after `done()`."""
+    backend: ComputeBackend
+    inputs: tuple[torch.Tensor, ...]
+    compute: Callable[[], dict[str, torch.Tensor]]
+    ready: Any = None
+    """The moment when `inputs` are complete, as the backend tells it."""
+    results: dict[str, torch.Tensor] | None = None
+    """Host tensors; they hold the values once `has_results()`. None before the launch, and where it failed."""
+    arrived: Callable[[], bool] = lambda: False
+    cost_seconds: Callable[[], float] = lambda: 0.0
+    """Returns the seconds the computation took; call it only once `has_results()`."""
+    error: str = ""
+    cause: BaseException | None = None
+    """The exception behind `error`, without its traceback, whose frames would keep the tensors alive."""
+
+    def has_results(self) -> bool:
+        """Return whether the results are on the host."""
+        return self.results is not None and self.arrived()
 
 
 class ComputeBackend(Protocol):
@@ -57,8 +67,8 @@ class ComputeBackend(Protocol):
     def ready(self) -> Any:
         """Return a token for the moment when the copies made so far are complete. Called on the training thread."""
 
-    def launch(self, ready: Any, inputs: Tensors, compute: Callable[[], dict[str, torch.Tensor]]) -> Launched:
-        """Run `compute` behind `ready` and start copying its results to the host. Called on the worker thread."""
+    def launch(self, task: Task) -> None:
+        """Compute behind `task.ready` and start copying the results to the host. Called on the worker thread."""
 
 
 _THREAD_COUNT_LOCK = threading.Lock()
@@ -111,15 +121,15 @@ class HostBackend:
     def ready(self) -> None:
         """Return None: copies on the host are complete when they return."""
 
-    def launch(self, ready: Any, inputs: Tensors, compute: Callable[[], dict[str, torch.Tensor]]) -> Launched:
+    def launch(self, task: Task) -> None:
         """Compute now. The first call in a thread limits that thread's number of threads."""
         if not getattr(self._calling_thread, "is_limited", False):
             limit_this_thread(self._threads)
             self._calling_thread.is_limited = True
         started = self._clock()
-        results = compute()
+        results = task.compute()
         seconds = (self._clock() - started) * self._threads
-        return Launched(results, lambda: True, lambda: seconds)
+        task.results, task.arrived, task.cost_seconds = results, lambda: True, lambda: seconds
 
 
 class Streams(Protocol):
@@ -187,18 +197,19 @@ class StreamBackend:
         event.record(self._streams.current_stream())
         return event
 
-    def launch(self, ready: Any, inputs: Tensors, compute: Callable[[], dict[str, torch.Tensor]]) -> Launched:
-        """Launch behind `ready` on the side stream; return without waiting for the results' copies."""
+    def launch(self, task: Task) -> None:
+        """Launch behind `task.ready` on the side stream; return without waiting for the results' copies."""
         side, streams = self._side, self._streams
         started, done = streams.event(), streams.event()
-        side.wait_event(ready)
+        side.wait_event(task.ready)
         with streams.use(side):
-            for tensor in inputs:
+            for tensor in task.inputs:
                 streams.keep_until_done(tensor, side)
             started.record(side)
-            results = {name: streams.to_host(tensor) for name, tensor in compute().items()}
+            results = {name: streams.to_host(tensor) for name, tensor in task.compute().items()}
             done.record(side)
-        return Launched(results, done.query, lambda: started.elapsed_time(done) / 1e3)
+        task.results, task.arrived = results, done.query
+        task.cost_seconds = lambda: started.elapsed_time(done) / 1e3
 
 
 def backend_for(device: torch.device, *, threads: int) -> ComputeBackend:

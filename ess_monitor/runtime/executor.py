@@ -10,19 +10,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor import validation
 from ess_monitor.errors import format_error
-from ess_monitor.runtime.backends import ComputeBackend, Launched
+from ess_monitor.runtime.backends import Task
 from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.shutdown import SHUTDOWN_GRACE_SECONDS, TorchThread
-
-Tag = TypeVar("Tag")
 
 _LAST_TASK_SECONDS = 30.0
 """Seconds for which the end of the process waits for the task that the worker computes."""
@@ -43,26 +40,11 @@ class RuntimeConfig(BaseModel):
     """A sample that is not done by then is given up with status timed_out."""
 
 
-@dataclass(eq=False)
-class Task:
-    """Describes a computation on tensors of one device, and holds its result."""
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """Groups the tasks of one sample. Sub-classes say which sample it is."""
 
-    backend: ComputeBackend
-    inputs: tuple[torch.Tensor, ...]
-    compute: Callable[[], dict[str, torch.Tensor]]
-    ready: Any = None
-    launched: Launched | None = None
-    error: str = ""
-    cause: BaseException | None = None
-    """The exception behind `error`, without its traceback, whose frames would keep the tensors alive."""
-
-
-@dataclass(eq=False)
-class Job(Generic[Tag]):
-    """Groups the tasks of one sample, with a tag that the caller gets back."""
-
-    tag: Tag
-    tasks: list[Task]
+    tasks: list[Task] = field(default_factory=list)
     submitted: float = 0.0
     state: Literal["submitted", "abandoned"] = "submitted"
     finished: bool = False
@@ -71,21 +53,24 @@ class Job(Generic[Tag]):
 
     def done(self) -> bool:
         """Return whether every task has failed or has its results on the host."""
-        return self.finished and all(task.launched is None or task.launched.done() for task in self.tasks)
+        return self.finished and all(task.results is None or task.arrived() for task in self.tasks)
 
 
-class Executor(Generic[Tag]):
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+class Executor(Generic[AnyJob]):
     """Runs jobs on one daemon worker thread. The thread starts with the first job and ends with `close`."""
 
     def __init__(self, config: RuntimeConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = validation.instance("config", config, RuntimeConfig)
         self.dropped = 0
         self._clock = validation.function("clock", clock)
-        self._open: deque[Job[Tag]] = deque()
+        self._open: deque[AnyJob] = deque()
         """Submitted and not yet returned, oldest first."""
-        self._todo: deque[Job[Tag]] = deque()
+        self._todo: deque[AnyJob] = deque()
         """Not yet begun by the worker."""
-        self._running: Job[Tag] | None = None
+        self._running: AnyJob | None = None
         self._wake = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -99,13 +84,13 @@ class Executor(Generic[Tag]):
         running = self._running
         return running is not None and running.state == "abandoned"
 
-    def submit(self, tag: Tag, tasks: list[Task]) -> bool:
+    def submit(self, job: AnyJob) -> bool:
         """Queue a job. Drop and count it, and return False, where the queue is full or closed or the worker stuck."""
         if self._closing or self.stuck or len(self._open) >= self.config.queue_length:
             self.dropped += 1
             return False
-        job = Job(tag, tasks, submitted=self._clock())
-        for task in tasks:
+        job.submitted = self._clock()
+        for task in job.tasks:
             task.ready = task.backend.ready()
         self._open.append(job)
         with self._wake:
@@ -116,9 +101,9 @@ class Executor(Generic[Tag]):
             self._thread.start()
         return True
 
-    def poll(self) -> list[Job[Tag]]:
+    def poll(self) -> list[AnyJob]:
         """Return jobs that are done or given up, oldest first, without waiting. A later job never passes an earlier."""
-        finished: list[Job[Tag]] = []
+        finished: list[AnyJob] = []
         while self._open:
             job = self._open[0]
             if not job.done():
@@ -128,12 +113,12 @@ class Executor(Generic[Tag]):
             finished.append(self._open.popleft())
         return finished
 
-    def drain(self, timeout_seconds: float) -> list[Job[Tag]]:
+    def drain(self, timeout_seconds: float) -> list[AnyJob]:
         """Wait up to `timeout_seconds` for all open jobs, then `poll`."""
         self._wait_for(self._open, timeout_seconds)
         return self.poll()
 
-    def take(self, timeout_seconds: float) -> Job[Tag] | None:
+    def take(self, timeout_seconds: float) -> AnyJob | None:
         """Wait up to `timeout_seconds` for the oldest job, then give it up. Return it; None when there is none."""
         if not self._open:
             return None
@@ -149,13 +134,13 @@ class Executor(Generic[Tag]):
         if self._thread is not None:
             self._thread.join(timeout_seconds)
 
-    def _wait_for(self, jobs: Collection[Job[Tag]], timeout_seconds: float) -> None:
+    def _wait_for(self, jobs: Collection[AnyJob], timeout_seconds: float) -> None:
         deadline = self._clock() + timeout_seconds
         with self._wake:
             while self._clock() < deadline and not all(job.done() for job in jobs):
                 self._wake.wait(timeout=_POLL_SECONDS)
 
-    def _give_up(self, job: Job[Tag], why: str) -> None:
+    def _give_up(self, job: AnyJob, why: str) -> None:
         job.state, job.error = "abandoned", why
         with self._wake:
             if job in self._todo:  # behind a job that hangs: releases the captured tensors
@@ -184,12 +169,12 @@ class Executor(Generic[Tag]):
                 self._wake.notify_all()
             del job  # or its captured tensors would be kept until the next sample
 
-    def _launch(self, job: Job[Tag]) -> None:
+    def _launch(self, job: AnyJob) -> None:
         for task in job.tasks:
             if job.state == "abandoned" or self._closing:
                 break
             try:
-                task.launched = task.backend.launch(task.ready, task.inputs, task.compute)
+                task.backend.launch(task)
             except BaseException as error:  # sys.exit() in a task must not end the worker with an unfinished job
                 task.error = format_error(error)
                 logger.debug("ess_monitor: failure in the worker", exc_info=error)

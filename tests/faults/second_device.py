@@ -10,7 +10,7 @@ operation cannot mix tensors of both devices.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from ess_monitor.runtime import HostBackend, Launched
+from ess_monitor.runtime import HostBackend, Task
 from tests.faults.harness import Outcome, batches, watch
 
 SECOND = "second"
@@ -131,19 +131,20 @@ class SecondBackend:
     def ready(self) -> None:
         """Do nothing: copies are complete when they return."""
 
-    def launch(
-        self, ready: Any, inputs: Iterable[torch.Tensor], compute: Callable[[], dict[str, torch.Tensor]]
-    ) -> Launched:
+    def launch(self, task: Task) -> None:
         """Run in the worker thread, which needs the second device, too."""
         self.launches += 1
-        if not all(isinstance(tensor, Elsewhere) for tensor in inputs):
+        if not all(isinstance(tensor, Elsewhere) for tensor in task.inputs):
             raise RuntimeError("the second device was given tensors of the first")
+
+        compute = task.compute
 
         def on_second() -> dict[str, torch.Tensor]:
             with SecondDevice():
                 return {name: tensor.to("cpu") for name, tensor in compute().items()}
 
-        return self._host.launch(ready, inputs, on_second)
+        task.compute = on_second
+        self._host.launch(task)
 
 
 def moved() -> Outcome:

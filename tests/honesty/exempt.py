@@ -67,7 +67,6 @@ EXEMPT: dict[str, str] = {
     **dict.fromkeys(
         (
             "ess_monitor.runtime.Job",
-            "ess_monitor.runtime.Launched",
             "ess_monitor.runtime.StreamBackend",
             "ess_monitor.runtime.Task",
             "ess_monitor.runtime.TorchStreams",

@@ -210,9 +210,14 @@ INTERVENTIONS: dict[str, Case] = {
 }
 
 
+def _computed(**given: Any) -> None:
+    backend = runtime.HostBackend(**given)
+    backend.launch(runtime.Task(backend, (), dict))
+
+
 def _executed(**given: Any) -> None:
-    executor: runtime.Executor[int] = runtime.Executor(**given)
-    executor.submit(0, [])
+    executor: runtime.Executor[runtime.Job] = runtime.Executor(**given)
+    executor.submit(runtime.Job())
     with closing(executor):
         executor.drain(1.0)
 
@@ -222,7 +227,7 @@ RUNTIME: dict[str, Case] = {
     "Cadence": Case(runtime.Cadence, lambda: {"every_n_steps": 10, "budget_ratio": 0.1}),
     "Executor": Case(_executed, lambda: {"config": runtime.RuntimeConfig()}),
     "Guard": Case(runtime.Guard, lambda: {"part": "capture"}),
-    "HostBackend": Case(lambda **given: runtime.HostBackend(**given).launch(None, (), dict), lambda: {"threads": 1}),
+    "HostBackend": Case(_computed, lambda: {"threads": 1}),
     "RuntimeConfig": PACKAGE["RuntimeConfig"],
     "SampleSizeBackoff": Case(runtime.SampleSizeBackoff),
     "backend_for": Case(runtime.backend_for, lambda: {"device": torch.device("cpu"), "threads": 1}),

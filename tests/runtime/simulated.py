@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ess_monitor.runtime import Job
 
 
 class SimulatedEvent:
@@ -82,3 +85,10 @@ class SimulatedStreams:
 
     def keep_until_done(self, tensor: torch.Tensor, stream: SimulatedStream) -> None:
         self.kept.append((tensor, stream))
+
+
+@dataclass(eq=False)
+class Tagged(Job):
+    """A job that a test can tell from others."""
+
+    tag: object

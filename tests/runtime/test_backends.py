@@ -13,6 +13,7 @@ import torch
 from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.featurizers import GLA
 from ess_monitor.runtime import Executor, HostBackend, RuntimeConfig, Task, backends
+from tests.runtime.simulated import Tagged
 
 Result = TypeVar("Result")
 
@@ -43,7 +44,7 @@ def in_the_backend(backend: HostBackend, times: int = 1) -> list[int]:
         return {}
 
     for _ in range(times):
-        backend.launch(None, (), compute)
+        backend.launch(Task(backend, (), compute))
     return seen
 
 
@@ -126,8 +127,8 @@ def test_the_number_for_new_threads_is_the_trainings_whenever_the_lock_is_free(m
         real(threads)
 
     monkeypatch.setattr(torch, "set_num_threads", looked)
-    executor: Executor[str] = Executor(RuntimeConfig())
-    executor.submit("a", [Task(HostBackend(), (), dict)])
+    executor: Executor[Tagged] = Executor(RuntimeConfig())
+    executor.submit(Tagged("a", tasks=[Task(HostBackend(), (), dict)]))
     executor.drain(10)
     executor.close()
     assert held == [True, True]

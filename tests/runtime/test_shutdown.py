@@ -16,7 +16,7 @@ from ess_monitor.exporters import read_event_log
 
 EXECUTOR = """
 import sys, time, torch
-from ess_monitor.runtime import Executor, RuntimeConfig, Task
+from ess_monitor.runtime import Executor, RuntimeConfig, Task, Job
 from ess_monitor.runtime.backends import HostBackend
 
 def compute():
@@ -28,7 +28,7 @@ def compute():
     return {"matrix": matrix}
 
 backend, executor = HostBackend(), Executor(RuntimeConfig())
-executor.submit(None, [Task(backend, (), compute), Task(backend, (), compute)])
+executor.submit(Job(tasks=[Task(backend, (), compute), Task(backend, (), compute)]))
 time.sleep(0.5)
 """
 
