@@ -42,9 +42,9 @@ ActionKind = Literal["pull_to_identity", "rescale_alpha", "advise"]
 """What an intervention does: attach the A->I regularizer, divide log A by a factor, or only say something."""
 
 ActionOutcome = Literal["applied", "dry_run", "rejected", "failed", "rolled_back", "recovered", "released"]
-"""How it ended. applied: done. dry_run: would have been done (mode advise, or advice that nobody but a person can
-follow). rejected: not done, for the reason given. failed: the ladder came to its end without a recovery, the
-regularizer itself failed, or what was done could not be taken back. rolled_back: taken back because the loss broke.
+"""How it ended. applied: done. dry_run: would have been done (mode advise, or advice to
+follow by hand). rejected: not done, for the reason given. failed: the ladder came to its end without a recovery, the
+regularizer itself failed, or what was done could not be undone. rolled_back: undone because the loss broke.
 recovered: the layer is healthy again. released: the regularizer was taken off."""
 
 ACTIONS: tuple[ActionKind, ...] = get_args(ActionKind)
@@ -225,7 +225,7 @@ class Finding(Record):
     reason: str
     """In plain words: what was seen, against which threshold, for how long."""
     advice: str = ""
-    """What a person can do about it."""
+    """What to do about it."""
     utilization_ratio: float | None = None
     retention_ratio: float | None = None
     metric: float | None = None
