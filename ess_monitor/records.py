@@ -59,7 +59,7 @@ MEASURED: tuple[Status, ...] = ("ok", "nonfinite", "too_short")
 
 
 class ConditionInfo(NamedTuple):
-    """What all sinks, dashboards and alerts say of a condition."""
+    """Declares what all sinks, dashboards and alerts say of a condition."""
 
     color: str
     """Name of its color, the same everywhere: gray, green, yellow or red."""
@@ -216,7 +216,7 @@ def full_state_utilization(reading: Reading) -> float | None:
 
 
 class Finding(Record):
-    """A layer's condition changed."""
+    """Says that a layer's condition changed, and why."""
 
     step: int
     layer: str
@@ -254,7 +254,7 @@ class Action(Record):
 
 
 class Measurement(Record):
-    """Everything one sampled step gave: what exporters are handed."""
+    """Holds everything that one sampled step gave, as exporters receive it."""
 
     step: int
     timestamp_seconds: float
@@ -272,7 +272,7 @@ class Measurement(Record):
 
 
 class RunInfo(Record):
-    """What is known of a run when it starts."""
+    """Describes a run when it starts."""
 
     run_name: str
     model: str
@@ -300,7 +300,7 @@ class HistogramData(Record):
 
 
 class HealthData(Record):
-    """What of the monitor itself has failed, and what has turned itself off because of it."""
+    """Lists what has failed in the monitor itself, and what has turned itself off because of it."""
 
     part_failures_total: dict[Part, int] = {}
     """Failures of each part, those of single layers and of the worker included; skipped samples of the agreement."""

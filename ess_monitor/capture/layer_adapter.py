@@ -23,7 +23,7 @@ from ess_monitor.capture.spec import Build, CaptureSpec, unknown
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """How all layers of a family are read. All callables take the layer."""
+    """Says how all layers of a family are read. All callables take the layer."""
 
     operator: str
     """Class name of the operator, for `describe`."""

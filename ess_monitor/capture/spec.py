@@ -43,7 +43,7 @@ def unknown(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """How one layer is read.
+    """Says how one layer is read.
 
     The operator is built from the arguments of the call at `site`: the very tensors that the layer applied, not a
     second computation of them.

@@ -13,7 +13,7 @@ _MOST_BY_DEFAULT = 64
 
 
 class DistributedConfig(BaseModel):
-    """How the ranks of a distributed run measure together."""
+    """Sets how the ranks of a distributed run measure together."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

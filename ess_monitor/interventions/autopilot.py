@@ -40,7 +40,7 @@ class AutopilotState(BaseModel):
 
 @dataclass(frozen=True)
 class Observation:
-    """What one call of `Autopilot.act` has to go by."""
+    """Holds what one call of `Autopilot.act` is given."""
 
     step: int
     readings: Mapping[str, Reading]

@@ -101,8 +101,10 @@ class RunContext:
 
 @dataclass(eq=False)
 class Sample(Job):
-    """What was captured in one sampled forward pass, and the tasks that measure it: one a layer, in order, and perhaps
-    one more for the metrics."""
+    """Holds what was captured in one sampled forward pass, and the tasks that measure it.
+
+    There is a task for each captured layer, in order, and one more for metrics that are tensors.
+    """
 
     step: int
     """Optimizer steps before the pass."""

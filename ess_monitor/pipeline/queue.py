@@ -114,7 +114,7 @@ class MeasurementQueue:
         return SampleResult(sample.step, tuple(readings), finite, nonfinite)
 
     def _count_timeouts(self, sample: Sample) -> None:
-        """A sample that is given up may have held the training up, so after some in a row the worker is off."""
+        """Turn the worker off after some samples in a row that were given up: each may have held the training up."""
         if sample.state != "abandoned":
             self._timeouts_in_a_row = 0
             return

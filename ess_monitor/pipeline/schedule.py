@@ -16,7 +16,7 @@ from ess_monitor.records import SampleResult
 
 
 class Source(Protocol):
-    """Where samples are measured: the queue."""
+    """Gives the measured samples: the queue, as a schedule sees it."""
 
     def __len__(self) -> int:
         """Samples under way."""

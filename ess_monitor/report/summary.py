@@ -35,7 +35,7 @@ _SHORT_SEQUENCE_RATIO = 0.9
 
 @dataclass(frozen=True)
 class Paragraph:
-    """What was seen of one thing, and what to do next."""
+    """Says what was seen of one thing, and what to do next."""
 
     heading: str
     seen: tuple[str, ...]

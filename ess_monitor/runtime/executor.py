@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.005
 
 
 class RuntimeConfig(BaseModel):
-    """Where and for how long the measurements run."""
+    """Sets where and for how long the measurements run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
