@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from ess_monitor.capture.layers import check_model
 from ess_monitor.config import MonitorConfig
 from ess_monitor.distributed import StoreConsensus
 from ess_monitor.distributed.parallelism import require_data_parallel
-from ess_monitor.distributed.ranks import consensus_of_the_run, rank_info
+from ess_monitor.distributed.ranks import consensus_of_the_run, measure_together, rank_info
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter, configs_of_rank
 from ess_monitor.exporters.base import check_exporters
 from ess_monitor.interventions.alpha import Optimizers
@@ -87,9 +87,8 @@ class Monitor(RunView):
         wall_clock: Callable[[], float] = time.time,
         backends: Callable[[torch.device], ComputeBackend] | None = None,
     ) -> None:
-        optional = {} if backends is None else {"backends": backends}
-        functions = {"grad_scale": grad_scale, "clock": clock, "wall_clock": wall_clock, **optional}
-        check_run(strategy, world_size, precision, agreement, functions)
+        functions = {"grad_scale": grad_scale, "clock": clock, "wall_clock": wall_clock}
+        check_run(strategy, world_size, precision, agreement, functions, backends)
         self.model = check_model(model)
         self.config = config = validation.optional("config", config, MonitorConfig) or MonitorConfig()
         self._rank, acts = rank_info(), config.autopilot.mode == "auto"
@@ -97,9 +96,9 @@ class Monitor(RunView):
         require_data_parallel(model, acts=acts, source=config.capture.source)
         self._facts: dict[str, Any] = {"strategy": strategy, "world_size": world_size, "precision": precision}
         self._exporters, self._hub = check_exporters(exporters), ExporterHub()
-        consensus = agreement or consensus_of_the_run(config.distributed, world_size, acts=acts)
-        locked = acts or consensus is not None
+        locked = acts or agreement is not None or measure_together(config.distributed, world_size, acts=acts)
         context = self._context = RunContext.create(model, config, clock=clock, wall_clock=wall_clock, locked=locked)
+        consensus = agreement or consensus_of_the_run(config.distributed, world_size, acts=acts)
         self._trigger = SampleTrigger(model, context)
         self._queue = MeasurementQueue(context, backends)
         self._schedule = Lockstep(context, self._queue, consensus) if locked else Immediate(context, self._queue)
@@ -121,7 +120,7 @@ class Monitor(RunView):
         here, context = self._rank, self._context
         configs = configs_of_rank(self.config.exporters, here.rank, here.local_rank)
         self._hub = ExporterHub((*map(build_exporter, configs), *self._exporters))
-        self._results.report_autopilot()
+        self._results.report_autopilot(may_act=self._schedule.may_act)
         self._hub.start(run_info(self.model, self.config, context.wall_clock(), self._facts), self.snapshot)
         self._running = True
         shutdown.close_at_exit(self)
@@ -232,7 +231,8 @@ class Monitor(RunView):
         step, schedule, context = self._trigger.armed_at, self._schedule, self._context
         if step is None:
             return
-        with context.guards["capture"]:
+        # An empty sample is no success of capture: it must not end a row of failures.
+        with context.guards["capture"] if self._trigger.has_hooks else nullcontext():
             started = context.clock()
             sample = self._trigger.collect(exchanges=schedule.exchanges)
             if sample is not None:

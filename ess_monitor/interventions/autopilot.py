@@ -320,13 +320,16 @@ class Autopilot:
         version = state.get("version")
         if not (isinstance(version, int) and version == _STATE_VERSION):
             raise CheckpointError(f"autopilot: state version {_shown(version)}, only {_STATE_VERSION} can be read")
+        treated, inside = [], []
         try:
             parsed = AutopilotState.model_validate(dict(state))
-            named = [(self._remedy_named(treatment.action), treatment) for treatment in parsed.treatments]
-            treated = [(remedy, t, remedy.State.model_validate(t.model_extra)) for remedy, t in named]
+            for index, treatment in enumerate(parsed.treatments):
+                inside = ["treatments", index]
+                remedy = self._remedy_named(treatment.action)
+                treated.append((remedy, treatment, remedy.State.model_validate(treatment.model_extra)))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
+            where = ".".join(map(str, (*inside, *first["loc"])))
             raise CheckpointError(
                 f"autopilot: the state cannot be read ({where:.200}: {first['msg']:.200}); resume without the "
                 "monitor's state"

@@ -149,6 +149,7 @@ class PullToIdentity(Remedy):
 
     name = "pull_to_identity"
     subject = "regularizer"
+    State = RescaleAlphaState  # state version 1 has the same keys for both; a pull ignores their values
 
     _pull: IdentityPull | None = None
 

@@ -127,6 +127,7 @@ def check_run(
     precision: str,
     agreement: object,
     functions: Mapping[str, object],
+    backends: object = None,
 ) -> None:
     """Raise `ConfigError` unless these are facts of a run; `functions` by the names of their arguments."""
     validation.instance("strategy", strategy, str, hint='for example "ddp"')
@@ -138,6 +139,8 @@ def check_run(
         raise ConfigError(f"agreement: {given} is not a StoreConsensus; leave it out to have one built")
     for name, function in functions.items():
         validation.function(name, function)
+    if backends is not None:
+        validation.function("backends", backends)
 
 
 def check_end(status: RunStatus, timeout_seconds: float) -> float:

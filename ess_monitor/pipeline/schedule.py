@@ -216,7 +216,7 @@ class Lockstep(Schedule):
     def _read(self, timeout_seconds: float | None = None) -> SampleResult:
         """Wait for the sample under way. One that is lost becomes a result without readings."""
         taken_at = max(0, (self._judge_at or 0) - self._lag_steps)
-        if self._consensus is None or self._consensus.measures:
+        if self.measures:
             with self._guards["worker"]:
                 result = self._source.take(timeout_seconds)
                 while result is not None and result.step < taken_at:  # one that was given up, and came after all

@@ -43,6 +43,11 @@ class SampleTrigger:
     def turn(self, turn: int) -> None:
         self._sampler.turn = turn
 
+    @property
+    def has_hooks(self) -> bool:
+        """False on a rank that takes part in a sample without capturing anything."""
+        return self._sampler.armed
+
     def watch(self) -> None:
         """Learn from the next forward pass how the model is called, where random tokens are the source."""
         if self._probe is not None:

@@ -129,7 +129,8 @@ class HostBackend:
         started = self._clock()
         results = task.compute()
         seconds = (self._clock() - started) * self._threads
-        task.results, task.arrived, task.cost_seconds = results, lambda: True, lambda: seconds
+        task.arrived, task.cost_seconds = lambda: True, lambda: seconds
+        task.results = results  # last: the training thread may look at any time
 
 
 class Streams(Protocol):
@@ -208,8 +209,8 @@ class StreamBackend:
             started.record(side)
             results = {name: streams.to_host(tensor) for name, tensor in task.compute().items()}
             done.record(side)
-        task.results, task.arrived = results, done.query
-        task.cost_seconds = lambda: started.elapsed_time(done) / 1e3
+        task.arrived, task.cost_seconds = done.query, lambda: started.elapsed_time(done) / 1e3
+        task.results = results  # last: the training thread may look at any time
 
 
 def backend_for(device: torch.device, *, threads: int) -> ComputeBackend:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.inputs import LONG, RAN
+from .inputs import LONG, RAN
 
 LEAST = 100_000
 """Inputs of all tests of this folder in the long profile, which `docs/security.md` promises."""

@@ -157,7 +157,7 @@ def test_the_state_of_a_remedy_that_is_not_there_is_refused() -> None:
         plain.pilot.load_state_dict(run.pilot.state_dict())
     broken = run.pilot.state_dict()
     broken["treatments"][0]["bias"] = "none"
-    with pytest.raises(CheckpointError, match=r"the state cannot be read \(bias: "):
+    with pytest.raises(CheckpointError, match=r"the state cannot be read \(treatments.0.bias: "):
         run.pilot.load_state_dict(broken)
     assert len(run.pilot.active) == 1
 
