@@ -99,11 +99,12 @@ def register_capture(
 
 def find_spec(module: nn.Module) -> CaptureSpec | None:
     """Return the spec of this module's class or its nearest registered base class, or else of the first adapter."""
+    known = _SPECS
     if "ess_monitor.featurizers" in sys.modules:
-        importlib.import_module("ess_monitor.capture.adapters.featurizers")
+        known = importlib.import_module("ess_monitor.capture.adapters.featurizers").SPECS | _SPECS
     for cls in type(module).__mro__:
-        if cls in _SPECS:
-            return _SPECS[cls]
+        if cls in known:
+            return known[cls]
     specs = (adapter.spec(module) for adapter in LAYER_ADAPTERS)
     return next((spec for spec in specs if spec is not None), None)
 

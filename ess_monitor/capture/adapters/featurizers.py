@@ -8,7 +8,6 @@ from torch import nn
 from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
-from ess_monitor.capture.registry import add_spec
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.ess import DiagonalRecurrence, Operator, SoftmaxAttention
 from ess_monitor.featurizers import GLA, GLAS6, LA, S6, SA, WLA
@@ -51,17 +50,16 @@ _HANDLES: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] =
     S6: (_decay("delta", "A_log"), AlphaHandle("A_log", 1.0)),
 }
 
-for _layer, (_decay_handle, _alpha_handle) in _HANDLES.items():
-    add_spec(
-        _layer,
-        CaptureSpec(
-            operator="SoftmaxAttention" if _layer is SA else "DiagonalRecurrence",
-            build=_softmax if _layer is SA else _scan,
-            site=_CORE,
-            capacity_grows=_layer is SA,
-            state_capacity=int_attribute("state_capacity"),
-            channels=int_attribute("num_heads"),
-            decay=_decay_handle,
-            alpha=_alpha_handle,
-        ),
+SPECS: dict[type[nn.Module], CaptureSpec] = {
+    layer: CaptureSpec(
+        operator="SoftmaxAttention" if layer is SA else "DiagonalRecurrence",
+        build=_softmax if layer is SA else _scan,
+        site=_CORE,
+        capacity_grows=layer is SA,
+        state_capacity=int_attribute("state_capacity"),
+        channels=int_attribute("num_heads"),
+        decay=decay,
+        alpha=alpha,
     )
+    for layer, (decay, alpha) in _HANDLES.items()
+}
