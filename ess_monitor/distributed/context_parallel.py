@@ -22,8 +22,9 @@ def tokens_are_spread() -> bool:
         >>> tokens_are_spread()
         False
     """
-    present = functional.scaled_dot_product_attention
-    candidates = (present, getattr(present, "__wrapped__", None))
+    candidates = [functional.scaled_dot_product_attention]
+    while (wrapped := getattr(candidates[-1], "__wrapped__", None)) is not None:
+        candidates.append(wrapped)
     for name in _CONTEXT_PARALLEL:
         replaced = getattr(sys.modules.get(name), "_replaced_functions", None) or {}
         if any(function in replaced for function in candidates):

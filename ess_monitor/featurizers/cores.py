@@ -8,6 +8,8 @@ Shapes: B batch, H heads, L length, N state, V value dimensions.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +56,9 @@ class CausalSoftmax(nn.Module):
                 f"q has shape {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}; q and k must be equal, and "
                 "v equal to them but for its last dimension; none may be empty."
             )
-        scale = validation.real("scale", scale, hint="usually dim**-0.5", error=OperatorError)
+        # Written out: the compiler traces this for a scale that is not a constant, and not `math.isfinite`.
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not abs(scale) <= sys.float_info.max:
+            raise OperatorError(f"scale={validation.shown(scale)} must be a finite number, usually dim**-0.5.")
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 

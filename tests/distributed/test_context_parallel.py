@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch.distributed as dist
+from torch.nn import functional
+
+from ess_monitor.capture.adapters.torch_attention import with_signature
+from ess_monitor.distributed.context_parallel import tokens_are_spread
 
 PROGRAM = """
 import torch
@@ -43,3 +48,21 @@ def test_a_layer_inside_the_block_fails_with_the_reason_and_is_read_again_outsid
     assert len(inside) == 2
     assert all("context_parallel" in line and line.startswith("failed") for line in inside)
     assert outside.startswith("ok")
+
+
+@pytest.mark.parametrize("ours_lies_over_it", [True, False])
+def test_it_is_noticed_under_and_over_a_patch_of_ours(ours_lies_over_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the block's own patch, which needs devices to run attention on."""
+    original = functional.scaled_dot_product_attention
+
+    def spread(*args: object, **kwargs: object) -> object:
+        return original(*args, **kwargs)
+
+    module = ModuleType("torch.distributed.tensor.experimental._attention")
+    module._replaced_functions = {spread: original}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    ours = with_signature(spread, lambda function, args, kwargs: function(*args, **kwargs))
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", ours if ours_lies_over_it else spread)
+    assert tokens_are_spread()
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", original)
+    assert not tokens_are_spread()

@@ -216,3 +216,12 @@ def test_build_mixer_reaches_any_state_size_at_any_width(name: str, state_size: 
     mixer = build_mixer(name, 30, 3, state_size)
     assert mixer.state_capacity in (state_size, None)
     assert watch_core(mixer, torch.randn(1, 5, 30))[0][0].shape[-1] == state_size
+
+
+def test_softmax_attention_compiles_with_a_scale_that_is_not_a_constant() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(CausalSoftmax(), dynamic=True, fullgraph=True, backend="eager")
+    q, k, v = torch.randn(3, 1, 2, 8, 4)
+    for scale in (0.5, 0.25):
+        assert torch.allclose(compiled(q, k, v, scale), CausalSoftmax()(q, k, v, scale))
+    torch._dynamo.reset()

@@ -122,14 +122,15 @@ class CallSite:
         if module is not layer:
             _track_forward(layer, handle)
 
-        def call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Call:
-            return Call(layer, module, "", args, kwargs, output, layer_kwargs=_running_kwargs(layer))
+        def call(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Call:
+            # `called` is a copy of the sub-module where DataParallel replicates the model.
+            return Call(layer, called, "", args, kwargs, output, layer_kwargs=_running_kwargs(layer))
 
         if before is not None:
-            pre_hook = ModuleHook(lambda _, args, kwargs: before(call(args, kwargs)))
+            pre_hook = ModuleHook(lambda called, args, kwargs: before(call(called, args, kwargs)))
             handle.add(module.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
         if after is not None:
-            hook = ModuleHook(lambda _, args, kwargs, output: after(call(args, kwargs, output)))
+            hook = ModuleHook(lambda called, args, kwargs, output: after(call(called, args, kwargs, output)))
             handle.add(module.register_forward_hook(hook, with_kwargs=True).remove)
 
     def _watch_ops(self, handle: HookHandle, layer: nn.Module, before: Before | None, after: After | None) -> None:

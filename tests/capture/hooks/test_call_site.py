@@ -139,6 +139,17 @@ def test_a_checkpointed_layer_is_seen_in_its_forward_and_in_its_recomputation(re
         watch.remove()
 
 
+def test_a_replica_is_the_module_that_was_called() -> None:
+    """As DataParallel makes them: a shallow copy that shares the hooks and has parameters of its own."""
+    layer, called = nn.Linear(2, 2), []
+    handle = CallSite().watch(layer, after=lambda call: called.append(call.module))
+    replica = copy.copy(layer)
+    replica(torch.ones(1, 2))
+    layer(torch.ones(1, 2))
+    handle.remove()
+    assert [module is replica for module in called] == [True, False]
+
+
 def test_arguments_can_be_replaced_wherever_they_were_given() -> None:
     layer = Mixer()
     watch = site(layer).watch(layer, before=lambda call: ((), {**call.kwargs, "x": call.kwargs["x"] + 1, "scale": 5.0}))
