@@ -47,6 +47,8 @@ class PartError(EssMonitorError):
         self.part = part
 
     def __str__(self) -> str:
+        if len(self.args) != 2:  # somebody has set others
+            return super().__str__()
         part, message = self.args
         return f"{part}: {message}; fix the cause, or set strict=False to train on without this part"
 

@@ -128,8 +128,8 @@ class CallbackBase:
         super().__init__()
         exporters = validation.listed("exporters", exporters, hint='kinds such as "prometheus", settings, exporters')
         self.table = validation.flag("table", table)
-        self._live_exporters = tuple(item for item in exporters if isinstance(item, Exporter))
-        configured = tuple(item for item in exporters if not isinstance(item, Exporter))
+        self._live_exporters = tuple(item for item in exporters if _is_exporter(item))
+        configured = tuple(item for item in exporters if not _is_exporter(item))
         if configured:
             settings["exporters"] = configured
         if isinstance(config, MonitorConfig):
@@ -282,3 +282,8 @@ class ExplicitLoop(CallbackBase):
         super().load_state_dict(state_dict)
         if was_running:
             self.start()
+
+
+def _is_exporter(item: object) -> bool:
+    # A class has the names of its instances, and a dictionary may answer to any name.
+    return isinstance(item, Exporter) and not isinstance(item, (str, dict, type))

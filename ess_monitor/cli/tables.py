@@ -79,7 +79,7 @@ def _table(title: str, *texts: str, numbers: Iterable[str]) -> Table:
     for heading in texts:
         table.add_column(heading, overflow="fold")
     for heading in numbers:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -137,7 +138,9 @@ class ExporterChannel:
                 measurement = self._queue.popleft() if self._queue else None
                 status = self._final_status
             if measurement is not None:
-                self._deliver(measurement)
+                # An error here is one of the log, whose handlers are the user's: the sink is still served and closed.
+                with contextlib.suppress(Exception):
+                    self._deliver(measurement)
             elif status is not None:
                 self.close(status)
                 return
@@ -146,19 +149,21 @@ class ExporterChannel:
         if self._is_closed or not self._guard.open:
             self._drop(1)
             return
-        failure: BaseException | None = None
-        with self._guard:
-            try:
-                self.exporter.export(measurement)
-            except BaseException as error:
-                failure = error
-                if isinstance(error, Exception) or self._thread is None:
-                    raise
-                # A sink that calls sys.exit() would otherwise end the thread silently.
-                raise ExporterError(format_error(error)) from error
-        if failure is not None:
-            with self._changed:  # a traceback would keep the frames of the training alive
-                self._pending = self._pending or failure.with_traceback(None)
+        try:
+            with self._guard:
+                try:
+                    self.exporter.export(measurement)
+                except BaseException as error:
+                    with self._changed:
+                        self._pending = self._pending or error
+                    if isinstance(error, Exception) or self._thread is None:
+                        raise
+                    # A sink that calls sys.exit() would otherwise end the thread silently.
+                    raise ExporterError(format_error(error)) from error
+        finally:
+            with self._changed:
+                if self._pending is not None:  # a traceback would keep the frames of the training alive
+                    self._pending.__traceback__ = None
 
     def _drop(self, count: int, why: str = "") -> None:
         with self._changed:

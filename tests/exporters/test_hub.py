@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -271,3 +273,41 @@ def test_a_forked_child_neither_exports_nor_closes_nor_hangs() -> None:
     hub.export(measurement(7))
     hub.close("finished", timeout_seconds=30)
     assert queued.steps == inline.steps == [7]
+
+
+def test_a_log_handler_that_raises_keeps_no_sink_from_its_measurements_and_its_end() -> None:
+    class Refuses(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("no log")
+
+    refuses = Refuses()
+    sink = RecordingExporter("sink", on_export=_raise(ValueError("no")))
+    logger = logging.getLogger("ess_monitor")
+    logger.addHandler(refuses)
+    try:
+        hub = _started(sink)
+        for step in range(3):
+            hub.export(measurement(step))
+        hub.close("finished", timeout_seconds=30)
+    finally:
+        logger.removeHandler(refuses)
+    assert (hub.errors, hub.queue_lengths) == ({"sink": 3}, {"sink": 0})
+    assert sink.calls[-1] == "close finished"
+    assert isinstance(hub.take_errors()["sink"], ValueError)
+
+
+def test_a_failed_export_keeps_nothing_of_the_training_alive() -> None:
+    alive: list[weakref.ref[Measurement]] = []
+    hub = _started(RecordingExporter("sink", inline=True, on_export=_raise(ValueError("no"))), max_consecutive_errors=9)
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(4):
+            given = measurement(step)
+            alive.append(weakref.ref(given))
+            hub.export(given)
+            del given
+        assert [each() for each in alive] == [None] * 4
+    finally:
+        gc.enable()
+    hub.close("finished")

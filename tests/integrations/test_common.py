@@ -188,3 +188,8 @@ def test_a_loss_that_the_loop_rescales_in_place_is_followed() -> None:
     model(output)
     output["loss"] *= 4
     assert loss.take() == torch.tensor(8.0)
+
+
+def test_the_class_of_an_exporter_is_refused_where_the_callback_is_made() -> None:
+    with pytest.raises(ConfigError, match="exporters"):
+        CallbackBase(exporters=[Silent])

@@ -84,7 +84,7 @@ class PrometheusExporter:
                 share no run_id.
         """
         config = self.config
-        self.identity = identity = self.identity or identify(config, run)
+        identity = self.identity or identify(config, run)
         if not identity.takes_part(config.ranks):
             return
         collector = new_collector(self.name, run, self._current)
@@ -102,6 +102,7 @@ class PrometheusExporter:
             if config.file_sd_dir is not None:
                 # Called before `endpoint.close`: Prometheus must not be sent to a closed port.
                 cleanup.callback(self._announce(config.file_sd_dir, identity, endpoint))
+            self.identity = identity
             self._endpoint, self._cleanup = endpoint, cleanup.pop_all()
 
     def export(self, measurement: Measurement) -> None:

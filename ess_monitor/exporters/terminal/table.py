@@ -57,8 +57,9 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
 
     table = Table(
         title=f"state of the memory at step {measurement.step}",
-        caption=f"next sample in {measurement.interval_steps} steps; "
-        f"cost {measurement.overhead_ratio:.2%} of training time",
+        caption=_text(
+            f"next sample in {measurement.interval_steps} steps; cost {measurement.overhead_ratio:.2%} of training time"
+        ),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
