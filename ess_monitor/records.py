@@ -216,7 +216,7 @@ def full_state_utilization(reading: Reading) -> float | None:
 
 
 class Finding(Record):
-    """Says that a layer's condition changed, and why."""
+    """A layer's condition changed."""
 
     step: int
     layer: str
