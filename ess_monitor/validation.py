@@ -51,6 +51,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def shown_version(version: object) -> str:
+    """Return the version of a saved state for an error message; of what is not one, only the type.
+
+    Example:
+        >>> shown_version(2), shown_version(None), shown_version("2")
+        ('2', 'None', 'of type str')
+    """
+    plain = version is None or (isinstance(version, int) and abs(version) < 2**63)
+    return str(version) if plain else f"of type {type(version).__name__}"
+
+
 def type_of(value: object) -> str:
     """Return the type of `value` as text, without its content.
 

@@ -319,7 +319,9 @@ class Autopilot:
         """
         version = state.get("version")
         if not (isinstance(version, int) and version == _STATE_VERSION):
-            raise CheckpointError(f"autopilot: state version {_shown(version)}, only {_STATE_VERSION} can be read")
+            raise CheckpointError(
+                f"autopilot: state version {validation.shown_version(version)}, only {_STATE_VERSION} can be read"
+            )
         treated, inside = [], []
         try:
             parsed = AutopilotState.model_validate(dict(state))
@@ -389,8 +391,3 @@ def _check_remedies(remedies: Sequence[type[Remedy]]) -> tuple[type[Remedy], ...
     if len(set(names)) < len(names):
         raise ConfigError(f"remedies: two of {', '.join(names)} have one name; give each its own")
     return given
-
-
-def _shown(version: object) -> str:
-    plain = version is None or (isinstance(version, int) and abs(version) < 2**63)
-    return str(version) if plain else f"of type {type(version).__name__}"

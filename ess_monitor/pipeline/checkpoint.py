@@ -78,7 +78,7 @@ def read_state(state: Any) -> dict[str, Any]:
     """
     version = state.get("version") if isinstance(state, Mapping) else None
     if not (isinstance(version, int) and version == STATE_VERSION):
-        found = _shown(version) if isinstance(state, Mapping) else type(state).__name__
+        found = validation.shown_version(version) if isinstance(state, Mapping) else type(state).__name__
         raise CheckpointError(
             f"state: version {found} cannot be read, only {STATE_VERSION}; "
             "start without the monitor's state (its measurements begin anew, the training is not affected)"
@@ -97,8 +97,3 @@ def read_state(state: Any) -> dict[str, Any]:
             f"state: not a monitor's state ({where:.200}: {first['msg']:.200}); start without it (the measurements "
             "begin anew, the training is not affected)"
         ) from None
-
-
-def _shown(version: Any) -> str:
-    plain = version is None or (isinstance(version, int) and abs(version) < 2**63)
-    return str(version) if plain else f"of type {type(version).__name__}"
