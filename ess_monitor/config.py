@@ -17,6 +17,7 @@ from ess_monitor.capture import CaptureConfig, LayerFilter
 from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.distributed.config import DistributedConfig
 from ess_monitor.errors import ConfigError
+from ess_monitor.evidence import EvidenceConfig
 from ess_monitor.exporters import ExporterConfig
 from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.runtime import RuntimeConfig
@@ -58,6 +59,8 @@ class MonitorConfig(BaseModel):
     """How the ranks of a distributed run measure together."""
     diagnosis: DiagnosisConfig = DiagnosisConfig()
     """From readings to conditions."""
+    evidence: EvidenceConfig = EvidenceConfig()
+    """What must support a collapse before a layer is called collapsed."""
     autopilot: AutopilotConfig = AutopilotConfig()
     """What may be done about a collapsed layer: "off", "advise" (the default: says so), "auto", or its settings."""
     exporters: tuple[ExporterConfig, ...] = ()
@@ -75,6 +78,15 @@ class MonitorConfig(BaseModel):
             raise ValueError(
                 f"autopilot.lag_steps={self.autopilot.lag_steps} must be below every_n_steps={self.every_n_steps}: "
                 "a sample is judged before the next is taken; lower lag_steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _acts_on_evidence(self) -> MonitorConfig:
+        if self.autopilot.mode == "auto" and not self.evidence.enabled:
+            raise ValueError(
+                'evidence.enabled=False is not possible with autopilot.mode="auto": nothing is treated without '
+                'evidence; leave it on, or use mode "advise"'
             )
         return self
 

@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 Status = Literal["ok", "nonfinite", "too_short", "timed_out", "dropped", "failed"]
 """How a reading ended. Only `ok` carries sizes that mean something; every other status keeps the reason."""
 
-Condition = Literal["unknown", "healthy", "saturated", "collapsed"]
+Condition = Literal["unknown", "healthy", "forgets_by_choice", "saturated", "collapsed"]
 """What the diagnosis says of a layer. Everything else about a condition is in `CONDITION_INFO`."""
 
 RunStatus = Literal["starting", "running", "finished", "failed"]
@@ -76,8 +76,17 @@ class ConditionInfo(NamedTuple):
 CONDITION_INFO: dict[Condition, ConditionInfo] = {
     "unknown": ConditionInfo("gray", False, "", "is not judged", "It is too early to say, or ESS says little of it."),
     "healthy": ConditionInfo("green", False, "", "is healthy", "The state is in use and has room."),
+    "forgets_by_choice": ConditionInfo(
+        "green", False, "", "forgets by choice", "Little of the state is in use, and the loss prefers it so."
+    ),
     "saturated": ConditionInfo("yellow", True, "StateSaturated", "is saturated", "The state is full."),
-    "collapsed": ConditionInfo("red", True, "StateCollapsed", "has collapsed", "The state is there and is not used."),
+    "collapsed": ConditionInfo(
+        "red",
+        True,
+        "StateCollapsed",
+        "has collapsed",
+        "The state is there and is not used, and the loss gains nothing by it.",
+    ),
 }
 """Every condition, in the order of severity. A new one is a name in `Condition`, a line here and a rule."""
 
@@ -159,6 +168,9 @@ class Reading(Record):
     """Mean of A's diagonal, 0..1 for a stable recurrence. None where there is no A."""
     decay_product_norm: float | None = None
     """Frobenius norm of the product of A over the sequence. None where there is no A."""
+    far_share_ratio: float | None = None
+    """Share of a token's output that comes from afar: ||T[p+d:, :p]||_F / ||T[p+d:, :]||_F at the position p nearest the
+    middle, with d = length // 8, over all measured operators; 0..1. None where d is 0 or no row is left."""
     per_head: tuple[float, ...] = ()
     """Tolerance-ESS of each measured head or channel."""
     heads: tuple[int, ...] = ()
@@ -188,31 +200,37 @@ def layer_title(name: str) -> str:
     return name or "root"
 
 
-def attainable_utilization(reading: Reading) -> float | None:
-    """`effective_size / attainable_size`, 0..1; None where the reading cannot be judged."""
-    attainable = reading.attainable_size if reading.attainable_size is not None else reading.state_capacity
-    if reading.status != "ok" or reading.capacity_grows or reading.effective_size is None or not attainable:
-        return None
-    return reading.effective_size / attainable
+class Evidence(Record):
+    """What the decay of one layer does to the loss: the same batches, run again with another A and without gradients.
 
-
-def full_state_utilization(reading: Reading) -> float | None:
-    """ESS / TSS over the positions at which the state could be full, i >= TSS and length - i >= TSS; None without any.
-
-    Elsewhere the geometry of H_i = T[i:, :i] caps the rank, and a rank at its cap says nothing of the state.
+    A change is `loss(with another A) - loss(with A)`, a mean over batches and ranks; above 0, the loss prefers A. Where
+    there is no loss to replay, the change is KL(outputs with A || outputs with another A), in nats per output.
     """
-    capacity = reading.state_capacity
-    if not capacity or reading.effective_size is None:
-        return None
-    if len(reading.per_position) == len(reading.positions) > 0:
-        sizes = [
-            size
-            for position, size in zip(reading.positions, reading.per_position, strict=True)
-            if min(position, reading.length - position) >= capacity
-        ]
-        return sum(sizes) / len(sizes) / capacity if sizes else None
-    capped = reading.attainable_size is not None and reading.attainable_size < capacity * (1 - 1e-6)
-    return None if capped else reading.effective_size / capacity
+
+    step: int
+    """Optimizer steps at the last of the batches."""
+    layer: str
+    basis: Literal["loss", "kl"]
+    """What was compared."""
+    batches: int
+    """Batches run again, on all ranks together."""
+    base: float | None = None
+    """Loss with A as it is; None by KL."""
+    m50: float
+    """Change with A^0.5: the state remembers more, its log decay is half."""
+    m90: float
+    """Change with A^0.1: the state remembers nearly all, its log decay is a tenth."""
+    cut: float
+    """Change with A = 0: the state forgets everything but the present token."""
+    m50_error: float = 0.0
+    """Standard error of `m50` over the batches."""
+    far_share_ratio: float | None = None
+    """`Reading.far_share_ratio` of the measurement that asked for the evidence."""
+    outcome: Literal["loud", "silent", "by_choice"]
+    """loud: the past matters, and remembering more costs nothing. silent: nothing of the past reaches the loss. Both
+    are collapses. by_choice: neither holds, the loss prefers the forgetting."""
+    reason: str
+    """The outcome in plain words, with the numbers and thresholds."""
 
 
 class Finding(Record):
@@ -230,6 +248,8 @@ class Finding(Record):
     retention_ratio: float | None = None
     metric: float | None = None
     """Task metric at that step, when one is given."""
+    evidence: Evidence | None = None
+    """What the loss says of the layer's forgetting, where it was asked."""
 
 
 class Action(Record):

@@ -57,6 +57,9 @@ class DecayHandle:
     """The arguments of the call with other tensors in place of those that `read` gave. Parameters that the layer uses
     by itself are no arguments and stay as they are. Their gradients are exact all the same: it is enough that one of
     the tensors is replaced."""
+    raised: Callable[[Call, float], Arguments | None] | None = None
+    """The arguments of the call with A^power in place of A: log A times the power, and `math.inf` is A = 0. It returns
+    None for a call that `read` gives None for. None where A is not determined by arguments alone."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from dataclasses import dataclass
 
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
-from ess_monitor.records import CONDITION_INFO, Condition, Reading, attainable_utilization, full_state_utilization
+from ess_monitor.diagnosis.utilization import attainable_utilization, full_state_utilization
+from ess_monitor.records import CONDITION_INFO, Condition, Reading
 
 
 @dataclass(frozen=True)

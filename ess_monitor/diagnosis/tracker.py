@@ -13,7 +13,8 @@ from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
 from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge
 from ess_monitor.errors import CheckpointError
-from ess_monitor.records import CONDITION_INFO, Condition, Finding, Reading, attainable_utilization
+from ess_monitor.diagnosis.utilization import attainable_utilization
+from ess_monitor.records import CONDITION_INFO, Condition, Finding, Reading
 
 STATE_VERSION = 1
 """Version of `Tracker.state_dict`; raised when its fields change."""
