@@ -10,9 +10,8 @@ Units: sizes (`state_capacity`, `effective_size`, ...) are state dimensions; `_r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,10 +27,10 @@ Condition = Literal["unknown", "healthy", "forgets_by_choice", "saturated", "col
 RunStatus = Literal["starting", "running", "finished", "failed"]
 """Where a run is."""
 
-Phase = Literal["capture", "measure", "diagnose", "intervene", "export"]
+Phase = Literal["capture", "replay", "measure", "diagnose", "intervene", "export"]
 """What the monitor's own time went into."""
 
-Part = Literal["capture", "worker", "measurement", "agreement", "diagnosis", "intervention", "export"]
+Part = Literal["capture", "replay", "worker", "measurement", "agreement", "diagnosis", "intervention", "export"]
 """A part of the monitor that fails, and is turned off, by itself. agreement: between the ranks of a distributed run."""
 
 Outcome = Literal["ok", "skipped", "failed"]
@@ -169,8 +168,8 @@ class Reading(Record):
     decay_product_norm: float | None = None
     """Frobenius norm of the product of A over the sequence. None where there is no A."""
     far_share_ratio: float | None = None
-    """Share of a token's output that comes from afar: ||T[p+d:, :p]||_F / ||T[p+d:, :]||_F at the position p nearest the
-    middle, with d = length // 8, over all measured operators; 0..1. None where d is 0 or no row is left."""
+    """Share of a token's output that comes from afar: ||T[p+d:, :p]||_F / ||T[p+d:, :]||_F at the position p nearest
+    the middle, with d = length // 8, over all measured operators; 0..1. None where d is 0 or no row is left."""
     per_head: tuple[float, ...] = ()
     """Tolerance-ESS of each measured head or channel."""
     heads: tuple[int, ...] = ()
@@ -226,9 +225,9 @@ class Evidence(Record):
     """Standard error of `m50` over the batches."""
     far_share_ratio: float | None = None
     """`Reading.far_share_ratio` of the measurement that asked for the evidence."""
-    outcome: Literal["loud", "silent", "by_choice"]
+    outcome: Literal["loud", "silent", "by_choice", "unclear"]
     """loud: the past matters, and remembering more costs nothing. silent: nothing of the past reaches the loss. Both
-    are collapses. by_choice: neither holds, the loss prefers the forgetting."""
+    are collapses. by_choice: the loss prefers the forgetting. unclear: none of the three can be said."""
     reason: str
     """The outcome in plain words, with the numbers and thresholds."""
 
@@ -365,6 +364,21 @@ class Snapshot(Record):
     """Of the monitor itself. Empty in logs of before it was written."""
 
 
+class Changes(NamedTuple):
+    """Holds sums over batches that were run again with another decay of one layer; the terms of `Evidence`."""
+
+    batches: int = 0
+    """0: none could be run again."""
+    base: float = 0.0
+    m50: float = 0.0
+    m90: float = 0.0
+    cut: float = 0.0
+    m50_squared: float = 0.0
+    """Sum of the squares of each batch's `m50`."""
+    by_kl: bool = False
+    """True where outputs were compared, as there was no loss."""
+
+
 @dataclass(frozen=True)
 class SampleResult:
     """Readings and metrics of one sampled step."""
@@ -377,18 +391,5 @@ class SampleResult:
     """Metrics that were NaN or infinite."""
     skipped: str = ""
     """Why the sample is not judged on any rank; empty where it is. Not part of a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values, for a checkpoint."""
-        return {
-            "step": self.step,
-            "readings": [reading.model_dump(mode="json") for reading in self.readings],
-            "metrics": dict(self.metrics),
-            "nonfinite": sorted(self.nonfinite),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> SampleResult:
-        """Return the result as it was."""
-        readings = tuple(Reading.model_validate(reading) for reading in state["readings"])
-        return cls(int(state["step"]), readings, dict(state["metrics"]), frozenset(state["nonfinite"]))
+    changes: dict[str, Changes] = field(default_factory=dict)
+    """Of layers for which evidence was asked, since the sample before."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
 from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge
-from ess_monitor.errors import CheckpointError
 from ess_monitor.diagnosis.utilization import attainable_utilization
-from ess_monitor.records import CONDITION_INFO, Condition, Finding, Reading
+from ess_monitor.errors import CheckpointError
+from ess_monitor.records import Condition, Evidence, Finding, Reading, layer_title
+
+logger = logging.getLogger("ess_monitor")
 
 STATE_VERSION = 1
 """Version of `Tracker.state_dict`; raised when its fields change."""
@@ -31,10 +35,16 @@ class Tracker:
     Every change is a `Finding`, except between `unknown` and `healthy`: a layer that turns out healthy after the
     warm-up, or a first layer that may be right to use little, needs no attention.
 
+    A layer with a decay is called collapsed on evidence only: one reading before the streak is complete it becomes one
+    of `suspects`, and the evidence on it decides between collapsed and forgets_by_choice. Where none can be had, a task
+    metric that stays unsolved must do; without one nothing is said.
+
     Args:
         config: thresholds.
         rules: what is tried on every reading, in order; the first verdict counts. A rule of your own comes before or
             after those in `rules.RULES`.
+        examined: layers that need evidence, with the reason why none can be had, empty where it can.
+        recheck_measurements: measurements for which evidence counts.
 
     Example:
         >>> reading = Reading(step=0, layer="mixer", status="ok", length=64, state_capacity=16, attainable_size=16,
@@ -46,9 +56,17 @@ class Tracker:
         (['collapsed'], {'mixer': 'collapsed'})
     """
 
-    def __init__(self, config: DiagnosisConfig | None = None, rules: Sequence[Rule] = RULES) -> None:
+    def __init__(
+        self,
+        config: DiagnosisConfig | None = None,
+        rules: Sequence[Rule] = RULES,
+        *,
+        examined: Mapping[str, str] | None = None,
+        recheck_measurements: int = 20,
+    ) -> None:
         self.config = validation.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
         self._rules = check_rules(rules)
+        self._examined, self._recheck = dict(examined or {}), recheck_measurements
         self._layers: dict[str, _Layer] = {}
         self._metrics: deque[float] = deque(maxlen=self._metric_window)
 
@@ -57,19 +75,37 @@ class Tracker:
         """Condition of every layer seen so far, in the order in which the layers were first seen."""
         return {name: layer.condition for name, layer in self._layers.items()}
 
-    def observe(self, readings: Iterable[Reading], metrics: Mapping[str, float], step: int) -> tuple[Finding, ...]:
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """Layers that will be called collapsed at the next reading like the last one, if the evidence supports it."""
+        return tuple(name for name, layer in self._layers.items() if layer.is_suspect)
+
+    @property
+    def evidence(self) -> dict[str, Evidence]:
+        """Latest evidence on each layer that has been examined."""
+        return {name: layer.evidence for name, layer in self._layers.items() if layer.evidence is not None}
+
+    def observe(
+        self,
+        readings: Iterable[Reading],
+        metrics: Mapping[str, float],
+        step: int,
+        evidence: Mapping[str, Evidence | str] | None = None,
+    ) -> tuple[Finding, ...]:
         """Judge one measurement, and return the conditions that changed with it.
 
         Args:
             readings: one per layer, in model order (the first layer of the first measurement is the model's first).
             metrics: metrics of the training loop. A value that is absent or not finite leaves the last known one valid.
             step: optimizer step of the measurement.
+            evidence: on layers that were suspects; a text says why one could not be examined.
         """
         readings = validation.several("readings", readings, Reading)
         validation.instance("metrics", metrics, Mapping, hint="metric name -> number")
         step = validation.whole("step", step, 0)
         for reading in readings:
-            self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
+            layer = self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
+            layer.take_evidence((evidence or {}).get(reading.layer), self._recheck)
         self._append_metric(metrics)
         findings = (self._follow(reading, step) for reading in readings)
         return tuple(finding for finding in findings if finding is not None)
@@ -135,11 +171,10 @@ class Tracker:
         verdict = judge(reading, context, self.config, self._rules)
         if verdict is None:
             return None
-        previous = layer.condition
         patience = self.config.patience if verdict.patience is None else verdict.patience
-        if not layer.settles_on(verdict, patience):
-            return None
-        if not any(CONDITION_INFO[condition].needs_attention for condition in (previous, verdict.condition)):
+        verdict = self._supported(verdict, reading, layer, patience)
+        previous = layer.condition
+        if not layer.settles_on(verdict, patience) or {previous, verdict.condition} <= {"unknown", "healthy"}:
             return None
         return Finding(
             step=step,
@@ -151,7 +186,28 @@ class Tracker:
             utilization_ratio=reading.utilization_ratio,
             retention_ratio=reading.retention_ratio,
             metric=self._metrics[-1] if self._metrics else None,
+            evidence=layer.evidence if verdict.condition in ("collapsed", "forgets_by_choice") else None,
         )
+
+    def _supported(self, verdict: Verdict, reading: Reading, layer: _Layer, patience: int) -> Verdict:
+        """Return the verdict as far as evidence supports it. Only a new collapse of a layer with a decay needs any."""
+        layer.is_suspect = False
+        proposed, name = verdict.suspected or verdict.condition, reading.layer
+        needs_evidence = name in self._examined and reading.retention_ratio is not None
+        if proposed != "collapsed" or layer.condition == "collapsed" or not needs_evidence:
+            return verdict
+        found = layer.evidence if layer.evidence_age <= self._recheck else None
+        if found is not None:
+            return layer.weighs(verdict, found)
+        why_not = self._examined[name] or layer.obstacle
+        if not why_not:
+            # One measurement ahead, so that the evidence is there when the streak is complete.
+            layer.is_suspect = verdict.suspected is None and layer.streak_of("collapsed") + 1 >= patience - 1
+            return replace(verdict, suspected="collapsed")
+        if self._metrics:
+            return replace(verdict, reason=f"{verdict.reason}; batches could not be run again ({why_not})")
+        layer.report_unexamined(name, verdict.reason, why_not)
+        return Verdict("unknown", f"{verdict.reason}; without evidence ({why_not}) nothing is said")
 
 
 class _Layer:
@@ -162,6 +218,52 @@ class _Layer:
         self.candidate: Condition = "unknown"
         self.streak = 0
         self.utilizations: deque[float] = deque(maxlen=window)
+        self.evidence: Evidence | None = None
+        self.evidence_age = 0
+        """Measurements since the evidence, or since the obstacle."""
+        self.obstacle = ""
+        """Why the layer could not be examined when it was asked."""
+        self.is_suspect = False
+        self._is_reported = False
+
+    def take_evidence(self, found: Evidence | str | None, recheck: int) -> None:
+        """Note what was found on the layer, or why nothing was, at a measurement."""
+        self.evidence_age += 1
+        if isinstance(found, str):
+            self.obstacle, self.evidence_age = found, 0
+        elif found is not None:
+            self.evidence, self.obstacle, self.evidence_age = found, "", 0
+        elif self.evidence_age > recheck:
+            self.obstacle = ""
+
+    def weighs(self, verdict: Verdict, found: Evidence) -> Verdict:
+        """Return what the evidence makes of a verdict of collapsed. The readings so far count for it."""
+        if found.outcome in ("loud", "silent"):
+            return replace(verdict, reason=f"{verdict.reason}; {found.reason}")
+        if found.outcome == "by_choice":
+            advice = "nothing to do: this task needs little memory, or another layer has it"
+            weighed = Verdict("forgets_by_choice", f"{verdict.reason}, but {found.reason}", advice)
+        else:
+            weighed = Verdict("unknown", f"{verdict.reason}, but {found.reason}")
+        if self.candidate == "collapsed":
+            self.candidate = weighed.condition
+        return weighed
+
+    def streak_of(self, condition: Condition) -> int:
+        """Return how many readings in a row have spoken for a condition that the layer is not in."""
+        return self.streak if self.candidate == condition else 0
+
+    def report_unexamined(self, name: str, reason: str, why_not: str) -> None:
+        """Log once that a layer might have collapsed."""
+        if not self._is_reported:
+            logger.warning(
+                "ess_monitor: layer %s might have collapsed (%s), and there is no evidence: %s. It is not called "
+                "collapsed. Give Monitor.step a replay=, or give the diagnosis a task metric.",
+                layer_title(name),
+                reason,
+                why_not,
+            )
+        self._is_reported = True
 
     def settles_on(self, verdict: Verdict, patience: int) -> bool:
         """Count one reading for what it shows, and return whether the layer's condition changes with it."""
@@ -183,6 +285,10 @@ class _Layer:
             candidate=self.candidate,
             streak=self.streak,
             utilizations=list(self.utilizations),
+            evidence=self.evidence,
+            evidence_age=self.evidence_age,
+            obstacle=self.obstacle,
+            is_suspect=self.is_suspect,
         )
 
     @classmethod
@@ -190,6 +296,8 @@ class _Layer:
         layer = cls(window)
         layer.condition, layer.candidate, layer.streak = state.condition, state.candidate, state.streak
         layer.utilizations.extend(state.utilizations)
+        layer.evidence, layer.evidence_age = state.evidence, state.evidence_age
+        layer.obstacle, layer.is_suspect = state.obstacle, state.is_suspect
         return layer
 
 
@@ -203,6 +311,10 @@ class _LayerState(_DiagnosisState):
     candidate: Condition
     streak: int = Field(ge=0, le=2**63 - 1)
     utilizations: list[float]
+    evidence: Evidence | None = None
+    evidence_age: int = Field(default=0, ge=0, le=2**63 - 1)
+    obstacle: str = ""
+    is_suspect: bool = False
 
 
 class TrackerState(_DiagnosisState):

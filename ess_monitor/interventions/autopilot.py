@@ -50,6 +50,8 @@ class Observation:
     """Why a layer's condition has just changed, for those whose has."""
     loss: float | None
     optimizer: Optimizers
+    not_treatable: Mapping[str, str]
+    """Why a collapsed layer must not be treated, for those where the evidence is not enough."""
 
 
 class Autopilot:
@@ -110,6 +112,7 @@ class Autopilot:
         *,
         loss_broken: bool = False,
         optimizer: Optimizers = None,
+        not_treatable: Mapping[str, str] | None = None,
     ) -> tuple[Action, ...]:
         """Answer one measurement.
 
@@ -121,13 +124,14 @@ class Autopilot:
             metrics: of the training loop; the loss is looked up by `config.loss`.
             loss_broken: True when the loss was seen not to be finite.
             optimizer: whose moments are reset with a rescaled parameter.
+            not_treatable: collapsed layers that get advice only, and why.
         """
         if self.config.mode == "off":
             return ()
         usable = {reading.layer: reading for reading in readings if reading.status == "ok"}
         reasons = {finding.layer: finding.reason for finding in findings}
         loss = (metrics or {}).get(self.config.loss)
-        seen = Observation(step, usable, conditions, reasons, loss, optimizer)
+        seen = Observation(step, usable, conditions, reasons, loss, optimizer, not_treatable or {})
         loss_broken = loss_broken or (loss is not None and not math.isfinite(loss))
         for name, condition in conditions.items():
             if condition != "collapsed":
@@ -280,9 +284,10 @@ class Autopilot:
         if obstacle:
             return advise("rejected", obstacle)
         strength = remedy.strengths(self.config)[0]
-        if self.config.mode == "advise":
+        withheld = seen.not_treatable.get(layer.name, "")
+        if self.config.mode == "advise" or withheld:
             message = f"mode auto would apply {remedy.name} at {strength:g} here"
-            return advise("dry_run", message, remedy.name, strength)
+            return advise("dry_run", f"{message}, but {withheld}" if withheld else message, remedy.name, strength)
         if self.budget_remaining == 0:
             return advise("rejected", "the run's action budget is spent; raise autopilot.budget")
         self._spent += 1

@@ -7,11 +7,22 @@ from typing import Any
 
 from ess_monitor.diagnosis import Tracker
 from ess_monitor.errors import CheckpointError
+from ess_monitor.evidence import weigh
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale
 from ess_monitor.pipeline.context import RunContext
-from ess_monitor.records import MEASURED, Action, Condition, Finding, Measurement, Outcome, Reading, SampleResult
+from ess_monitor.records import (
+    MEASURED,
+    Action,
+    Condition,
+    Evidence,
+    Finding,
+    Measurement,
+    Outcome,
+    Reading,
+    SampleResult,
+)
 
 _KEPT = 1000
 """Findings and actions that are remembered."""
@@ -26,10 +37,17 @@ class ResultHandler:
         context: of the run.
         grad_scale: what the loss is multiplied with before backward.
         export: takes each measurement to the sinks.
+        obstacles: layers that cannot be examined by running batches again, and why.
     """
 
-    def __init__(self, context: RunContext, grad_scale: GradScale, export: Callable[[Measurement], None]) -> None:
-        config = context.config.diagnosis
+    def __init__(
+        self,
+        context: RunContext,
+        grad_scale: GradScale,
+        export: Callable[[Measurement], None],
+        obstacles: Mapping[str, str],
+    ) -> None:
+        config, evidence = context.config.diagnosis, context.config.evidence
         self.readings: dict[str, Reading] = {}
         """Latest reading of every layer."""
         self.findings: tuple[Finding, ...] = ()
@@ -42,7 +60,12 @@ class ResultHandler:
             on_failure=context.guards["intervention"].count,
         )
         self._context, self._guards = context, context.guards
-        self._tracker = Tracker(config)
+        examined = context.layer_names if evidence.enabled else ()
+        self._tracker = Tracker(
+            config,
+            examined={name: obstacles.get(name, "") for name in examined},
+            recheck_measurements=evidence.recheck_measurements,
+        )
         self._export_to_sinks = export
         quiet = () if config.judge_uninformative else (layer for layer in context.layers if layer.spec.uninformative)
         self._undiagnosed = frozenset(layer.name for layer in quiet)
@@ -53,6 +76,11 @@ class ResultHandler:
         """Condition of every layer."""
         known = self._tracker.conditions
         return {name: known.get(name, "unknown") for name in self._context.layer_names}
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """Layers for which evidence is wanted."""
+        return self._tracker.suspects
 
     def handle(self, result: SampleResult, step: int, optimizer: Optimizers, *, may_act: bool) -> None:
         """Draw all consequences of one sample.
@@ -119,7 +147,7 @@ class ResultHandler:
         if self._guards["diagnosis"].open:
             with self._guards["diagnosis"]:
                 diagnosed = [reading for reading in result.readings if reading.layer not in self._undiagnosed]
-                findings = self._tracker.observe(diagnosed, result.metrics, result.step)
+                findings = self._tracker.observe(diagnosed, result.metrics, result.step, self._weigh(result))
         self.readings.update({reading.layer: reading for reading in result.readings})
         self.findings = (*self.findings, *findings)[-_KEPT:]
         outcome: Outcome = "failed" if result.readings else "skipped"
@@ -127,6 +155,27 @@ class ResultHandler:
             outcome = "ok"
         self._context.counters.measured(outcome, result.readings, findings, self.conditions)
         return findings
+
+    def _weigh(self, result: SampleResult) -> dict[str, Evidence | str]:
+        config, far = self._context.config.evidence, {r.layer: r.far_share_ratio for r in result.readings}
+        nothing = "none of the batches of the last steps could be run again, on any rank; the log has the reason"
+        return {
+            layer: weigh(layer, result.step, sums, config, far.get(layer)) if sums.batches else nothing
+            for layer, sums in result.changes.items()
+        }
+
+    def _not_treatable(self) -> dict[str, str]:
+        """Return for each collapsed layer that must not be treated the reason why."""
+        if not self._context.config.evidence.enabled:
+            return {}
+        found = self._tracker.evidence
+        reasons = {}
+        for name, condition in self.conditions.items():
+            evidence = found.get(name)
+            if condition == "collapsed" and (evidence is None or evidence.basis != "loss"):
+                compared = "there is no evidence" if evidence is None else "the evidence compares outputs"
+                reasons[name] = f"{compared}, and only the loss allows a treatment; give Monitor.step a replay="
+        return reasons
 
     def _intervene(
         self, result: SampleResult, findings: tuple[Finding, ...], step: int, optimizer: Optimizers, may_act: bool
@@ -141,6 +190,7 @@ class ResultHandler:
                     findings,
                     result.metrics,
                     loss_broken=self.autopilot.config.loss in result.nonfinite,
+                    not_treatable=self._not_treatable(),
                     optimizer=optimizer,
                 )
         self.actions = (*self.actions, *actions)[-_KEPT:]

@@ -1,0 +1,96 @@
+"""Run a batch again with another decay of one layer, and compare: what would the loss be if it remembered more?
+
+A^0.5 and A^0.1 remember more, A = 0 nothing. All four forward passes of a batch begin with the same random generators
+and buffers, so that dropout and batch statistics are the same in each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ess_monitor.capture import Layer
+from ess_monitor.capture.decay_power import decay_raised
+from ess_monitor.errors import CaptureError
+from ess_monitor.evidence.call_recorder import kl_divergence, logits_of, loss_of
+from ess_monitor.evidence.undisturbed import undisturbed
+from ess_monitor.records import Changes
+
+POWERS = (0.5, 0.1, math.inf)
+"""Of A in the passes that are compared with the present one: those of `m50`, `m90` and `cut`."""
+
+Replay = Callable[[], Any]
+"""Runs a batch again: returns its loss, or the model's output."""
+
+
+def changes_of_batch(
+    model: nn.Module, layers: Iterable[Layer], replay: Replay, *, gives_loss: bool, alone: bool = False
+) -> Iterator[tuple[str, Changes]]:
+    """Run one batch again with another decay of each of `layers` in turn. The training is left as it was, bit for bit.
+
+    Args:
+        model: the watched model.
+        layers: those whose decay is changed, one at a time: three forward passes each, and one for all.
+        replay: runs the batch.
+        gives_loss: whether it returns the loss. Otherwise the loss is looked for in the model's output, and outputs
+            are compared where they have none.
+        alone: whether the other ranks of the run do not replay; collectives of wrappers are then left out.
+
+    Yields:
+        Each layer's name, and the changes of this batch. Those before one that fails count.
+
+    Raises:
+        CaptureError: the replay gives neither a loss nor outputs, gives numbers that are not finite, or does not call
+            the layer.
+    """
+    with undisturbed(model, alone=alone) as state:
+        state.rewind()
+        base = _Outcome(replay(), gives_loss)
+        for layer in layers:
+            moved = []
+            for power in POWERS:
+                state.rewind()
+                with decay_raised(layer, power) as raised:
+                    outcome = _Outcome(replay(), gives_loss)
+                if raised.calls == 0:
+                    raise CaptureError(f"layer {layer.name} was not called when a batch was run again")
+                moved.append(base.change_to(outcome))
+            m50, m90, cut = torch.stack(moved).tolist()
+            level = 0.0 if base.loss is None else float(base.loss)
+            if not all(map(math.isfinite, (level, m50, m90, cut))):
+                raise CaptureError(f"layer {layer.name}: the loss of a batch that was run again is not finite")
+            yield layer.name, Changes(1, level, m50, m90, cut, m50 * m50, by_kl=base.loss is None)
+
+
+class _Outcome:
+    """Holds what one pass gave."""
+
+    def __init__(self, given: Any, gives_loss: bool) -> None:
+        self.loss = _scalar(given) if gives_loss else loss_of(given)
+        self.logits = None
+        if self.loss is None:
+            self.logits = logits_of(given)
+            if self.logits is None:
+                raise CaptureError(f"replay: {type(given).__name__} is neither a loss nor the model's outputs")
+            self.logits = self.logits.detach()
+
+    def change_to(self, other: _Outcome) -> torch.Tensor:
+        if self.loss is not None and other.loss is not None:
+            return (other.loss.detach().double() - self.loss.detach().double()).reshape(())
+        if self.logits is None or other.logits is None:
+            raise CaptureError("replay: it gave a loss once and outputs another time")
+        return kl_divergence(self.logits, other.logits).double().reshape(())
+
+
+def _scalar(given: Any) -> torch.Tensor:
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        return torch.tensor(float(given), dtype=torch.float64)
+    if isinstance(given, torch.Tensor) and given.numel() == 1 and not given.is_complex():
+        return given
+    raise CaptureError(
+        f"replay: it returned {type(given).__name__}; a closure returns the loss of the batch, one real number"
+    )
