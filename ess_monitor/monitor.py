@@ -177,7 +177,7 @@ class Monitor(RunSampling):
         self._optimizer = optimizer
         self._context.count_step(self._step, self._last_call - before)
         self._collect(metrics)
-        if self._replays.due:
+        if self._replays.due(self._step):
             self._replays.collect(replay)
         if self._schedule.due(self._step):
             with self._context.guards["worker"]:
@@ -214,12 +214,12 @@ class Monitor(RunSampling):
         self._results.load_state_dict(checked)  # checks its parts, and may still refuse
         self._context.load_state_dict(checked)
         self._schedule.load_state_dict(checked)
-        self._replays.load_state_dict(checked)
         self._step, self._trigger.turn = checked["step"], checked["turn"]
+        self._replays.load_state_dict(checked, *self._results.examinations(self._step))
         self._trigger.forget()  # of a monitor that runs already: that sample was due in the run before
         self._arm_if_due()
 
     def _handle(self, results: list[SampleResult]) -> None:
         for result in results:
             self._results.handle(result, self._step, self._optimizer, may_act=self._schedule.may_act)
-            self._replays.ask(self._results.suspects)
+            self._replays.ask(*self._results.examinations(self._step))

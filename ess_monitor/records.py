@@ -364,6 +364,12 @@ class Snapshot(Record):
     """Of the monitor itself. Empty in logs of before it was written."""
 
 
+ChangeKind = Literal["loss", "outputs", "trial"]
+"""What changes are of. loss, outputs: of these, with another decay. trial: of the loss, with the gate from before a
+treatment; only `m50` is used."""
+CHANGE_KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
+
+
 class Changes(NamedTuple):
     """Holds sums over batches that were run again with another decay of one layer; the terms of `Evidence`."""
 
@@ -375,8 +381,7 @@ class Changes(NamedTuple):
     cut: float = 0.0
     m50_squared: float = 0.0
     """Sum of the squares of each batch's `m50`."""
-    by_kl: bool = False
-    """True where outputs were compared, as there was no loss."""
+    kind: ChangeKind = "loss"
 
 
 @dataclass(frozen=True)

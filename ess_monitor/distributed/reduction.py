@@ -13,7 +13,7 @@ import math
 import zlib
 from collections.abc import Iterable, Sequence
 
-from ess_monitor.records import Changes, Reading, SampleResult
+from ess_monitor.records import CHANGE_KINDS, Changes, Reading, SampleResult
 
 _QUANTITIES = (
     "state_capacity",
@@ -72,7 +72,8 @@ class RankReduction:
             quantities = (getattr(measured.get(name), quantity, None) for quantity in _QUANTITIES)
             values += [math.nan if value is None else float(value) for value in quantities]
             values.append(float(name in nonfinite))
-            values += map(float, sample.changes.get(name, _NO_CHANGES))
+            changes = sample.changes.get(name)
+            values += _NO_CHANGES if changes is None else (*map(float, changes[:-1]), CHANGE_KINDS.index(changes.kind))
         return values
 
     def reduce(self, encoded: Sequence[Sequence[float]]) -> list[float]:
@@ -116,10 +117,10 @@ class RankReduction:
         readings, changes = [], {}
         for k, name in enumerate(self._layers):
             block = values[self._start + k * _REDUCED_WIDTH : self._start + (k + 1) * _REDUCED_WIDTH]
-            *block, by_kl = block
+            *block, kind = block
             numbers, (batches, *sums) = block[: 1 - _SUMS], block[1 - _SUMS :]
             if not math.isnan(batches):
-                changes[name] = Changes(int(batches), *sums, by_kl=bool(by_kl))
+                changes[name] = Changes(int(batches), *sums, kind=CHANGE_KINDS[int(kind)])
             reading = _agreed_reading(sample.step, name, local.get(name), numbers)
             if reading is not None:
                 readings.append(reading)
@@ -140,18 +141,17 @@ def mean_of_present(column: Sequence[float]) -> float:
 def summed_changes(ranks: Iterable[Sequence[float]]) -> list[float]:
     """Return the sums of `Changes` over the ranks that have them; NaN where none has.
 
-    Where some ranks compared losses, only those count.
+    Where they are of several kinds, the first of `CHANGE_KINDS` counts: the loss before outputs.
 
     >>> summed_changes([(2, 4.0, 0.5, 1.0, 2.0, 0.25, 0.0), (2, 6.0, 0.5, 1.0, 2.0, 0.25, 0.0), _NO_CHANGES])
     [4.0, 10.0, 1.0, 2.0, 4.0, 0.5, 0.0]
     """
     present = [numbers for numbers in ranks if not math.isnan(numbers[0])]
-    by_loss = [numbers for numbers in present if numbers[0] and not numbers[-1]]
-    counted = by_loss or present
-    if not counted:
+    if not present:
         return list(_NO_CHANGES)
-    *sums, by_kl = zip(*counted, strict=True)
-    return [*map(math.fsum, sums), max(by_kl)]
+    kind = min((numbers[-1] for numbers in present if numbers[0]), default=present[0][-1])
+    *sums, _ = zip(*(numbers for numbers in present if numbers[-1] == kind), strict=True)
+    return [*map(math.fsum, sums), kind]
 
 
 def _agreed_reading(step: int, name: str, local: Reading | None, block: Sequence[float]) -> Reading | None:

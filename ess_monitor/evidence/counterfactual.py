@@ -1,13 +1,15 @@
-"""Run a batch again with another decay of one layer, and compare: what would the loss be if it remembered more?
+"""Run a batch again with something else in a layer, and compare: what would the loss be if it remembered more?
 
-A^0.5 and A^0.1 remember more, A = 0 nothing. All four forward passes of a batch begin with the same random generators
-and buffers, so that dropout and batch statistics are the same in each.
+A^0.5 and A^0.1 remember more, A = 0 nothing; a gate from before a treatment remembers as it did. All forward passes of a
+batch begin with the same random generators and buffers, so that dropout and batch statistics are the same in each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,23 +20,35 @@ from ess_monitor.capture.decay_power import decay_raised
 from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.call_recorder import kl_divergence, logits_of, loss_of
 from ess_monitor.evidence.undisturbed import undisturbed
-from ess_monitor.records import Changes
+from ess_monitor.records import ChangeKind, Changes
 
 POWERS = (0.5, 0.1, math.inf)
 """Of A in the passes that are compared with the present one: those of `m50`, `m90` and `cut`."""
 
 Replay = Callable[[], Any]
 """Runs a batch again: returns its loss, or the model's output."""
+Alternative = Callable[[], AbstractContextManager[object]]
+"""Puts something else into a layer, for the time of a with-block."""
+
+
+def other_decays(layer: Layer) -> tuple[Alternative, ...]:
+    """Return what puts each of `POWERS` of A in the place of A."""
+    return tuple(partial(_with_power, layer, power) for power in POWERS)
 
 
 def changes_of_batch(
-    model: nn.Module, layers: Iterable[Layer], replay: Replay, *, gives_loss: bool, alone: bool = False
+    model: nn.Module,
+    alternatives: Mapping[str, Sequence[Alternative]],
+    replay: Replay,
+    *,
+    gives_loss: bool,
+    alone: bool = False,
 ) -> Iterator[tuple[str, Changes]]:
-    """Run one batch again with another decay of each of `layers` in turn. The training is left as it was, bit for bit.
+    """Run one batch again, as it is and with each of the alternatives. The training is left as it was, bit for bit.
 
     Args:
         model: the watched model.
-        layers: those whose decay is changed, one at a time: three forward passes each, and one for all.
+        alternatives: by layer, those of `other_decays`, or a single one (of a trial).
         replay: runs the batch.
         gives_loss: whether it returns the loss. Otherwise the loss is looked for in the model's output, and outputs
             are compared where they have none.
@@ -50,20 +64,27 @@ def changes_of_batch(
     with undisturbed(model, alone=alone) as state:
         state.rewind()
         base = _Outcome(replay(), gives_loss)
-        for layer in layers:
+        for name, others in alternatives.items():
             moved = []
-            for power in POWERS:
+            for other in others:
                 state.rewind()
-                with decay_raised(layer, power) as raised:
+                with other():
                     outcome = _Outcome(replay(), gives_loss)
-                if raised.calls == 0:
-                    raise CaptureError(f"layer {layer.name} was not called when a batch was run again")
                 moved.append(base.change_to(outcome))
-            m50, m90, cut = torch.stack(moved).tolist()
+            m50, m90, cut = (*torch.stack(moved).tolist(), 0.0, 0.0)[:3]
             level = 0.0 if base.loss is None else float(base.loss)
             if not all(map(math.isfinite, (level, m50, m90, cut))):
-                raise CaptureError(f"layer {layer.name}: the loss of a batch that was run again is not finite")
-            yield layer.name, Changes(1, level, m50, m90, cut, m50 * m50, by_kl=base.loss is None)
+                raise CaptureError(f"layer {name}: the loss of a batch that was run again is not finite")
+            kind: ChangeKind = "outputs" if base.loss is None else "trial" if len(others) == 1 else "loss"
+            yield name, Changes(1, level, m50, m90, cut, m50 * m50, kind)
+
+
+@contextmanager
+def _with_power(layer: Layer, power: float) -> Iterator[None]:
+    with decay_raised(layer, power) as raised:
+        yield
+    if raised.calls == 0:
+        raise CaptureError(f"layer {layer.name} was not called when a batch was run again")
 
 
 class _Outcome:

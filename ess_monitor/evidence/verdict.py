@@ -17,16 +17,16 @@ def add_changes(one: Changes, other: Changes) -> Changes:
     """Return the sums over the batches of both.
 
     Raises:
-        ValueError: one compares losses, the other outputs.
+        ValueError: they are of two kinds.
 
     Example:
         >>> add_changes(Changes(1, 2.0, 0.5, 1.0, 4.0, 0.25), Changes(1, 3.0, 0.5, 1.0, 4.0, 0.25)).base
         5.0
     """
-    if one.batches and other.batches and one.by_kl != other.by_kl:
-        raise ValueError("changes of the loss and of the outputs do not add up")
+    if one.batches and other.batches and one.kind != other.kind:
+        raise ValueError(f"changes of {one.kind} and {other.kind} do not add up")
     sums = (a + b for a, b in zip(one[:-1], other[:-1], strict=True))
-    return Changes(*sums, by_kl=one.by_kl or other.by_kl)  # type: ignore[arg-type]
+    return Changes(*sums, kind=other.kind if other.batches else one.kind)  # type: ignore[arg-type]
 
 
 def weigh(
@@ -51,13 +51,14 @@ def weigh(
     count = changes.batches
     base, m50, m90, cut = (total / count for total in (changes.base, changes.m50, changes.m90, changes.cut))
     variance = max(0.0, changes.m50_squared / count - m50 * m50)
-    outcome, reason = (_by_kl if changes.by_kl else _by_loss)(config, base, m50, m90, cut)
+    is_kl = changes.kind == "outputs"
+    outcome, reason = (_by_kl if is_kl else _by_loss)(config, base, m50, m90, cut)
     return Evidence(
         step=step,
         layer=layer,
-        basis="kl" if changes.by_kl else "loss",
+        basis="kl" if is_kl else "loss",
         batches=count,
-        base=None if changes.by_kl else base,
+        base=None if is_kl else base,
         m50=m50,
         m90=m90,
         cut=cut,

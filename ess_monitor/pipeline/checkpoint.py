@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.errors import CheckpointError
-from ess_monitor.records import ActionKind, ActionOutcome, Changes, Condition, Outcome, Reading, SampleResult
+from ess_monitor.records import (
+    ActionKind,
+    ActionOutcome,
+    ChangeKind,
+    Changes,
+    Condition,
+    Outcome,
+    Reading,
+    SampleResult,
+)
 
 STATE_VERSION = 1
 """Version of `Monitor.state_dict`; raised when a field changes its meaning or disappears."""
@@ -56,11 +65,12 @@ class _ChangesState(_StatePart):
     m90: FiniteFloat
     cut: FiniteFloat
     m50_squared: FiniteFloat
-    by_kl: bool
+    kind: ChangeKind
 
 
 class _ReplaysState(_StatePart):
     left: _Count = 0
+    begins_at: _Count = 0
     sums: dict[str, _ChangesState] = {}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ess_monitor.diagnosis import Tracker
 from ess_monitor.errors import CheckpointError
 from ess_monitor.evidence import weigh
+from ess_monitor.evidence.counterfactual import Alternative
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale
@@ -77,10 +78,14 @@ class ResultHandler:
         known = self._tracker.conditions
         return {name: known.get(name, "unknown") for name in self._context.layer_names}
 
-    @property
-    def suspects(self) -> tuple[str, ...]:
-        """Layers for which evidence is wanted."""
-        return self._tracker.suspects
+    def examinations(self, step: int) -> tuple[tuple[str, ...], dict[str, Alternative], int]:
+        """Return what is to be learned from batches that are run again: the arguments of `Replays.ask`."""
+        within = self._context.cadence.interval_steps // 2
+        comparisons = self.autopilot.comparisons(step, within)
+        delay = max((delay for delay, _ in comparisons.values()), default=0)
+        trials = {name: trial for name, (_, trial) in comparisons.items()}
+        suspects = tuple(name for name in self._tracker.suspects if name not in trials)
+        return suspects, trials, step + 1 + delay
 
     def handle(self, result: SampleResult, step: int, optimizer: Optimizers, *, may_act: bool) -> None:
         """Draw all consequences of one sample.
@@ -162,20 +167,8 @@ class ResultHandler:
         return {
             layer: weigh(layer, result.step, sums, config, far.get(layer)) if sums.batches else nothing
             for layer, sums in result.changes.items()
+            if sums.kind != "trial"
         }
-
-    def _not_treatable(self) -> dict[str, str]:
-        """Return for each collapsed layer that must not be treated the reason why."""
-        if not self._context.config.evidence.enabled:
-            return {}
-        found = self._tracker.evidence
-        reasons = {}
-        for name, condition in self.conditions.items():
-            evidence = found.get(name)
-            if condition == "collapsed" and (evidence is None or evidence.basis != "loss"):
-                compared = "there is no evidence" if evidence is None else "the evidence compares outputs"
-                reasons[name] = f"{compared}, and only the loss allows a treatment; give Monitor.step a replay="
-        return reasons
 
     def _intervene(
         self, result: SampleResult, findings: tuple[Finding, ...], step: int, optimizer: Optimizers, may_act: bool
@@ -190,7 +183,8 @@ class ResultHandler:
                     findings,
                     result.metrics,
                     loss_broken=self.autopilot.config.loss in result.nonfinite,
-                    not_treatable=self._not_treatable(),
+                    evidence=self._tracker.evidence if self._context.config.evidence.enabled else None,
+                    comparisons={layer: sums for layer, sums in result.changes.items() if sums.kind == "trial"},
                     optimizer=optimizer,
                 )
         self.actions = (*self.actions, *actions)[-_KEPT:]

@@ -71,7 +71,7 @@ class RunView:
     @property
     def replay_due(self) -> bool:
         """True while batches are run again: `step` is then to be given a `replay`, if the loop has one."""
-        return self._running and self._replays.due
+        return self._running and self._replays.due(self._step + 1)
 
     @property
     def armed(self) -> bool:
