@@ -27,6 +27,8 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # the sweep sends no data to anyone
 
+from functools import partial
+
 import ray
 from rich.console import Console
 from rich.table import Table
@@ -92,6 +94,10 @@ def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
         run_name=run["run_id"],
     )
     batches = data(run["steps"] * BATCH, run["seed"])
+
+    def batch_loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return loss(model(inputs), targets)
+
     with Monitor(model, settings) as monitor:
         for step in range(run["steps"]):
             inputs, targets = batches.batch(range(BATCH * step, BATCH * (step + 1)))
@@ -101,7 +107,7 @@ def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
             value.backward()
             optimizer.step()
             metrics = {"loss": value, "accuracy": accuracy(logits, targets)} if monitor.armed else None
-            monitor.step(metrics, optimizer=optimizer)
+            monitor.step(metrics, optimizer=optimizer, replay=partial(batch_loss, inputs, targets))
         readings = monitor.flush()
         conditions = monitor.conditions
         overhead = monitor.overhead_ratio

@@ -1,7 +1,7 @@
 """Run a batch again with something else in a layer, and compare: what would the loss be if it remembered more?
 
-A^0.5 and A^0.1 remember more, A = 0 nothing; a gate from before a treatment remembers as it did. All forward passes of a
-batch begin with the same random generators and buffers, so that dropout and batch statistics are the same in each.
+A^0.5 and A^0.1 remember more, A = 0 nothing; a gate from before a treatment remembers as it did. All forward passes of
+a batch begin with the same random generators and buffers, so that dropout and batch statistics are the same in each.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ steps. A collapsed one shows no difference for some hundred steps and a large on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -42,6 +42,8 @@ class Replays:
         self._begins_at = self._left = 0
         """From which step on batches are run again, and how many are left."""
         hindered = why_not_alone(model) if alone() else ""
+        if context.config.autopilot.mode == "off":
+            hindered = 'with autopilot.mode "off" no batch is run again'
         reasons = {name: hindered or can_raise(layer) for name, layer in self._layers.items()}
         self.obstacles = {name: reason for name, reason in reasons.items() if reason}
         """Why there can be no evidence, for layers that cannot be examined at all."""
