@@ -18,8 +18,8 @@ from torch import nn
 from ess_monitor.capture import Layer
 from ess_monitor.capture.decay_power import decay_raised
 from ess_monitor.errors import CaptureError
-from ess_monitor.evidence.call_recorder import kl_divergence, logits_of, loss_of
-from ess_monitor.evidence.undisturbed import undisturbed
+from ess_monitor.evidence.outputs import kl_divergence, logits_of, loss_of
+from ess_monitor.evidence.undisturbed import Undisturbed
 from ess_monitor.records import ChangeKind, Changes
 
 POWERS = (0.5, 0.1, math.inf)
@@ -61,7 +61,7 @@ def changes_of_batch(
         CaptureError: the replay gives neither a loss nor outputs, gives numbers that are not finite, or does not call
             the layer.
     """
-    with undisturbed(model, alone=alone) as state:
+    with Undisturbed(model, alone=alone) as state:
         state.rewind()
         base = _Outcome(replay(), gives_loss)
         for name, others in alternatives.items():
@@ -83,8 +83,8 @@ def changes_of_batch(
 def _with_power(layer: Layer, power: float) -> Iterator[None]:
     with decay_raised(layer, power) as raised:
         yield
-    if raised.calls == 0:
-        raise CaptureError(f"layer {layer.name} was not called when a batch was run again")
+    if raised.calls == 0 or raised.unchanged:
+        raise CaptureError(f"layer {layer.name}: a batch that was run again did not call it with another decay")
 
 
 class _Outcome:
