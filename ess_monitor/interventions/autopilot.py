@@ -12,30 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from ess_monitor import validation
 from ess_monitor.capture import Layer
 from ess_monitor.errors import CheckpointError, ConfigError, format_error
 from ess_monitor.interventions.alpha import Optimizers
+from ess_monitor.interventions.autopilot_state import AnswerSettings, AutopilotState
 from ess_monitor.interventions.config import AutopilotConfig
 from ess_monitor.interventions.remedies import REMEDIES, choose_remedy
 from ess_monitor.interventions.remedy import GradScale, OnFailure, Remedy
-from ess_monitor.interventions.treatment import Treatment, TreatmentState
+from ess_monitor.interventions.treatment import Treatment
 from ess_monitor.records import Action, ActionKind, ActionOutcome, Condition, Finding, Reading
 
 _STATE_VERSION = 1
-
-
-class AutopilotState(BaseModel):
-    """Validates `Autopilot.state_dict`."""
-
-    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
-
-    spent: int = Field(ge=0, le=2**63 - 1)
-    given_up: list[str]
-    advised_layers: dict[str, bool] = Field(alias="told")
-    treatments: list[TreatmentState]
 
 
 @dataclass(frozen=True)
@@ -241,13 +231,24 @@ class Autopilot:
             reading = seen.readings.get(name)
             if name in self._treatments or name in self._given_up or reading is None:
                 continue
-            blamed_before = self._advised_layers.get(name)
-            if blamed_before is not None and (blamed_before or not self._to_blame(reading)):
-                continue  # advice is not repeated until the decay becomes the cause
+            if name in self._advised_layers and not self._is_outdated(self._advised_layers[name], name, reading):
+                continue  # advice is not repeated
             if self.config.mode == "auto" and len(self._treatments) >= self.config.max_layers:
                 break
             actions.append(self._answer(seen, self._layers[name], reading))
         return actions
+
+    def _is_outdated(self, blamed_before: bool, name: str, reading: Reading) -> bool:
+        """Return whether the advice on a layer no longer says why it is not treated.
+
+        The decay has become the cause; or it was already, and what kept mode auto from acting (another mode, a spent
+        budget, an obstacle) was left behind with the run that was resumed from.
+        """
+        if not self._to_blame(reading):
+            return False
+        remedy = choose_remedy(self._layers[name], self._remedies.values())
+        may_act = self.config.mode == "auto" and self.budget_remaining > 0
+        return not blamed_before or (may_act and remedy is not None and not remedy.obstacle(self._layers[name]))
 
     def _answer(self, seen: Observation, layer: Layer, reading: Reading) -> Action:
         finding = seen.reasons.get(layer.name, "collapsed")
@@ -310,6 +311,7 @@ class Autopilot:
             "spent": self._spent,
             "given_up": sorted(self._given_up),
             "told": dict(self._advised_layers),
+            "settings": AnswerSettings.of(self.config).model_dump(mode="json"),
             "treatments": [treatment.state_dict() for treatment in self._treatments.values()],
         }
 
@@ -317,6 +319,8 @@ class Autopilot:
         """Go on from `state_dict`; active regularizers are attached again.
 
         In a mode other than auto treatments end here: nothing is attached, and a rescaled alpha stays what it is.
+        Advice is forgotten where a setting that it rests on has changed since, and a layer that was given up is tried
+        again under another ladder or budget.
 
         Raises:
             CheckpointError: another version, or a treated layer that the model does not have in this form. The
@@ -352,7 +356,8 @@ class Autopilot:
             )
         self.close()
         self._spent = parsed.spent
-        self._given_up, self._advised_layers = set(parsed.given_up), dict(parsed.advised_layers)
+        settings = AnswerSettings.of(self.config)
+        self._given_up, self._advised_layers = parsed.given_up_under(settings), dict(parsed.advised_under(settings))
         self._treatments = {
             t.layer: Treatment.from_state(self._make(remedy, layers[t.layer]), t, remedy_state)
             for remedy, t, remedy_state in treated

@@ -212,7 +212,7 @@ def test_the_keys_of_state_version_1_are_what_they_were(featurizer: str) -> None
     run = Run(featurizer)
     run.measure(COLLAPSED)
     state = run.pilot.state_dict()
-    assert list(state) == ["version", "spent", "given_up", "told", "treatments"]
+    assert list(state) == ["version", "spent", "given_up", "told", "settings", "treatments"]
     [treated] = state["treatments"]
     assert list(treated) == KEYS
     if featurizer == "wla":
