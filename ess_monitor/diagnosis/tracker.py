@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
-from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge
+from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge, task_solved
 from ess_monitor.diagnosis.utilization import attainable_utilization
 from ess_monitor.errors import CheckpointError
 from ess_monitor.records import Condition, Evidence, Finding, Reading, layer_title
@@ -79,6 +79,11 @@ class Tracker:
     def suspects(self) -> tuple[str, ...]:
         """Layers that will be called collapsed at the next reading like the last one, if the evidence supports it."""
         return tuple(name for name, layer in self._layers.items() if layer.is_suspect)
+
+    @property
+    def task_solved(self) -> bool:
+        """Whether the task metric says that the task is solved."""
+        return task_solved(tuple(self._metrics), self.config)
 
     @property
     def evidence(self) -> dict[str, Evidence]:

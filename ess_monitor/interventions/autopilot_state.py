@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from ess_monitor import validation
+from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions.config import AutopilotConfig
+from ess_monitor.interventions.remedy import Remedy, RemedyState
 from ess_monitor.interventions.treatment import TreatmentState
+
+STATE_VERSION = 1
 
 
 class AnswerSettings(BaseModel):
@@ -59,3 +65,45 @@ class AutopilotState(BaseModel):
         """Return the layers that stay given up under `settings`. Unknown settings are taken for the same."""
         kept = self.settings is None or self.settings.same_treatment(settings)
         return set(self.given_up) if kept else set()
+
+
+Treated = tuple[type[Remedy], TreatmentState, RemedyState]
+"""A treatment in a state: its remedy, its own state, and the remedy's."""
+
+
+def read_state(state: Mapping[str, Any], remedies: Mapping[str, type[Remedy]]) -> tuple[AutopilotState, list[Treated]]:
+    """Return the state of an autopilot, and its treatments.
+
+    Args:
+        state: what `Autopilot.state_dict` returned.
+        remedies: those that the autopilot has, by name.
+
+    Raises:
+        CheckpointError: another version, a value that it cannot have, or a remedy that is not there.
+    """
+    version = state.get("version")
+    if not (isinstance(version, int) and version == STATE_VERSION):
+        raise CheckpointError(
+            f"autopilot: state version {validation.shown_version(version)}, only {STATE_VERSION} can be read"
+        )
+    treated: list[Treated] = []
+    inside: list[str | int] = []
+    try:
+        parsed = AutopilotState.model_validate(dict(state))
+        for index, treatment in enumerate(parsed.treatments):
+            inside = ["treatments", index]
+            if treatment.action not in remedies:
+                raise CheckpointError(
+                    f"autopilot: the state has a treatment with {treatment.action:.200}; the remedies here are "
+                    f"{', '.join(remedies)}; resume with the version that wrote it, or without the monitor's state"
+                )
+            remedy = remedies[treatment.action]
+            treated.append((remedy, treatment, remedy.State.model_validate(treatment.model_extra)))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, (*inside, *first["loc"])))
+        raise CheckpointError(
+            f"autopilot: the state cannot be read ({where:.200}: {first['msg']:.200}); resume without the "
+            "monitor's state"
+        ) from None
+    return parsed, treated

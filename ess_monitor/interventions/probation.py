@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from ess_monitor.capture import Layer
+from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.gate import GateCopy
 from ess_monitor.records import Changes
 
@@ -85,6 +87,12 @@ class Trial:
     last_gain_ratio: float | None = None
     """By how much of the loss the present gate was better at the last comparison."""
 
+    @classmethod
+    def begin_on(cls, layer: Layer, optimizer: Optimizers, *, is_silent: bool) -> Trial:
+        """Begin the trial of a treatment of `layer`, before anything is changed."""
+        gate = GateCopy(layer, optimizer)
+        return cls(None if gate.is_empty else gate, is_silent)
+
     def due_in(self, age: int, config: ProbationConfig) -> int | None:
         """Return in how many steps the next comparison begins, at `age` steps of the trial; None without another."""
         if self.gate is None or self.has_gained:
@@ -113,12 +121,30 @@ class Trial:
             if gain < 0 and -gain > config.harm_ratio * scale and beyond_noise and self.check <= config.harm_until:
                 return "harm"
             if gain > config.gain_ratio * scale and beyond_noise and self.check > config.harm_until:
-                self.has_gained, self.gate = True, None
+                self.settle()
                 return "gain"
         patience = config.silent_patience_steps if self.is_silent else config.patience_steps
         last = max((check for check in config.checks if check <= patience), default=config.checks[0])
         is_over = age >= patience and self.compared and (self.check >= last or self.gate is None)
         return "no_gain" if is_over else "open"
+
+    def settle(self) -> None:
+        """End the probation: the treatment stays until it is released."""
+        self.has_gained, self.gate = True, None
+
+    def restore_gate(self, optimizer: Optimizers) -> None:
+        """Put the gate from before back, with the optimizer's memory of it. Nothing happens after `settle`."""
+        if self.gate is not None:
+            self.gate.restore(optimizer)
+
+    def describe(self) -> str:
+        """Return what the last comparison showed, in words."""
+        gain = self.last_gain_ratio
+        if gain is None:
+            return "the gate could not be compared with the one from before, and no gain was seen"
+        if gain < 0:
+            return f"the loss would be {-gain:.3%} lower with the gate from before"
+        return f"the loss is only {gain:.3%} lower than with the gate from before"
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors, for a checkpoint."""
@@ -131,7 +157,9 @@ class Trial:
             "last_gain_ratio": self.last_gain_ratio,
         }
 
-
-def trial_from_state(state: TrialState, gate: GateCopy | None) -> Trial:
-    """Return the trial as it was, with its gate."""
-    return Trial(gate, state.is_silent, state.check, state.compared, state.has_gained, state.last_gain_ratio)
+    @classmethod
+    def from_state(cls, layer: Layer, state: TrialState) -> Trial:
+        """Return the trial as it was. Without its gate, which shards are not saved with, it can only end in time."""
+        gate = GateCopy.from_state(layer, state.gate)
+        compared = state.compared or gate is None
+        return cls(gate, state.is_silent, state.check, compared, state.has_gained, state.last_gain_ratio)

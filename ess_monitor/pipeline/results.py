@@ -184,6 +184,7 @@ class ResultHandler:
                     result.metrics,
                     loss_broken=self.autopilot.config.loss in result.nonfinite,
                     evidence=self._tracker.evidence if self._context.config.evidence.enabled else None,
+                    task_solved=self._tracker.task_solved,
                     comparisons={layer: sums for layer, sums in result.changes.items() if sums.kind == "trial"},
                     optimizer=optimizer,
                 )
