@@ -26,7 +26,7 @@ def add_changes(one: Changes, other: Changes) -> Changes:
     if one.batches and other.batches and one.kind != other.kind:
         raise ValueError(f"changes of {one.kind} and {other.kind} do not add up")
     sums = (a + b for a, b in zip(one[:-1], other[:-1], strict=True))
-    return Changes(*sums, kind=other.kind if other.batches else one.kind)  # type: ignore[arg-type]
+    return Changes(*sums, kind=other.kind if other.batches else one.kind)  # type: ignore[misc, arg-type]
 
 
 def weigh(

@@ -20,10 +20,13 @@ from ess_monitor.interventions.autopilot_state import STATE_VERSION, AnswerSetti
 from ess_monitor.interventions.config import AutopilotConfig
 from ess_monitor.interventions.observation import Observation
 from ess_monitor.interventions.probation import Trial
-from ess_monitor.interventions.remedies import REMEDIES, choose_remedy
+from ess_monitor.interventions.remedies import REMEDIES, check_remedies, choose_remedy
 from ess_monitor.interventions.remedy import GradScale, OnFailure, Remedy
 from ess_monitor.interventions.treatment import Treatment
 from ess_monitor.records import Action, ActionKind, ActionOutcome, Changes, Condition, Evidence, Finding, Reading
+
+GateSwap = Callable[[], AbstractContextManager[object]]
+"""Puts the gate from before a treatment in the place of the present one, for the time of a with-block."""
 
 
 class Autopilot:
@@ -122,13 +125,13 @@ class Autopilot:
             actions += self._begin(seen)
         return (*rolled_back, *actions)
 
-    def comparisons(self, step: int, within: int) -> dict[str, tuple[int, Callable[[], AbstractContextManager[None]]]]:
+    def comparisons(self, step: int, within: int) -> dict[str, tuple[int, GateSwap]]:
         """Return the treatments on probation whose gates are to be compared within so many steps.
 
         Returns:
             By layer: in how many steps, and what puts the gate from before in its place.
         """
-        due = {}
+        due: dict[str, tuple[int, GateSwap]] = {}
         for name, treatment in self._treatments.items():
             trial, config = treatment.trial, self.config.probation
             delay = None if trial is None else trial.due_in(step - treatment.first_step, config)
