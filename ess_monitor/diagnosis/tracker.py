@@ -44,7 +44,7 @@ class Tracker:
         rules: what is tried on every reading, in order; the first verdict counts. A rule of your own comes before or
             after those in `rules.RULES`.
         examined: layers that need evidence, with the reason why none can be had, empty where it can.
-        recheck_measurements: measurements for which evidence counts.
+        recheck_measurements: measurements after which a layer that forgets by choice is asked again.
 
     Example:
         >>> reading = Reading(step=0, layer="mixer", status="ok", length=64, state_capacity=16, attainable_size=16,
@@ -201,13 +201,16 @@ class Tracker:
         needs_evidence = name in self._examined and reading.retention_ratio is not None
         if proposed != "collapsed" or layer.condition == "collapsed" or not needs_evidence:
             return verdict
-        found = layer.evidence if layer.evidence_age <= self._recheck else None
+        found = layer.evidence
         if found is not None:
-            return layer.weighs(verdict, found)
+            is_collapse = found.outcome in ("loud", "silent")
+            # A choice is asked about again from time to time, a collapse is not called on an old suspicion.
+            if layer.evidence_age <= (self.config.patience if is_collapse else self._recheck):
+                return layer.weighs(verdict, found)
         why_not = self._examined[name] or layer.obstacle
         if not why_not:
             # One measurement ahead, so that the evidence is there when the streak is complete.
-            layer.is_suspect = verdict.suspected is None and layer.streak_of("collapsed") + 1 >= patience - 1
+            layer.is_suspect = layer.streak_of("collapsed") + 1 >= patience - 1
             return replace(verdict, suspected="collapsed")
         if self._metrics:
             return replace(verdict, reason=f"{verdict.reason}; batches could not be run again ({why_not})")

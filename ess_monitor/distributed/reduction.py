@@ -120,7 +120,7 @@ class RankReduction:
             *block, kind = block
             numbers, (batches, *sums) = block[: 1 - _SUMS], block[1 - _SUMS :]
             if not math.isnan(batches):
-                changes[name] = Changes(int(batches), *sums, kind=CHANGE_KINDS[int(kind)])
+                changes[name] = Changes._make((int(batches), *sums, CHANGE_KINDS[int(kind)]))
             reading = _agreed_reading(sample.step, name, local.get(name), numbers)
             if reading is not None:
                 readings.append(reading)
