@@ -14,3 +14,6 @@ EAGER_DIAGNOSIS: dict[str, Any] = {
     "metric": "accuracy",
     "metric_solved": 0.99,
 }
+
+NO_EVIDENCE: dict[str, Any] = {"enabled": False}
+"""Settings `evidence` of the same tests: what is done to a layer, and not what supports it, is tested."""

@@ -205,7 +205,7 @@ class Tracker:
         if found is not None:
             is_collapse = found.outcome in ("loud", "silent")
             # A choice is asked about again from time to time, a collapse is not called on an old suspicion.
-            if layer.evidence_age <= (self.config.patience if is_collapse else self._recheck):
+            if layer.evidence_age <= (min(self.config.patience, self._recheck) if is_collapse else self._recheck):
                 return layer.weighs(verdict, found)
         why_not = self._examined[name] or layer.obstacle
         if not why_not:
@@ -236,7 +236,8 @@ class _Layer:
 
     def take_evidence(self, found: Evidence | str | None, recheck: int) -> None:
         """Note what was found on the layer, or why nothing was, at a measurement."""
-        self.evidence_age += 1
+        if self.evidence is not None or self.obstacle:
+            self.evidence_age = min(self.evidence_age + 1, recheck + 1)
         if isinstance(found, str):
             self.obstacle, self.evidence_age = found, 0
         elif found is not None:
