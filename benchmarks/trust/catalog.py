@@ -12,15 +12,17 @@ from typing import Any
 from benchmarks.trust.settings import Label, ModelSettings, Setting, SourceSettings, Target, TrustRun
 
 FIRST_SEED = 100
-HEALTHY_SEEDS, COLLAPSED_SEEDS = 2, 12
+HEALTHY_SEEDS = 2
+COLLAPSED_SEEDS = {"collapse_wla": 12, "collapse_gla": 8, "collapse_gla_s6": 12}
+"""Seeds of a setting. Of GLA fewer, because every third or so solves its task without treatment."""
 REACHABLE, UNREACHABLE = 1.05, 0.8
 """Loss targets as multiples of the source's entropy. Users set targets that no model can reach: no harm may follow."""
 
 ACCURATE = Target("accuracy", 0.9)
 
 
-def _model(*featurizers: str, width: int = 32, state_size: int = 16, **options: float) -> ModelSettings:
-    return ModelSettings(featurizers, options, width, state_size)
+def _model(*featurizers: str, state_size: int = 16, **options: Any) -> ModelSettings:
+    return ModelSettings(featurizers, options, state_size=state_size)
 
 
 def _two(featurizer: str, **options: Any) -> ModelSettings:
@@ -192,6 +194,10 @@ CATALOG: tuple[TrustRun, ...] = (
         for name, setting in settings.items()
         for run in _runs(kind, name, "healthy", setting, HEALTHY_SEEDS)
     ),
-    *(run for kind, setting in COLLAPSED.items() for run in _runs(kind, "", "collapsed", setting, COLLAPSED_SEEDS)),
+    *(
+        run
+        for kind, setting in COLLAPSED.items()
+        for run in _runs(kind, "", "collapsed", setting, COLLAPSED_SEEDS[kind])
+    ),
 )
 KINDS: tuple[str, ...] = tuple(dict.fromkeys(run.kind for run in CATALOG))

@@ -52,7 +52,7 @@ def run_missing(
             file.write(json.dumps(result).encode() + b"\n")
             file.flush()
             failed += "error" in result
-            progress.print(summary(result), highlight=False)
+            progress.print(summary(result), highlight=False, soft_wrap=True)
             progress.advance(bar)
     return len(jobs), failed
 
@@ -130,8 +130,8 @@ def _results(work: Work, jobs: list[Job], workers: int | None) -> Iterator[JobRe
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(work, job): job for job in jobs}
             for future in as_completed(futures):
-                error = future.exception()
-                yield future.result() if error is None else _failed(futures[future], error)
+                raised = future.exception()
+                yield future.result() if raised is None else _failed(futures[future], raised)
 
 
 def _results_of_ray(work: Work, jobs: list[Job], workers: int | None) -> Iterator[JobResult]:

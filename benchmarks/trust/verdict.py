@@ -209,7 +209,7 @@ def collapsed_at(result: JobResult) -> str:
 
 def inconsistencies(run: Variants) -> list[str]:
     """Return what contradicts the protocol: another start, or a change without an action."""
-    texts = []
+    texts: list[str] = []
     control = run.get("control")
     if control is None:
         return texts
