@@ -21,7 +21,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,13 @@ def keep(path: Path, result: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def results(runs: list[dict[str, Any]], file_sd: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the result of each run, in the order in which they end."""
+def results(
+    train: Callable[..., dict[str, Any]], runs: list[dict[str, Any]], *arguments: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield `train(run, *arguments)` of each run, in the order in which they end."""
     # A run that raises has a result with its error. A run whose process dies is tried once more.
     remote = ray.remote(num_cpus=1, max_retries=1)(train)
-    pending = {remote.remote(run, file_sd): run for run in runs}
+    pending = {remote.remote(run, *arguments): run for run in runs}
     while pending:
         (done, *_), _ = ray.wait(list(pending))
         run = pending.pop(done)
@@ -225,7 +227,7 @@ def main() -> int:
         local = {} if arguments.address else {"include_dashboard": False}
         ray.init(address=arguments.address, log_to_driver=False, logging_level="ERROR", **local)
         try:
-            for result in results(missing, file_sd):
+            for result in results(train, missing, file_sd):
                 keep(arguments.folder / f"{result['run_id']}.json", result)
                 rows.append(result)
                 summary = result.get("error") or f"accuracy {result['accuracy']:.3f}"
