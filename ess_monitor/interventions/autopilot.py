@@ -214,14 +214,14 @@ class Autopilot:
             if reading is None:
                 return []  # the condition is that of an earlier measurement
             treatment.recovered_step = None
-            waited = seen.step - treatment.step
-            return [self._escalate(seen, treatment, reading)] if waited >= self.config.cooldown_steps else []
+            is_due = seen.step - treatment.step >= self.config.cooldown_steps and treatment.has_gained
+            return [self._escalate(seen, treatment, reading)] if is_due else []
         actions = []
         if treatment.recovered_step is None:
             treatment.recovered_step = seen.step
             message = f"recovered {seen.step - treatment.first_step} steps after the treatment began"
             actions.append(treatment.to_action(seen.step, "recovered", message, reading))
-        if treatment.trial is not None and not treatment.trial.has_gained:
+        if not treatment.has_gained:
             return actions  # ESS alone ends no treatment
         wait, healthy = self.config.release_steps, seen.step - treatment.recovered_step
         if treatment.remedy.is_permanent:

@@ -69,6 +69,11 @@ class Treatment:
         """The remedy's name."""
         return self.remedy.name
 
+    @property
+    def has_gained(self) -> bool:
+        """Whether it may go on, up or to its release: the loss or the task has gained, or no trial was asked for."""
+        return self.trial is None or self.trial.has_gained
+
     def start(self, step: int, strength: float, loss: float | None, optimizer: Optimizers) -> None:
         """Apply the first rung."""
         self.first_step, self.loss_at_start = step, loss
