@@ -58,7 +58,7 @@ ABOVE_THE_MONITOR = {"alerts", "cli", "integrations", "report"}
 name, the others read event logs."""
 ONLY_TO_TRAIN = {"featurizers", "tasks"}
 
-STAGES = ("trigger", "queue", "schedule", "results")
+STAGES = ("trigger", "queue", "schedule", "results", "replays")
 """Modules of `pipeline` that `Monitor` alone connects."""
 
 ADAPTERS = {"ess_monitor.capture.adapters.featurizers": "featurizers"}
