@@ -5,7 +5,7 @@ Libraries other than torch are recognized by the names in their code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ def why_not_alone(model: nn.Module) -> str:
 
 
 def _reason_of_module(module: nn.Module) -> str:
-    names = {base.__name__ for base in type(module).__mro__}
+    names = _class_names(module)
     if "FullyShardedDataParallel" in names and getattr(module, "world_size", 2) > 1:
         return "its parameters are sharded (FullyShardedDataParallel)"
     if "FSDPModule" in names and any(_ranks(group) > 1 for group in _param_groups(module)):
@@ -44,6 +44,10 @@ def _reason_of_module(module: nn.Module) -> str:
     if getattr(module, "dist_sync_on_step", False) is True:
         return f"{type(module).__name__} averages over the ranks at every call"
     return ""
+
+
+def _class_names(module: nn.Module) -> set[str]:
+    return {base.__name__ for base in type(module).__mro__}
 
 
 def _reason_of_tensors(module: nn.Module) -> str:
@@ -93,14 +97,19 @@ class ShardedParameters:
     change in the shard alone, and the next forward pass would not see it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._units: list[_Fsdp1Unit | _Fsdp2Unit] = []
-        for module in model.modules():
-            names = {base.__name__ for base in type(module).__mro__}
-            if "FSDPModule" in names:
-                self._units.append(_Fsdp2Unit(module))
-            elif "FullyShardedDataParallel" in names and getattr(module, "_handle", None) is not None:
-                self._units.append(_Fsdp1Unit(module))
+        unit_of: dict[type, type[_Fsdp1Unit | _Fsdp2Unit] | None] = {}
+        for module in modules:
+            kind = type(module)
+            if kind not in unit_of:
+                names = _class_names(module)
+                unit_of[kind] = (
+                    _Fsdp2Unit if "FSDPModule" in names else _Fsdp1Unit if "FullyShardedDataParallel" in names else None
+                )
+            unit = unit_of[kind]
+            if unit is not None:
+                self._units.append(unit(module))
 
     def settle(self) -> None:
         """End forward passes that an exception has left."""
@@ -120,11 +129,12 @@ class _Fsdp1Unit:
     def __init__(self, module: Any) -> None:
         self._module = module
         self._handle = module._handle
-        self._state = self._handle._training_state
-        self._was_sharded = self._handle.needs_unshard()
+        """None where all its parameters belong to others."""
+        self._state = None if self._handle is None else self._handle._training_state
+        self._was_sharded = self._handle is not None and self._handle.needs_unshard()
 
     def settle(self) -> None:
-        if self._handle._training_state is not self._state:
+        if self._handle is not None and self._handle._training_state is not self._state:
             self._handle._training_state = self._state
             self._shard()
 

@@ -7,25 +7,25 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import repeat
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-_INTERNALS = (frozenset(vars(nn.Module())) - {"training", "_buffers", "_non_persistent_buffers_set"}) | {
-    "_compiled_call_impl"
-}
-"""Attributes of `nn.Module` itself that are left alone: parameters, sub-modules, hooks, compiled code."""
+_INTERNALS = (frozenset(vars(nn.Module())) - {"training"}) | {"_compiled_call_impl"}
+"""Attributes of `nn.Module` itself. Parameters, sub-modules, hooks and compiled code are left alone."""
 
 _NUMBERS_AND_NAMES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _PLAIN = frozenset((*_NUMBERS_AND_NAMES, type, FunctionType, MethodType, BuiltinFunctionType))
-"""Types whose objects hold no state of the model. Their attributes are set back, nothing more."""
+"""Types whose objects hold no state of the model. Attributes that refer to them are set back, nothing more."""
 
 _MAPPINGS = frozenset((dict, OrderedDict, defaultdict, Counter))
 _CONTAINERS = _MAPPINGS | {list, set, deque}
+_MISSING = object()
 
 
 class Contents:
@@ -50,37 +50,10 @@ class Contents:
         (container.extend if isinstance(container, (list, deque)) else container.update)(kept)
 
 
-class _Attributes(NamedTuple):
-    """Of a module, without the internals of `nn.Module`."""
-
-    present: dict[str, Any]
-    """The module's own dictionary."""
-    entries: int
-    """In it, internals too."""
-    kept: dict[str, Any]
-
-    def restore(self) -> None:
-        present, kept = self.present, self.kept
-        missing = object()
-        if len(present) == self.entries and all(present.get(name, missing) is value for name, value in kept.items()):
-            return
-        for name in [name for name in present if name not in kept and name not in _INTERNALS]:
-            del present[name]
-        present.update(kept)
-
-
-class _Leaf(NamedTuple):
-    """A parameter. A forward pass does not write to it, so its content is not copied."""
-
-    tensor: torch.Tensor
-    requires_grad: bool
-    grad: torch.Tensor | None
-
-    def restore(self) -> None:
-        if self.tensor.requires_grad != self.requires_grad:
-            self.tensor.requires_grad_(self.requires_grad)
-        if self.tensor.grad is not self.grad:
-            self.tensor.grad = self.grad
+def _put_back(attributes: dict[str, Any], kept: dict[str, Any]) -> None:
+    for name in [name for name in attributes if name not in kept and name not in _INTERNALS]:
+        del attributes[name]
+    attributes.update(kept)
 
 
 class ModelState:
@@ -107,9 +80,15 @@ class ModelState:
     def __init__(self, model: nn.Module) -> None:
         self.devices: set[torch.device] = set()
         """Where its tensors are."""
-        self._attributes: list[_Attributes] = []
+        self.modules: list[nn.Module] = []
+        """The model's, and those that they hold without having registered them."""
+        self._attributes: list[tuple[dict[str, Any], int, dict[str, Any]]] = []
+        """The dictionary of each module, the number of its entries, and those that are not internals."""
+        self._empty: list[Any] = []
+        """Containers without content: most modules have some."""
         self._containers: list[Contents] = []
-        self._leaves: list[_Leaf] = []
+        self._leaves: list[tuple[torch.Tensor, bool, torch.Tensor | None]] = []
+        """Parameters, whether they require a gradient, and which tensor that is."""
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Plain tensors, and another tensor on the memory of each."""
         self._places: list[torch.Tensor] = []
@@ -117,81 +96,103 @@ class ModelState:
         """What stands at each of `_places`."""
         self._other_tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._setters: list[Callable[[], object]] = []
-        self._keep(model)
+        self._keep_all(model)
 
     def restore(self) -> None:
         """Put everything back. May be called any number of times."""
-        for attributes in self._attributes:
-            attributes.restore()
+        for attributes, entries, kept in self._attributes:
+            found = map(attributes.get, kept, repeat(_MISSING))
+            if len(attributes) != entries or not all(map(is_, found, kept.values())):
+                _put_back(attributes, kept)
+        for container in self._empty:
+            if container:
+                container.clear()
         for contents in self._containers:
             contents.restore()
-        for leaf in self._leaves:
-            leaf.restore()
+        for leaf, requires_grad, grad in self._leaves:
+            if leaf.requires_grad is not requires_grad:
+                leaf.requires_grad_(requires_grad)
+            if leaf.grad is not grad:
+                leaf.grad = grad
         with torch.no_grad():
-            for tensor, memory in self._tensors:
-                moved = tensor.data_ptr() != memory.data_ptr()
-                if moved or tensor.shape != memory.shape or tensor.stride() != memory.stride():
-                    tensor.data = memory
-            if self._places:
-                torch._foreach_copy_(self._places, self._copies)
-            for tensor, copy in self._other_tensors:
-                tensor.detach().copy_(copy)
+            self._restore_tensors()
         for put in self._setters:
             put()
 
-    def _keep(self, model: nn.Module) -> None:
-        # Keeps the objects as well: an object that is gone could give its id to another one.
+    def _restore_tensors(self) -> None:
+        for tensor, memory in self._tensors:
+            moved = tensor.data_ptr() != memory.data_ptr()
+            if moved or tensor.shape != memory.shape or tensor.stride() != memory.stride():
+                tensor.data = memory
+        if self._places:
+            torch._foreach_copy_(self._places, self._copies)
+        for tensor, copy in self._other_tensors:
+            tensor.copy_(copy)
+
+    def _keep_all(self, model: nn.Module) -> None:
+        # Objects and not their ids alone: one that is gone could give its id to another.
         seen: dict[int, Any] = {}
         waiting: list[Any] = [model]
         while waiting:
             value = waiting.pop()
-            if type(value) not in _PLAIN and id(value) not in seen:
-                seen[id(value)] = value
-                waiting.extend(self._keep_one(value))
+            kind = type(value)
+            if kind in _PLAIN or id(value) in seen:
+                continue
+            seen[id(value)] = value
+            if kind is nn.Parameter:
+                self._keep_parameter(value)
+            elif issubclass(kind, nn.Module):
+                self._keep_module(value, waiting)
+            elif issubclass(kind, torch.Tensor):
+                self._keep_tensor(kind, value)
+            elif kind in _CONTAINERS:
+                self._keep_container(value, waiting)
+            elif issubclass(kind, tuple):
+                waiting.extend(value)
+            else:
+                self._keep_generator(kind, value)
 
-    def _keep_one(self, value: Any) -> Iterable[Any]:
-        """Keep the state of an object and return what it holds."""
-        kind = type(value)
-        if issubclass(kind, nn.Module):
-            return self._keep_module(value)
-        if issubclass(kind, torch.Tensor):
-            self._keep_tensor(value)
-        elif kind in _CONTAINERS:
-            self._containers.append(Contents(value))
-            return tuple(value.values() if kind in _MAPPINGS else value)
-        elif issubclass(kind, tuple):
-            return tuple(value)
+    def _keep_module(self, module: Any, waiting: list[Any]) -> None:
+        attributes = vars(module)
+        kept = {name: value for name, value in attributes.items() if name not in _INTERNALS}
+        self.modules.append(module)
+        self._attributes.append((attributes, len(attributes), kept))
+        waiting.extend(module._modules.values())
+        waiting.extend(module._parameters.values())
+        waiting.extend(value for value in kept.values() if type(value) not in _PLAIN)
+        for container in (module._buffers, module._non_persistent_buffers_set):
+            if type(container) in _CONTAINERS:
+                self._keep_container(container, waiting)
+            else:  # of a scripted module
+                waiting.extend(container.values())
+
+    def _keep_container(self, container: Any, waiting: list[Any]) -> None:
+        if container:
+            self._containers.append(Contents(container))
+            waiting.extend(container.values() if isinstance(container, dict) else container)
         else:
-            self._keep_generator(kind, value)
-        return ()
+            self._empty.append(container)
 
-    def _keep_module(self, module: nn.Module) -> Iterable[Any]:
-        present = vars(module)
-        kept = {name: value for name, value in present.items() if name not in _INTERNALS}
-        self._attributes.append(_Attributes(present, len(present), kept))
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield parameter
-        yield from module._modules.values()
-        yield from kept.values()
-        if type(module._buffers) not in _MAPPINGS:  # of a scripted module
-            yield from module._buffers.values()
-
-    def _keep_tensor(self, tensor: torch.Tensor) -> None:
+    def _keep_parameter(self, tensor: torch.Tensor) -> None:
         self.devices.add(tensor.device)
-        if tensor.is_leaf and (tensor.requires_grad or isinstance(tensor, nn.Parameter)):
-            self._leaves.append(_Leaf(tensor, tensor.requires_grad, tensor.grad))
-        if isinstance(tensor, nn.Parameter) or is_lazy(tensor) or tensor.is_meta or tensor.is_inference():
+        self._leaves.append((tensor, tensor.requires_grad, tensor.grad))
+
+    def _keep_tensor(self, kind: type, tensor: torch.Tensor) -> None:
+        plain = kind is torch.Tensor
+        if not plain and isinstance(tensor, nn.Parameter):  # of a class of its own
+            self._keep_parameter(tensor)
+            return
+        self.devices.add(tensor.device)
+        if tensor.requires_grad and tensor.is_leaf:
+            self._keep_parameter(tensor)
+        if tensor.is_meta or tensor.is_inference() or (not plain and is_lazy(tensor)):
             return
         # `data` rather than `detach()`: a graph that has kept a buffer for its backward must not see this write.
         memory = tensor.data
-        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        if not plain or tensor.layout != torch.strided or tensor.is_quantized:
             self._other_tensors.append((tensor, memory.clone()))
         elif memory.untyped_storage().nbytes() or not memory.numel():  # FSDP frees memory behind tensors
-            place = memory
-            for dim, (size, stride) in enumerate(zip(memory.shape, memory.stride(), strict=True)):
-                if stride == 0 and size > 1:
-                    place = place.narrow(dim, 0, 1)  # an expanded tensor cannot be written to
+            place = memory if memory.is_contiguous() else _without_repetition(memory)
             self._tensors.append((tensor, memory))
             self._places.append(place)
             self._copies.append(place.clone())
@@ -212,6 +213,14 @@ class ModelState:
             self._setters.append(partial(value.set_state, value.get_state()))
         elif kind is numpy.ndarray and value.flags.writeable and value.flags.owndata:
             self._setters.append(partial(numpy.copyto, value, value.copy()))
+
+
+def _without_repetition(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of an expanded tensor that has memory of its own: it can be written to."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 class RandomStates:

@@ -38,7 +38,8 @@ class Undisturbed:
         alone: this rank calls the model and the others do not. DDP then sends no buffers.
 
     Raises:
-        CaptureError: with `alone`, at the start: ranks exchange something in a forward pass; see `why_not_alone`.
+        CaptureError: at the start of the block, with `alone`: ranks exchange something in a forward pass; see
+            `why_not_alone`.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
@@ -62,6 +63,8 @@ class Undisturbed:
         self._random: RandomStates | None = None
 
     def __enter__(self) -> Undisturbed:
+        if self._state is not None:
+            raise CaptureError("this block is open already; make another Undisturbed to open one inside it")
         if self._alone and (reason := why_not_alone(self._model)):
             raise CaptureError(
                 f"alone=True: one rank cannot run this model, because {reason}; let every rank run it, with alone=False"
@@ -72,8 +75,8 @@ class Undisturbed:
             stack.callback(self._forget)
             if self._alone:
                 stack.enter_context(without_buffer_broadcasts(self._model))
-            self._sharded = ShardedParameters(self._model)
             self._state = ModelState(self._model)
+            self._sharded = ShardedParameters(self._state.modules)
             self._random = RandomStates(self._state.devices)
             self._stance.begin()
             stack.callback(self._stance.end)
