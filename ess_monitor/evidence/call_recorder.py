@@ -74,9 +74,10 @@ class RecordedCall:
 class CallRecorder:
     """Notes the last call that the training makes of a model: gradients on, the model in train mode, without an error.
 
-    It counts the outermost calls of this very module, however that is wrapped or compiled. Inside a compiled region
-    that is larger than the model, or around a model of class `nn.Sequential` and the like, calls are not seen; what
-    is compiled is neither changed nor compiled again.
+    Noted are the outermost calls of this very module, also where it or a wrapper of it is compiled: nothing of this is
+    compiled again. Not seen are calls inside a compiled function that is larger than the model, and those of a wrapper
+    that was compiled around a class of torch itself, such as `nn.Sequential`. A function of this kind that is compiled
+    while the recorder is attached is compiled once more after it.
 
     Args:
         model: as the training calls it, with its wrappers. A sharded model can be called through them only.

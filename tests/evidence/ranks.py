@@ -27,6 +27,7 @@ from tests.evidence.models import WIDTH, Around, Counting
 from tests.evidence.training import (
     Between,
     Raised,
+    Recorded,
     called_as_it_is,
     left_by_an_error,
     replayed,
@@ -93,6 +94,8 @@ def under_ddp(rank: int, folder: str, count: int) -> None:
             "all": differences(plain, trained(norm, replayed, **options)),
             "alone": differences(plain, trained(norm, only_on_rank_0(replayed_alone), **options)),
             "left by an error": differences(plain, trained(norm, left_by_an_error, **options)),
+            "recorded": differences(plain, trained(norm, Recorded(), **options)),
+            "recorded alone": differences(plain, trained(norm, only_on_rank_0(Recorded(alone=True)), **options)),
             "control": bool(differences(plain, trained(norm, called_as_it_is, **options))),
             "sent": broadcasts(alone=False),
             "sent alone": broadcasts(alone=True),
@@ -191,6 +194,9 @@ def under_fsdp(rank: int, folder: str, way: str, count: int) -> None:
         for between in (replayed, fails_inside, left_by_an_error):
             found[between.__name__] = differences(plain, sharded_training(wrap, between))
             found[f"{between.__name__} written"] = differences(written, sharded_training(wrap, between, doubles=True))
+        recorded = Recorded()
+        found["recorded"] = differences(plain, sharded_training(wrap, recorded))
+        assert recorded.count == 3
         found["control"] = bool(differences(plain, sharded_training(wrap, called_as_it_is)))
         stale = sharded_training(wrap, called_as_it_is, doubles=True)
         found["control written"] = stale["losses"] != written["losses"]

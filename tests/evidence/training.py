@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ess_monitor.evidence.call_recorder import CallRecorder
 from ess_monitor.evidence.undisturbed import Undisturbed
 from tests.evidence.dump import everything
 from tests.evidence.models import WIDTH
@@ -92,6 +93,33 @@ def replayed(model: Any, batch: Tensor, *, alone: bool = False) -> None:
         block.rewind()
         model.eval()
         call(model, batch)
+
+
+class Recorded:
+    """Makes the last call of the training again, three times in a block, and checks that the outputs are equal."""
+
+    def __init__(self, *, alone: bool = False) -> None:
+        self.alone = alone
+        self.count = 0
+        self._recorder: CallRecorder | None = None
+
+    def __call__(self, model: Any, batch: Tensor) -> None:
+        if self._recorder is None:
+            self._recorder = CallRecorder(model)
+            self._recorder.attach()
+            return
+        call = self._recorder.take()
+        assert call is not None
+        with Undisturbed(model, alone=self.alone) as block:
+            outputs = []
+            for _ in range(3):
+                block.rewind()
+                outputs.append(call.run())
+        assert torch.equal(outputs[0], outputs[2])
+        assert self._recorder.recorded is None, "a replay is no call of the training"
+        self.count += 1
+        if self.count == STEPS:
+            self._recorder.detach()
 
 
 def left_by_an_error(model: Any, batch: Tensor) -> None:
