@@ -13,4 +13,5 @@ EAGER_DIAGNOSIS: dict[str, Any] = {
     "patience": 1,
     "metric": "accuracy",
     "metric_solved": 0.99,
+    "metric_new_values": 1,
 }

@@ -122,6 +122,16 @@ class DiagnosisConfig(BaseModel):
     """Share of the distance to `metric_solved` that the metric must close over the trend window to count as learning.
     On the plateau of MQAR accuracy stays at chance, 1/kv (.25-.28 at kv=4, a twentieth of the distance to .9)."""
 
+    metric_new_values: int = Field(default=4, ge=1, le=10_000)
+    """New values of the metric without which nothing is said of its trend: two for each half, so that no half is one
+    number. A metric that is logged once an epoch repeats in between; windows reach further back until they hold so
+    many."""
+
+    metric_constant_after: int = Field(default=40, ge=1, le=10_000)
+    """Measurements after which a metric that repeats one value bit for bit counts as standing still: twice the plateau
+    window. A repeated value is more likely an old one (of the last epoch) than a new one that is equal to the last bit;
+    longer epochs are waited for in proportion, where the run has shown how long they are."""
+
     @model_validator(mode="after")
     def _lines_are_in_order(self) -> DiagnosisConfig:
         _require_below(self, "collapsed_below", "collapsed_recovers_above", "the gap is what prevents flapping")

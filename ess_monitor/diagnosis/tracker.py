@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
-from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge
-from ess_monitor.errors import CheckpointError
+from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge, task_solved
+from ess_monitor.diagnosis.task_metric import TaskMetric, TaskMetricState
 from ess_monitor.diagnosis.utilization import attainable_utilization
+from ess_monitor.errors import CheckpointError
 from ess_monitor.records import CONDITION_INFO, Condition, Finding, Reading
 
 STATE_VERSION = 1
@@ -50,7 +50,7 @@ class Tracker:
         self.config = validation.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
         self._rules = check_rules(rules)
         self._layers: dict[str, _Layer] = {}
-        self._metrics: deque[float] = deque(maxlen=self._metric_window)
+        self._task = TaskMetric(self.config)
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -70,7 +70,7 @@ class Tracker:
         step = validation.whole("step", step, 0)
         for reading in readings:
             self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
-        self._append_metric(metrics)
+        self._task.observe(metrics)
         findings = (self._follow(reading, step) for reading in readings)
         return tuple(finding for finding in findings if finding is not None)
 
@@ -79,7 +79,8 @@ class Tracker:
         state = TrackerState(
             version=STATE_VERSION,
             metric=self.config.metric,
-            metrics=list(self._metrics),
+            metrics=list(self._task.known),
+            task=self._task.state(),
             layers=[layer.to_state(name) for name, layer in self._layers.items()],
         )
         return state.model_dump(mode="json")
@@ -105,19 +106,19 @@ class Tracker:
                 "ess_monitor version that wrote it, or drop the diagnosis state from the checkpoint to start afresh"
             )
         same_metric = parsed.metric == self.config.metric
-        self._metrics = deque(parsed.metrics if same_metric else (), maxlen=self._metric_window)
+        self._task = (
+            TaskMetric.load(self.config, parsed.metrics, parsed.task) if same_metric else TaskMetric(self.config)
+        )
         self._layers = {layer.name: _Layer.from_state(layer, self.config.trend_window) for layer in parsed.layers}
 
-    @property
-    def _metric_window(self) -> int:
-        return max(self.config.trend_window, self.config.plateau_window)
+    def _metrics_for(self, layer: _Layer) -> tuple[float, ...]:
+        """Return the known task metric; none where it has not been given for long.
 
-    def _append_metric(self, metrics: Mapping[str, float]) -> None:
-        value = metrics.get(self.config.metric) if self.config.metric is not None else None
-        if value is not None and math.isfinite(value):
-            self._metrics.append(float(value))
-        elif self._metrics:
-            self._metrics.append(self._metrics[-1])
+        A finding stands with the metric that it was made with, and a task that was solved stays solved.
+        """
+        known = self._task.known
+        stands = CONDITION_INFO[layer.condition].needs_attention or task_solved(known, self.config)
+        return known if stands or not self._task.is_silent else ()
 
     def _follow(self, reading: Reading, step: int) -> Finding | None:
         layer = self._layers[reading.layer]
@@ -129,7 +130,9 @@ class Tracker:
         context = Context(
             previous=layer.condition,
             utilizations=tuple(layer.utilizations),
-            metrics=tuple(self._metrics),
+            metrics=self._metrics_for(layer),
+            new_in_trend=self._task.new_over(self.config.trend_window),
+            new_in_plateau=self._task.new_over(self.config.plateau_window),
             first_of_several=len(self._layers) > 1 and reading.layer == next(iter(self._layers)),
         )
         verdict = judge(reading, context, self.config, self._rules)
@@ -150,7 +153,7 @@ class Tracker:
             advice=verdict.advice,
             utilization_ratio=reading.utilization_ratio,
             retention_ratio=reading.retention_ratio,
-            metric=self._metrics[-1] if self._metrics else None,
+            metric=context.metrics[-1] if context.metrics else None,
         )
 
 
@@ -211,6 +214,8 @@ class TrackerState(_DiagnosisState):
     version: int = Field(ge=-(2**63), le=2**63 - 1)
     metric: str | None
     metrics: list[float]
+    task: TaskMetricState | None = None
+    """None: saved by 0.1."""
     layers: list[_LayerState]
     """A list, so that the model order survives writers that sort keys."""
 
