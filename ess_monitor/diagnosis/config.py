@@ -13,11 +13,20 @@ are divided by that.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ess_monitor import validation
+
+_LESS_IS_BETTER = frozenset(
+    {"loss", "losses", "error", "errors", "perplexity", "ppl", "wer", "cer", "nll", "mse", "rmse", "mae"}
+)
+_MORE_IS_BETTER = frozenset({"accuracy", "acc", "f1", "auc", "auroc", "bleu", "r2"})
+_TURNED_ROUND = frozenset({"neg", "negative", "minus"})
+"""Words behind which less of an error is more of the metric (scikit-learn's neg_log_loss)."""
+_WORD = re.compile(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*")
 
 
 class DiagnosisConfig(BaseModel):
@@ -176,6 +185,30 @@ def thresholds(config: DiagnosisConfig) -> dict[str, float]:
         "saturated.lower": config.saturated_above,
         "saturated.recovery": config.saturated_recovers_below,
     }
+
+
+def contradiction(config: DiagnosisConfig) -> str:
+    """Return why `metric_mode` contradicts the name of the metric, and what to set; an empty string where it does not.
+
+    A name of both kinds (`accuracy_loss`), or of none, contradicts nothing.
+
+    Example:
+        >>> contradiction(DiagnosisConfig(metric="val_loss", metric_solved=0.1))[:61]
+        "metric='val_loss' with metric_mode='max': less of it is usual"
+        >>> contradiction(DiagnosisConfig(metric="val_loss", metric_solved=0.1, metric_mode="min"))
+        ''
+    """
+    words = {word.lower() for word in _WORD.findall(config.metric or "")}
+    words |= {word.rstrip("0123456789") for word in words}  # acc5
+    less, more = not words.isdisjoint(_LESS_IS_BETTER), not words.isdisjoint(_MORE_IS_BETTER)
+    mode, better = ("min", "less") if less else ("max", "more")
+    if less == more or config.metric_mode == mode or not words.isdisjoint(_TURNED_ROUND):
+        return ""
+    return (
+        f"metric={config.metric!r:.200} with metric_mode={config.metric_mode!r}: {better} of it is usually better. A "
+        "task that is not solved would count as solved, and none of its layers would be called collapsed; set "
+        f'metric_mode="{mode}"'
+    )
 
 
 def _require_below(config: DiagnosisConfig, lower: str, upper: str, why: str) -> None:

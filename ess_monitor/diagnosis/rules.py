@@ -205,7 +205,7 @@ def collapsed(reading: Reading, utilization: float, context: Context, config: Di
         facts.append(f"retention is {retention:.2f}" + (f", below {retention_line:g}" if starved else ""))
     if context.metrics:
         facts.append(_unsolved(context, config))
-    return Verdict("collapsed", ", ".join(facts), _collapse_advice(to_blame, context))
+    return Verdict("collapsed", ", ".join(facts), _collapse_advice(to_blame, context, config))
 
 
 def _doubt(context: Context, config: DiagnosisConfig) -> str:
@@ -220,7 +220,7 @@ def _doubt(context: Context, config: DiagnosisConfig) -> str:
     return "it or the task is on its way up"
 
 
-def _collapse_advice(to_blame: bool, context: Context) -> str:
+def _collapse_advice(to_blame: bool, context: Context, config: DiagnosisConfig) -> str:
     if to_blame:
         advice = "the decay empties the memory: pull A towards I (A->I regularizer) or raise alpha"
     else:
@@ -228,7 +228,11 @@ def _collapse_advice(to_blame: bool, context: Context) -> str:
             "features or data, not the decay, leave the memory unused: look at the position information, the scale of "
             "q and k, the learning rate, and at how many distinct tokens a sequence holds"
         )
-    return advice if context.metrics else f"{advice}; give a task metric to the diagnosis to be surer"
+    if context.metrics:
+        return advice
+    if config.metric is None:
+        return f"{advice}; give a task metric to the diagnosis to be surer"
+    return f"{advice}; {config.metric}, the task metric, is not given: with it the diagnosis is surer"
 
 
 def _healthy_reason(utilization: float, context: Context, config: DiagnosisConfig) -> str:

@@ -57,6 +57,11 @@ class Tracker:
         """Condition of every layer seen so far, in the order in which the layers were first seen."""
         return {name: layer.condition for name, layer in self._layers.items()}
 
+    @property
+    def metric_known(self) -> bool:
+        """Whether a value of the task metric has been seen."""
+        return bool(self._task.known)
+
     def observe(self, readings: Iterable[Reading], metrics: Mapping[str, float], step: int) -> tuple[Finding, ...]:
         """Judge one measurement, and return the conditions that changed with it.
 

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ess_monitor.diagnosis import Tracker
+from ess_monitor.diagnosis.config import contradiction
 from ess_monitor.errors import CheckpointError
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale
+from ess_monitor.pipeline.absent_metric import AbsentMetric
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.records import MEASURED, Action, Condition, Finding, Measurement, Outcome, Reading, SampleResult
+from ess_monitor.runtime.guard import logger
 
 _KEPT = 1000
 """Findings and actions that are remembered."""
@@ -42,7 +45,10 @@ class ResultHandler:
             on_failure=context.guards["intervention"].count,
         )
         self._context, self._guards = context, context.guards
-        self._tracker = Tracker(config)
+        self._tracker, self._absent = Tracker(config), AbsentMetric(config)
+        contradicts = contradiction(config)
+        if contradicts:
+            logger.warning("ess_monitor: diagnosis: %s", contradicts)
         self._export_to_sinks = export
         quiet = () if config.judge_uninformative else (layer for layer in context.layers if layer.spec.uninformative)
         self._undiagnosed = frozenset(layer.name for layer in quiet)
@@ -120,6 +126,9 @@ class ResultHandler:
             with self._guards["diagnosis"]:
                 diagnosed = [reading for reading in result.readings if reading.layer not in self._undiagnosed]
                 findings = self._tracker.observe(diagnosed, result.metrics, result.step)
+                missing = self._absent.observe(result, known=self._tracker.metric_known)
+                if missing:
+                    logger.warning("ess_monitor: %s", missing)
         self.readings.update({reading.layer: reading for reading in result.readings})
         self.findings = (*self.findings, *findings)[-_KEPT:]
         outcome: Outcome = "failed" if result.readings else "skipped"

@@ -135,7 +135,9 @@ def test_until_a_metric_is_known_the_rules_without_one_apply() -> None:
     full, stuck_for_another_reason = reading(1.0, None), reading(0.15, 0.92)
     assert Run(TASK).measure(full, times=30).condition() == "healthy"
     assert Run(TASK).measure(stuck_for_another_reason, times=30).condition() == "healthy"
-    assert Run(TASK).measure(reading(0.15, 0.54), times=30).condition() == "collapsed"
+    run = Run(TASK).measure(reading(0.15, 0.54), times=30)
+    assert run.condition() == "collapsed"
+    assert run.findings[0].advice.endswith("accuracy, the task metric, is not given: with it the diagnosis is surer")
 
 
 def test_a_saturated_layer_gets_room_again_when_its_task_is_solved() -> None:
