@@ -15,7 +15,7 @@ from ess_monitor.featurizers import Backbone, BackboneConfig
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+def said() -> Iterator[list[str]]:
     """Warnings about the metric, in a list that grows with them."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
