@@ -55,18 +55,18 @@ def test_a_mode_that_contradicts_the_metric_is_said_once_when_the_monitor_is_bui
 
 
 def test_a_metric_that_is_never_given_is_said_once_with_the_names_that_are(said: list[str]) -> None:
-    watched = monitor(metric="acuracy")
+    watched = monitor(metric="accuracy_")
     train(watched, {"loss": torch.tensor(1.0), "accuracy": 0.95}, 2)
     assert said == []
     train(watched, {"loss": torch.tensor(1.0), "accuracy": 0.95}, 6)
     watched.close()
     [message] = said
-    assert "metric='acuracy'" in message
+    assert "metric='accuracy_'" in message
     assert "accuracy, loss" in message
 
 
 def test_of_many_names_twenty_are_listed(said: list[str]) -> None:
-    watched = monitor(metric="acuracy")
+    watched = monitor(metric="accuracy_")
     train(watched, {f"metric_{k:02d}": 0.5 for k in reversed(range(30))}, 3)
     watched.close()
     [message] = said
@@ -76,7 +76,7 @@ def test_of_many_names_twenty_are_listed(said: list[str]) -> None:
 
 
 def test_nothing_is_said_before_the_warm_up_is_over_or_while_no_metrics_are_given(said: list[str]) -> None:
-    early, without = monitor(metric="acuracy", warmup_steps=100), monitor(metric="acuracy")
+    early, without = monitor(metric="accuracy_", warmup_steps=100), monitor(metric="accuracy_")
     train(early, {"loss": 1.0}, 8)
     train(without, None, 8)
     early.close()
@@ -109,7 +109,7 @@ def test_a_metric_that_was_given_before_the_resume_is_not_missed(said: list[str]
     first.close()
     second.close()
     assert said == []
-    other = monitor(metric="acuracy")
+    other = monitor(metric="accuracy_")
     other.load_state_dict(first.state_dict())
     train(other, {"loss": 1.0}, 8)
     other.close()
