@@ -13,6 +13,7 @@ EAGER_DIAGNOSIS: dict[str, Any] = {
     "patience": 1,
     "metric": "accuracy",
     "metric_solved": 0.99,
+    "metric_new_values": 1,
 }
 
 NO_EVIDENCE: dict[str, Any] = {"enabled": False}

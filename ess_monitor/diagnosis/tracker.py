@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
 from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge, task_solved
+from ess_monitor.diagnosis.task_metric import TaskMetric, TaskMetricState
 from ess_monitor.diagnosis.utilization import attainable_utilization
 from ess_monitor.errors import CheckpointError
 from ess_monitor.records import Condition, Evidence, Finding, Reading, layer_title
@@ -68,12 +68,17 @@ class Tracker:
         self._rules = check_rules(rules)
         self._examined, self._recheck = dict(examined or {}), recheck_measurements
         self._layers: dict[str, _Layer] = {}
-        self._metrics: deque[float] = deque(maxlen=self._metric_window)
+        self._task = TaskMetric(self.config)
 
     @property
     def conditions(self) -> dict[str, Condition]:
         """Condition of every layer seen so far, in the order in which the layers were first seen."""
         return {name: layer.condition for name, layer in self._layers.items()}
+
+    @property
+    def metric_known(self) -> bool:
+        """Whether a value of the task metric has been seen."""
+        return bool(self._task.known)
 
     @property
     def suspects(self) -> tuple[str, ...]:
@@ -83,7 +88,7 @@ class Tracker:
     @property
     def task_solved(self) -> bool:
         """Whether the task metric says that the task is solved."""
-        return task_solved(tuple(self._metrics), self.config)
+        return task_solved(tuple(self._task.known), self.config)
 
     @property
     def evidence(self) -> dict[str, Evidence]:
@@ -111,7 +116,7 @@ class Tracker:
         for reading in readings:
             layer = self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
             layer.take_evidence((evidence or {}).get(reading.layer), self._recheck)
-        self._append_metric(metrics)
+        self._task.observe(metrics)
         findings = (self._follow(reading, step) for reading in readings)
         return tuple(finding for finding in findings if finding is not None)
 
@@ -120,7 +125,8 @@ class Tracker:
         state = TrackerState(
             version=STATE_VERSION,
             metric=self.config.metric,
-            metrics=list(self._metrics),
+            metrics=list(self._task.known),
+            task=self._task.state(),
             layers=[layer.to_state(name) for name, layer in self._layers.items()],
         )
         return state.model_dump(mode="json")
@@ -146,19 +152,19 @@ class Tracker:
                 "ess_monitor version that wrote it, or drop the diagnosis state from the checkpoint to start afresh"
             )
         same_metric = parsed.metric == self.config.metric
-        self._metrics = deque(parsed.metrics if same_metric else (), maxlen=self._metric_window)
+        self._task = (
+            TaskMetric.load(self.config, parsed.metrics, parsed.task) if same_metric else TaskMetric(self.config)
+        )
         self._layers = {layer.name: _Layer.from_state(layer, self.config.trend_window) for layer in parsed.layers}
 
-    @property
-    def _metric_window(self) -> int:
-        return max(self.config.trend_window, self.config.plateau_window)
+    def _metrics_for(self, layer: _Layer) -> tuple[float, ...]:
+        """Return the known task metric; none where it has not been given for long.
 
-    def _append_metric(self, metrics: Mapping[str, float]) -> None:
-        value = metrics.get(self.config.metric) if self.config.metric is not None else None
-        if value is not None and math.isfinite(value):
-            self._metrics.append(float(value))
-        elif self._metrics:
-            self._metrics.append(self._metrics[-1])
+        A finding stands with the metric that it was made with, and a task that was solved stays solved.
+        """
+        known = self._task.known
+        stands = CONDITION_INFO[layer.condition].needs_attention or task_solved(known, self.config)
+        return known if stands or not self._task.is_silent else ()
 
     def _follow(self, reading: Reading, step: int) -> Finding | None:
         layer = self._layers[reading.layer]
@@ -170,14 +176,16 @@ class Tracker:
         context = Context(
             previous=layer.condition,
             utilizations=tuple(layer.utilizations),
-            metrics=tuple(self._metrics),
+            metrics=self._metrics_for(layer),
+            new_in_trend=self._task.new_over(self.config.trend_window),
+            new_in_plateau=self._task.new_over(self.config.plateau_window),
             first_of_several=len(self._layers) > 1 and reading.layer == next(iter(self._layers)),
         )
         verdict = judge(reading, context, self.config, self._rules)
         if verdict is None:
             return None
         patience = self.config.patience if verdict.patience is None else verdict.patience
-        verdict = self._supported(verdict, reading, layer, patience)
+        verdict = self._supported(verdict, reading, layer, patience, with_metric=bool(context.metrics))
         previous = layer.condition
         if not layer.settles_on(verdict, patience) or {previous, verdict.condition} <= {"unknown", "healthy"}:
             return None
@@ -190,11 +198,13 @@ class Tracker:
             advice=verdict.advice,
             utilization_ratio=reading.utilization_ratio,
             retention_ratio=reading.retention_ratio,
-            metric=self._metrics[-1] if self._metrics else None,
+            metric=context.metrics[-1] if context.metrics else None,
             evidence=layer.evidence if verdict.condition in ("collapsed", "forgets_by_choice") else None,
         )
 
-    def _supported(self, verdict: Verdict, reading: Reading, layer: _Layer, patience: int) -> Verdict:
+    def _supported(
+        self, verdict: Verdict, reading: Reading, layer: _Layer, patience: int, *, with_metric: bool
+    ) -> Verdict:
         """Return the verdict as far as evidence supports it. Only a new collapse of a layer with a decay needs any."""
         layer.is_suspect = False
         proposed, name = verdict.suspected or verdict.condition, reading.layer
@@ -212,7 +222,7 @@ class Tracker:
             # One measurement ahead, so that the evidence is there when the streak is complete.
             layer.is_suspect = layer.streak_of("collapsed") + 1 >= patience - 1
             return replace(verdict, suspected="collapsed")
-        if self._metrics:
+        if with_metric:
             return replace(verdict, reason=f"{verdict.reason}; batches could not be run again ({why_not})")
         layer.report_unexamined(name, verdict.reason, why_not)
         return Verdict("unknown", f"{verdict.reason}; without evidence ({why_not}) nothing is said")
@@ -332,6 +342,8 @@ class TrackerState(_DiagnosisState):
     version: int = Field(ge=-(2**63), le=2**63 - 1)
     metric: str | None
     metrics: list[float]
+    task: TaskMetricState | None = None
+    """None: saved by 0.1."""
     layers: list[_LayerState]
     """A list, so that the model order survives writers that sort keys."""
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ess_monitor.diagnosis import Tracker
+from ess_monitor.diagnosis.config import contradiction
 from ess_monitor.errors import CheckpointError
 from ess_monitor.evidence import weigh
 from ess_monitor.evidence.counterfactual import Alternative
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale
+from ess_monitor.pipeline.absent_metric import AbsentMetric
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.records import (
     MEASURED,
@@ -24,6 +26,7 @@ from ess_monitor.records import (
     Reading,
     SampleResult,
 )
+from ess_monitor.runtime.guard import logger
 
 _KEPT = 1000
 """Findings and actions that are remembered."""
@@ -67,6 +70,10 @@ class ResultHandler:
             examined={name: obstacles.get(name, "") for name in examined},
             recheck_measurements=evidence.recheck_measurements,
         )
+        self._absent = AbsentMetric(config)
+        contradicts = contradiction(config)
+        if contradicts:
+            logger.warning("ess_monitor: diagnosis: %s", contradicts)
         self._export_to_sinks = export
         quiet = () if config.judge_uninformative else (layer for layer in context.layers if layer.spec.uninformative)
         self._undiagnosed = frozenset(layer.name for layer in quiet)
@@ -153,6 +160,9 @@ class ResultHandler:
             with self._guards["diagnosis"]:
                 diagnosed = [reading for reading in result.readings if reading.layer not in self._undiagnosed]
                 findings = self._tracker.observe(diagnosed, result.metrics, result.step, self._weigh(result))
+                missing = self._absent.observe(result, known=self._tracker.metric_known)
+                if missing:
+                    logger.warning("ess_monitor: %s", missing)
         self.readings.update({reading.layer: reading for reading in result.readings})
         self.findings = (*self.findings, *findings)[-_KEPT:]
         outcome: Outcome = "failed" if result.readings else "skipped"

@@ -35,7 +35,7 @@ class Examined:
     def measure(self, seen: Reading, answer: Evidence | str | None = None, accuracy: float | None = None) -> Examined:
         self.step += 100
         found = {LAYER: answer} if answer is not None and self.tracker.suspects else {}
-        metrics = {} if accuracy is None else {"accuracy": accuracy}
+        metrics = {} if accuracy is None else {"accuracy": accuracy + 1e-9 * self.step}  # computed anew
         self.findings += self.tracker.observe([seen], metrics, self.step, found)
         if self.tracker.suspects:
             self.asked.append(self.step)

@@ -29,6 +29,8 @@ BENCHMARKED_SETTINGS: Mapping[str, bool | int | float] = {
     "spare_first_layer": True,
     "judge_uninformative": False,
     "metric_progress_ratio": 0.1,
+    "metric_new_values": 4,
+    "metric_constant_after": 40,
 }
 """Settings that `BENCHMARK` was measured with. Warm-up and task metric are missing: every user sets them for a run."""
 
