@@ -16,7 +16,7 @@ from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rul
 from ess_monitor.diagnosis.task_metric import TaskMetric, TaskMetricState
 from ess_monitor.diagnosis.utilization import attainable_utilization
 from ess_monitor.errors import CheckpointError
-from ess_monitor.records import Condition, Evidence, Finding, Reading, layer_title
+from ess_monitor.records import CONDITION_INFO, Condition, Evidence, Finding, Reading, layer_title
 
 logger = logging.getLogger("ess_monitor")
 
