@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
         "validation",
     },
     "alerts": {"errors", "records", "validation"},
-    "report": {"errors", "exporters", "records", "validation"},
+    "report": {"diagnosis", "errors", "exporters", "records", "validation"},
 }
 """Package -> the packages it may import, itself apart. What is not listed stands above them all."""
 

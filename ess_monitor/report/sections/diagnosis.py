@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ess_monitor.records import (
-    Finding,
-    Measurement,
-    Reading,
-    attainable_utilization,
-    full_state_utilization,
-    layer_title,
-)
+from ess_monitor.diagnosis.utilization import attainable_utilization, full_state_utilization
+from ess_monitor.records import Finding, Measurement, Reading, layer_title
 from ess_monitor.report.components import Table
 from ess_monitor.report.figures import number
 from ess_monitor.report.history import RunHistory
