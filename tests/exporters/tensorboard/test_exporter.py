@@ -22,7 +22,17 @@ from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalar
 from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, Heatmap, colorize, heads, positions, spectrum
 from ess_monitor.exporters.tensorboard.layout import Spikes
 from ess_monitor.records import Measurement
-from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, reading, run_info, snapshot
+from tests.exporters.helpers import (
+    ODD_LAYERS,
+    action,
+    evidence,
+    examined,
+    finding,
+    measurement,
+    reading,
+    run_info,
+    snapshot,
+)
 
 
 def _read(folder: Path) -> EventAccumulator:
@@ -198,6 +208,36 @@ def test_a_finding_on_an_oddly_named_layer_is_no_markup_either(tmp_path: Path) -
     page = _page(event.tensor_proto.string_val[0])
     assert page.findtext("p/strong") == name
     assert {element.tag for element in page.iter()} == {"page", "p", "strong", "em"}
+
+
+def test_the_evidence_of_a_finding_is_a_table_below_it(tmp_path: Path) -> None:
+    found = evidence(basis="kl", base=None, outcome="loud", far_share_ratio=None)
+    measured = measurement(100, findings=(examined(), examined("blocks.1.mixer", found)))
+    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measured)
+    events = _read(tmp_path / "demo")
+    shown = []
+    for layer in ("blocks.0.mixer", "blocks.1.mixer"):
+        (event,) = events.Tensors(f"ess_findings/{layer}/text_summary")
+        page = _page(event.tensor_proto.string_val[0])
+        shown.append([["".join(cell.itertext()) for cell in row] for row in page.iter("tr")])
+    assert "healthy → **forgets by choice**" in events.Tensors("ess_findings/blocks.0.mixer/text_summary")[
+        0
+    ].tensor_proto.string_val[0].decode("utf-8")
+    assert shown[0] == [
+        ["evidence", "step 100"],
+        ["outcome", "by choice: the loss prefers the forgetting"],
+        ["compared", "the loss, on 8 batches that were run again"],
+        ["loss as it is", "8"],
+        ["change with half the decay (m50)", "+1 ± 0.25, +12.50% of it"],
+        ["change with a tenth of the decay (m90)", "+2, +25.00% of it"],
+        ["change without the past (cut)", "+4, +50.00% of it"],
+        ["m50 / cut", "25.0%"],
+        ["share of the output that comes from afar", "12.5%"],
+    ]
+    assert ["change with half the decay (m50)", "1 ± 0.25"] in shown[1]
+    assert ["share of the output that comes from afar", "–"] in shown[1]
+    assert [point.value for point in events.Scalars("ess_evidence_m50_ratio/blocks.0.mixer")] == [0.125]
+    assert [point.value for point in events.Scalars("ess_evidence_cut_nats/blocks.1.mixer")] == [4.0]
 
 
 def test_the_table_of_actions_is_bounded(tmp_path: Path) -> None:
