@@ -79,7 +79,7 @@ def evidence_rows(evidence: Evidence) -> tuple[tuple[str, str], ...]:
 
     def change(name: str, error: float = 0.0) -> str:
         sign, spread = "" if is_kl else "+", f" ± {error:.2g}" if error else ""
-        share = f", {ratios[f'{name}_ratio']:+.2%} of it" if f"{name}_ratio" in ratios else ""
+        share = f", {ratios[f'{name}_ratio']:+.2%} of the loss" if f"{name}_ratio" in ratios else ""
         return f"{getattr(evidence, name):{sign}.3g}{spread}{share}"
 
     relation = f"{evidence.m50 / evidence.cut:.1%}" if evidence.cut > 0 else "–"

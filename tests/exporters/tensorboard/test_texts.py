@@ -105,9 +105,9 @@ def test_the_evidence_of_a_finding_is_a_table_below_it(tmp_path: Path) -> None:
         ["outcome", "by choice: the loss prefers the forgetting"],
         ["compared", "the loss, on 8 batches that were run again"],
         ["loss as it is", "8"],
-        ["change with half the decay (m50)", "+1 ± 0.25, +12.50% of it"],
-        ["change with a tenth of the decay (m90)", "+2, +25.00% of it"],
-        ["change without the past (cut)", "+4, +50.00% of it"],
+        ["change with half the decay (m50)", "+1 ± 0.25, +12.50% of the loss"],
+        ["change with a tenth of the decay (m90)", "+2, +25.00% of the loss"],
+        ["change without the past (cut)", "+4, +50.00% of the loss"],
         ["m50 / cut", "25.0%"],
         ["share of the output that comes from afar", "12.5%"],
     ]
