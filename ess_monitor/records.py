@@ -34,8 +34,7 @@ Part = Literal["capture", "replay", "worker", "measurement", "agreement", "diagn
 """A part of the monitor that fails, and is turned off, by itself. agreement: between the ranks of a distributed run."""
 
 Outcome = Literal["ok", "skipped", "failed"]
-"""How a sampled step ended: measured, not measured by choice (queue full, nothing captured,
-ranks that did not agree in time), or failed."""
+"""How a sampled step ended. skipped: queue full, nothing captured, or ranks that did not agree in time."""
 
 ActionKind = Literal["pull_to_identity", "rescale_alpha", "advise"]
 """What an intervention does: attach the A->I regularizer, divide log A by a factor, or only say something."""
@@ -80,11 +79,7 @@ CONDITION_INFO: dict[Condition, ConditionInfo] = {
     ),
     "saturated": ConditionInfo("yellow", True, "StateSaturated", "is saturated", "The state is full."),
     "collapsed": ConditionInfo(
-        "red",
-        True,
-        "StateCollapsed",
-        "has collapsed",
-        "The state is there and is not used, and the loss gains nothing by it.",
+        "red", True, "StateCollapsed", "has collapsed", "The state is not used, and the loss gains nothing by that."
     ),
 }
 """Every condition, in the order of severity. A new one is a name in `Condition`, a line here and a rule."""
@@ -155,8 +150,7 @@ class Reading(Record):
     minimum_effective_size: float | None = None
     """Smallest tolerance-ESS over samples and channels at the middle position (appendix C.6)."""
     effective_size_lower: float | None = None
-    """Certified lower bound of the mean tolerance-ESS over all positions from the first to the last measured one
-    (interlacing)."""
+    """Certified lower bound (interlacing) of the mean tolerance-ESS from the first to the last measured position."""
     effective_size_upper: float | None = None
     """Certified upper bound of the same mean."""
     utilization_ratio: float | None = None
@@ -190,13 +184,17 @@ class Reading(Record):
 
 
 def layer_title(name: str) -> str:
-    """Return the name of a layer as it is shown. The model itself has none, and an empty label counts as
-    missing.
+    """Return the name of a layer as it is shown. The model itself has none, and an empty label counts as missing.
 
     >>> layer_title("blocks.0.mixer"), layer_title("")
     ('blocks.0.mixer', 'root')
     """
     return name or "root"
+
+
+def condition_title(condition: Condition) -> str:
+    """Return the name of a condition as it is shown: "forgets by choice"."""
+    return condition.replace("_", " ")
 
 
 class Evidence(Record):
@@ -347,6 +345,8 @@ class Snapshot(Record):
     readings: dict[str, Reading]
     """Latest reading with status ok, per layer; a layer without one is absent."""
     conditions: dict[str, Condition]
+    evidence: dict[str, Evidence] = {}
+    """Latest evidence, per layer; a layer that was never examined is absent. Empty in logs of before it was written."""
     condition_changes_total: dict[Condition, int]
     nonfinite_total: dict[str, int]
     interventions_total: dict[ActionKind, dict[ActionOutcome, int]]

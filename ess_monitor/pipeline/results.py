@@ -168,7 +168,8 @@ class ResultHandler:
         outcome: Outcome = "failed" if result.readings else "skipped"
         if any(reading.status in MEASURED for reading in result.readings):
             outcome = "ok"
-        self._context.counters.measured(outcome, result.readings, findings, self.conditions)
+        evidence = self._tracker.evidence
+        self._context.counters.measured(outcome, result.readings, findings, self.conditions, evidence)
         return findings
 
     def _weigh(self, result: SampleResult) -> dict[str, Evidence | str]:
