@@ -141,10 +141,10 @@ class Monitor(RunSampling):
         self._running = False
         shutdown.forget(self)
         self._trigger.stop()
-        self._replays.stop()
         with self._context.guards["worker"]:
             self._handle(self._schedule.finish(timeout_seconds))
             self._queue.close(timeout_seconds)
+        self._replays.stop()
         self._results.autopilot.close()
         self._context.counters.set_status(status)
         self._hub.close(status)

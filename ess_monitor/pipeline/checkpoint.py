@@ -45,6 +45,7 @@ class _CadenceState(_StatePart):
     train_seconds: _Seconds
     sample_cost: _Seconds
     cost_since_sample: _Seconds
+    debt: _Seconds = 0.0
     steps: list[_Seconds]
     held: bool
 

@@ -86,7 +86,7 @@ class RunContext:
         """Add to the cost of the monitor itself; nothing where the clock went back."""
         seconds = max(0.0, seconds)
         self.counters.spent(phase, seconds)
-        self.cadence.spent(seconds)
+        self.cadence.spent(seconds, once=phase == "replay")
         self.counters.overhead(self.cadence.overhead_ratio, self.cadence.interval_steps)
 
     def state_dict(self) -> dict[str, Any]:
