@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ess_monitor.diagnosis import Tracker
+from ess_monitor.diagnosis.absent_metric import AbsentMetric
 from ess_monitor.diagnosis.config import contradiction
 from ess_monitor.errors import CheckpointError
 from ess_monitor.evidence import weigh
@@ -13,7 +14,6 @@ from ess_monitor.evidence.counterfactual import Alternative
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale
-from ess_monitor.pipeline.absent_metric import AbsentMetric
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.records import (
     MEASURED,
