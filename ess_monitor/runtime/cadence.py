@@ -111,8 +111,8 @@ class Cadence:
 
         Args:
             seconds: the cost.
-            once: it does not come with every sample. The interval is then not stretched in proportion, which would leave
-                the run unobserved for long, but at most doubled until the cost is made up for.
+            once: it does not come with every sample. The interval is then at most doubled until the cost is made up
+                for: in proportion to the cost, the run would be unobserved for long.
         """
         self.cost_seconds += seconds
         if once:
