@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,10 +109,11 @@ class CallRecorder:
         """Note calls from now on. A second call does nothing."""
         if self._handles:
             return
-        from torch._dynamo.eval_frame import skip_code
-
         # Compiled code around the model must neither trace the hooks nor what they call.
-        skip_code(_Hook.__call__.__code__)
+        with suppress(ImportError):  # private: without it a call from such code is not seen
+            from torch._dynamo.eval_frame import skip_code
+
+            skip_code(_Hook.__call__.__code__)
         tensors = (*self._model.parameters(), *self._model.buffers())
         self._devices = tuple(sorted({"cpu"} | {tensor.device.type for tensor in tensors} - {"meta"}))
         begin, keep, end = (

@@ -152,26 +152,23 @@ class _Fsdp2Unit:
     """A module that was given to `fully_shard`."""
 
     def __init__(self, module: Any) -> None:
-        self._module = module
         state = module._get_fsdp_state()
-        self._groups = _param_groups(module)
-        self._sharded = [group for group in self._groups if group.is_sharded]
+        groups = _param_groups(module)
+        self._sharded = [group for group in groups if group.is_sharded]
         values = [(state, "_training_state"), (getattr(state, "_state_ctx", None), "iter_forward_root")]
-        values += [(group, "_training_state") for group in self._groups]
+        values += [(group, "_training_state") for group in groups]
         self._values = [(owner, name, getattr(owner, name)) for owner, name in values if hasattr(owner, name)]
         lists = [getattr(state, "_modules_to_run_forward", None)]
-        lists += [getattr(group, "_post_forward_indices", None) for group in self._groups]
-        lists += [getattr(getattr(group, "comm_ctx", None), "post_forward_order", None) for group in self._groups]
+        lists += [getattr(group, "_post_forward_indices", None) for group in groups]
+        lists += [getattr(getattr(group, "comm_ctx", None), "post_forward_order", None) for group in groups]
         self._contents = [Contents(each) for each in lists if each is not None]
 
     def settle(self) -> None:
-        changed = [(owner, name, value) for owner, name, value in self._values if getattr(owner, name) is not value]
-        for owner, name, value in changed:
-            setattr(owner, name, value)
+        for owner, name, value in self._values:
+            if getattr(owner, name) is not value:
+                setattr(owner, name, value)
         for contents in self._contents:
             contents.restore()
-        if changed:
-            self.reshard()
 
     def reshard(self) -> None:
         for group in self._sharded:

@@ -211,7 +211,7 @@ class ModelState:
             self._setters.append(partial(setattr, bits, "state", bits.state))
         elif issubclass(kind, numpy.random.RandomState):
             self._setters.append(partial(value.set_state, value.get_state()))
-        elif kind is numpy.ndarray and value.flags.writeable and value.flags.owndata:
+        elif kind is numpy.ndarray and value.flags.behaved and value.flags.owndata:
             self._setters.append(partial(numpy.copyto, value, value.copy()))
 
 

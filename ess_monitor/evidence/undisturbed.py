@@ -31,7 +31,8 @@ class Undisturbed:
 
     Not put back are parameters that are written to, and what the forward pass and the hooks of others write elsewhere:
     into objects of their own classes, class attributes, globals or files. Step boundaries only: a backward pass that
-    is still to come must not need what these forward passes write over.
+    is still to come must not need what these forward passes write over. Reentrant checkpointing warns inside the block
+    that no input requires a gradient.
 
     Args:
         model: as it is called.

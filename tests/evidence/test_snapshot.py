@@ -118,7 +118,7 @@ def test_odd_things_in_a_model_do_no_harm() -> None:
         model.inferred = torch.ones(3)
     model.lazy = nn.LazyLinear(2)
     model.frozen = np.zeros(2)
-    model.frozen.flags.writeable = False
+    model.frozen.setflags(write=False)
     model.handle = sys.stdout
     with Undisturbed(model) as block:
         model.sparse.mul_(2)
