@@ -1,0 +1,128 @@
+"""Batches that are run again inside a training: what they show, and that the training goes on as without them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import logsigmoid
+
+from tests.pipeline.replaying import (
+    ALL_COLLAPSED,
+    LAST,
+    Loop,
+    Replays,
+    batch,
+    bits,
+    by_loss,
+    by_outputs,
+    loss_of,
+    settings_of,
+)
+
+WAYS = {"loss": by_loss, "kl": by_outputs}
+
+
+@pytest.mark.parametrize("basis", sorted(WAYS))
+@pytest.mark.parametrize("featurizer", ["wla", "gla", "gla_s6", "s6"])
+def test_in_mode_advise_evidence_is_taken_and_the_training_is_bitwise_that_of_mode_off(
+    featurizer: str, basis: str
+) -> None:
+    bare = bits(Loop(None, featurizer=featurizer).run(12).training())
+    off = Loop(settings_of("off"), WAYS[basis], featurizer).run(12)
+    assert bits(off.training()) == bare
+    off.monitor.close()
+    watched = Loop(settings_of("advise"), WAYS[basis], featurizer).run(12)
+    assert bits(watched.training()) == bare
+    [found] = watched.evidence
+    assert (found.layer, found.basis, found.batches) == (LAST, basis, 3)
+    assert (found.base is None) == (basis == "kl")
+    says = {"loud": "collapsed", "silent": "collapsed", "by_choice": "forgets_by_choice", "unclear": "unknown"}
+    assert watched.monitor.conditions[LAST] == says[found.outcome]
+    assert [f.evidence for f in watched.monitor.findings] == ([] if found.outcome == "unclear" else [found])
+    assert watched.monitor.snapshot().health.part_failures_total["replay"] == 0
+    watched.monitor.close()
+
+
+# -- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def with_power(mixer: nn.Module, power: float) -> None:
+    """Make A^power of a WLA by its parameter: A = sigmoid(logit)^(1 / beta)."""
+    with torch.no_grad():
+        log_sigmoid = power * logsigmoid(mixer.decay_logit)
+        mixer.decay_logit.copy_(log_sigmoid - torch.log(-torch.expm1(log_sigmoid)))
+
+
+@pytest.mark.parametrize("basis", sorted(WAYS))
+def test_the_numbers_are_those_of_a_copy_of_the_model_whose_decay_was_changed_by_hand(basis: str) -> None:
+    losses: list[list[float]] = []
+    divergences: list[list[float]] = []
+
+    def observe(loop: Loop) -> None:
+        if loop.step not in (3, 4, 5):
+            return
+        tokens, outputs = batch(loop.step - 1), []
+        for power in (1.0, 0.5, 0.1, 1e4):  # A is about 1/2, and 2^-10000 is 0
+            model = copy.deepcopy(loop.model)
+            with_power(model.backbone.blocks[1].mixer, power)
+            with torch.random.fork_rng([]), torch.no_grad():  # the same dropout in each
+                outputs.append(model(tokens))
+        log_p = [logits.log_softmax(-1) for logits in outputs]
+        losses.append([-p[:, :-1].gather(2, tokens[:, 1:, None]).mean().item() for p in log_p])
+        divergences.append([(log_p[0].exp() * (log_p[0] - q)).sum(-1).mean().item() for q in log_p])
+
+    loop = Loop(settings_of("auto"), WAYS[basis], dtype=torch.float64, every_step=observe).run(11)
+    [found] = loop.evidence
+    values = torch.tensor(losses if basis == "loss" else divergences, dtype=torch.float64)
+    moved = values - values[:, :1]
+    assert moved[:, 1:].abs().min() > 1e-6
+    # KL is computed in float32.
+    exact: dict[str, Any] = {"rel": 1e-6} if basis == "loss" else {"rel": 1e-4, "abs": 1e-7}
+    assert found.base == (pytest.approx(values[:, 0].mean().item(), rel=1e-9) if basis == "loss" else None)
+    assert [found.m50, found.m90, found.cut] == pytest.approx(moved.mean(0)[1:].tolist(), **exact)
+    assert found.m50_error == pytest.approx(moved[:, 1].std(correction=1).item() / math.sqrt(3), **exact)
+    assert found.step == 8
+    loop.monitor.close()
+
+
+# -- acting -----------------------------------------------------------------------------------------------------------
+
+
+def test_mode_auto_only_advises_where_outputs_were_compared() -> None:
+    loop = Loop(settings_of("auto", evidence=ALL_COLLAPSED), by_outputs).run(12)
+    [found] = loop.evidence
+    assert (found.basis, found.outcome) == ("kl", "silent")
+    [action] = loop.monitor.actions
+    assert (action.layer, action.action, action.outcome) == (LAST, "pull_to_identity", "dry_run")
+    assert "only its outputs could be compared" in action.message
+    assert "replay=" in action.message
+    assert bits(loop.training()) == bits(Loop(None).run(12).training())
+    loop.monitor.close()
+
+
+@pytest.mark.parametrize("featurizer", ["wla", "gla_s6"])
+def test_mode_auto_treats_on_evidence_by_the_loss_and_on_trial(featurizer: str) -> None:
+    loop = Loop(settings_of("auto", evidence=ALL_COLLAPSED), by_loss, featurizer).run(12)
+    [action] = loop.monitor.actions
+    assert (action.step, action.layer, action.outcome) == (10, LAST, "applied")
+    [treatment] = loop.monitor._results.autopilot.active
+    assert treatment.trial is not None
+    assert treatment.trial.is_silent
+    assert treatment.trial.gate is not None
+    loop.monitor.close()
+
+
+def test_mode_auto_leaves_a_layer_alone_whose_loss_prefers_the_forgetting() -> None:
+    by_choice = {"cut_ratio": 1e-9, "m50_share": 1e-9, "silent_ratio": 1e-9}
+    loop = Loop(settings_of("auto", evidence=by_choice)).run(12)
+    [found] = loop.evidence
+    assert found.outcome == "by_choice"
+    assert loop.monitor.conditions[LAST] == "forgets_by_choice"
+    assert loop.monitor.actions == ()
+    loop.monitor.close()
