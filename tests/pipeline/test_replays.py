@@ -126,3 +126,146 @@ def test_mode_auto_leaves_a_layer_alone_whose_loss_prefers_the_forgetting() -> N
     assert loop.monitor.conditions[LAST] == "forgets_by_choice"
     assert loop.monitor.actions == ()
     loop.monitor.close()
+
+
+# -- what goes wrong in a replay --------------------------------------------------------------------------------------
+
+
+def raising(loop: Loop, tokens: torch.Tensor) -> Callable[[], Any]:
+    def replay() -> Any:
+        loss_of(loop.model, tokens)
+        raise ZeroDivisionError("injected")
+
+    return replay
+
+
+def giving_nan(loop: Loop, tokens: torch.Tensor) -> Callable[[], Any]:
+    return lambda: loss_of(loop.model, tokens) * math.nan
+
+
+def giving_a_vector(loop: Loop, tokens: torch.Tensor) -> Callable[[], Any]:
+    return lambda: loop.model(tokens)[0, 0]
+
+
+def in_another_mode(loop: Loop, tokens: torch.Tensor) -> Callable[[], Any]:
+    return lambda: loss_of(loop.model.eval(), tokens)
+
+
+BAD: dict[str, tuple[Replays, str]] = {
+    "raises": (raising, "ZeroDivisionError: injected"),
+    "NaN": (giving_nan, "the loss of a batch that was run again is not finite"),
+    "a vector": (giving_a_vector, "a closure returns the loss of the batch, one real number"),
+    "calls nothing": (lambda loop, tokens: lambda: 1.0, "did not call it with another decay"),
+}
+
+
+@pytest.mark.parametrize("mode", ["advise", "auto"])
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_a_replay_that_fails_does_no_harm_and_is_off_after_five_in_a_row(
+    name: str, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    replays, message = BAD[name]
+    loop = Loop(settings_of(mode, evidence={"batches": 7}), replays)
+    loop.run(5)
+    health = loop.monitor.snapshot().health
+    assert 0 < health.part_failures_total["replay"] < 5
+    assert health.parts_off == ()
+    assert loop.monitor.replay_due
+    loop.run(13)
+    health = loop.monitor.snapshot().health
+    assert (health.part_failures_total["replay"], health.parts_off) == (5, ("replay",))
+    assert not loop.monitor.replay_due
+    assert bits(loop.training()) == bits(Loop(None).run(18).training())
+    said = [record.getMessage() for record in caplog.records]
+    assert sum(message in text for text in said) == 2  # the first failure, and the end
+    # The task metric must do, and mode auto does not act on it.
+    [finding] = loop.monitor.findings
+    assert (finding.condition, finding.evidence) == ("collapsed", None)
+    assert "batches could not be run again" in finding.reason
+    assert [action.outcome for action in loop.monitor.actions] == ["dry_run"]
+    assert loop.evidence == []
+    loop.monitor.close()
+
+
+def test_a_replay_that_fails_at_times_leaves_evidence_of_the_other_batches() -> None:
+    def at_times(loop: Loop, tokens: torch.Tensor) -> Callable[[], Any]:
+        return (raising if loop.step == 4 else by_loss)(loop, tokens)
+
+    loop = Loop(settings_of("auto"), at_times).run(12)
+    [found] = loop.evidence
+    assert found.batches == 2
+    assert loop.monitor.snapshot().health.part_failures_total["replay"] == 1
+    loop.monitor.close()
+
+
+def test_a_replay_that_changes_the_mode_of_the_model_leaves_the_training_as_it_is() -> None:
+    loop = Loop(settings_of("advise"), in_another_mode).run(12)
+    assert bits(loop.training()) == bits(Loop(None).run(12).training())
+    assert loop.model.training
+    assert [found.batches for found in loop.evidence] == [3]
+    loop.monitor.close()
+
+
+def test_a_loop_that_never_calls_the_watched_model_itself_is_told_to_give_a_replay(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = Loop(settings_of("advise"), by_outputs)
+    loop.monitor._replays._recorder.attach = lambda: None  # as where the loop calls a wrapper of it
+    loop.run(12)
+    assert any("give Monitor.step a replay=" in record.getMessage() for record in caplog.records)
+    assert loop.evidence == []
+    loop.monitor.close()
+
+
+# -- when nothing is run again ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "enabled"), [("off", True), ("advise", False), ("auto", False)])
+def test_no_batch_is_run_again_where_nobody_asks_for_evidence(mode: str, enabled: bool) -> None:
+    calls: list[int] = []
+
+    def counted(loop: Loop, tokens: torch.Tensor) -> Callable[[], Any]:
+        return lambda: calls.append(loop.step) or loss_of(loop.model, tokens)
+
+    loop = Loop(settings_of(mode, evidence={"enabled": enabled}), counted).run(20)
+    assert calls == []
+    assert loop.monitor.snapshot().overhead_seconds["replay"].count == 0
+    assert loop.monitor.conditions[LAST] == "collapsed"
+    loop.monitor.close()
+
+
+def test_batches_are_run_again_at_the_steps_asked_for_alone() -> None:
+    calls: list[int] = []
+
+    def counted(loop: Loop, tokens: torch.Tensor) -> Callable[[], Any]:
+        return lambda: calls.append(loop.step) or loss_of(loop.model, tokens)
+
+    loop = Loop(settings_of("auto"), counted).run(26)
+    assert calls == [3] * 4 + [4] * 4 + [5] * 4  # as it was, and with three other decays
+    loop.monitor.close()
+
+
+# -- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def test_the_cost_is_in_the_snapshot_and_in_the_cadence() -> None:
+    now = [0.0]
+
+    def slow(loop: Loop, tokens: torch.Tensor) -> Callable[[], Any]:
+        def replay() -> Any:
+            now[0] += 2.0
+            return loss_of(loop.model, tokens)
+
+        now[0] += 1.0  # a training step
+        return replay
+
+    settings = settings_of("advise").model_copy(update={"overhead_budget_ratio": 0.1})
+    loop = Loop(settings, slow, clock=lambda: now[0]).run(20)
+    snapshot = loop.monitor.snapshot()
+    assert snapshot.overhead_seconds["replay"].count == 3
+    assert snapshot.overhead_seconds["replay"].total_seconds == 3 * 4 * 2.0
+    assert loop.monitor.overhead_ratio > 0.5
+    assert snapshot.interval_steps > 20
+    # 24 seconds of cost, at a step of one second and a budget of a tenth.
+    assert loop.monitor._context.cadence.wanted_steps == pytest.approx(240, abs=5)
+    loop.monitor.close()
