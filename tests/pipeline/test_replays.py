@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
+from ess_monitor.interventions.gate import gate_tensors
 from tests.pipeline.replaying import (
     ALL_COLLAPSED,
     LAST,
+    QUICK_TRIAL,
     Loop,
     Replays,
     batch,
@@ -116,6 +118,63 @@ def test_mode_auto_treats_on_evidence_by_the_loss_and_on_trial(featurizer: str) 
     assert treatment.trial.is_silent
     assert treatment.trial.gate is not None
     loop.monitor.close()
+
+
+@pytest.mark.parametrize("featurizer", ["wla", "gla_s6"])
+def test_a_trial_compares_the_gate_with_that_from_before_and_leaves_no_trace(featurizer: str) -> None:
+    names = {"wla": ("decay_logit",), "gla_s6": ("gate", "log_alpha")}[featurizer]
+    before: dict[str, torch.Tensor] = {}
+    gains, losses = [], []
+
+    def observe(loop: Loop) -> None:
+        mixer = loop.model.backbone.blocks[1].mixer
+        if loop.step == 10:
+            kept = {k: v.clone() for k, v in mixer.state_dict().items() if k.split(".")[0] in names}
+            before.update(kept)
+        if loop.step in (15, 16):
+            found = []
+            for state in ({}, before):
+                model = copy.deepcopy(loop.model)
+                model.backbone.blocks[1].mixer.load_state_dict(state, strict=False)
+                with torch.random.fork_rng([]), torch.no_grad():
+                    found.append(loss_of(model, batch(loop.step - 1)).item())
+            losses.append(found[0])
+            gains.append(found[1] - found[0])
+
+    evidence = {**ALL_COLLAPSED, "batches": 2}
+    settings = settings_of("auto", evidence=evidence, probation={**QUICK_TRIAL, "checks": (4,)})
+    loop = Loop(settings, by_loss, featurizer, dtype=torch.float64, every_step=observe).run(18)
+    [treatment] = loop.monitor._results.autopilot.active
+    assert abs(sum(gains)) > 1e-9
+    assert treatment.trial.last_gain_ratio == pytest.approx(sum(gains) / sum(losses), rel=1e-6)
+    later = settings_of("auto", evidence=evidence, probation={**QUICK_TRIAL, "checks": (500,)})
+    without = Loop(later, by_loss, featurizer, dtype=torch.float64).run(18)
+    assert [a.outcome for a in without.monitor.actions] == ["applied"]
+    assert bits(loop.training()) == bits(without.training())
+    for each in (loop, without):
+        each.monitor.close()
+
+
+@pytest.mark.parametrize("featurizer", ["wla", "gla_s6"])
+def test_a_treatment_that_is_taken_back_leaves_the_gate_as_it_was_before(featurizer: str) -> None:
+    gates: dict[int, Any] = {}
+
+    def observe(loop: Loop) -> None:
+        gates[loop.step] = bits(gate_of(loop))
+
+    harmful = {"checks": (4,), "harm_ratio": 0.0, "noise": 0.0, "silent_patience_steps": 5}
+    settings = settings_of("auto", evidence={**ALL_COLLAPSED, "batches": 2}, probation=harmful)
+    loop = Loop(settings, by_loss, featurizer, every_step=observe).run(18)
+    assert [(a.step, a.outcome) for a in loop.monitor.actions] == [(10, "applied"), (18, "rolled_back")]
+    assert gates[18] != gates[10]
+    assert bits(gate_of(loop)) == gates[10]
+    loop.monitor.close()
+
+
+def gate_of(loop: Loop) -> dict[str, Any]:
+    """The tensors that decide the decay, with what the optimizer remembers of each."""
+    [layer] = [layer for layer in loop.monitor._context.layers if layer.name == LAST]
+    return {name: (tensor, dict(loop.optimizer.state.get(tensor, {}))) for name, tensor in gate_tensors(layer).items()}
 
 
 def test_mode_auto_leaves_a_layer_alone_whose_loss_prefers_the_forgetting() -> None:
