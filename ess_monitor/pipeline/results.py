@@ -78,9 +78,7 @@ class ResultHandler:
         known = self._tracker.conditions
         return {name: known.get(name, "unknown") for name in self._context.layer_names}
 
-    def examinations(
-        self, step: int, *, resumed: bool = False
-    ) -> tuple[tuple[str, ...], dict[str, Alternative], int]:
+    def examinations(self, step: int, *, resumed: bool = False) -> tuple[tuple[str, ...], dict[str, Alternative], int]:
         """Return what is to be learned from batches that are run again: the arguments of `Replays.ask`.
 
         Args:

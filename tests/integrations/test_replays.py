@@ -45,7 +45,9 @@ def judged_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def found_by(ess: Any) -> list[tuple[str, str, int]]:
     evidence = ess.monitor._results._tracker.evidence.values()
     assert ess.monitor.snapshot().health.part_failures_total["replay"] == 0
-    return [(e.layer.split(".", 1)[1] if e.layer.startswith("inner.") else e.layer, e.basis, e.batches) for e in evidence]
+    return [
+        (e.layer.split(".", 1)[1] if e.layer.startswith("inner.") else e.layer, e.basis, e.batches) for e in evidence
+    ]
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
