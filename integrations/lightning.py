@@ -142,7 +142,9 @@ def _replay(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Callable[[
     # DDP only adds collectives, which other ranks may not join. FSDP's wrapper is what gathers the parameters.
     is_sharded = isinstance(trainer.strategy.model, FullyShardedDataParallel)
     training_step = trainer.strategy.training_step if is_sharded else module.training_step
-    arguments = (batch, batch_idx)[: len(parameters)]
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+    arguments = (batch, batch_idx)[: 2 if takes_any else len(positional)]
 
     def loss() -> torch.Tensor:
         with _muted(trainer, module), trainer.precision_plugin.train_step_context():

@@ -125,8 +125,8 @@ class Autopilot:
             actions += self._begin(seen)
         return (*rolled_back, *actions)
 
-    def comparisons(self, step: int, within: int) -> dict[str, tuple[int, GateSwap]]:
-        """Return the treatments on probation whose gates are to be compared within so many steps.
+    def comparisons(self, step: int, within: int | None) -> dict[str, tuple[int, GateSwap]]:
+        """Return the treatments on probation whose gates are to be compared within so many steps; None: are compared.
 
         Returns:
             By layer: in how many steps, and what puts the gate from before in its place.
@@ -135,7 +135,9 @@ class Autopilot:
         for name, treatment in self._treatments.items():
             trial, config = treatment.trial, self.config.probation
             delay = None if trial is None else trial.due_in(step - treatment.first_step, config)
-            if trial is not None and trial.gate is not None and delay is not None and delay <= within:
+            if trial is None or trial.gate is None or delay is None:
+                continue
+            if not trial.compared or (within is not None and delay <= within):
                 trial.begin(config)
                 due[name] = (delay, trial.gate.in_place)
         return due

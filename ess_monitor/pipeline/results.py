@@ -85,9 +85,14 @@ class ResultHandler:
         known = self._tracker.conditions
         return {name: known.get(name, "unknown") for name in self._context.layer_names}
 
-    def examinations(self, step: int) -> tuple[tuple[str, ...], dict[str, Alternative], int]:
-        """Return what is to be learned from batches that are run again: the arguments of `Replays.ask`."""
-        within = self._context.cadence.interval_steps // 2
+    def examinations(self, step: int, *, resumed: bool = False) -> tuple[tuple[str, ...], dict[str, Alternative], int]:
+        """Return what is to be learned from batches that are run again: the arguments of `Replays.ask`.
+
+        Args:
+            step: optimizer steps so far.
+            resumed: leave out what would begin now. It begins at the next measurement, as in a run that did not stop.
+        """
+        within = None if resumed else self._context.cadence.interval_steps // 2
         comparisons = self.autopilot.comparisons(step, within)
         delay = max((delay for delay, _ in comparisons.values()), default=0)
         trials = {name: trial for name, (_, trial) in comparisons.items()}
