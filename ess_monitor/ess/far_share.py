@@ -1,0 +1,58 @@
+"""Measures how much of what a layer puts out comes from afar, without singular values and without forming T."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ess_monitor import validation
+from ess_monitor.errors import OperatorError
+from ess_monitor.ess.operators.base import Operator, check_operator
+from ess_monitor.ess.positions import check_positions
+
+
+class FarShare(NamedTuple):
+    """Holds two squared norms of each operator, (batch, heads); float64, or float32 on devices that have no float64.
+
+    The share of several operators together is the square root of sum(far_squared) / sum(total_squared).
+    """
+
+    far_squared: Tensor
+    """||T[p+d:, :p]||_F^2: what comes from before position p."""
+    total_squared: Tensor
+    """||T[p+d:, :]||_F^2: all of it, the row's own token included."""
+
+
+@torch.no_grad()
+def far_share(operator: Operator, position: int, distance: int) -> FarShare:
+    """Return how much of the outputs from position p + d on comes from the tokens before p, d tokens back and farther.
+
+    Recurrences cost O(L n^2) matrix products, a small part of their singular values: what is carried is the Gramian of
+    the state, n x n. Attention and matrices cost one look at each of their rows p + d, ..., L - 1. Reads no value on
+    the host. NaN or infinity in what these rows depend on gives NaN or infinity, in the same operator only.
+
+    Args:
+        operator: What to measure.
+        position: p, in 1..length-1.
+        distance: d, from 0 up, so that a row is left: p + d < length.
+
+    Raises:
+        OperatorError: `operator` is not an operator, `position` is out of range, or no row is left.
+
+    Example:
+        >>> from ess_monitor.ess import DenseOperator
+        >>> T = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [3.0, 0.0, 4.0]])
+        >>> far, total = far_share(DenseOperator(T), 1, 1)  # the last row is 3, 0, 4; before position 1 is the 3
+        >>> far, (far / total).sqrt()
+        (tensor([[9.]], dtype=torch.float64), tensor([[0.6000]], dtype=torch.float64))
+    """
+    check_operator(operator)
+    (position,) = check_positions([position], operator.length)
+    hint = "a row must be left after position + distance"
+    last = operator.length - 1 - position
+    start = position + validation.whole("distance", distance, 0, last, hint=hint, error=OperatorError)
+    squares = operator._row_squares(position, start)
+    far, near = (each.expand(operator.batch, operator.heads) for each in squares)
+    return FarShare(far, far + near)
