@@ -118,7 +118,7 @@ def collect(size: dict[str, Any], seed: int) -> dict[str, Any]:
     accuracies = {"control": accuracy}
     label = "healthy"
     if accuracy < SOLVED:
-        _, accuracies["remedy"] = train(size, seed, config, before_step=_treat)
+        _, accuracies["remedy"] = train(size, seed, config, before_step=treat)
         label = "collapsed"
     if label == "collapsed" and accuracies["remedy"] < SOLVED:
         _, accuracies["larger"] = train({**size, "state_size": 4 * size["state_size"]}, seed, config)
@@ -130,7 +130,8 @@ def collect(size: dict[str, Any], seed: int) -> dict[str, Any]:
     return content
 
 
-def _treat(step: int, model: Any) -> None:
+def treat(step: int, model: Any) -> None:
+    """Treat the last mixer at step `INTERVENE_AT`, whatever its condition."""
     if step != INTERVENE_AT:
         return
     from ess_monitor.capture import find_layers

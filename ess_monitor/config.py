@@ -81,15 +81,6 @@ class MonitorConfig(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
-    def _acts_on_evidence(self) -> MonitorConfig:
-        if self.autopilot.mode == "auto" and not self.evidence.enabled:
-            raise ValueError(
-                'evidence.enabled=False is not possible with autopilot.mode="auto": nothing is treated without '
-                'evidence; leave it on, or use mode "advise"'
-            )
-        return self
-
     @classmethod
     def load(cls, path: str | Path | None = None, *, environment: bool = True, **settings: Any) -> MonitorConfig:
         """Settings from a YAML file, overridden by `ESS_MONITOR_...` variables, overridden by keyword arguments.

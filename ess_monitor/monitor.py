@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,23 +14,21 @@ from ess_monitor.capture.layers import check_model
 from ess_monitor.config import MonitorConfig
 from ess_monitor.distributed import StoreConsensus
 from ess_monitor.distributed.parallelism import require_data_parallel
-from ess_monitor.distributed.ranks import consensus_of_the_run, measure_together, rank_info
+from ess_monitor.distributed.ranks import measure_together, rank_info
+from ess_monitor.evidence.counterfactual import Replay
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter, configs_of_rank
 from ess_monitor.exporters.base import check_exporters
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.pipeline.checkpoint import STATE_VERSION, read_state
 from ess_monitor.pipeline.context import Metrics, RunContext, check_end, check_run, check_timeout
-from ess_monitor.pipeline.queue import MeasurementQueue
-from ess_monitor.pipeline.results import ResultHandler
 from ess_monitor.pipeline.run_info import run_info
-from ess_monitor.pipeline.schedule import Immediate, Lockstep
-from ess_monitor.pipeline.trigger import SampleTrigger
-from ess_monitor.pipeline.view import RunView
+from ess_monitor.pipeline.sampling import RunSampling
+from ess_monitor.pipeline.stages import build_stages
 from ess_monitor.records import Reading, RunStatus, SampleResult
 from ess_monitor.runtime import ComputeBackend, shutdown
 
 
-class Monitor(RunView):
+class Monitor(RunSampling):
     """Measures how much of its memory a model uses while it trains.
 
     Call `step()` after every optimizer step; every `config.every_n_steps` of them the next forward pass in training is
@@ -98,11 +95,16 @@ class Monitor(RunView):
         self._exporters, self._hub = check_exporters(exporters), ExporterHub()
         locked = acts or agreement is not None or measure_together(config.distributed, world_size, acts=acts)
         context = self._context = RunContext.create(model, config, clock=clock, wall_clock=wall_clock, locked=locked)
-        consensus = agreement or consensus_of_the_run(config.distributed, world_size, acts=acts)
-        self._trigger = SampleTrigger(model, context)
-        self._queue = MeasurementQueue(context, backends)
-        self._schedule = Lockstep(context, self._queue, consensus) if locked else Immediate(context, self._queue)
-        self._results = ResultHandler(context, grad_scale, lambda measurement: self._hub.export(measurement))
+        self._trigger, self._queue, self._schedule, self._replays, self._results = build_stages(
+            model,
+            context,
+            locked=locked,
+            world_size=world_size,
+            agreement=agreement,
+            grad_scale=grad_scale,
+            backends=backends,
+            export=lambda measurement: self._hub.export(measurement),
+        )
         self._step, self._last_call, self._optimizer = 0, float("nan"), cast(Optimizers, None)
         self._running = self._samples = False
 
@@ -142,13 +144,21 @@ class Monitor(RunView):
         with self._context.guards["worker"]:
             self._handle(self._schedule.finish(timeout_seconds))
             self._queue.close(timeout_seconds)
+        self._replays.stop()
         self._results.autopilot.close()
         self._context.counters.set_status(status)
         self._hub.close(status)
         if status == "finished":
-            self._raise_pending()
+            self._context.health.raise_pending(self._hub.take_errors)
 
-    def step(self, metrics: Metrics | None = None, *, optimizer: Optimizers = None, step: int | None = None) -> None:
+    def step(
+        self,
+        metrics: Metrics | None = None,
+        *,
+        optimizer: Optimizers = None,
+        step: int | None = None,
+        replay: Replay | None = None,
+    ) -> None:
         """Tell the monitor that an optimizer step is done.
 
         Args:
@@ -157,6 +167,8 @@ class Monitor(RunView):
             optimizer: the optimizer (or all of them), whose moments are reset with a parameter that the autopilot
                 rescales. Needed in mode auto for layers with an alpha that is trained.
             step: optimizer steps so far, where the caller's own count differs from the number of calls.
+            replay: returns the loss of this step's batch, of another forward pass. Called where `replay_due` alone.
+                Without it outputs are compared, on which mode auto does not act.
         """
         if not self._alive:
             return
@@ -165,6 +177,8 @@ class Monitor(RunView):
         self._optimizer = optimizer
         self._context.count_step(self._step, self._last_call - before)
         self._collect(metrics)
+        if self._replays.due(self._step):
+            self._replays.collect(replay)
         if self._schedule.due(self._step):
             with self._context.guards["worker"]:
                 self._handle(self._schedule.conclude())
@@ -172,26 +186,7 @@ class Monitor(RunView):
         if self.config.capture.source == "random_tokens" and self.sample_due:
             with self._context.guards["capture"], self.sample(metrics):
                 self._trigger.run_probe()
-        self._raise_pending()
-
-    def arm(self) -> None:
-        """Sample the next forward pass. `step` does this by itself when training batches are the source."""
-        if self._alive and self._context.layers and not self._schedule.waiting:
-            self._trigger.arm(self._step, measures=self._schedule.measures, exchanges=self._schedule.exchanges)
-
-    def disarm(self, metrics: Metrics | None = None) -> None:
-        """Remove the hooks and send what they captured to be measured."""
-        if not self._context.health.forked:
-            self._collect(metrics)
-
-    @contextmanager
-    def sample(self, metrics: Metrics | None = None) -> Iterator[None]:
-        """Sample the forward pass inside the block, whether it is due or not; for validation batches and notebooks."""
-        self.arm()
-        try:
-            yield
-        finally:
-            self.disarm(metrics)
+        self._context.health.raise_pending(self._hub.take_errors)
 
     def flush(self, timeout_seconds: float = 60.0) -> tuple[Reading, ...]:
         """Wait for the samples under way and return the latest reading of every layer."""
@@ -199,12 +194,13 @@ class Monitor(RunView):
         if not self._context.health.forked:
             with self._context.guards["worker"]:
                 self._handle(self._schedule.flush(timeout_seconds))
-            self._raise_pending()
+            self._context.health.raise_pending(self._hub.take_errors)
         return self.readings
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on as if it had not stopped: step, cadence, diagnosis, counters."""
         parts = {**self._schedule.state_dict(), **self._results.state_dict(), **self._context.state_dict()}
+        parts |= self._replays.state_dict()
         return {"version": STATE_VERSION, "step": self._step, "turn": self._trigger.turn, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,32 +215,11 @@ class Monitor(RunView):
         self._context.load_state_dict(checked)
         self._schedule.load_state_dict(checked)
         self._step, self._trigger.turn = checked["step"], checked["turn"]
+        self._replays.load_state_dict(checked, *self._results.examinations(self._step))
         self._trigger.forget()  # of a monitor that runs already: that sample was due in the run before
         self._arm_if_due()
-
-    def _arm_if_due(self) -> None:
-        if self.config.capture.source == "train" and self.sample_due:
-            self.arm()
-
-    def _collect(self, metrics: Metrics | None) -> None:
-        """Hand the sample under way from the trigger to the queue, and its step to the schedule."""
-        step, schedule, context = self._trigger.armed_at, self._schedule, self._context
-        if step is None:
-            return
-        # An empty sample is no success of capture: it must not end a row of failures.
-        with context.guards["capture"] if self._trigger.has_hooks else nullcontext():
-            started = context.clock()
-            sample = self._trigger.collect(exchanges=schedule.exchanges)
-            if sample is not None:
-                schedule.taken(step)
-                self._queue.submit(sample, metrics)
-                context.charge("capture", sample.hook_seconds + context.clock() - started)
-        if schedule.exchanges and not schedule.waiting:
-            schedule.taken(step)
 
     def _handle(self, results: list[SampleResult]) -> None:
         for result in results:
             self._results.handle(result, self._step, self._optimizer, may_act=self._schedule.may_act)
-
-    def _raise_pending(self) -> None:
-        self._context.health.raise_pending(self._hub.take_errors)
+            self._replays.ask(*self._results.examinations(self._step))

@@ -10,9 +10,8 @@ Units: sizes (`state_capacity`, `effective_size`, ...) are state dimensions; `_r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -28,15 +27,14 @@ Condition = Literal["unknown", "healthy", "forgets_by_choice", "saturated", "col
 RunStatus = Literal["starting", "running", "finished", "failed"]
 """Where a run is."""
 
-Phase = Literal["capture", "measure", "diagnose", "intervene", "export"]
+Phase = Literal["capture", "replay", "measure", "diagnose", "intervene", "export"]
 """What the monitor's own time went into."""
 
-Part = Literal["capture", "worker", "measurement", "agreement", "diagnosis", "intervention", "export"]
+Part = Literal["capture", "replay", "worker", "measurement", "agreement", "diagnosis", "intervention", "export"]
 """A part of the monitor that fails, and is turned off, by itself. agreement: between the ranks of a distributed run."""
 
 Outcome = Literal["ok", "skipped", "failed"]
-"""How a sampled step ended: measured, not measured by choice (queue full, nothing captured,
-ranks that did not agree in time), or failed."""
+"""How a sampled step ended. skipped: queue full, nothing captured, or ranks that did not agree in time."""
 
 ActionKind = Literal["pull_to_identity", "rescale_alpha", "advise"]
 """What an intervention does: attach the A->I regularizer, divide log A by a factor, or only say something."""
@@ -81,11 +79,7 @@ CONDITION_INFO: dict[Condition, ConditionInfo] = {
     ),
     "saturated": ConditionInfo("yellow", True, "StateSaturated", "is saturated", "The state is full."),
     "collapsed": ConditionInfo(
-        "red",
-        True,
-        "StateCollapsed",
-        "has collapsed",
-        "The state is there and is not used, and the loss gains nothing by it.",
+        "red", True, "StateCollapsed", "has collapsed", "The state is not used, and the loss gains nothing by that."
     ),
 }
 """Every condition, in the order of severity. A new one is a name in `Condition`, a line here and a rule."""
@@ -156,8 +150,7 @@ class Reading(Record):
     minimum_effective_size: float | None = None
     """Smallest tolerance-ESS over samples and channels at the middle position (appendix C.6)."""
     effective_size_lower: float | None = None
-    """Certified lower bound of the mean tolerance-ESS over all positions from the first to the last measured one
-    (interlacing)."""
+    """Certified lower bound (interlacing) of the mean tolerance-ESS from the first to the last measured position."""
     effective_size_upper: float | None = None
     """Certified upper bound of the same mean."""
     utilization_ratio: float | None = None
@@ -169,8 +162,8 @@ class Reading(Record):
     decay_product_norm: float | None = None
     """Frobenius norm of the product of A over the sequence. None where there is no A."""
     far_share_ratio: float | None = None
-    """Share of a token's output that comes from afar: ||T[p+d:, :p]||_F / ||T[p+d:, :]||_F at the position p nearest the
-    middle, with d = length // 8, over all measured operators; 0..1. None where d is 0 or no row is left."""
+    """Share of a token's output that comes from afar: ||T[p+d:, :p]||_F / ||T[p+d:, :]||_F at the position p nearest
+    the middle, with d = length // 8, over all measured operators; 0..1. None where d is 0 or no row is left."""
     per_head: tuple[float, ...] = ()
     """Tolerance-ESS of each measured head or channel."""
     heads: tuple[int, ...] = ()
@@ -191,13 +184,17 @@ class Reading(Record):
 
 
 def layer_title(name: str) -> str:
-    """Return the name of a layer as it is shown. The model itself has none, and an empty label counts as
-    missing.
+    """Return the name of a layer as it is shown. The model itself has none, and an empty label counts as missing.
 
     >>> layer_title("blocks.0.mixer"), layer_title("")
     ('blocks.0.mixer', 'root')
     """
     return name or "root"
+
+
+def condition_title(condition: Condition) -> str:
+    """Return the name of a condition as it is shown: "forgets by choice"."""
+    return condition.replace("_", " ")
 
 
 class Evidence(Record):
@@ -226,9 +223,9 @@ class Evidence(Record):
     """Standard error of `m50` over the batches."""
     far_share_ratio: float | None = None
     """`Reading.far_share_ratio` of the measurement that asked for the evidence."""
-    outcome: Literal["loud", "silent", "by_choice"]
+    outcome: Literal["loud", "silent", "by_choice", "unclear"]
     """loud: the past matters, and remembering more costs nothing. silent: nothing of the past reaches the loss. Both
-    are collapses. by_choice: neither holds, the loss prefers the forgetting."""
+    are collapses. by_choice: the loss prefers the forgetting. unclear: none of the three can be said."""
     reason: str
     """The outcome in plain words, with the numbers and thresholds."""
 
@@ -348,6 +345,8 @@ class Snapshot(Record):
     readings: dict[str, Reading]
     """Latest reading with status ok, per layer; a layer without one is absent."""
     conditions: dict[str, Condition]
+    evidence: dict[str, Evidence] = {}
+    """Latest evidence, per layer; a layer that was never examined is absent. Empty in logs of before it was written."""
     condition_changes_total: dict[Condition, int]
     nonfinite_total: dict[str, int]
     interventions_total: dict[ActionKind, dict[ActionOutcome, int]]
@@ -365,6 +364,26 @@ class Snapshot(Record):
     """Of the monitor itself. Empty in logs of before it was written."""
 
 
+ChangeKind = Literal["loss", "outputs", "trial"]
+"""What changes are of. loss, outputs: of these, with another decay. trial: of the loss, with the gate from before a
+treatment; only `m50` is used."""
+CHANGE_KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
+
+
+class Changes(NamedTuple):
+    """Holds sums over batches that were run again with another decay of one layer; the terms of `Evidence`."""
+
+    batches: int = 0
+    """0: none could be run again."""
+    base: float = 0.0
+    m50: float = 0.0
+    m90: float = 0.0
+    cut: float = 0.0
+    m50_squared: float = 0.0
+    """Sum of the squares of each batch's `m50`."""
+    kind: ChangeKind = "loss"
+
+
 @dataclass(frozen=True)
 class SampleResult:
     """Readings and metrics of one sampled step."""
@@ -377,18 +396,5 @@ class SampleResult:
     """Metrics that were NaN or infinite."""
     skipped: str = ""
     """Why the sample is not judged on any rank; empty where it is. Not part of a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values, for a checkpoint."""
-        return {
-            "step": self.step,
-            "readings": [reading.model_dump(mode="json") for reading in self.readings],
-            "metrics": dict(self.metrics),
-            "nonfinite": sorted(self.nonfinite),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> SampleResult:
-        """Return the result as it was."""
-        readings = tuple(Reading.model_validate(reading) for reading in state["readings"])
-        return cls(int(state["step"]), readings, dict(state["metrics"]), frozenset(state["nonfinite"]))
+    changes: dict[str, Changes] = field(default_factory=dict)
+    """Of layers for which evidence was asked, since the sample before."""

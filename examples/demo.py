@@ -85,6 +85,24 @@ def history(monitor: Monitor) -> list[str]:
     return [f"step {step}: {line}" for step, _, line in sorted(lines)]
 
 
+def in_plain_words(evidence: dict[str, Any]) -> str:
+    """Return what the evidence says, for somebody who has not met the terms."""
+    base, more, nothing = evidence["base"], evidence["m50"], evidence["cut"]
+    conclusion = {
+        "loud": "The model needs its past, and would lose nothing by remembering more: the layer forgets by accident.",
+        "silent": "Nothing the layer remembers reaches the loss: the layer forgets by accident.",
+        "by_choice": "The model wants it to forget: nothing to treat.",
+    }.get(evidence["outcome"], "This does not tell whether the layer should remember more.")
+    return (
+        f"[bold]What the loss says of this layer at step {evidence['step']}.[/bold] {evidence['batches']} training "
+        "batches were run again, without learning from them:\n"
+        f"  as it is                                    loss {base:.3f}\n"
+        f"  if the layer forgot half as fast            {more:+.3f}\n"
+        f"  if it remembered nothing                    {nothing:+.3f}\n"
+        f"{conclusion}"
+    )
+
+
 def main() -> None:
     """Train both runs, print a comparison and the paths of the logs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +130,9 @@ def main() -> None:
         table.add_row(name, *numbers, result["condition"])
     console.print(table)
     console.print("Guessing among the four values gives an accuracy of 0.25.\n")
+    for finding in rescued["findings"]:
+        if finding["evidence"] is not None:
+            console.print(in_plain_words(finding["evidence"]) + "\n")
     seconds = rescued["seconds"] + control["seconds"]
     lines = [
         *rescued["history"],

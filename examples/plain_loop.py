@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,6 +60,13 @@ class Hybrid(nn.Module):
         return logits
 
 
+def batch_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of the next byte over a batch."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
 def main() -> None:
     """Train, then print the last table and the ESS of each layer over the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,15 +95,14 @@ def main() -> None:
             total = torch.zeros(())
             for _ in range(ACCUMULATE):
                 tokens = text[torch.randint(len(text), (BATCH,))].long()
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    logits = model(tokens[:, :-1])
-                    loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+                loss = batch_loss(model, tokens)
                 (loss / ACCUMULATE).backward()
                 total += loss.detach() / ACCUMULATE
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            monitor.step({"loss": total}, optimizer=optimizer)
+            # With `replay` the monitor can ask the loss about a layer that looks collapsed.
+            monitor.step({"loss": total}, optimizer=optimizer, replay=partial(batch_loss, model, tokens))
         monitor.flush()
         overhead = monitor.overhead_ratio
 

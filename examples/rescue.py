@@ -14,6 +14,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ MONITOR = {
     "diagnosis": {"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 300},
 }
 TREATED = "blocks.1.mixer"
+
+
+def batch_loss(model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a batch; the monitor calls it to see what the loss says of a layer that looks collapsed."""
+    return loss(model(tokens), targets)
 
 
 def train(
@@ -81,7 +87,7 @@ def train(
             optimizer.step()
             schedule.step()
             metrics = {"loss": value, "accuracy": accuracy(logits, targets)} if monitor.armed else None
-            monitor.step(metrics, optimizer=optimizer)
+            monitor.step(metrics, optimizer=optimizer, replay=partial(batch_loss, model, tokens, targets))
         monitor.flush()
     model.eval()
     with torch.no_grad():

@@ -21,11 +21,13 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # the sweep sends no data to anyone
+
+from functools import partial
 
 import ray
 from rich.console import Console
@@ -92,6 +94,10 @@ def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
         run_name=run["run_id"],
     )
     batches = data(run["steps"] * BATCH, run["seed"])
+
+    def batch_loss(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return loss(model(inputs), targets)
+
     with Monitor(model, settings) as monitor:
         for step in range(run["steps"]):
             inputs, targets = batches.batch(range(BATCH * step, BATCH * (step + 1)))
@@ -101,7 +107,7 @@ def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
             value.backward()
             optimizer.step()
             metrics = {"loss": value, "accuracy": accuracy(logits, targets)} if monitor.armed else None
-            monitor.step(metrics, optimizer=optimizer)
+            monitor.step(metrics, optimizer=optimizer, replay=partial(batch_loss, inputs, targets))
         readings = monitor.flush()
         conditions = monitor.conditions
         overhead = monitor.overhead_ratio
@@ -136,11 +142,13 @@ def keep(path: Path, result: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def results(runs: list[dict[str, Any]], file_sd: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the result of each run, in the order in which they end."""
+def results(
+    train: Callable[..., dict[str, Any]], runs: list[dict[str, Any]], *arguments: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield `train(run, *arguments)` of each run, in the order in which they end."""
     # A run that raises has a result with its error. A run whose process dies is tried once more.
     remote = ray.remote(num_cpus=1, max_retries=1)(train)
-    pending = {remote.remote(run, file_sd): run for run in runs}
+    pending = {remote.remote(run, *arguments): run for run in runs}
     while pending:
         (done, *_), _ = ray.wait(list(pending))
         run = pending.pop(done)
@@ -219,7 +227,7 @@ def main() -> int:
         local = {} if arguments.address else {"include_dashboard": False}
         ray.init(address=arguments.address, log_to_driver=False, logging_level="ERROR", **local)
         try:
-            for result in results(missing, file_sd):
+            for result in results(train, missing, file_sd):
                 keep(arguments.folder / f"{result['run_id']}.json", result)
                 rows.append(result)
                 summary = result.get("error") or f"accuracy {result['accuracy']:.3f}"

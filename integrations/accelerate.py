@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ess_monitor.distributed.parallelism import sizes_of_config
+from ess_monitor.evidence.counterfactual import Replay
 from ess_monitor.exporters import Exporter, TensorBoardExporter
 from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, loss_factor, require
@@ -66,16 +67,24 @@ class ESSMonitorCallback(ExplicitLoop):
         self._accelerator, self._model = accelerator, model
         return self
 
-    def step(self, metrics: Metrics | None = None, *, optimizer: Optimizers = None, step: int | None = None) -> None:
+    def step(
+        self,
+        metrics: Metrics | None = None,
+        *,
+        optimizer: Optimizers = None,
+        step: int | None = None,
+        replay: Replay | None = None,
+    ) -> None:
         """Tell the monitor that `optimizer.step()` was called; while gradients accumulate this does nothing.
 
         Args:
             metrics: numbers or tensors of one element; tensors are not waited for.
             optimizer: as for `Monitor.step`.
             step: optimizer steps so far, where the loop's own count differs from the number of calls.
+            replay: as for `Monitor.step`. Without it the prepared model is called again, and its outputs' `loss` used.
         """
         if self.monitor is not None and self._accelerator.sync_gradients:
-            self.monitor.step(metrics, optimizer=optimizer, step=step)
+            self.monitor.step(metrics, optimizer=optimizer, step=step, replay=replay)
 
     def _facts(self) -> LoopFacts:
         accelerator = self._accelerator

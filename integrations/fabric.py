@@ -10,6 +10,7 @@ from torch import nn
 
 from ess_monitor.distributed.parallelism import sizes_of_mesh
 from ess_monitor.errors import ConfigError
+from ess_monitor.evidence.counterfactual import Replay
 from ess_monitor.exporters import Exporter
 from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, logger_exporters, loss_factor, require
 from ess_monitor.pipeline.context import Metrics
@@ -69,16 +70,17 @@ class ESSMonitorCallback(ExplicitLoop):
         self._model = wrapper.module if hasattr(wrapper, "_forward_module") else model
         return self
 
-    def step(self, metrics: Metrics | None = None, *, step: int | None = None) -> None:
+    def step(self, metrics: Metrics | None = None, *, step: int | None = None, replay: Replay | None = None) -> None:
         """Pass the metrics of an optimizer step; while gradients accumulate this does nothing.
 
         Args:
             metrics: numbers or tensors of one element; tensors are not waited for.
             step: optimizer steps so far, where the loop's own count differs from the number of calls.
+            replay: as for `Monitor.step`. Without it the model is called again, and its outputs' `loss` used.
         """
         stepped, self._stepped = self._stepped, ()
         if self.monitor is not None and stepped:
-            self.monitor.step(metrics, optimizer=stepped, step=step)
+            self.monitor.step(metrics, optimizer=stepped, step=step, replay=replay)
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:
         """Remember that this optimizer made a step. Fabric calls this by itself."""

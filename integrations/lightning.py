@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ess_monitor.distributed.parallelism import sizes_of_mesh
 from ess_monitor.exporters import Exporter
@@ -102,7 +106,8 @@ class ESSMonitorCallback(CallbackBase, _Base):
         # Lightning's loggers use steps of the loop, which differ from `global_step` when a step has several optimizers.
         # The count is increased only after this hook.
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-        self.monitor.step(metrics, optimizer=trainer.optimizers, step=steps)
+        replay = _replay(trainer, pl_module, batch, batch_idx) if self.monitor.replay_due else None
+        self.monitor.step(metrics, optimizer=trainer.optimizers, step=steps, replay=replay)
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -124,6 +129,51 @@ class ESSMonitorCallback(CallbackBase, _Base):
     def state_key(self) -> str:
         """Return one key for all settings: a resumed run may change them."""
         return "ess_monitor"
+
+
+def _replay(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Callable[[], torch.Tensor] | None:
+    """Return a function that runs `training_step` on the batch again and returns its loss, with all logging muted.
+
+    None where `training_step` takes its own batches, or steps the optimizers itself.
+    """
+    parameters = inspect.signature(module.training_step).parameters
+    if not module.automatic_optimization or "dataloader_iter" in parameters:
+        return None
+    # DDP only adds collectives, which other ranks may not join. FSDP's wrapper is what gathers the parameters.
+    is_sharded = isinstance(trainer.strategy.model, FullyShardedDataParallel)
+    training_step = trainer.strategy.training_step if is_sharded else module.training_step
+    arguments = (batch, batch_idx)[: len(parameters)]
+
+    def loss() -> torch.Tensor:
+        with _muted(trainer, module), trainer.precision_plugin.train_step_context():
+            outputs = training_step(*arguments)
+        found: torch.Tensor = outputs["loss"] if isinstance(outputs, dict) else outputs
+        return found
+
+    return loss
+
+
+@contextmanager
+def _muted(trainer: Any, module: Any) -> Iterator[None]:
+    """Let the module log into nothing."""
+    package = next(name for name in _FRAMEWORKS if _is_of(trainer, name))
+    loggers = trainer.loggers
+    trainer.loggers = [importlib.import_module(f"{package}.loggers.logger").DummyLogger() for _ in loggers]
+    module.__dict__.update(log=_ignore, log_dict=_ignore)
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+        for name in ("log", "log_dict"):
+            module.__dict__.pop(name, None)
+
+
+def _is_of(trainer: Any, package: str) -> bool:
+    return any(cls.__module__.startswith(f"{package}.") for cls in type(trainer).__mro__)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a method that logs."""
 
 
 def _is_first_batch(trainer: Any, batch_idx: int, dataloader_idx: int) -> bool:

@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
         "validation",
     },
     "alerts": {"errors", "records", "validation"},
-    "report": {"errors", "exporters", "records", "validation"},
+    "report": {"diagnosis", "errors", "exporters", "records", "validation"},
 }
 """Package -> the packages it may import, itself apart. What is not listed stands above them all."""
 
@@ -58,7 +58,7 @@ ABOVE_THE_MONITOR = {"alerts", "cli", "integrations", "report"}
 name, the others read event logs."""
 ONLY_TO_TRAIN = {"featurizers", "tasks"}
 
-STAGES = ("trigger", "queue", "schedule", "results")
+STAGES = ("trigger", "queue", "schedule", "results", "replays")
 """Modules of `pipeline` that `Monitor` alone connects."""
 
 ADAPTERS = {"ess_monitor.capture.adapters.featurizers": "featurizers"}

@@ -13,4 +13,8 @@ EAGER_DIAGNOSIS: dict[str, Any] = {
     "patience": 1,
     "metric": "accuracy",
     "metric_solved": 0.99,
+    "metric_new_values": 1,
 }
+
+NO_EVIDENCE: dict[str, Any] = {"enabled": False}
+"""Settings `evidence` of the same tests: what is done to a layer, and not what supports it, is tested."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eager import EAGER_DIAGNOSIS
+from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EAGER = {
@@ -19,6 +19,7 @@ EAGER = {
     "overhead_budget_ratio": None,
     "capture": {"heads": None},
     "diagnosis": EAGER_DIAGNOSIS,
+    "evidence": NO_EVIDENCE,
     "autopilot": {"mode": "auto", "lag_steps": 2, "cooldown_steps": 8},
 }
 

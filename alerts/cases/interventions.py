@@ -50,7 +50,8 @@ def _failing(config: AlertsConfig) -> Iterator[AlertCase]:
         expected(
             "rolled_back",
             "An intervention in run wla-7 has been rolled back",
-            "Within the last 15 minutes pull_to_identity was undone because the loss broke.",
+            "Within the last 15 minutes pull_to_identity was undone: the loss broke, would have been lower without it, "
+            "or gained nothing by it.",
         ),
     )
 

@@ -50,6 +50,15 @@ def _conditions(config: AlertsConfig) -> Iterator[AlertCase]:
                 },
                 {**between(_BEGINS + wait, resolves, firing), recovers: (firing,)},
             )
+    yield AlertCase(
+        "a layer that forgets by choice is no collapsed one",
+        CONDITION_INFO["collapsed"].alert,
+        {
+            _condition(config, "forgets_by_choice"): held((0, _BEGINS), (1, _BEGINS + wait)),
+            _condition(config, "collapsed"): held((0, 2 * _BEGINS + wait)),
+        },
+        {_BEGINS + wait: (), 2 * _BEGINS + wait: ()},
+    )
     if config.condition_keep_firing_seconds > GRID:
         gap = max(GRID, keeps // 2 // GRID * GRID)
         relapses = wait + 60 + gap
@@ -66,15 +75,15 @@ def _most_layers(config: AlertsConfig) -> Iterator[AlertCase]:
     fires = _BEGINS + on_grid(config.most_layers_for_seconds)
     at_most = int(8 * config.most_layers_ratio)
 
-    def collapsing(count: int, until: int) -> dict[str, str]:
-        """Return so many collapsed layers of eight, until they recover; what is not collapsed is healthy."""
+    def collapsing(count: int, until: int, otherwise: str = "healthy") -> dict[str, str]:
+        """Return so many collapsed layers of eight, until they recover; what is not collapsed is healthy, or else."""
         return {
             _condition(config, condition, layer=f"blocks.{k}.mixer"): (
                 held((first, _BEGINS), (1 - first, until - _BEGINS), (first, 600))
                 if k < count
                 else held((first, until + 600))
             )
-            for condition, first in (("collapsed", 0), ("healthy", 1))
+            for condition, first in (("collapsed", 0), (otherwise, 1))
             for k in range(8)
         }
 
@@ -91,6 +100,12 @@ def _most_layers(config: AlertsConfig) -> Iterator[AlertCase]:
         "no more layers than the threshold collapse",
         "MostLayersCollapsed",
         collapsing(at_most, fires + 600),
+        {fires: (), fires + 300: ()},
+    )
+    yield AlertCase(
+        "no more layers than the threshold collapse, and the others forget by choice: they count as judged",
+        "MostLayersCollapsed",
+        collapsing(at_most, fires + 600, "forgets_by_choice"),
         {fires: (), fires + 300: ()},
     )
     # A model of two layers, the first of which is spared. The metric of the number of layers has no influence.

@@ -25,6 +25,8 @@ _LOST = {
     "agreement": "the ranks no longer agree: each uses only its own readings, and the autopilot does not act",
     "intervention": "the autopilot stops: what it has attached stays as it is",
     "export": "the sinks get no more measurements; the endpoint goes on",
+    "replay": "batches are no longer run again: a layer with a decay is called collapsed by its task metric alone, and "
+    "never without one",
 }
 """What no longer works without a part of the monitor."""
 _INPUTS_LOST = "no more measurements come in: sizes and conditions are the last known ones"

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ess_monitor.records import CONDITION_INFO
+from ess_monitor.records import CONDITION_INFO, condition_title
 
 Row = dict[str, Any]
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _CONDITION_NAMES = {
-    str(number): (name, "text" if info.color == "gray" else info.color)
+    str(number): (condition_title(name), "text" if info.color == "gray" else info.color)
     for number, (name, info) in enumerate(CONDITION_INFO.items())
 }
-"""Number of a condition -> its name and color. Grafana's gray is the color of text, in light and dark themes."""
+"""Number of a condition -> its title and color. Grafana's gray is the color of text, in light and dark themes."""
 _REFS = "ABCDEFGH"
 _DASHED = [
     {"id": "custom.lineStyle", "value": {"fill": "dash", "dash": [8, 8]}},

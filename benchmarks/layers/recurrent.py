@@ -95,7 +95,8 @@ def wkv(call: Call) -> Mixed:
     names = ("time_decay", "time_first", "key", "value")
     decay, bonus, k, v = (call.kwargs[name].detach().double() for name in names)
     lags = torch.arange(k.shape[1])[:, None] - torch.arange(k.shape[1])
-    weights = torch.exp(-(lags[..., None] - 1) * decay.exp() + k[:, None]) * (lags[..., None] > 0)
+    lags = lags[..., None]
+    weights = torch.exp(-(lags - 1).clamp(min=0) * decay.exp() + k[:, None]) * (lags > 0)
     diagonal = torch.exp(bonus + k)
     own = _channels(diagonal / (weights.sum(2) + diagonal) * v)
     y = call.output[0].transpose(1, 2)[..., None]

@@ -12,6 +12,13 @@ from torch import nn
 
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 
+STRONGEST_LOG_DECAY = -30.0
+"""Log decay of a token in place of that of A = 0: A is 1e-13. Kernels subtract sums of log decays, and -inf - (-inf)
+would be NaN."""
+STRONGEST_RATE = 1e8
+"""Rate r in place of infinity, where log A = -r times a function of the input. That function is a step size, or a gate
+in 0..1, either of which can be as small as 1e-6."""
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -58,8 +65,10 @@ class DecayHandle:
     by itself are no arguments and stay as they are. Their gradients are exact all the same: it is enough that one of
     the tensors is replaced."""
     raised: Callable[[Call, float], Arguments | None] | None = None
-    """The arguments of the call with A^power in place of A: log A times the power, and `math.inf` is A = 0. It returns
-    None for a call that `read` gives None for. None where A is not determined by arguments alone."""
+    """The arguments of the call with A^power in place of A: log A times the power, and `math.inf` is A = 0, up to
+    `STRONGEST_LOG_DECAY`. What is added to the state and read from it stays as it is. It returns None for a call
+    without a decay, such as those that `read` gives None for. None where no argument determines the decay: the layer
+    computes it by itself, or has none."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,25 @@ class AlphaHandle:
         rate = nn.functional.softplus(self.sign * tensor.double()) / factor
         return (self.sign * (rate + (-torch.expm1(-rate)).log())).to(tensor.dtype)  # the inverse of softplus
 
+    def raised(self, tensor: torch.Tensor, power: float) -> torch.Tensor:
+        """Return the tensor of A^power: a rate that is larger by `power`, or `STRONGEST_RATE` for `math.inf`."""
+        if not math.isinf(power):
+            return self.divided(tensor, 1 / power)
+        if self.form == "divisor":
+            return tensor.double().clamp(max=1 / STRONGEST_RATE)
+        rate = min(STRONGEST_RATE, torch.finfo(tensor.dtype).max)
+        return self.sign * (self.sign * tensor).clamp(min=math.log(rate) if self.form == "exp" else rate)
+
+
+def raised_log_decay(log_decay: torch.Tensor, power: float) -> torch.Tensor:
+    """Return the log decay of A^power. Where A is 0 already, at the start of a packed sequence, it stays -inf."""
+    return log_decay.clamp(max=STRONGEST_LOG_DECAY) if math.isinf(power) else log_decay * power
+
+
+def raised_rate(rate: torch.Tensor, power: float) -> torch.Tensor:
+    """Return what stands for `rate`, 0 or below, in log A = rate * step size, to get A^power."""
+    return rate.clamp(max=-STRONGEST_RATE) if math.isinf(power) else rate * power
+
 
 def named_inputs(
     inputs: Mapping[str, tuple[torch.Tensor | None, int | None]],
@@ -140,3 +168,22 @@ def write_arguments(names: Callable[[Call], Iterable[str]]) -> Callable[[Call, t
         return call.args, {**call.kwargs, **dict(zip(given, tensors, strict=False))}
 
     return write
+
+
+def raise_arguments(
+    read: Callable[[Call], DecayInputs | None],
+    decays: Mapping[str, Callable[[torch.Tensor, float], torch.Tensor]],
+) -> Callable[[Call, float], Arguments | None]:
+    """Build a `DecayHandle.raised` that changes each argument of an op by a function of it and the power.
+
+    Arguments that are None, or that an op does not have, are left out.
+    """
+
+    def raised(call: Call, power: float) -> Arguments | None:
+        if read(call) is None:
+            return None
+        given = {name: raise_ for name, raise_ in decays.items() if call.kwargs.get(name) is not None}
+        changed = {name: raise_(call.kwargs[name], power) for name, raise_ in given.items()}
+        return (call.args, {**call.kwargs, **changed}) if changed else None
+
+    return raised

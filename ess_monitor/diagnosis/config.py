@@ -13,11 +13,20 @@ are divided by that.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ess_monitor import validation
+
+_LESS_IS_BETTER = frozenset(
+    {"loss", "losses", "error", "errors", "perplexity", "ppl", "wer", "cer", "nll", "mse", "rmse", "mae"}
+)
+_MORE_IS_BETTER = frozenset({"accuracy", "acc", "f1", "auc", "auroc", "bleu", "r2"})
+_TURNED_ROUND = frozenset({"neg", "negative", "minus"})
+"""Words behind which less of an error is more of the metric (scikit-learn's neg_log_loss)."""
+_WORD = re.compile(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*")
 
 
 class DiagnosisConfig(BaseModel):
@@ -122,6 +131,16 @@ class DiagnosisConfig(BaseModel):
     """Share of the distance to `metric_solved` that the metric must close over the trend window to count as learning.
     On the plateau of MQAR accuracy stays at chance, 1/kv (.25-.28 at kv=4, a twentieth of the distance to .9)."""
 
+    metric_new_values: int = Field(default=4, ge=1, le=10_000)
+    """New values of the metric without which nothing is said of its trend: two for each half, so that no half is one
+    number. A metric that is logged once an epoch repeats in between; windows reach further back until they hold so
+    many."""
+
+    metric_constant_after: int = Field(default=40, ge=1, le=10_000)
+    """Measurements after which a metric that repeats one value bit for bit counts as standing still: twice the plateau
+    window. A repeated value is more likely an old one (of the last epoch) than a new one that is equal to the last bit;
+    longer epochs are waited for in proportion, where the run has shown how long they are."""
+
     @model_validator(mode="after")
     def _lines_are_in_order(self) -> DiagnosisConfig:
         _require_below(self, "collapsed_below", "collapsed_recovers_above", "the gap is what prevents flapping")
@@ -166,6 +185,30 @@ def thresholds(config: DiagnosisConfig) -> dict[str, float]:
         "saturated.lower": config.saturated_above,
         "saturated.recovery": config.saturated_recovers_below,
     }
+
+
+def contradiction(config: DiagnosisConfig) -> str:
+    """Return why `metric_mode` contradicts the name of the metric, and what to set; an empty string where it does not.
+
+    A name of both kinds (`accuracy_loss`), or of none, contradicts nothing.
+
+    Example:
+        >>> contradiction(DiagnosisConfig(metric="val_loss", metric_solved=0.1))[:61]
+        "metric='val_loss' with metric_mode='max': less of it is usual"
+        >>> contradiction(DiagnosisConfig(metric="val_loss", metric_solved=0.1, metric_mode="min"))
+        ''
+    """
+    words = {word.lower() for word in _WORD.findall(config.metric or "")}
+    words |= {word.rstrip("0123456789") for word in words}  # acc5
+    less, more = not words.isdisjoint(_LESS_IS_BETTER), not words.isdisjoint(_MORE_IS_BETTER)
+    mode, better = ("min", "less") if less else ("max", "more")
+    if less == more or config.metric_mode == mode or not words.isdisjoint(_TURNED_ROUND):
+        return ""
+    return (
+        f"metric={config.metric!r:.200} with metric_mode={config.metric_mode!r}: {better} of it is usually better. A "
+        "task that is not solved would count as solved, and none of its layers would be called collapsed; set "
+        f'metric_mode="{mode}"'
+    )
 
 
 def _require_below(config: DiagnosisConfig, lower: str, upper: str, why: str) -> None:

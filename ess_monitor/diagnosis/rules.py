@@ -15,6 +15,9 @@ The first line of a run with a metric asks for a nearly empty memory and for no 
 less emptiness, because it knows the cause: the decay takes what the features offer. WLA runs that never learn hold
 .26-.36 through the first half of their training; most sink below .3 for good only in the second.
 
+Only new values of the metric show that the task stands still: one that is logged once an epoch repeats in between
+(`diagnosis.task_metric`). Where there are too few, a layer that looks collapsed is suspected, and none is saturated.
+
 A layer that looks collapsed and still rises gets the verdict healthy, with `suspected` set: the trend forbids saying
 more, and the reading counts towards patience. The trend is a mean over many readings already; to ask for `patience`
 flat trends in a row would wait twice for the same thing.
@@ -71,6 +74,12 @@ class Context:
     metrics: tuple[float, ...] = ()
     """Last known task metric at each measurement of the longer of trend and plateau window, oldest first. Empty: none
     known, or none asked for (`config.metric` is None): the rules for runs without a task metric apply."""
+    new_in_trend: tuple[float, ...] | None = None
+    """Values of the metric that were new in the trend window, oldest first; repeated ones are left out. With fewer than
+    `config.metric_new_values` the window has been stretched to its utmost, and no trend is known. None: every value of
+    `metrics` is new."""
+    new_in_plateau: tuple[float, ...] | None = None
+    """The same for the plateau window."""
     first_of_several: bool = False
     """True for the first layer of a model with more than one."""
 
@@ -105,6 +114,22 @@ def task_improves(metrics: Sequence[float], config: DiagnosisConfig, window: int
     return closed > config.metric_progress_ratio * abs(config.metric_solved - older)
 
 
+def task_stands_still(
+    metrics: Sequence[float], new: Sequence[float] | None, config: DiagnosisConfig, window: int
+) -> bool:
+    """Return whether the metric is known not to improve over the window.
+
+    Args:
+        metrics: last known value at each measurement.
+        new: the new values of the window, or None where every value of `metrics` is new.
+        config: thresholds.
+        window: measurements.
+    """
+    if new is None:
+        return not task_improves(metrics, config, window)
+    return len(new) >= config.metric_new_values and not task_improves(new, config, len(new))
+
+
 def is_rising(utilizations: Sequence[float], config: DiagnosisConfig) -> bool:
     """Return whether utilization rose by more than `rising_ratio` over the trend window."""
     if len(utilizations) < 2:
@@ -115,7 +140,8 @@ def is_rising(utilizations: Sequence[float], config: DiagnosisConfig) -> bool:
 
 def solved(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
     """Return healthy where the task is solved, however little or much of the memory is in use."""
-    if not task_solved(context.metrics, config):
+    # The best of the last new values, too: repeated ones would hide how a metric of epochs hovers.
+    if not (task_solved(context.metrics, config) or task_solved(context.new_in_plateau or (), config)):
         return None
     return Verdict(
         "healthy",
@@ -129,10 +155,11 @@ def saturated(reading: Reading, utilization: float, context: Context, config: Di
     if not context.metrics or full_utilization is None:
         return None
     if context.previous == "saturated":
-        bound, learns = config.saturated_recovers_below, False
+        bound, stands = config.saturated_recovers_below, True
     else:
-        bound, learns = config.saturated_above, task_improves(context.metrics, config, config.plateau_window)
-    if full_utilization < bound or learns:
+        bound = config.saturated_above
+        stands = task_stands_still(context.metrics, context.new_in_plateau, config, config.plateau_window)
+    if full_utilization < bound or not stands:
         return None
     return Verdict(
         "saturated",
@@ -163,11 +190,12 @@ def collapsed(reading: Reading, utilization: float, context: Context, config: Di
         return Verdict(
             "unknown", f"utilization {utilization:.2f} is below {bound:g}, which may be right in a first layer"
         )
-    if not was_collapsed and (is_rising(context.utilizations, config) or task_improves(context.metrics, config)):
+    doubt = "" if was_collapsed else _doubt(context, config)
+    if doubt:
         # A saturated layer has to leave its condition first: nothing is suspected while a finding stands.
         return Verdict(
             "healthy",
-            f"utilization {utilization:.2f} is below {bound:g}, and it or the task is on its way up",
+            f"utilization {utilization:.2f} is below {bound:g}, and {doubt}",
             suspected=None if CONDITION_INFO[context.previous].needs_attention else "collapsed",
         )
     facts = [f"utilization {utilization:.2f} is below {bound:g} and not recovering"]
@@ -177,10 +205,22 @@ def collapsed(reading: Reading, utilization: float, context: Context, config: Di
         facts.append(f"retention is {retention:.2f}" + (f", below {retention_line:g}" if starved else ""))
     if context.metrics:
         facts.append(_unsolved(context, config))
-    return Verdict("collapsed", ", ".join(facts), _collapse_advice(to_blame, context))
+    return Verdict("collapsed", ", ".join(facts), _collapse_advice(to_blame, context, config))
 
 
-def _collapse_advice(to_blame: bool, context: Context) -> str:
+def _doubt(context: Context, config: DiagnosisConfig) -> str:
+    """Say why low use may not be for good, or return an empty string."""
+    new = context.new_in_trend
+    if is_rising(context.utilizations, config):
+        return "it or the task is on its way up"
+    if not context.metrics or task_stands_still(context.metrics, new, config, config.trend_window):
+        return ""
+    if new is not None and len(new) < config.metric_new_values:
+        return f"{config.metric} has too few new values ({len(new)}) to show that the task stands still"
+    return "it or the task is on its way up"
+
+
+def _collapse_advice(to_blame: bool, context: Context, config: DiagnosisConfig) -> str:
     if to_blame:
         advice = "the decay empties the memory: pull A towards I (A->I regularizer) or raise alpha"
     else:
@@ -188,7 +228,11 @@ def _collapse_advice(to_blame: bool, context: Context) -> str:
             "features or data, not the decay, leave the memory unused: look at the position information, the scale of "
             "q and k, the learning rate, and at how many distinct tokens a sequence holds"
         )
-    return advice if context.metrics else f"{advice}; give a task metric to the diagnosis to be surer"
+    if context.metrics:
+        return advice
+    if config.metric is None:
+        return f"{advice}; give a task metric to the diagnosis to be surer"
+    return f"{advice}; {config.metric}, the task metric, is not given: with it the diagnosis is surer"
 
 
 def _healthy_reason(utilization: float, context: Context, config: DiagnosisConfig) -> str:

@@ -1,18 +1,19 @@
 """Encodes one sample of each rank as a flat list of numbers, reduces the lists to one, and decodes it.
 
 A rank's list holds a checksum of the layers' names and the interval the rank wants; then the value of each metric and
-whether it is not finite; then seven quantities of each layer and whether its state is not finite. The reduced list
-holds the same, and three more numbers of each layer: how many ranks measured it, the smallest utilization among them,
-and the rank it was seen on. NaN stands for a number that a rank does not have.
+whether it is not finite; then the quantities of each layer, whether its state is not finite, and the sums over batches
+that were run again. The reduced list holds the same, with the sums added up, and three more numbers of each layer: how
+many ranks measured it, the smallest utilization among them, and the rank it was seen on. NaN stands for a number that a
+rank does not have.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from ess_monitor.records import Reading, SampleResult
+from ess_monitor.records import CHANGE_KINDS, Changes, Reading, SampleResult
 
 _QUANTITIES = (
     "state_capacity",
@@ -25,9 +26,11 @@ _QUANTITIES = (
 )
 """Fields of a reading that become means over the ranks. Diagnosis and autopilot decide on these."""
 _SIZE, _UTILIZATION = _QUANTITIES.index("effective_size"), _QUANTITIES.index("utilization_ratio")
-_WIDTH = len(_QUANTITIES) + 1
-"""Numbers of a layer in a rank's list: the quantities, and 1 where its state is not finite."""
+_SUMS = len(Changes._fields)
+_WIDTH = len(_QUANTITIES) + 1 + _SUMS
+"""Numbers of a layer in a rank's list: the quantities, 1 where its state is not finite, and the sums of `Changes`."""
 _REDUCED_WIDTH = _WIDTH + 3
+_NO_CHANGES = (math.nan,) * _SUMS
 
 
 class RankReduction:
@@ -69,6 +72,8 @@ class RankReduction:
             quantities = (getattr(measured.get(name), quantity, None) for quantity in _QUANTITIES)
             values += [math.nan if value is None else float(value) for value in quantities]
             values.append(float(name in nonfinite))
+            changes = sample.changes.get(name)
+            values += _NO_CHANGES if changes is None else (*map(float, changes[:-1]), CHANGE_KINDS.index(changes.kind))
         return values
 
     def reduce(self, encoded: Sequence[Sequence[float]]) -> list[float]:
@@ -84,11 +89,13 @@ class RankReduction:
         for k in range(2, self._start, 2):
             values += [mean_of_present(columns[k]), max(columns[k + 1])]
         for k in range(self._start, self._start + _WIDTH * len(self._layers), _WIDTH):
-            *block, nonfinite = columns[k : k + _WIDTH]
+            *block, nonfinite = columns[k : k + len(_QUANTITIES) + 1]
+            changes = zip(*columns[k + len(block) + 1 : k + _WIDTH], strict=True)
             uses = zip(block[_UTILIZATION], self._ranks, strict=True)
             least, worst = min(((use, rank) for use, rank in uses if not math.isnan(use)), default=(math.nan, math.nan))
             count = sum(not math.isnan(size) for size in block[_SIZE])
             values += [*map(mean_of_present, block), max(nonfinite), float(count), least, float(worst)]
+            values += summed_changes(changes)
         return values
 
     def decode(self, sample: SampleResult, values: Sequence[float]) -> tuple[SampleResult, int]:
@@ -107,13 +114,18 @@ class RankReduction:
             if is_nonfinite:
                 nonfinite.add(name)
         local = {reading.layer: reading for reading in sample.readings}
-        readings = []
+        readings, changes = [], {}
         for k, name in enumerate(self._layers):
             block = values[self._start + k * _REDUCED_WIDTH : self._start + (k + 1) * _REDUCED_WIDTH]
-            reading = _agreed_reading(sample.step, name, local.get(name), block)
+            *block, kind = block
+            numbers, (batches, *sums) = block[: 1 - _SUMS], block[1 - _SUMS :]
+            if not math.isnan(batches):
+                changes[name] = Changes._make((int(batches), *sums, CHANGE_KINDS[int(kind)]))
+            reading = _agreed_reading(sample.step, name, local.get(name), numbers)
             if reading is not None:
                 readings.append(reading)
-        return SampleResult(sample.step, tuple(readings), metrics, frozenset(nonfinite)), int(values[1])
+        agreed = SampleResult(sample.step, tuple(readings), metrics, frozenset(nonfinite), changes=changes)
+        return agreed, int(values[1])
 
 
 def mean_of_present(column: Sequence[float]) -> float:
@@ -124,6 +136,22 @@ def mean_of_present(column: Sequence[float]) -> float:
     """
     present = [value for value in column if not math.isnan(value)]
     return math.fsum(present) / len(present) if present else math.nan
+
+
+def summed_changes(ranks: Iterable[Sequence[float]]) -> list[float]:
+    """Return the sums of `Changes` over the ranks that have them; NaN where none has.
+
+    Where they are of several kinds, the first of `CHANGE_KINDS` counts: the loss before outputs.
+
+    >>> summed_changes([(2, 4.0, 0.5, 1.0, 2.0, 0.25, 0.0), (2, 6.0, 0.5, 1.0, 2.0, 0.25, 0.0), _NO_CHANGES])
+    [4.0, 10.0, 1.0, 2.0, 4.0, 0.5, 0.0]
+    """
+    present = [numbers for numbers in ranks if not math.isnan(numbers[0])]
+    if not present:
+        return list(_NO_CHANGES)
+    kind = min((numbers[-1] for numbers in present if numbers[0]), default=present[0][-1])
+    *sums, _ = zip(*(numbers for numbers in present if numbers[-1] == kind), strict=True)
+    return [*map(math.fsum, sums), kind]
 
 
 def _agreed_reading(step: int, name: str, local: Reading | None, block: Sequence[float]) -> Reading | None:

@@ -21,14 +21,14 @@ class EvidenceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     enabled: bool = True
-    """Run batches again before a layer with a decay is called collapsed. Off, the rules alone decide, which called 10
-    of 28 healthy runs collapsed; mode auto is then not allowed."""
+    """Run batches again before a layer with a decay is called collapsed. Off, the rules alone decide and mode auto acts
+    on them: they called 10 of 28 healthy runs collapsed, and treatment made each of the 10 worse."""
     batches: int = Field(default=8, ge=1, le=1024)
     """Batches of the training that are run again, one a step, four forward passes each. One is too few for a ratio of
     two small changes of the loss; 8 cost about as much as 11 training steps, once for each finding."""
     cut_ratio: float = Field(default=0.02, gt=0.0, lt=1.0)
-    """Change of the loss with A = 0, as a share of the loss, from which the past counts as used. Below it m50 / cut is a
-    ratio of two noises."""
+    """Change of the loss with A = 0, as a share of the loss, from which the past counts as used. Below it m50 / cut is
+    a ratio of two noises."""
     m50_share: float = Field(default=0.03, gt=0.0, lt=1.0)
     """A layer whose past is used is treatable where remembering more costs less than this share of `cut`. Collapsed
     layers are at -.006 to .010, healthy ones at .064 to .77."""
@@ -38,7 +38,7 @@ class EvidenceConfig(BaseModel):
     kl_share: float = Field(default=0.025, gt=0.0, lt=1.0)
     """As `m50_share`, by KL of the outputs: collapsed layers are at .0006 to .015, healthy ones at .047 to 2.5."""
     kl_silent: float = Field(default=0.003, gt=0.0)
-    """KL of the outputs in nats below which a layer counts as silent, with A = 0 and with A^0.1."""
+    """KL of the outputs with A^0.1, in nats, below which a layer counts as silent."""
     recheck_measurements: int = Field(default=20, ge=1)
     """Measurements after which a layer that forgets by choice is asked again, if the rules still propose a collapse: a
     curriculum or a change of the data can turn the choice into a fault."""

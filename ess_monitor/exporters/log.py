@@ -4,6 +4,7 @@ Each is one line of `key=value` pairs, which people can read and log stores can 
 
     finding step=1200 layer="blocks.1.mixer" condition=collapsed previous=healthy utilization_ratio=0.185 reason="..."
 
+Of the evidence on it the line has the outcome and the numbers: `evidence=loud evidence_basis=loss evidence_m50=...`.
 The same fields travel on the log record as `record.ess_monitor`, a dictionary, for handlers that write JSON.
 """
 
@@ -17,10 +18,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from ess_monitor import validation
+from ess_monitor.exporters.evidence import evidence_fields
 from ess_monitor.records import CONDITION_INFO, Action, Finding, Measurement, RunInfo, RunStatus, Snapshot
 
 _WARNING_OUTCOMES = {"failed", "rolled_back"}
-_UNQUOTED = {"condition", "previous", "action", "outcome"}
+_UNQUOTED = {"condition", "previous", "action", "outcome", "evidence", "evidence_basis"}
 """Fields with a fixed vocabulary. Names that a model or a user chose are always quoted."""
 
 
@@ -84,7 +86,9 @@ class LogExporter:
 
 def _fields(record: Finding | Action) -> dict[str, Any]:
     """Return the fields of a record that have a value."""
-    fields = record.model_dump(mode="json")
+    fields = record.model_dump(mode="json", exclude={"evidence"})
+    if isinstance(record, Finding) and record.evidence is not None:
+        fields |= evidence_fields(record.evidence)
     return {name: value for name, value in fields.items() if name == "layer" or value not in (None, "")}
 
 

@@ -6,6 +6,7 @@ layers (layers are compared with each other far more often than two quantities o
     ess_<quantity>/<layer>      one layer, for every quantity of LAYER_QUANTITIES that was measured
     ess_layers/<condition>      how many layers are in that condition
     ess_interventions/<layer>   strength of what was applied to it, only in the measurement that applied it
+    ess_evidence_<name>/<layer> changes with another decay, only in the measurement of a finding on evidence
     ess_monitor/...             the whole model, and the monitor's own cost
 
 TensorBoard, whose charts show the loss beside the sizes, also has
@@ -21,6 +22,7 @@ import zlib
 from collections.abc import Iterable
 
 from ess_monitor import validation
+from ess_monitor.exporters.evidence import evidence_scalars
 from ess_monitor.records import CONDITIONS, Measurement, Reading
 
 LAYER_QUANTITIES: tuple[str, ...] = (
@@ -110,6 +112,10 @@ def scalars(measurement: Measurement) -> dict[str, float]:
     for action in measurement.actions:
         if action.outcome == "applied":
             values[f"ess_interventions/{layer_tag(action.layer)}"] = action.strength
+    for finding in measurement.findings:
+        if finding.evidence is not None:
+            found = evidence_scalars(finding.evidence)
+            values |= {scalar_tag(quantity, finding.layer): value for quantity, value in found.items()}
     values[UTILIZATION_TAG] = _model_utilization_ratio(measured)
     values[OVERHEAD_TAG] = measurement.overhead_ratio
     values[INTERVAL_TAG] = float(measurement.interval_steps)

@@ -76,7 +76,7 @@ def rescale_alpha(
             f"layer: {handle.tensor} of {type(layer).__name__} is not a parameter or buffer, so a change would be lost "
             "(flattened by FSDP, or computed from others); with FSDP set use_orig_params=True, or call fully_shard"
         )
-    state = _state_of(tensor, optimizer)
+    state = optimizer_state_of(tensor, optimizer)
     moments = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
     copy = AlphaCopy(tensor.detach().clone(), moments)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def restore_alpha(
     validation.instance("copy", copy, AlphaCopy, hint="what rescale_alpha returned")
     handle = _handle_for(layer, handle)
     tensor = handle.of(layer)
-    state = _state_of(tensor, optimizer)
+    state = optimizer_state_of(tensor, optimizer)
     with torch.no_grad():
         handle.put(layer, copy.tensor)
         if not copy.moments:
@@ -134,7 +134,7 @@ def _forget(state: dict[str, Any], tensor: torch.Tensor) -> None:
             state[name] = 0
 
 
-def _state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str, Any]:
+def optimizer_state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str, Any]:
     """Return the state of `tensor` in the optimizer that trains it; empty for a buffer or before the first step."""
     for candidate in check_optimizers(optimizer):
         if tensor in candidate.state:

@@ -8,48 +8,25 @@ larger state: both get advice.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.capture import Layer
-from ess_monitor.errors import CheckpointError, ConfigError, format_error
+from ess_monitor.errors import CheckpointError, format_error
 from ess_monitor.interventions.alpha import Optimizers
+from ess_monitor.interventions.autopilot_state import STATE_VERSION, AnswerSettings, read_state
 from ess_monitor.interventions.config import AutopilotConfig
-from ess_monitor.interventions.remedies import REMEDIES, choose_remedy
+from ess_monitor.interventions.observation import Observation
+from ess_monitor.interventions.probation import Trial
+from ess_monitor.interventions.remedies import REMEDIES, check_remedies, choose_remedy
 from ess_monitor.interventions.remedy import GradScale, OnFailure, Remedy
-from ess_monitor.interventions.treatment import Treatment, TreatmentState
-from ess_monitor.records import Action, ActionKind, ActionOutcome, Condition, Finding, Reading
+from ess_monitor.interventions.treatment import Treatment
+from ess_monitor.records import Action, ActionKind, ActionOutcome, Changes, Condition, Evidence, Finding, Reading
 
-_STATE_VERSION = 1
-
-
-class AutopilotState(BaseModel):
-    """Validates `Autopilot.state_dict`."""
-
-    model_config = ConfigDict(frozen=True, hide_input_in_errors=True)
-
-    spent: int = Field(ge=0, le=2**63 - 1)
-    given_up: list[str]
-    advised_layers: dict[str, bool] = Field(alias="told")
-    treatments: list[TreatmentState]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """Holds what one call of `Autopilot.act` is given."""
-
-    step: int
-    readings: Mapping[str, Reading]
-    """Usable reading of each layer that has one."""
-    conditions: Mapping[str, Condition]
-    reasons: Mapping[str, str]
-    """Why a layer's condition has just changed, for those whose has."""
-    loss: float | None
-    optimizer: Optimizers
+GateSwap = Callable[[], AbstractContextManager[object]]
+"""Puts the gate from before a treatment in the place of the present one, for the time of a with-block."""
 
 
 class Autopilot:
@@ -80,7 +57,7 @@ class Autopilot:
         validation.real("retention_below", retention_below, low=0)
         validation.function("grad_scale", grad_scale)
         self._layers = {layer.name: layer for layer in layers}
-        self._remedies: dict[str, type[Remedy]] = {remedy.name: remedy for remedy in _check_remedies(remedies)}
+        self._remedies: dict[str, type[Remedy]] = {remedy.name: remedy for remedy in check_remedies(remedies)}
         self._retention_below = retention_below
         self._grad_scale = grad_scale
         self._on_failure = on_failure
@@ -110,6 +87,9 @@ class Autopilot:
         *,
         loss_broken: bool = False,
         optimizer: Optimizers = None,
+        evidence: Mapping[str, Evidence] | None = None,
+        comparisons: Mapping[str, Changes] | None = None,
+        task_solved: bool = False,
     ) -> tuple[Action, ...]:
         """Answer one measurement.
 
@@ -121,13 +101,17 @@ class Autopilot:
             metrics: of the training loop; the loss is looked up by `config.loss`.
             loss_broken: True when the loss was seen not to be finite.
             optimizer: whose moments are reset with a rescaled parameter.
+            evidence: on the layers that were examined; mode auto treats a layer on evidence by the loss only, and on
+                probation. None: whatever is collapsed is treated, and stays treated.
+            comparisons: what was asked for by `comparisons`.
+            task_solved: whether the task metric says so.
         """
         if self.config.mode == "off":
             return ()
         usable = {reading.layer: reading for reading in readings if reading.status == "ok"}
         reasons = {finding.layer: finding.reason for finding in findings}
         loss = (metrics or {}).get(self.config.loss)
-        seen = Observation(step, usable, conditions, reasons, loss, optimizer)
+        seen = Observation(step, usable, conditions, reasons, loss, optimizer, evidence, comparisons or {}, task_solved)
         loss_broken = loss_broken or (loss is not None and not math.isfinite(loss))
         for name, condition in conditions.items():
             if condition != "collapsed":
@@ -137,9 +121,24 @@ class Autopilot:
         rolled_back = self._roll_back(seen, loss_broken=loss_broken)
         if not (rolled_back or loss_broken):
             for treatment in self.active:
-                actions += self._follow(seen, treatment)
+                actions += self._try_out(seen, treatment) or self._follow(seen, treatment)
             actions += self._begin(seen)
         return (*rolled_back, *actions)
+
+    def comparisons(self, step: int, within: int) -> dict[str, tuple[int, GateSwap]]:
+        """Return the treatments on probation whose gates are to be compared within so many steps.
+
+        Returns:
+            By layer: in how many steps, and what puts the gate from before in its place.
+        """
+        due: dict[str, tuple[int, GateSwap]] = {}
+        for name, treatment in self._treatments.items():
+            trial, config = treatment.trial, self.config.probation
+            delay = None if trial is None else trial.due_in(step - treatment.first_step, config)
+            if trial is not None and trial.gate is not None and delay is not None and delay <= within:
+                trial.begin(config)
+                due[name] = (delay, trial.gate.in_place)
+        return due
 
     def close(self) -> None:
         """Leave the forward pass of every layer."""
@@ -180,6 +179,22 @@ class Autopilot:
             actions.append(treatment.to_action(seen.step, outcome, f"{reason}: {result}", seen.readings.get(name)))
         return actions
 
+    def _try_out(self, seen: Observation, treatment: Treatment) -> list[Action]:
+        """Take a treatment back that costs the loss something, or has gained nothing in time."""
+        trial, name = treatment.trial, treatment.layer.name
+        if trial is None:
+            return []
+        if seen.task_solved:
+            trial.settle()
+        age = seen.step - treatment.first_step
+        verdict = trial.judge(age, seen.comparisons.get(name), self.config.probation)
+        if verdict not in ("harm", "no_gain"):
+            return []
+        found = f"{trial.describe()} {age} steps after the treatment began"
+        outcome, result = treatment.roll_back(seen.optimizer)
+        self._end(treatment, give_up=True)
+        return [treatment.to_action(seen.step, outcome, f"{found}: {result}", seen.readings.get(name))]
+
     def _loss_limit(self, treatment: Treatment) -> float | None:
         """Return where the band ends: ratio * start, and as far above a start below zero (a log-likelihood)."""
         ratio, start = self.config.loss_band_ratio, treatment.loss_at_start
@@ -199,13 +214,15 @@ class Autopilot:
             if reading is None:
                 return []  # the condition is that of an earlier measurement
             treatment.recovered_step = None
-            waited = seen.step - treatment.step
-            return [self._escalate(seen, treatment, reading)] if waited >= self.config.cooldown_steps else []
+            is_due = seen.step - treatment.step >= self.config.cooldown_steps and treatment.has_gained
+            return [self._escalate(seen, treatment, reading)] if is_due else []
         actions = []
         if treatment.recovered_step is None:
             treatment.recovered_step = seen.step
             message = f"recovered {seen.step - treatment.first_step} steps after the treatment began"
             actions.append(treatment.to_action(seen.step, "recovered", message, reading))
+        if not treatment.has_gained:
+            return actions  # ESS alone ends no treatment
         wait, healthy = self.config.release_steps, seen.step - treatment.recovered_step
         if treatment.remedy.is_permanent:
             if healthy >= (wait or 0):
@@ -237,13 +254,25 @@ class Autopilot:
             reading = seen.readings.get(name)
             if name in self._treatments or name in self._given_up or reading is None:
                 continue
-            blamed_before = self._advised_layers.get(name)
-            if blamed_before is not None and (blamed_before or not self._to_blame(reading)):
-                continue  # advice is not repeated until the decay becomes the cause
+            if name in self._advised_layers and not self._is_outdated(seen, self._advised_layers[name], reading):
+                continue  # advice is not repeated
             if self.config.mode == "auto" and len(self._treatments) >= self.config.max_layers:
                 break
             actions.append(self._answer(seen, self._layers[name], reading))
         return actions
+
+    def _is_outdated(self, seen: Observation, blamed_before: bool, reading: Reading) -> bool:
+        """Return whether the advice on a layer no longer says why it is not treated.
+
+        The decay has become the cause; or it was already, and what kept mode auto from acting (another mode, a spent
+        budget, an obstacle) was left behind with the run that was resumed from.
+        """
+        if not self._to_blame(reading):
+            return False
+        layer = self._layers[reading.layer]
+        remedy = choose_remedy(layer, self._remedies.values())
+        may_act = self.config.mode == "auto" and self.budget_remaining > 0 and not seen.why_withheld(layer.name)
+        return not blamed_before or (may_act and remedy is not None and not remedy.obstacle(layer))
 
     def _answer(self, seen: Observation, layer: Layer, reading: Reading) -> Action:
         finding = seen.reasons.get(layer.name, "collapsed")
@@ -280,13 +309,16 @@ class Autopilot:
         if obstacle:
             return advise("rejected", obstacle)
         strength = remedy.strengths(self.config)[0]
-        if self.config.mode == "advise":
+        withheld = seen.why_withheld(layer.name) if self.config.mode == "auto" else ""
+        if self.config.mode == "advise" or withheld:
             message = f"mode auto would apply {remedy.name} at {strength:g} here"
-            return advise("dry_run", message, remedy.name, strength)
+            return advise("dry_run", f"{message}, but {withheld}" if withheld else message, remedy.name, strength)
         if self.budget_remaining == 0:
             return advise("rejected", "the run's action budget is spent; raise autopilot.budget")
         self._spent += 1
         treatment = Treatment(self._make(remedy, layer), finding, reading)
+        if seen.evidence is not None:
+            treatment.trial = Trial.begin_on(layer, seen.optimizer, is_silent=seen.is_silent(layer.name))
         treatment.start(seen.step, strength, seen.loss, seen.optimizer)
         self._treatments[layer.name] = treatment
         cause = f"retention {reading.retention_ratio:.2f} is below {self._retention_below:g}"
@@ -301,10 +333,11 @@ class Autopilot:
     def state_dict(self) -> dict[str, Any]:
         """Return numbers, strings and tensors: ladder positions, cool-downs, budget, copies for roll-back."""
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "spent": self._spent,
             "given_up": sorted(self._given_up),
             "told": dict(self._advised_layers),
+            "settings": AnswerSettings.of(self.config).model_dump(mode="json"),
             "treatments": [treatment.state_dict() for treatment in self._treatments.values()],
         }
 
@@ -312,30 +345,14 @@ class Autopilot:
         """Go on from `state_dict`; active regularizers are attached again.
 
         In a mode other than auto treatments end here: nothing is attached, and a rescaled alpha stays what it is.
+        Advice is forgotten where a setting that it rests on has changed since, and a layer that was given up is tried
+        again under another ladder or budget.
 
         Raises:
             CheckpointError: another version, or a treated layer that the model does not have in this form. The
                 autopilot is left as it was.
         """
-        version = state.get("version")
-        if not (isinstance(version, int) and version == _STATE_VERSION):
-            raise CheckpointError(
-                f"autopilot: state version {validation.shown_version(version)}, only {_STATE_VERSION} can be read"
-            )
-        treated, inside = [], []
-        try:
-            parsed = AutopilotState.model_validate(dict(state))
-            for index, treatment in enumerate(parsed.treatments):
-                inside = ["treatments", index]
-                remedy = self._remedy_named(treatment.action)
-                treated.append((remedy, treatment, remedy.State.model_validate(treatment.model_extra)))
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, (*inside, *first["loc"])))
-            raise CheckpointError(
-                f"autopilot: the state cannot be read ({where:.200}: {first['msg']:.200}); resume without the "
-                "monitor's state"
-            ) from None
+        parsed, treated = read_state(state, self._remedies)
         if self.config.mode != "auto":
             treated = []
         layers = self._layers
@@ -347,19 +364,12 @@ class Autopilot:
             )
         self.close()
         self._spent = parsed.spent
-        self._given_up, self._advised_layers = set(parsed.given_up), dict(parsed.advised_layers)
+        settings = AnswerSettings.of(self.config)
+        self._given_up, self._advised_layers = parsed.given_up_under(settings), dict(parsed.advised_under(settings))
         self._treatments = {
             t.layer: Treatment.from_state(self._make(remedy, layers[t.layer]), t, remedy_state)
             for remedy, t, remedy_state in treated
         }
-
-    def _remedy_named(self, action: str) -> type[Remedy]:
-        if action in self._remedies:
-            return self._remedies[action]
-        raise CheckpointError(
-            f"autopilot: the state has a treatment with {action:.200}; the remedies here are "
-            f"{', '.join(self._remedies)}; resume with the version that wrote it, or without the monitor's state"
-        )
 
     def _make(self, remedy: type[Remedy], layer: Layer) -> Remedy:
         return remedy(layer, self._grad_scale, self._on_failure)
@@ -380,14 +390,3 @@ def _advise_on_saturation(seen: Observation, finding: Finding) -> Action:
         utilization_before=finding.utilization_ratio,
         retention_before=finding.retention_ratio,
     )
-
-
-def _check_remedies(remedies: Sequence[type[Remedy]]) -> tuple[type[Remedy], ...]:
-    given = validation.listed("remedies", remedies, hint="subclasses of Remedy")
-    for remedy in given:
-        if not (isinstance(remedy, type) and issubclass(remedy, Remedy)):
-            raise ConfigError(f"remedies holds {validation.type_of(remedy)}; it must hold subclasses of Remedy")
-    names = [remedy.name for remedy in given]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"remedies: two of {', '.join(names)} have one name; give each its own")
-    return given

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ess_monitor.interventions.probation import ProbationConfig
+
 
 class AutopilotConfig(BaseModel):
     """Sets what may be done about a collapsed layer. A bare mode ("auto") is the same as {"mode": "auto"}.
@@ -43,6 +45,8 @@ class AutopilotConfig(BaseModel):
     than half in our runs, so 3 is a broken run. None: only a loss that is not finite."""
     loss: str = "loss"
     """Name of the loss in the training loop's metrics."""
+    probation: ProbationConfig = ProbationConfig()
+    """When a treatment is compared with the gate from before it, and taken back."""
     lag_steps: int = Field(default=10, ge=1)
     """In auto mode a sample is judged exactly this many steps after it was taken, waiting for it if need be, so that
     a resumed run and all ranks of a distributed one act at the same steps. 10 leave the worker ample time."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from ess_monitor import validation
 from ess_monitor.capture import AlphaHandle, Layer
-from ess_monitor.errors import CheckpointError
+from ess_monitor.errors import CheckpointError, ConfigError
 from ess_monitor.interventions.alpha import (
     AlphaCopy,
     Optimizers,
@@ -202,3 +203,15 @@ def choose_remedy(layer: Layer, remedies: Iterable[type[Remedy]] = REMEDIES) -> 
     """Return the first remedy that matches the layer, a second choice only if nothing else does."""
     matching = [remedy for remedy in remedies if remedy.match(layer)]
     return min(matching, key=lambda remedy: remedy.is_second_choice(layer), default=None)
+
+
+def check_remedies(remedies: Iterable[type[Remedy]]) -> tuple[type[Remedy], ...]:
+    """Return the remedies as a tuple, or raise `ConfigError` unless they are classes with a name each."""
+    given = validation.listed("remedies", remedies, hint="subclasses of Remedy")
+    for remedy in given:
+        if not (isinstance(remedy, type) and issubclass(remedy, Remedy)):
+            raise ConfigError(f"remedies holds {validation.type_of(remedy)}; it must hold subclasses of Remedy")
+    names = [remedy.name for remedy in given]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"remedies: two of {', '.join(names)} have one name; give each its own")
+    return given

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from ess_monitor.capture import Layer
 from ess_monitor.errors import format_error
 from ess_monitor.interventions.alpha import Optimizers
+from ess_monitor.interventions.probation import Trial, TrialState
 from ess_monitor.interventions.remedy import Remedy
 from ess_monitor.records import Action, ActionKind, ActionOutcome, Reading
 
@@ -32,9 +33,11 @@ class TreatmentState(BaseModel):
     loss_at_start: FiniteFloat | None
     utilization_before: FiniteFloat | None
     retention_before: FiniteFloat | None
+    trial: TrialState | None = None
 
 
-_CARRIED_OVER = tuple(name for name in TreatmentState.model_fields if name not in ("layer", "action", "finding"))
+_NOT_CARRIED_OVER = ("layer", "action", "finding", "trial")
+_CARRIED_OVER = tuple(name for name in TreatmentState.model_fields if name not in _NOT_CARRIED_OVER)
 """Attributes of a treatment that its state holds under the same name."""
 
 
@@ -50,6 +53,8 @@ class Treatment:
         """When the present rung was applied."""
         self.first_step = 0
         self.recovered_step: int | None = None
+        self.trial: Trial | None = None
+        """Its probation; None where it stays without one."""
         self.loss_at_start: float | None = None
         self.utilization_before = None if reading is None else reading.utilization_ratio
         self.retention_before = None if reading is None else reading.retention_ratio
@@ -63,6 +68,11 @@ class Treatment:
     def action(self) -> ActionKind:
         """The remedy's name."""
         return self.remedy.name
+
+    @property
+    def has_gained(self) -> bool:
+        """Whether it may go on, up or to its release: the loss or the task has gained, or no trial was asked for."""
+        return self.trial is None or self.trial.has_gained
 
     def start(self, step: int, strength: float, loss: float | None, optimizer: Optimizers) -> None:
         """Apply the first rung."""
@@ -83,6 +93,8 @@ class Treatment:
         """Undo the remedy without raising; return how that ended, as an outcome and in words."""
         try:
             self.remedy.undo(optimizer)
+            if self.trial is not None:
+                self.trial.restore_gate(optimizer)
         except Exception as error:
             self.remedy.report_failure(f"undoing {self.action}", error)
             reason = format_error(error)
@@ -115,6 +127,7 @@ class Treatment:
             "action": self.action,
             "finding": self.finding,
             **{name: getattr(self, name) for name in _CARRIED_OVER},
+            "trial": None if self.trial is None else self.trial.state_dict(),
             **self.remedy.state_dict(),
         }
 
@@ -124,5 +137,7 @@ class Treatment:
         treatment = cls(remedy, state.finding, None)
         for name in _CARRIED_OVER:
             setattr(treatment, name, getattr(state, name))
+        if state.trial is not None:
+            treatment.trial = Trial.from_state(remedy.layer, state.trial)
         remedy.resume(state.strength, remedy_state)
         return treatment

@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.errors import CheckpointError
-from ess_monitor.records import ActionKind, ActionOutcome, Condition, Outcome, Reading
+from ess_monitor.records import (
+    ActionKind,
+    ActionOutcome,
+    ChangeKind,
+    Changes,
+    Condition,
+    Outcome,
+    Reading,
+    SampleResult,
+)
 
 STATE_VERSION = 1
 """Version of `Monitor.state_dict`; raised when a field changes its meaning or disappears."""
@@ -36,6 +45,7 @@ class _CadenceState(_StatePart):
     train_seconds: _Seconds
     sample_cost: _Seconds
     cost_since_sample: _Seconds
+    debt: _Seconds = 0.0
     steps: list[_Seconds]
     held: bool
 
@@ -49,11 +59,28 @@ class _CountersState(_StatePart):
     interventions: dict[ActionKind, dict[ActionOutcome, _Count]]
 
 
+class _ChangesState(_StatePart):
+    batches: _Count
+    base: FiniteFloat
+    m50: FiniteFloat
+    m90: FiniteFloat
+    cut: FiniteFloat
+    m50_squared: FiniteFloat
+    kind: ChangeKind
+
+
+class _ReplaysState(_StatePart):
+    left: _Count = 0
+    begins_at: _Count = 0
+    sums: dict[str, _ChangesState] = {}
+
+
 class _ResultState(_StatePart):
     step: _Count
     readings: tuple[Reading, ...]
     metrics: dict[str, FiniteFloat]
     nonfinite: list[str]
+    changes: dict[str, _ChangesState] = {}
 
 
 class _MonitorState(_StatePart):
@@ -64,8 +91,42 @@ class _MonitorState(_StatePart):
     cadence: _CadenceState
     diagnosis: dict[str, Any]
     ledger: _CountersState
+    replays: _ReplaysState = _ReplaysState()
+    """Absent in states of 0.1."""
     turn: Annotated[int, Field(ge=0, le=2**62)]
     """Below the 64 bits of a generator's seed, to which it is added."""
+
+
+def result_state(result: SampleResult) -> dict[str, Any]:
+    """Return a sample's result as plain values."""
+    return {
+        "step": result.step,
+        "readings": [reading.model_dump(mode="json") for reading in result.readings],
+        "metrics": dict(result.metrics),
+        "nonfinite": sorted(result.nonfinite),
+        "changes": changes_state(result.changes),
+    }
+
+
+def result_from_state(state: Mapping[str, Any]) -> SampleResult:
+    """Return the result as it was."""
+    return SampleResult(
+        int(state["step"]),
+        tuple(Reading.model_validate(reading) for reading in state["readings"]),
+        dict(state["metrics"]),
+        frozenset(state["nonfinite"]),
+        changes=changes_from_state(state["changes"]),
+    )
+
+
+def changes_state(changes: Mapping[str, Changes]) -> dict[str, Any]:
+    """Return the changes of each layer as plain values."""
+    return {layer: sums._asdict() for layer, sums in changes.items()}
+
+
+def changes_from_state(state: Mapping[str, Any]) -> dict[str, Changes]:
+    """Return the changes as they were."""
+    return {layer: Changes(**sums) for layer, sums in state.items()}
 
 
 def read_state(state: Any) -> dict[str, Any]:

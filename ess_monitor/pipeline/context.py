@@ -17,7 +17,7 @@ from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import ConfigError
 from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.pipeline.health import Health
-from ess_monitor.records import RUN_STATUSES, Part, Phase, RunStatus
+from ess_monitor.records import RUN_STATUSES, Changes, Part, Phase, RunStatus
 from ess_monitor.runtime import Cadence, Guard, Job
 
 Metrics = Mapping[str, "float | torch.Tensor"]
@@ -86,7 +86,7 @@ class RunContext:
         """Add to the cost of the monitor itself; nothing where the clock went back."""
         seconds = max(0.0, seconds)
         self.counters.spent(phase, seconds)
-        self.cadence.spent(seconds)
+        self.cadence.spent(seconds, once=phase == "replay")
         self.counters.overhead(self.cadence.overhead_ratio, self.cadence.interval_steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,6 +119,8 @@ class Sample(Job):
     """Time spent inside the forward pass."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the training loop that were numbers already."""
+    changes: dict[str, Changes] = field(default_factory=dict)
+    """Of batches that were run again since the sample before."""
 
 
 def check_run(

@@ -22,6 +22,7 @@ from ess_monitor.records import (
     ActionKind,
     ActionOutcome,
     Condition,
+    Evidence,
     Finding,
     HealthData,
     HistogramData,
@@ -86,6 +87,7 @@ class RunCounters:
         self._measurements: dict[Outcome, int] = dict.fromkeys(OUTCOMES, 0)
         self._readings: dict[str, Reading] = {}
         self._conditions: dict[str, Condition] = dict.fromkeys(names, "unknown")
+        self._evidence: dict[str, Evidence] = {}
         self._changes: dict[Condition, int] = dict.fromkeys(CONDITIONS, 0)
         self._nonfinite: dict[str, int] = dict.fromkeys(names, 0)
         self._interventions: dict[ActionKind, dict[ActionOutcome, int]] = {
@@ -129,8 +131,9 @@ class RunCounters:
         readings: Iterable[Reading] = (),
         findings: Iterable[Finding] = (),
         conditions: Mapping[str, Condition] | None = None,
+        evidence: Mapping[str, Evidence] | None = None,
     ) -> None:
-        """Count a sample that has come to its end."""
+        """Count a sample that has come to its end; conditions and evidence are those of the diagnosis after it."""
         now = self._wall_clock()
         with self._lock:
             self._measurements[outcome] += 1
@@ -143,6 +146,7 @@ class RunCounters:
             for finding in findings:
                 self._changes[finding.condition] += 1
             self._conditions.update(conditions or {})
+            self._evidence.update(evidence or {})
 
     def autopilot(self, actions: Iterable[Action], active: Iterable[ActionKind], budget: int, enabled: bool) -> None:
         """Count what the autopilot did at this measurement, and set where it stands."""
@@ -179,6 +183,7 @@ class RunCounters:
                 measurements_total=dict(self._measurements),
                 readings=dict(self._readings),
                 conditions=dict(self._conditions),
+                evidence=dict(self._evidence),
                 condition_changes_total=dict(self._changes),
                 nonfinite_total=dict(self._nonfinite),
                 interventions_total={kind: dict(counts) for kind, counts in self._interventions.items()},

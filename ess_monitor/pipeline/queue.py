@@ -111,7 +111,7 @@ class MeasurementQueue:
         readings.sort(key=lambda r: self._context.layer_names.index(r.layer))
         nonfinite = frozenset(name for name, value in metrics.items() if not math.isfinite(value))
         finite = {name: value for name, value in metrics.items() if name not in nonfinite}
-        return SampleResult(sample.step, tuple(readings), finite, nonfinite)
+        return SampleResult(sample.step, tuple(readings), finite, nonfinite, changes=sample.changes)
 
     def _count_timeouts(self, sample: Sample) -> None:
         """Turn the worker off after some samples in a row that were given up: each may have held the training up."""

@@ -6,12 +6,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ess_monitor.diagnosis import Tracker
+from ess_monitor.diagnosis.config import contradiction
 from ess_monitor.errors import CheckpointError
+from ess_monitor.evidence import weigh
+from ess_monitor.evidence.counterfactual import Alternative
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale
+from ess_monitor.pipeline.absent_metric import AbsentMetric
 from ess_monitor.pipeline.context import RunContext
-from ess_monitor.records import MEASURED, Action, Condition, Finding, Measurement, Outcome, Reading, SampleResult
+from ess_monitor.records import (
+    MEASURED,
+    Action,
+    Condition,
+    Evidence,
+    Finding,
+    Measurement,
+    Outcome,
+    Reading,
+    SampleResult,
+)
+from ess_monitor.runtime.guard import logger
 
 _KEPT = 1000
 """Findings and actions that are remembered."""
@@ -26,10 +41,17 @@ class ResultHandler:
         context: of the run.
         grad_scale: what the loss is multiplied with before backward.
         export: takes each measurement to the sinks.
+        obstacles: layers that cannot be examined by running batches again, and why.
     """
 
-    def __init__(self, context: RunContext, grad_scale: GradScale, export: Callable[[Measurement], None]) -> None:
-        config = context.config.diagnosis
+    def __init__(
+        self,
+        context: RunContext,
+        grad_scale: GradScale,
+        export: Callable[[Measurement], None],
+        obstacles: Mapping[str, str],
+    ) -> None:
+        config, evidence = context.config.diagnosis, context.config.evidence
         self.readings: dict[str, Reading] = {}
         """Latest reading of every layer."""
         self.findings: tuple[Finding, ...] = ()
@@ -42,7 +64,16 @@ class ResultHandler:
             on_failure=context.guards["intervention"].count,
         )
         self._context, self._guards = context, context.guards
-        self._tracker = Tracker(config)
+        examined = context.layer_names if evidence.enabled else ()
+        self._tracker = Tracker(
+            config,
+            examined={name: obstacles.get(name, "") for name in examined},
+            recheck_measurements=evidence.recheck_measurements,
+        )
+        self._absent = AbsentMetric(config)
+        contradicts = contradiction(config)
+        if contradicts:
+            logger.warning("ess_monitor: diagnosis: %s", contradicts)
         self._export_to_sinks = export
         quiet = () if config.judge_uninformative else (layer for layer in context.layers if layer.spec.uninformative)
         self._undiagnosed = frozenset(layer.name for layer in quiet)
@@ -53,6 +84,15 @@ class ResultHandler:
         """Condition of every layer."""
         known = self._tracker.conditions
         return {name: known.get(name, "unknown") for name in self._context.layer_names}
+
+    def examinations(self, step: int) -> tuple[tuple[str, ...], dict[str, Alternative], int]:
+        """Return what is to be learned from batches that are run again: the arguments of `Replays.ask`."""
+        within = self._context.cadence.interval_steps // 2
+        comparisons = self.autopilot.comparisons(step, within)
+        delay = max((delay for delay, _ in comparisons.values()), default=0)
+        trials = {name: trial for name, (_, trial) in comparisons.items()}
+        suspects = tuple(name for name in self._tracker.suspects if name not in trials)
+        return suspects, trials, step + 1 + delay
 
     def handle(self, result: SampleResult, step: int, optimizer: Optimizers, *, may_act: bool) -> None:
         """Draw all consequences of one sample.
@@ -119,14 +159,27 @@ class ResultHandler:
         if self._guards["diagnosis"].open:
             with self._guards["diagnosis"]:
                 diagnosed = [reading for reading in result.readings if reading.layer not in self._undiagnosed]
-                findings = self._tracker.observe(diagnosed, result.metrics, result.step)
+                findings = self._tracker.observe(diagnosed, result.metrics, result.step, self._weigh(result))
+                missing = self._absent.observe(result, known=self._tracker.metric_known)
+                if missing:
+                    logger.warning("ess_monitor: %s", missing)
         self.readings.update({reading.layer: reading for reading in result.readings})
         self.findings = (*self.findings, *findings)[-_KEPT:]
         outcome: Outcome = "failed" if result.readings else "skipped"
         if any(reading.status in MEASURED for reading in result.readings):
             outcome = "ok"
-        self._context.counters.measured(outcome, result.readings, findings, self.conditions)
+        evidence = self._tracker.evidence
+        self._context.counters.measured(outcome, result.readings, findings, self.conditions, evidence)
         return findings
+
+    def _weigh(self, result: SampleResult) -> dict[str, Evidence | str]:
+        config, far = self._context.config.evidence, {r.layer: r.far_share_ratio for r in result.readings}
+        nothing = "none of the batches of the last steps could be run again, on any rank; the log has the reason"
+        return {
+            layer: weigh(layer, result.step, sums, config, far.get(layer)) if sums.batches else nothing
+            for layer, sums in result.changes.items()
+            if sums.kind != "trial"
+        }
 
     def _intervene(
         self, result: SampleResult, findings: tuple[Finding, ...], step: int, optimizer: Optimizers, may_act: bool
@@ -141,6 +194,9 @@ class ResultHandler:
                     findings,
                     result.metrics,
                     loss_broken=self.autopilot.config.loss in result.nonfinite,
+                    evidence=self._tracker.evidence if self._context.config.evidence.enabled else None,
+                    task_solved=self._tracker.task_solved,
+                    comparisons={layer: sums for layer, sums in result.changes.items() if sums.kind == "trial"},
                     optimizer=optimizer,
                 )
         self.actions = (*self.actions, *actions)[-_KEPT:]

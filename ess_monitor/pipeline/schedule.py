@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from ess_monitor.distributed import ConsensusResult, RankReduction, StoreConsensus
+from ess_monitor.pipeline.checkpoint import result_from_state, result_state
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.records import SampleResult
 
@@ -201,13 +202,13 @@ class Lockstep(Schedule):
 
     def state_dict(self) -> dict[str, Any]:
         self._read_ahead()
-        evidence = None if self._result is None else self._result.state_dict()
+        evidence = None if self._result is None else result_state(self._result)
         return {"judge_at": self._judge_at, "evidence": evidence}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._interval_steps = self._cadence.interval_steps
         self._judge_at = state["judge_at"]
-        self._result = None if state["evidence"] is None else SampleResult.from_state(state["evidence"])
+        self._result = None if state["evidence"] is None else result_from_state(state["evidence"])
 
     def _read_ahead(self, timeout_seconds: float | None = None) -> None:
         if self._judge_at is not None and self._result is None:

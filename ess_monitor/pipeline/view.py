@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ess_monitor.exporters import Exporter, ExporterHub
 from ess_monitor.pipeline.context import RunContext
+from ess_monitor.pipeline.replays import Replays
 from ess_monitor.pipeline.results import ResultHandler
 from ess_monitor.pipeline.trigger import SampleTrigger
 from ess_monitor.records import Action, Condition, Finding, Reading, Snapshot
@@ -15,6 +16,7 @@ class RunView:
     _context: RunContext
     _trigger: SampleTrigger
     _results: ResultHandler
+    _replays: Replays
     _hub: ExporterHub
     _step: int
     _running: bool
@@ -65,6 +67,11 @@ class RunView:
     def sample_due(self) -> bool:
         """True when the cadence asks for a sample now; never on a rank whose readings nobody asks for."""
         return self._running and self._samples and self._context.cadence.due(self._step)
+
+    @property
+    def replay_due(self) -> bool:
+        """True while batches are run again: `step` is then to be given a `replay`, if the loop has one."""
+        return self._running and self._replays.due(self._step + 1)
 
     @property
     def armed(self) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ess_monitor.records import CONDITION_INFO, Finding, layer_title
+from ess_monitor.exporters.evidence import evidence_rows
+from ess_monitor.records import CONDITION_INFO, Action, Finding, layer_title
 from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, value_scale
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.summary import sentence, timeline
@@ -45,6 +46,8 @@ class EventRow:
     """CSS class of its mark: a condition, or `action`."""
     text: str
     advice: str
+    evidence: Table | None
+    """What a finding rests on; None without evidence, and for an action."""
 
 
 def steps_of(*runs: RunHistory) -> Scale:
@@ -65,9 +68,18 @@ def event_rows(history: RunHistory) -> tuple[EventRow, ...]:
             kind=event.condition if isinstance(event, Finding) else "action",
             text=sentence(event),
             advice=event.advice if isinstance(event, Finding) else "",
+            evidence=_evidence_table(event),
         )
         for index, event in enumerate(timeline(history)[:EVENTS_SHOWN], start=1)
     )
+
+
+def _evidence_table(event: Finding | Action) -> Table | None:
+    found = event.evidence if isinstance(event, Finding) else None
+    if found is None:
+        return None
+    caption = f"Evidence on {layer_title(event.layer)}, from batches up to step {found.step}"
+    return Table(caption, ("evidence", "value"), evidence_rows(found))
 
 
 def markers(events: Iterable[EventRow], scale: Scale) -> tuple[Marker, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ess_monitor import validation
-from ess_monitor.records import CONDITIONS, SCHEMA_VERSION, layer_title
+from ess_monitor.records import CONDITIONS, SCHEMA_VERSION, condition_title, layer_title
 from ess_monitor.report.components import EVENTS_SHOWN, event_rows, markers, metric_charts, metrics_table, steps_of
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.sections.diagnosis import (
@@ -106,6 +106,7 @@ def _environment() -> Environment:
         "levels": range(LEVELS),
         "schema_version": SCHEMA_VERSION,
         "conditions": CONDITIONS,
+        "condition_title": condition_title,
         "attention": ATTENTION,
     }
     return environment

@@ -6,7 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from ess_monitor.records import CONDITION_INFO, Action, Condition, Finding, Reading, Status, layer_title
+from ess_monitor.records import (
+    CONDITION_INFO,
+    Action,
+    Condition,
+    Finding,
+    Reading,
+    Status,
+    condition_title,
+    layer_title,
+)
 from ess_monitor.report.history import RunHistory
 
 ATTENTION: tuple[Condition, ...] = tuple(
@@ -98,7 +107,7 @@ def timeline(history: RunHistory) -> list[Finding | Action]:
 def sentence(event: Finding | Action) -> str:
     """Describe a finding with its reason, or an action with its outcome and the utilization before and after."""
     if isinstance(event, Finding):
-        return f"{event.previous} → {event.condition}: {event.reason}"
+        return f"{condition_title(event.previous)} → {condition_title(event.condition)}: {event.reason}"
     strength = "" if event.strength is None else f" at {event.strength:g}"
     text = f"{event.action}{strength}, {event.outcome.replace('_', ' ')}: {event.message}"
     if event.utilization_before is not None and event.utilization_after is not None:
@@ -123,6 +132,8 @@ def _outcome(history: RunHistory) -> str:
         if not judged:
             return "No layer was judged; the reasons are below."
         sentences.append(f"No layer was {alarming}; {judged} of {total} were judged.")
+    if choosing := [layer for layer, value in conditions.items() if value == "forgets_by_choice"]:
+        sentences.append(f"{len(choosing)} of {total} layers ended forgetting by choice: {named(choosing)}.")
     return " ".join(sentences)
 
 
@@ -162,6 +173,8 @@ def _advice(history: RunHistory, layer: str) -> Iterator[str]:
             )
         else:
             yield "Nothing for now: it recovered without a treatment. If that happens often, raise the warm-up."
+    elif condition == "forgets_by_choice":
+        yield "Nothing: this task needs little memory here, or another layer has it."
     elif condition == "unknown" and outcomes:
         yield "The layer was not judged at the end of the run: train on before you draw a conclusion."
 

@@ -57,6 +57,8 @@ class Cadence:
         self._last_sample = -self.every_n_steps
         self._sample_cost = 0.0
         self._cost_since_sample = 0.0
+        self._debt = 0.0
+        """Costs that came once and are still to be made up for, in seconds."""
         self._held = False
 
     @property
@@ -66,12 +68,12 @@ class Cadence:
 
     @property
     def wanted_steps(self) -> int:
-        """The interval that the costs so far ask for."""
-        cost = max(self._sample_cost, self._cost_since_sample)
+        """The interval that the costs so far ask for; at most doubled by a cost that came once."""
+        cost = self._cost_of_a_sample
+        cost += min(cost, self._debt)
         stretched = 0
         if cost > 0 and self._steps and self.budget_ratio is not None:
-            step_seconds = max(median(self._steps), 1e-9)
-            stretched = math.ceil(cost / (self.budget_ratio * step_seconds) - 1e-9)
+            stretched = math.ceil(cost / self._budget_of_a_step - 1e-9)
         return max(self.every_n_steps, stretched)
 
     def due(self, step: int) -> bool:
@@ -85,6 +87,8 @@ class Cadence:
 
     def sampled(self, step: int) -> None:
         """Record a sample taken after `step` optimizer steps; its costs arrive later through `spent`."""
+        allowed = (step - self._last_sample) * self._budget_of_a_step
+        self._debt = max(0.0, self._debt - max(0.0, allowed - self._cost_of_a_sample))
         if self._cost_since_sample > 0:
             old = self._sample_cost or self._cost_since_sample
             self._sample_cost = _SMOOTHING * self._cost_since_sample + (1 - _SMOOTHING) * old
@@ -102,10 +106,19 @@ class Cadence:
         self.interval_steps = interval_steps
         self.next_step = self._last_sample + interval_steps
 
-    def spent(self, seconds: float) -> None:
-        """Add to the cost of the last sample."""
+    def spent(self, seconds: float, *, once: bool = False) -> None:
+        """Add to the cost of the last sample, or to what the next ones have to make up for.
+
+        Args:
+            seconds: the cost.
+            once: it does not come with every sample. The interval is then not stretched in proportion, which would leave
+                the run unobserved for long, but at most doubled until the cost is made up for.
+        """
         self.cost_seconds += seconds
-        self._cost_since_sample += seconds
+        if once:
+            self._debt += seconds
+        else:
+            self._cost_since_sample += seconds
         self._schedule()
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,6 +131,7 @@ class Cadence:
             "train_seconds": self.train_seconds,
             "sample_cost": self._sample_cost,
             "cost_since_sample": self._cost_since_sample,
+            "debt": self._debt,
             "steps": list(self._steps),
             "held": self._held,
         }
@@ -128,7 +142,19 @@ class Cadence:
         self.cost_seconds, self.train_seconds = state["cost_seconds"], state["train_seconds"]
         self._last_sample, self._held = state["last_sample"], state["held"]
         self._sample_cost, self._cost_since_sample = state["sample_cost"], state["cost_since_sample"]
+        self._debt = state.get("debt", 0.0)
         self._steps.extend(state["steps"])
+
+    @property
+    def _cost_of_a_sample(self) -> float:
+        return max(self._sample_cost, self._cost_since_sample)
+
+    @property
+    def _budget_of_a_step(self) -> float:
+        """Seconds of each step that the monitor may take; 0 while none has been timed, and without a budget."""
+        if not self._steps or self.budget_ratio is None:
+            return 0.0
+        return self.budget_ratio * max(median(self._steps), 1e-9)
 
     def _schedule(self) -> None:
         if not self._locked:

@@ -21,7 +21,7 @@ from ess_monitor.diagnosis import DiagnosisConfig, thresholds
 from ess_monitor.exporters import PrometheusConfig, PrometheusExporter, RunIdentity
 from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.records import PHASES, HealthData
-from tests.exporters.helpers import action, finding, free_port, reading, run_info
+from tests.exporters.helpers import action, evidence, finding, free_port, reading, run_info
 
 JOB, RUN_ID = "llm/train", "wla-7"
 LAYERS = ("blocks.0.mixer", "blocks.1.mixer", "blocks.2.mixer")
@@ -128,7 +128,8 @@ def _tick(ledger: RunCounters, rank: int, step: int) -> None:
         reading(layer, step, effective_size=16 * used, utilization_ratio=used, retention_ratio=0.5) for layer in LAYERS
     ]
     conditions = {LAYERS[0]: "collapsed", LAYERS[1]: "collapsed", LAYERS[2]: "saturated"}
-    ledger.measured("ok", good, [finding(LAYERS[0], step)], conditions)  # type: ignore[arg-type]
+    found = {LAYERS[0]: evidence(LAYERS[0], step)}
+    ledger.measured("ok", good, [finding(LAYERS[0], step)], conditions, found)  # type: ignore[arg-type]
     broken = [reading(layer, step, status="nonfinite") for layer in LAYERS]
     ledger.measured("failed", broken)
     acts = [action(step=step), action(step=step, action="rescale_alpha", outcome="failed")]

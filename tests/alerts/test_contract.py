@@ -118,7 +118,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> set[str]:
     return names
 
 
-_SECTIONS = ("autopilot", "capture", "diagnosis", "layers", "runtime")
+_SECTIONS = ("autopilot", "capture", "diagnosis", "evidence", "layers", "runtime")
 
 
 @pytest.mark.parametrize("path", RUNBOOKS, ids=lambda path: path.stem)

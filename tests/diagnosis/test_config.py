@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from ess_monitor.diagnosis import DiagnosisConfig, thresholds
+from ess_monitor.diagnosis.config import contradiction
 from ess_monitor.records import CONDITIONS
 
 
@@ -52,3 +53,57 @@ def test_an_impossible_setting_is_refused_and_the_message_names_it(
 def test_the_config_cannot_be_changed_after_it_was_made() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         DiagnosisConfig().patience = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        *(
+            (name, "max")
+            for name in ("loss", "val_loss", "eval/loss", "trainLoss", "loss_epoch", "Loss/train", "losses")
+        ),
+        *(
+            (name, "max")
+            for name in ("error", "error_rate", "perplexity", "valid_ppl", "wer", "test.cer", "NLL", "valMSE")
+        ),
+        *((name, "max") for name in ("mse", "mae", "loss1")),
+        *(
+            (name, "min")
+            for name in ("accuracy", "val_acc", "acc@1", "top5-acc5", "macro_f1", "F1", "ROC_AUC", "auroc")
+        ),
+        *((name, "min") for name in ("sacrebleu/bleu", "R2", "r2_score", "valAccuracy")),
+    ],
+)
+def test_a_mode_that_contradicts_the_name_of_the_metric_is_named_with_what_to_set(metric: str, mode: str) -> None:
+    config = DiagnosisConfig(metric=metric, metric_solved=0.5, metric_mode=mode)  # type: ignore[arg-type]
+    said, other = contradiction(config), "min" if mode == "max" else "max"
+    assert f"metric={metric!r}" in said
+    assert f"metric_mode={mode!r}" in said
+    assert f'set metric_mode="{other}"' in said
+    right = config.model_copy(update={"metric_mode": other})
+    assert contradiction(right) == ""
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "glossary",
+        "score",
+        "account",
+        "answer",
+        "reward",
+        "f10",
+        "lossless",
+        "tracer",
+        "neg_mse",
+        "negative loss",
+        "neg-log-loss",
+        "accuracy_loss",
+        "",
+        None,
+    ],
+)
+def test_a_name_that_says_nothing_or_both_contradicts_no_mode(metric: str | None, mode: str) -> None:
+    config = DiagnosisConfig().model_copy(update={"metric": metric, "metric_solved": 0.5, "metric_mode": mode})
+    assert contradiction(config) == ""

@@ -314,6 +314,31 @@ def test_a_layer_leaves_a_condition_on_another_line_than_it_enters(
     assert judge(reading(utilization, retention), context, TASK).condition == expected  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("new", "low", "full"),
+    [
+        (None, "collapsed", "saturated"),  # every known value is new
+        ((), "suspected", "healthy"),
+        ((0.25, 0.26, 0.25), "suspected", "healthy"),
+        ((0.25, 0.26, 0.25, 0.26), "collapsed", "saturated"),
+        ((0.1, 0.2, 0.3, 0.4), "suspected", "healthy"),
+        ((0.3, 0.97, 0.9, 0.9), "healthy", "healthy"),  # solved by a value that is still among the newest
+    ],
+)
+def test_only_new_values_of_the_metric_show_that_the_task_stands_still(
+    new: tuple[float, ...] | None, low: str, full: str
+) -> None:
+    context = Context(metrics=(0.25,) * 20, new_in_trend=new, new_in_plateau=new)
+    verdicts = [judge(reading(use, 0.5), context, TASK) for use in (0.2, 1.0)]
+    assert all(verdict is not None for verdict in verdicts)
+    said = ["suspected" if verdict.suspected == "collapsed" else verdict.condition for verdict in verdicts]  # type: ignore[union-attr]
+    assert said == [low, full]
+    if new is not None and len(new) < TASK.metric_new_values:
+        assert f"too few new values ({len(new)})" in verdicts[0].reason  # type: ignore[union-attr]
+    under_a_finding = Context(previous="collapsed", metrics=(0.25,), new_in_trend=())
+    assert judge(reading(0.2, 0.5), under_a_finding, TASK).condition == "collapsed"  # type: ignore[union-attr]
+
+
 def test_two_measurements_make_a_trend_and_one_does_not() -> None:
     assert is_rising((0.1, 0.2), ALONE)
     assert not is_rising((0.2,), ALONE)

@@ -19,7 +19,7 @@ from ess_monitor.capture import Sampler
 from ess_monitor.distributed.consensus import StoreConsensus
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.records import Measurement
-from tests.eager import EAGER_DIAGNOSIS
+from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
 from tests.ranks import run_ranks
 
 
@@ -30,6 +30,7 @@ def config(mode: str = "auto", **settings: Any) -> MonitorConfig:
         overhead_budget_ratio=None,
         capture={"heads": None},
         diagnosis=EAGER_DIAGNOSIS,
+        evidence=NO_EVIDENCE,
         autopilot={"mode": mode, "lag_steps": 2, "cooldown_steps": 8},
         **settings,
     )

@@ -10,6 +10,8 @@ from typing import Any
 from ess_monitor.records import (
     PHASES,
     Action,
+    Condition,
+    Evidence,
     Finding,
     HistogramData,
     LayerInfo,
@@ -68,6 +70,31 @@ def finding(layer: str = "blocks.0.mixer", step: int = 100) -> Finding:
     return Finding(
         step=step, layer=layer, condition="collapsed", previous="healthy", reason="used 2 of 16.", advice="Raise alpha."
     )
+
+
+def evidence(layer: str = "blocks.0.mixer", step: int = 90, **fields: Any) -> Evidence:
+    """A layer that forgets by choice, by the loss; `fields` replace its own."""
+    values: dict[str, Any] = {
+        "basis": "loss",
+        "batches": 8,
+        "base": 8.0,
+        "m50": 1.0,
+        "m90": 2.0,
+        "cut": 4.0,
+        "m50_error": 0.25,
+        "far_share_ratio": 0.125,
+        "outcome": "by_choice",
+        "reason": "the loss of 8 changes by +1 with half the decay.",
+    }
+    return Evidence(step=step, layer=layer, **{**values, **fields})
+
+
+def examined(layer: str = "blocks.0.mixer", found: Evidence | None = None, step: int = 100) -> Finding:
+    """A finding on evidence, of a layer that forgets by choice unless `found` says otherwise."""
+    found = evidence(layer, step) if found is None else found
+    condition: Condition = "forgets_by_choice" if found.outcome == "by_choice" else "collapsed"
+    fields = {"condition": condition, "evidence": found}
+    return finding(layer, step).model_copy(update=fields)
 
 
 def action(layer: str = "blocks.0.mixer", step: int = 100, **fields: Any) -> Action:

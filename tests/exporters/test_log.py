@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 from ess_monitor.exporters import LogExporter
-from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, run_info, snapshot
+from tests.exporters.helpers import (
+    ODD_LAYERS,
+    action,
+    evidence,
+    examined,
+    finding,
+    measurement,
+    run_info,
+    snapshot,
+)
 
 
 @pytest.fixture
@@ -61,6 +70,23 @@ def test_the_same_fields_travel_as_a_dictionary(records: list[logging.LogRecord]
     assert fields["event"] == "finding"
     assert (fields["run"], fields["layer"], fields["condition"]) == ("demo", "blocks.0.mixer", "collapsed")
     assert "utilization_ratio" not in fields, "what is not known is left out"
+
+
+def test_the_evidence_of_a_finding_is_short_fields_of_its_line(records: list[logging.LogRecord]) -> None:
+    by_outputs = evidence(basis="kl", base=None, outcome="silent", far_share_ratio=None)
+    _run(measurement(100, findings=(examined(), examined(found=by_outputs))))
+    by_choice, silent = records[1:3]
+    assert by_choice.levelno == logging.INFO, "a layer that forgets by choice needs no attention"
+    assert "condition=forgets_by_choice previous=healthy" in by_choice.getMessage()
+    assert by_choice.getMessage().endswith(
+        'advice="Raise alpha." evidence=by_choice evidence_basis=loss evidence_step=100 evidence_batches=8 '
+        "evidence_base=8 evidence_m50=1 evidence_m90=2 evidence_cut=4 evidence_m50_error=0.25 "
+        "evidence_far_share_ratio=0.125"
+    )
+    assert by_choice.ess_monitor["evidence_m50"] == 1.0  # type: ignore[attr-defined]
+    assert silent.levelno == logging.WARNING
+    assert "evidence=silent evidence_basis=kl" in silent.getMessage()
+    assert "evidence_base=" not in silent.getMessage()
 
 
 def test_what_a_person_must_see_is_a_warning(records: list[logging.LogRecord]) -> None:

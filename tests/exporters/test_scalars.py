@@ -9,7 +9,7 @@ import pytest
 from ess_monitor.exporters import scalars
 from ess_monitor.exporters.scalars import LAYER_QUANTITIES, layer_tag
 from ess_monitor.records import ACTION_OUTCOMES, Measurement, Reading
-from tests.exporters.helpers import ODD_LAYERS, action, measurement, reading
+from tests.exporters.helpers import ODD_LAYERS, action, evidence, examined, measurement, reading
 
 
 def test_a_full_measurement_gives_every_quantity_of_every_layer() -> None:
@@ -21,6 +21,7 @@ def test_a_full_measurement_gives_every_quantity_of_every_layer() -> None:
     assert values == {
         "ess_layers/unknown": 0.0,
         "ess_layers/healthy": 2.0,
+        "ess_layers/forgets_by_choice": 0.0,
         "ess_layers/saturated": 0.0,
         "ess_layers/collapsed": 0.0,
         "ess_monitor/utilization_ratio": 0.25,
@@ -69,6 +70,34 @@ def test_the_strength_of_what_was_applied_is_a_scalar_and_nothing_else_of_the_au
 def test_the_next_rung_of_a_ladder_in_one_measurement_wins() -> None:
     values = scalars(measurement(actions=(action(strength=0.5), action(strength=2.0))))
     assert values["ess_interventions/blocks.0.mixer"] == 2.0
+
+
+def _of_evidence(values: dict[str, float]) -> dict[str, float]:
+    return {tag: value for tag, value in values.items() if tag.startswith("ess_evidence")}
+
+
+def test_evidence_by_the_loss_gives_shares_of_it_at_the_step_of_the_finding() -> None:
+    values = scalars(measurement(findings=(examined("a"), examined("b", evidence("b", base=-8.0)))))
+    assert _of_evidence(values) == {
+        f"ess_evidence_{name}/{layer}": value
+        for layer in ("a", "b")
+        for name, value in (("m50_ratio", 0.125), ("m90_ratio", 0.25), ("cut_ratio", 0.5))
+    }
+    assert _of_evidence(scalars(measurement())) == {}
+
+
+def test_evidence_by_kl_gives_nats_under_tags_of_its_own() -> None:
+    found = examined("a", evidence("a", basis="kl", base=None))
+    assert _of_evidence(scalars(measurement(findings=(found,)))) == {
+        "ess_evidence_m50_nats/a": 1.0,
+        "ess_evidence_m90_nats/a": 2.0,
+        "ess_evidence_cut_nats/a": 4.0,
+    }
+
+
+@pytest.mark.parametrize("base", [0.0, 5e-324])
+def test_a_loss_that_is_nearly_nothing_gives_no_shares(base: float) -> None:
+    assert _of_evidence(scalars(measurement(findings=(examined("a", evidence("a", base=base)),)))) == {}
 
 
 @pytest.mark.parametrize("layer", ODD_LAYERS)

@@ -14,7 +14,7 @@ from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 from tests.exporters.helpers import measurement, run_info, snapshot
 
 ROOM = Path(__file__).parents[2] / "ess_monitor" / "exporters"
-SHARED = {"base", "channel", "framework_logger", "hub", "log", "scalars"}
+SHARED = {"base", "channel", "evidence", "framework_logger", "hub", "log", "scalars"}
 WIRING = {"__init__", "config"}
 """They name every sink; nothing else in this folder may."""
 SINKS = {path.name for path in ROOM.iterdir() if path.is_dir() and (path / "__init__.py").exists()}

@@ -15,11 +15,12 @@ from torch import nn
 from ess_monitor import Measurement
 from ess_monitor.exporters import read_event_log
 from ess_monitor.featurizers import Backbone, BackboneConfig
-from tests.eager import EAGER_DIAGNOSIS
+from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
 
 EAGER = {
     "capture": {"heads": None},
     "diagnosis": EAGER_DIAGNOSIS,
+    "evidence": NO_EVIDENCE,
     "autopilot": {"mode": "auto", "lag_steps": 2, "cooldown_steps": 6, "loss": "loss"},
     "every_n_steps": 4,
 }

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.eager import EAGER_DIAGNOSIS
+from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
 
 pytest.importorskip("pytorch_lightning")
 
 SETTINGS = {
     "capture": {"heads": None},
     "diagnosis": {**EAGER_DIAGNOSIS, "metric": "val_accuracy"},
+    "evidence": NO_EVIDENCE,
     "autopilot": {"mode": "auto", "lag_steps": 2, "cooldown_steps": 6, "loss": "loss"},
 }
 

@@ -202,17 +202,18 @@ KEYS = [
     "loss_at_start",
     "utilization_before",
     "retention_before",
+    "trial",
     "copy",
     "factor",
 ]
 
 
 @pytest.mark.parametrize("featurizer", ["wla", "s6"])
-def test_the_keys_of_state_version_1_are_what_they_were(featurizer: str) -> None:
+def test_the_keys_of_state_version_1_are_those_of_0_1_and_the_trial(featurizer: str) -> None:
     run = Run(featurizer)
     run.measure(COLLAPSED)
     state = run.pilot.state_dict()
-    assert list(state) == ["version", "spent", "given_up", "told", "treatments"]
+    assert list(state) == ["version", "spent", "given_up", "told", "settings", "treatments"]
     [treated] = state["treatments"]
     assert list(treated) == KEYS
     if featurizer == "wla":

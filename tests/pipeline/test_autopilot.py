@@ -12,7 +12,7 @@ from torch import nn
 
 from ess_monitor import ConfigError, Monitor, MonitorConfig
 from ess_monitor.featurizers import Backbone, BackboneConfig
-from tests.eager import EAGER_DIAGNOSIS
+from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
 from tests.exporters.helpers import free_port
 from tests.ranks import saved_by_ranks
 
@@ -23,6 +23,7 @@ def config(mode: str, **autopilot: object) -> MonitorConfig:
         overhead_budget_ratio=None,
         capture={"heads": None},
         diagnosis=EAGER_DIAGNOSIS,
+        evidence=NO_EVIDENCE,
         autopilot={"mode": mode, "lag_steps": 2, "cooldown_steps": 8, **autopilot},
         environment=False,
     )

@@ -7,7 +7,14 @@ from torch import nn
 
 from ess_monitor import Monitor, MonitorConfig
 
-EAGER = {"warmup_steps": 0, "patience": 1, "metric": "accuracy", "metric_solved": 0.9, "saturated_patience": 1}
+EAGER = {
+    "warmup_steps": 0,
+    "patience": 1,
+    "saturated_patience": 1,
+    "metric": "accuracy",
+    "metric_solved": 0.9,
+    "metric_new_values": 1,
+}
 
 
 class Net(nn.Module):

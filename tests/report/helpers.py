@@ -21,6 +21,7 @@ from ess_monitor.records import (
     RunStatus,
     Snapshot,
 )
+from tests.exporters.helpers import evidence
 from tests.exporters.helpers import snapshot as new_run
 
 LAYERS = ("blocks.0.mixer", "blocks.1.mixer")
@@ -66,9 +67,12 @@ def measurement(step: int, layers: Sequence[str] = LAYERS, **fields: Any) -> Mea
     return Measurement(step=step, **{**values, **fields})
 
 
-def finding(layer: str, step: int, condition: Condition = "collapsed", previous: Condition = "healthy") -> Finding:
+def finding(
+    layer: str, step: int, condition: Condition = "collapsed", previous: Condition = "healthy", **fields: Any
+) -> Finding:
     advice = "" if condition == "healthy" else "pull A towards I"
-    return Finding(step=step, layer=layer, condition=condition, previous=previous, reason="seen so", advice=advice)
+    values = {"condition": condition, "previous": previous, "reason": "seen so", "advice": advice, **fields}
+    return Finding(step=step, layer=layer, **values)
 
 
 def action(layer: str, step: int, outcome: Any = "applied", **fields: Any) -> Action:
@@ -129,7 +133,7 @@ def write_log(
 
 
 def rescued_run(layers: Sequence[str] = LAYERS) -> list[Measurement]:
-    """The last layer collapses at 400, is treated, and is healthy again at 700."""
+    """The last layer collapses at 400, on evidence, is treated, and is healthy again at 700."""
     measurements = []
     for step in range(0, 1000, 100):
         collapsed = 400 <= step < 700
@@ -138,7 +142,8 @@ def rescued_run(layers: Sequence[str] = LAYERS) -> list[Measurement]:
         found: tuple[Finding, ...] = ()
         done: tuple[Action, ...] = ()
         if step == 400:
-            found, done = (finding(layers[-1], step),), (action(layers[-1], step),)
+            seen = evidence(layers[-1], step, m50=0.008, m50_error=0.004, outcome="loud")
+            found, done = (finding(layers[-1], step, evidence=seen),), (action(layers[-1], step),)
         if step == 700:
             found = (finding(layers[-1], step, "healthy", "collapsed"),)
         readings = tuple(reading(layer, step, 0.1 if collapsed else 0.6) for layer in layers)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from ess_monitor.cli import main as cli
-from ess_monitor.records import HistogramData
+from ess_monitor.records import CONDITIONS, PHASES, HistogramData
 from ess_monitor.report import load_history, page, render_comparison, render_report
+from tests.exporters.helpers import evidence
 from tests.report.helpers import (
     HOSTILE,
     LAYERS,
@@ -133,8 +134,53 @@ def test_the_page_describes_a_rescue(rescued: Path) -> None:
         assert part in text
     for term in ("Net", "demo", "0 to 900", "finished", "2023-11-14 22:13:20 UTC", "1 h 00 min", "0.40%", "1.00%"):
         assert term in text
-    for phase in ("capture", "measure", "diagnose", "intervene", "export"):
+    for phase in PHASES:
         assert re.search(rf"{phase} 4 0\.50 s 125\.00 ms", text)
+
+
+def _evidence_tables(html: str) -> list[str]:
+    return [each["aria-label"] for each in Page(html).of("div") if each.get("aria-label", "").startswith("Evidence on")]
+
+
+def test_a_finding_shows_the_evidence_that_it_rests_on(rescued: Path) -> None:
+    html = render_report(load_history(rescued))
+    assert _evidence_tables(html) == ["Evidence on blocks.1.mixer, from batches up to step 400"]
+    table = Page(html).text.partition("up to step 400 ")[2]
+    assert table.startswith(
+        "evidence value outcome collapse: the loss needs the past, and remembering more costs it nothing "
+        "compared the loss, on 8 batches that were run again loss as it is 8 "
+        "change with half the decay (m50) +0.008 ± 0.004, +0.10% of the loss "
+        "change with a tenth of the decay (m90) +2, +25.00% of the loss "
+        "change without the past (cut) +4, +50.00% of the loss m50 / cut 0.2% "
+        "share of the output that comes from afar 12.5% "
+    )
+    assert len(_evidence_tables(render_comparison(load_history(rescued), load_history(rescued)))) == 2
+
+
+def test_a_layer_that_forgets_by_choice_is_shown_so_with_the_evidence_of_its_outputs(tmp_path: Path) -> None:
+    by_outputs = evidence(HOSTILE[0], 100, basis="kl", base=None, m50=0.5, cut=0.0, m50_error=0.0, far_share_ratio=None)
+    found = (
+        finding(HOSTILE[0], 100, "forgets_by_choice", "unknown", evidence=by_outputs),
+        finding("plain", 100, "collapsed"),
+    )
+    layers, conditions = (HOSTILE[0], "plain"), {HOSTILE[0]: "forgets_by_choice", "plain": "collapsed"}
+    log = write_log(
+        tmp_path / "log.jsonl", [measurement(100, layers, findings=found, conditions=conditions)], run_info(layers)
+    )
+    html = render_report(load_history(log))
+    text = Page(html).text
+    assert _evidence_tables(html) == [f"Evidence on {HOSTILE[0]}, from batches up to step 100"], "one finding has none"
+    assert "<script" not in html
+    for part in (
+        "outcome by choice: the outputs depend on the forgetting",
+        "compared the outputs (KL, in nats), on 8 batches that were run again change with half the decay (m50) 0.5 ",
+        "m50 / cut – share of the output that comes from afar –",
+        "unknown → forgets by choice: seen so",
+        f"1 of 2 layers ended forgetting by choice: {HOSTILE[0]}.",
+    ):
+        assert part in text
+    assert "forgets_by_choice" not in text
+    assert 'class="pill forgets_by_choice">forgets by choice<' in html
 
 
 def test_the_events_are_marks_on_the_loss_and_lead_to_the_list(rescued: Path) -> None:
@@ -203,11 +249,11 @@ def test_text_has_the_contrast_that_wcag_asks_for(theme: int) -> None:
     blocks = re.findall(r":root \{(.*?)\}", (TEMPLATES / "style.css").read_text(), re.DOTALL)
     colors = dict(re.findall(r"--([\w]+): (#[0-9a-f]{6})\b", blocks[theme]))
     for ground in ("paper", "card"):
-        for ink in ("ink", "soft", "a", "collapsed", "saturated", "healthy", "unknown"):
+        for ink in ("ink", "soft", "a", *CONDITIONS):
             assert _contrast(colors[ink], colors[ground]) >= 4.5, (ink, ground)
         for line in ("b", "c", "d", "limit", "focus"):
             assert _contrast(colors[line], colors[ground]) >= 3.0, (line, ground)
-    for mark in ("collapsed", "saturated", "healthy", "action", "unknown"):
+    for mark in ("action", *CONDITIONS):
         assert _contrast(colors["on"], colors[mark]) >= 4.5, mark
     steps = [_luminance(colors[f"h{level}"]) for level in range(11)]
     assert steps == sorted(steps, reverse=theme == 0), "the order of the scale survives grayscale"

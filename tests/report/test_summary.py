@@ -80,6 +80,15 @@ def test_a_recovery_after_a_treatment_is_not_claimed_for_it() -> None:
     assert "One run cannot tell" in paragraph.advice[0]
 
 
+def test_a_layer_that_forgets_by_choice_is_named_and_asks_for_nothing() -> None:
+    found = finding(SECOND, 200, "forgets_by_choice", "unknown")
+    last = measurement(200, conditions={FIRST: "healthy", SECOND: "forgets_by_choice"}, findings=(found,))
+    assert headline(_history([last])) == (
+        f"No layer was collapsed or saturated; 2 of 2 were judged. 1 of 2 layers ended forgetting by choice: {SECOND}."
+    )
+    assert paragraphs(_history([last])) == ()
+
+
 def test_the_worst_layer_comes_first() -> None:
     last = measurement(
         100,

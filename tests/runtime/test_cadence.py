@@ -88,3 +88,43 @@ def test_a_resumed_cadence_samples_the_same_steps() -> None:
 
 def test_without_a_budget_the_interval_is_never_stretched() -> None:
     assert run(Cadence(10, None), 35, step_seconds=0.001, sample_cost=100.0) == [0, 10, 20, 30]
+
+
+def test_a_cost_that_came_once_doubles_the_interval_until_it_is_made_up_for() -> None:
+    cadence = Cadence(10, 0.01)
+    run(cadence, 30, step_seconds=0.1, sample_cost=0.02)  # 0.02 s at 1 % of 0.1 s: every 20 steps
+    cadence.spent(0.1, once=True)
+    sampled = [step + 30 for step in run_on(cadence, 30, 430)]
+    gaps = [b - a for a, b in itertools.pairwise(sampled)]
+    # Five samples' cost. The interval under way and each of the longer ones make up for one.
+    assert gaps[:4] == [40] * 4
+    assert set(gaps[4:]) == {20}
+    assert cadence.cost_seconds <= 0.01 * cadence.train_seconds + 3 * 0.02
+
+
+def run_on(cadence: Cadence, first: int, last: int) -> list[int]:
+    sampled = []
+    for step in range(first, last):
+        if cadence.due(step):
+            sampled.append(step - first)
+            cadence.sampled(step)
+            cadence.spent(0.02)
+        cadence.stepped(0.1)
+    return sampled
+
+
+def test_a_cost_that_came_once_survives_a_resume() -> None:
+    half, whole = Cadence(10, 0.01), Cadence(10, 0.01)
+    for cadence in (half, whole):
+        run(cadence, 30, step_seconds=0.1, sample_cost=0.02)
+        cadence.spent(0.1, once=True)
+    resumed = Cadence(10, 0.01)
+    resumed.load_state_dict(half.state_dict())
+    assert run_on(resumed, 30, 430) == run_on(whole, 30, 430)
+
+
+def test_slack_in_the_budget_makes_up_for_a_cost_without_a_longer_interval() -> None:
+    cadence = Cadence(100, 0.01)
+    run(cadence, 150, step_seconds=1.0, sample_cost=0.02)
+    cadence.spent(0.5, once=True)
+    assert cadence.interval_steps == 100

@@ -13,9 +13,11 @@ the layers set its input to 0 in front of a convolution without bias: it is in n
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,9 +38,11 @@ from ess_monitor.capture.handles import (
     DecayInputs,
     Transition,
     named_inputs,
+    raise_arguments,
+    raised_log_decay,
     write_arguments,
 )
-from ess_monitor.capture.hooks.call_site import Call, CallSite
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
@@ -46,8 +50,11 @@ from ess_monitor.errors import CaptureError
 from ess_monitor.ess import DeltaRecurrence, Operator
 from ess_monitor.ess.operators.fields import take
 
-Arguments = Mapping[str, Any]
+Named = Mapping[str, Any]
 """Arguments of an op by their names."""
+
+_GATED = ("gated_delta_rule", "gdn", "kda")
+"""Ends of the names of fla's ops with a gate."""
 
 _NORM_EPSILON = 1e-6
 """In the norm that the kernels apply to queries and keys."""
@@ -120,7 +127,7 @@ def _unit(tensor: Tensor, normalized: bool) -> Tensor:
     return tensor * (tensor.square().sum(-1, keepdim=True) + _NORM_EPSILON).rsqrt() if normalized else tensor
 
 
-def _beta(given: Arguments, select: Select) -> Tensor:
+def _beta(given: Named, select: Select) -> Tensor:
     """(batch, heads, length), or (1, 1, 1) where every input replaces the old value completely."""
     if given.get("beta") is None:
         return precise(given["k"]).new_ones((1, 1, 1))
@@ -130,7 +137,7 @@ def _beta(given: Arguments, select: Select) -> Tensor:
     return beta.sigmoid() * (2.0 if given.get("allow_neg_eigval") else 1.0)
 
 
-def _log_decay(given: Arguments, select: Select, heads: Sequence[int]) -> Tensor:
+def _log_decay(given: Named, select: Select, heads: Sequence[int]) -> Tensor:
     """(batch, heads, length, state), any of them 1."""
     if given.get("g") is None:
         return no_decay(given["k"])
@@ -161,7 +168,11 @@ def _rank_one(op: str, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
-    """Build the handle of the gate, beta and the keys, before the activations that the kernel applies to them."""
+    """Build the handle of the gate, beta and the keys, before the activations that the kernel applies to them.
+
+    The power raises diag(exp g_t) alone: beta and the keys decide what is replaced, and stay. With A = 0 they have no
+    effect on the past. DeltaNet has no g, and no beta makes its I - beta_t k_t k_t^T zero: it cannot be raised.
+    """
 
     def names(call: Call) -> tuple[str, ...]:
         return ("g", "A_log", "dt_bias", "beta", "k") if call.kwargs.get("use_gate_in_kernel") else ("g", "beta", "k")
@@ -186,12 +197,36 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
         return named_inputs(inputs, transition)
 
     parameters = existing(layer, "a_proj", "f_proj", "A_log", "dt_bias", "b_proj", "k_proj", "k_conv1d")
-    return DecayHandle(parameters, site, read, write_arguments(names))
+    gated = any(op.name.endswith(_GATED) for op in site.ops)
+    raised = (lambda call, power: None if read(call) is None else _raised(call, power)) if gated else None
+    return DecayHandle(parameters, site, read, write_arguments(names), raised)
+
+
+def _raised(call: Call, power: float) -> Arguments | None:
+    """Return the arguments with another g. Where the kernel would compute log A from it, it gets log A instead."""
+    k, g = call.kwargs, call.kwargs.get("g")
+    if g is None:
+        return None
+    changed: dict[str, Any] = {}
+    if k.get("use_gate_in_kernel"):
+        length, heads = k["v"].shape[1:3]
+        log_decay = _log_decay(k, selection(slice(None), range(heads), length, heads), range(heads))
+        g = log_decay.transpose(1, 2).reshape(g.shape)
+        changed |= {name: None for name in ("A_log", "dt_bias", "lower_bound") if name in k}
+        changed["use_gate_in_kernel"] = False
+    if power > 1 and "safe_gate" in k:
+        changed["safe_gate"] = False  # it promises that log A is above -5
+    return call.args, {**k, **changed, "g": raised_log_decay(g, power)}
 
 
 def _transformers_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
     read, write = _decay(layer, site).read, write_arguments(lambda call: ("g", "beta", "key"))
-    return DecayHandle(existing(layer, *_TRANSFORMERS_PARAMETERS), site, lambda call: read(_renamed(call)), write)
+
+    def read_renamed(call: Call) -> DecayInputs | None:
+        return read(_renamed(call))
+
+    raised = raise_arguments(read_renamed, {"g": raised_log_decay})
+    return DecayHandle(existing(layer, *_TRANSFORMERS_PARAMETERS), site, read_renamed, write, raised)
 
 
 _TRANSFORMERS_PARAMETERS = (
@@ -202,6 +237,11 @@ _TRANSFORMERS_PARAMETERS = (
 
 
 def _rwkv7_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
+    """Build the handle of the decay and of both factors of the rank-one part.
+
+    A power raises diag(exp w_t) alone. A = 0 is without the rank-one part, too.
+    """
+
     def names(call: Call) -> tuple[str, ...]:
         return ("w", *_RANK_ONE[call.op])
 
@@ -216,7 +256,20 @@ def _rwkv7_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
 
         return DecayInputs(tuple(call.kwargs[name] for name in names(call)), transition, (1, 1, 1))
 
-    return DecayHandle(existing(layer, "w_lora", "a_lora", "k_proj", "k_k"), site, read, write_arguments(names))
+    def raised(call: Call, power: float) -> Arguments | None:
+        if read(call) is None:
+            return None
+        k = {**call.kwargs, "w": raised_log_decay(call.kwargs["w"], power)}
+        if math.isinf(power):
+            factor = _RANK_ONE[call.op][0]
+            k[factor] = torch.zeros_like(k[factor])
+        if power > 1:  # the bounds may no longer hold, and the size of a chunk depends on them
+            unbounded = {"safe_gate": False, "lower_bound": None, "chunk_size": None}
+            k |= {name: value for name, value in unbounded.items() if name in k}
+        return call.args, k
+
+    parameters = existing(layer, "w_lora", "a_lora", "k_proj", "k_k")
+    return DecayHandle(parameters, site, read, write_arguments(names), raised)
 
 
 def _refusal(layer: nn.Module) -> str | None:
@@ -242,12 +295,10 @@ def _transformers_alpha(layer: nn.Module) -> AlphaHandle | None:
     return AlphaHandle("A_log" if gate is layer else "forget_gate.A_log", 1.0)
 
 
-_OPS = ("delta_rule", "gated_delta_rule", "gdn", "kda")
-
 ADAPTERS = (
     LayerAdapter(
         operator="DeltaRecurrence",
-        ops={f"{kernel}_{op}": delta_rule for op in _OPS for kernel in ("chunk", "fused_recurrent")},
+        ops={f"{kernel}_{op}": delta_rule for op in ("delta_rule", *_GATED) for kernel in ("chunk", "fused_recurrent")},
         state_capacity=int_attribute("head_k_dim", "head_dim"),
         channels=int_attribute("num_v_heads", "num_heads"),
         decay=_decay,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ess_monitor.capture.adapters.layer_attributes import int_attribute
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, raised_log_decay
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.ess import DiagonalRecurrence, Operator, SoftmaxAttention
@@ -38,7 +38,10 @@ def _decay(*parameters: str) -> DecayHandle:
     def write(call: Call, tensors: tuple[torch.Tensor, ...]) -> Arguments:
         return (*call.args[:3], tensors[0]), call.kwargs
 
-    return DecayHandle(parameters, _CORE, read, write)
+    def raised(call: Call, power: float) -> Arguments:
+        return write(call, (raised_log_decay(call.args[3], power),))
+
+    return DecayHandle(parameters, _CORE, read, write, raised)
 
 
 _HANDLES: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] = {

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, write_arguments
+from ess_monitor.capture.handles import (
+    AlphaHandle,
+    DecayHandle,
+    DecayInputs,
+    Transition,
+    raise_arguments,
+    raised_log_decay,
+    write_arguments,
+)
 from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.layer_adapter import LayerAdapter
@@ -239,7 +247,8 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
 
     if not (gated.ops and parameters):
         return None
-    return DecayHandle(parameters, gated, read, write_arguments(lambda call: (_GATES[call.op],)))
+    raised = raise_arguments(read, dict.fromkeys((*_GATES.values(), "g_gamma"), raised_log_decay))
+    return DecayHandle(parameters, gated, read, write_arguments(lambda call: (_GATES[call.op],)), raised)
 
 
 def _last_bias(layer: nn.Module) -> AlphaHandle | None:

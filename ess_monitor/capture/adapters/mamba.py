@@ -27,7 +27,15 @@ from ess_monitor.capture.adapters.selective_scan import (
     why_without_kernels,
     without_placeholders,
 )
-from ess_monitor.capture.handles import DecayHandle, DecayInputs, Transition, named_inputs, write_arguments
+from ess_monitor.capture.handles import (
+    DecayHandle,
+    DecayInputs,
+    Transition,
+    named_inputs,
+    raise_arguments,
+    raised_rate,
+    write_arguments,
+)
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite, Op
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.layer_adapter import LayerAdapter
@@ -153,7 +161,8 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
         )
 
     parameters = existing(layer, "x_proj", "dt_proj", "A_log")
-    return DecayHandle(parameters, without_placeholders(site, _FUSED), read, write_arguments(names))
+    raised = raise_arguments(read, {"A": raised_rate})  # not dt, which the input is multiplied with as well
+    return DecayHandle(parameters, without_placeholders(site, _FUSED), read, write_arguments(names), raised)
 
 
 _FUSED_INPUTS = (
@@ -229,7 +238,8 @@ _ZAMBA_PARAMETERS = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log")
 def _zamba_decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
     """Build the handle of the convolution's input and the parameters after it.
 
-    Only the input is an argument of a call and is written back. The parameters' gradients are added all the same.
+    Only the input is an argument of a call and is written back. The parameters' gradients are added all the same. A is
+    raised by A_log, which is the layer's alpha.
     """
     spaces = tuple(s for s in names_used(type(layer)).get("causal_conv1d_fn", ()) if "causal_conv1d_fn" in s)
     if not spaces:

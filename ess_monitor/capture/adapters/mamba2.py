@@ -12,9 +12,11 @@ computed again, for the selected part. fla's layer calls an op on an accelerator
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,10 +28,19 @@ from ess_monitor.capture.adapters.selective_scan import (
     segment_starts,
     shifted,
     short_conv,
+    step_size,
     why_without_kernels,
     without_placeholders,
 )
-from ess_monitor.capture.handles import DecayHandle, DecayInputs, Transition, named_inputs, write_arguments
+from ess_monitor.capture.handles import (
+    STRONGEST_RATE,
+    DecayHandle,
+    DecayInputs,
+    Transition,
+    named_inputs,
+    raised_rate,
+    write_arguments,
+)
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
@@ -160,7 +171,31 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
         without_placeholders(site, *_FUSED),
         read,
         write_arguments(lambda call: (_name_of_dt(call), "A", "dt_bias")),
+        lambda call, power: None if read(call) is None else _raised(call, power),
     )
+
+
+_LARGEST_SUM = 2.0**22
+"""Limit of -log A summed over a chunk, with A = 0. The ops compute exp of differences of such sums, which float32
+rounds to 0.5 here; much larger sums would be rounded by so much that exp overflows."""
+
+
+def _raised(call: Call, power: float) -> Arguments:
+    """Return the arguments with another A. dt stays: the input is multiplied with it as well.
+
+    A = 0 is a rate at which tokens with a mean dt have log A = -2^22 / chunk_size, about -16000, and those with a
+    thousandth of it still -16.
+    """
+    k = call.kwargs
+    if not math.isinf(power):
+        return call.args, {**k, "A": raised_rate(k["A"], power)}
+    heads, fused = k["A"].shape[0], call.op in _FUSED
+    dt = k[_name_of_dt(call)][..., -heads:].mT.float()
+    delta = step_size(dt, k["dt_bias"], True if fused else bool(k["dt_softplus"]), k["dt_limit"])[..., 0]
+    by_chunk = F.pad(delta, (0, -delta.shape[2] % k["chunk_size"])).reshape(delta.shape[0], heads, -1, k["chunk_size"])
+    sums = by_chunk.sum(3).amax((0, 2))
+    rate = (_LARGEST_SUM / sums).clamp(max=STRONGEST_RATE)
+    return call.args, {**k, "A": torch.minimum(k["A"], -rate.to(k["A"].dtype))}
 
 
 def _name_of_dt(call: Call) -> str:
@@ -193,7 +228,8 @@ def fla_projection(call: Call) -> LazyOperator | None:
 def _fla_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
     """Build the handle of the input of `in_proj` and the layer's parameters.
 
-    Only the input is an argument of a call and is written back. The parameters' gradients are added all the same.
+    Only the input is an argument of a call and is written back. The parameters' gradients are added all the same. A is
+    raised by A_log, which is the layer's alpha.
     """
     own: Any = layer
 

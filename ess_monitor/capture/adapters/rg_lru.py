@@ -82,7 +82,8 @@ def _resets(positions: Tensor, samples: slice, length: int) -> Tensor:
 def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
     """Build the handle of the layer's input and three parameters, from which it computes A.
 
-    Only the input is an argument of the call and is written back. The parameters' gradients are added all the same.
+    Only the input is an argument of the call and is written back. The parameters' gradients are added all the same. A
+    is raised by the layer's alpha, which also changes the factor of the input, sqrt(1 - a^2): it is computed from A.
     """
 
     def read(call: Call) -> DecayInputs | None:

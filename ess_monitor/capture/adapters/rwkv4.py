@@ -14,12 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.layer_attributes import by_channel
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, write_arguments
+from ess_monitor.capture.handles import (
+    AlphaHandle,
+    DecayHandle,
+    DecayInputs,
+    Transition,
+    raise_arguments,
+    write_arguments,
+)
 from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import Operator, ReadFirstRecurrence
 from ess_monitor.ess.operators.fields import take
+
+_ALPHA = AlphaHandle("time_decay", 1.0)
 
 
 def wkv(call: Call) -> LazyOperator | None:
@@ -69,7 +78,8 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle:
     def transition(tensors: tuple[Tensor, ...]) -> Transition:
         return Transition(-tensors[0].float().exp()[None, :, None, None])
 
-    return DecayHandle(("time_decay",), site, read, write_arguments(lambda call: ("time_decay",)))
+    raised = raise_arguments(read, {"time_decay": _ALPHA.raised})
+    return DecayHandle(("time_decay",), site, read, write_arguments(lambda call: ("time_decay",)), raised)
 
 
 ADAPTERS = (
@@ -79,7 +89,7 @@ ADAPTERS = (
         state_capacity=lambda layer: 1,
         channels=lambda layer: len(layer.time_decay),
         decay=_decay,
-        alpha=lambda layer: AlphaHandle("time_decay", 1.0),
+        alpha=lambda layer: _ALPHA,
         uninformative=lambda layer: "a channel's state has one dimension, so that its ESS can only be 0 or 1",
     ),
 )

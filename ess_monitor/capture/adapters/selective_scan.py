@@ -16,8 +16,8 @@ from ess_monitor.ess import DiagonalRecurrence, Operator
 from ess_monitor.ess.operators.fields import take
 
 
-def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, limits: tuple[float, float] | None) -> Tensor:
-    """Compute Delta, (batch, heads, length, 1)."""
+def step_size(dt: Tensor, bias: Tensor | None, softplus: bool, limits: tuple[float, float] | None) -> Tensor:
+    """Compute Delta, (batch, heads, length, 1), from dt (batch, heads, length)."""
     if bias is not None:
         dt = dt + bias[:, None]
     delta = F.softplus(dt) if softplus else dt
@@ -50,7 +50,7 @@ def scan_operator(
     padding, and `segments` the number of a token's packed sequence, both (batch, length).
     """
     few_bias = None if bias is None else take(bias, 0, heads).double()
-    delta = _step_size(take(dt, 1, heads).double(), few_bias, softplus, limits)
+    delta = step_size(take(dt, 1, heads).double(), few_bias, softplus, limits)
     b = b * delta
     if real is not None:
         b = b * real[:, None, :, None]
@@ -69,7 +69,7 @@ def scan_transition(
     state_size: int | None = None,
 ) -> Transition:
     """Compute A_t of a selective scan in float32, with its graph. Shapes as in `scan_operator`."""
-    delta = _step_size(dt.float(), None if bias is None else bias.float(), softplus, limits)
+    delta = step_size(dt.float(), None if bias is None else bias.float(), softplus, limits)
     return Transition(_log_decay(delta, A.float(), starts), state_size=state_size)
 
 

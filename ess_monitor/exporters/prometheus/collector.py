@@ -21,6 +21,7 @@ from prometheus_client.core import (
     Metric,
 )
 
+from ess_monitor.exporters.evidence import evidence_ratios
 from ess_monitor.records import (
     ACTION_OUTCOMES,
     ACTIONS,
@@ -44,6 +45,13 @@ _LAYER_GAUGES = (
     ("retention_ratio", "Effective state-size of a layer over that of the same layer without decay."),
     ("utilization_min_ratio", "Smallest utilization of a layer over the ranks that measure; absent with one rank."),
     ("worst_rank", "Rank on which it was smallest; absent with one rank."),
+)
+_EVIDENCE_GAUGES = (
+    (
+        "m50_ratio",
+        "Change of the loss with half the decay of a layer over that loss, in the latest evidence by the loss.",
+    ),
+    ("cut_ratio", "The same without what the layer remembers of the past."),
 )
 _EPOCH = "in seconds since the epoch"
 _EPOCH_OR_NONE = f"{_EPOCH}; absent before the first"
@@ -103,6 +111,10 @@ def _layer_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
         for condition, value in _one_hot(CONDITIONS, now.conditions.get(name, "unknown")).items()
     }
     yield gauge("layer_condition", "1 for the condition a layer is in.", conditions, "layer", "condition")
+    shares = {name: evidence_ratios(now.evidence[name]) for name in names if name in now.evidence}
+    for quantity, documentation in _EVIDENCE_GAUGES:
+        ratios = {layer_title(name): share.get(quantity) for name, share in shares.items()}
+        yield gauge(f"layer_evidence_{quantity}", documentation, ratios, "layer")
     changes = _by_name(CONDITIONS, now.condition_changes_total)
     yield counter("condition_changes", "How often a layer entered a condition.", changes, "condition")
     thresholds = {key.partition(".")[::2]: value for key, value in run.thresholds.items()}

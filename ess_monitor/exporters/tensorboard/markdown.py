@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ess_monitor.records import Action, Finding, layer_title
+from ess_monitor.exporters.evidence import evidence_rows
+from ess_monitor.records import Action, Finding, condition_title, layer_title
 
 # Everything that Markdown or HTML may take for syntax inside a line. An underscore inside a word is not syntax.
 _SYNTAX = re.compile(r"[^\w\s.,;:%()'\-=/?]|(?<![^\W_])_|_(?![^\W_])")
@@ -25,11 +26,14 @@ def escape(text: str) -> str:
 
 
 def finding_markdown(finding: Finding) -> str:
-    """Format a finding as paragraphs: what changed, why, and what to do."""
-    layer = escape(layer_title(finding.layer))
-    paragraphs = [f"**{layer}**: {finding.previous} → **{finding.condition}**", escape(finding.reason)]
+    """Format a finding as paragraphs: what changed, why, what to do, and a table of the evidence where there is any."""
+    layer, before, after = escape(layer_title(finding.layer)), finding.previous, finding.condition
+    paragraphs = [f"**{layer}**: {condition_title(before)} → **{condition_title(after)}**", escape(finding.reason)]
     if finding.advice:
         paragraphs.append(f"*{escape(finding.advice)}*")
+    if finding.evidence is not None:
+        rows = (f"| {escape(name)} | {escape(value)} |" for name, value in evidence_rows(finding.evidence))
+        paragraphs.append("\n".join([f"| evidence | step {finding.evidence.step} |", "|---|---|", *rows]))
     return "\n\n".join(paragraphs)
 
 

@@ -14,6 +14,7 @@ from ess_monitor.records import (
     LayerInfo,
     Measurement,
     Reading,
+    condition_title,
     layer_title,
 )
 
@@ -75,17 +76,16 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
     readings = {reading.layer: reading for reading in measurement.readings}
     for name in dict.fromkeys([*(layer.name for layer in layers), *readings]):
         condition = measurement.conditions.get(name, "unknown")
-        table.add_row(
-            _text(layer_title(name)), *_cells(readings.get(name)), _text(condition, _condition_style(condition))
-        )
+        shown = _text(condition_title(condition), _condition_style(condition))
+        table.add_row(_text(layer_title(name)), *_cells(readings.get(name)), shown)
     return table
 
 
 def render_findings(measurement: Measurement) -> Text:
     """Return one line per finding of this measurement."""
     lines = [
-        f"step {finding.step}, {layer_title(finding.layer)}: {finding.previous} -> {finding.condition}. "
-        f"{finding.reason} {finding.advice}".rstrip()
+        f"step {finding.step}, {layer_title(finding.layer)}: {condition_title(finding.previous)} -> "
+        f"{condition_title(finding.condition)}. {finding.reason} {finding.advice}".rstrip()
         for finding in measurement.findings
     ]
     return _text("\n".join(lines), "bold")

@@ -19,7 +19,16 @@ from ess_monitor.exporters.event_log.rotating_file import LineFile
 from ess_monitor.exporters.event_log.schema import event_schema
 from ess_monitor.records import SCHEMA_VERSION
 from tests.exporters.event_log.json_schema import is_valid
-from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, run_info, snapshot
+from tests.exporters.helpers import (
+    ODD_LAYERS,
+    action,
+    evidence,
+    examined,
+    finding,
+    measurement,
+    run_info,
+    snapshot,
+)
 
 
 @pytest.fixture
@@ -54,6 +63,29 @@ def test_a_run_is_read_back_as_it_was_exported(path: Path) -> None:
     ]
     assert [event.timestamp_seconds for event in events] == [5.0, 1_000_100.0, 1_000_200.0, 1_000_200.0, 5.0]
     assert {event.run for event in events} == {"demo"}
+
+
+def test_evidence_is_read_back_and_a_log_of_before_it_was_written_still_reads(path: Path) -> None:
+    by_outputs = examined("blocks.1.mixer", evidence("blocks.1.mixer", basis="kl", base=None, outcome="unclear"))
+    plain = finding("blocks.0.mixer", 200)
+    with _running(path) as exporter:
+        exporter.export(measurement(200, findings=(examined(), by_outputs, plain)))
+    assert [event.data for event in read_event_log(path) if event.event == "finding"] == [examined(), by_outputs, plain]
+    old = path.with_name("old.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    old.write_text("".join(json.dumps(_without(line, {"evidence", "far_share_ratio"})) + "\n" for line in lines))
+    assert '"evidence"' not in old.read_text()
+    reader = read_event_log(old)
+    findings = [event.data for event in reader if event.event == "finding"]
+    assert [found.evidence for found in findings] == [None] * 3
+    assert reader.skipped_lines == 0
+
+
+def _without(content: object, names: set[str]) -> object:
+    """JSON without these keys, at any depth."""
+    if isinstance(content, dict):
+        return {key: _without(value, names) for key, value in content.items() if key not in names}
+    return [_without(item, names) for item in content] if isinstance(content, list) else content
 
 
 def test_every_action_is_a_line_of_its_own_after_its_measurement(path: Path) -> None:
@@ -242,7 +274,7 @@ def test_the_documented_schema_is_the_one_of_the_records() -> None:
 def test_every_line_of_a_run_is_valid_under_the_documented_schema(path: Path) -> None:
     schema = json.loads(SCHEMA.read_text())
     with _running(path) as exporter:
-        exporter.export(measurement(findings=(finding(),), actions=(action(),)))
+        exporter.export(measurement(findings=(finding(), examined()), actions=(action(),)))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["event"] for line in lines} == set(schema["discriminator"]["mapping"])
     for line in lines:

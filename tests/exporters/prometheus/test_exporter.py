@@ -20,12 +20,23 @@ from prometheus_client.parser import text_string_to_metric_families
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import ExporterHub, PrometheusConfig, PrometheusExporter
 from ess_monitor.pipeline.counters import RunCounters
-from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, PARTS, HealthData, HistogramData, RunInfo, Snapshot
+from ess_monitor.records import (
+    ACTION_OUTCOMES,
+    ACTIONS,
+    CONDITIONS,
+    PARTS,
+    PHASES,
+    HealthData,
+    HistogramData,
+    RunInfo,
+    Snapshot,
+)
 from tests.exporters.helpers import (
     ODD_LAYERS,
     PLAIN_LAYERS,
     RecordingExporter,
     action,
+    evidence,
     free_port,
     reading,
     run_info,
@@ -158,10 +169,10 @@ def test_every_label_child_is_there_at_zero_from_the_start() -> None:
     later = snapshot(
         overhead_seconds={
             phase: HistogramData(bounds=(0.001, 0.01, 0.1), counts=(1, 1, 1), total_seconds=0.1, count=1)
-            for phase in ("capture", "measure", "diagnose", "intervene", "export")
+            for phase in PHASES
         },
         measurements_total={"ok": 1, "skipped": 1, "failed": 1},
-        condition_changes_total={"healthy": 1, "saturated": 1, "collapsed": 1, "unknown": 1},
+        condition_changes_total=dict.fromkeys(CONDITIONS, 1),
         conditions=dict.fromkeys(PLAIN_LAYERS, "healthy"),
         nonfinite_total=dict.fromkeys(PLAIN_LAYERS, 1),
         interventions_total={kind: dict.fromkeys(ACTION_OUTCOMES, 1) for kind in ACTIONS},
@@ -177,7 +188,7 @@ def test_every_label_child_is_there_at_zero_from_the_start() -> None:
 
 def test_every_phase_is_there_although_the_snapshot_knows_none() -> None:
     samples = _scrape(run_info(), snapshot(overhead_seconds={}))
-    for phase in ("capture", "measure", "diagnose", "intervene", "export"):
+    for phase in PHASES:
         assert _value(samples, "overhead_seconds_count", phase=phase) == 0
 
 
@@ -226,6 +237,20 @@ def test_what_has_failed_and_what_is_off_is_scraped() -> None:
     assert _value(samples, "exporter_enabled", exporter="tensorboard") == 1
 
 
+def test_the_latest_evidence_by_the_loss_is_scraped_as_shares_of_it() -> None:
+    ledger, (first, second) = RunCounters(PLAIN_LAYERS), PLAIN_LAYERS
+    assert not any("evidence" in name for name, _ in _scrape(run_info(), ledger.snapshot()))
+    by_outputs = evidence(second, basis="kl", base=None)
+    ledger.measured("ok", evidence={first: evidence(first, m50=0.0), second: by_outputs})
+    ledger.measured("ok", evidence={first: evidence(first), "vanished": evidence("vanished")})
+    ledger.measured("ok")
+    samples = _scrape(run_info(), ledger.snapshot())
+    assert {labels: value for (name, labels), value in samples.items() if "layer_evidence_m50_ratio" in name} == {
+        frozenset({("layer", first)}): 0.125
+    }
+    assert _value(samples, "layer_evidence_cut_ratio", layer=first) == 0.5
+
+
 def test_what_is_not_known_is_left_out_and_nothing_is_nan() -> None:
     bare = reading(effective_size=None, utilization_ratio=None, retention_ratio=None)
     broken = bare.model_copy(update={"state_capacity": math.nan})
@@ -254,13 +279,22 @@ def test_odd_layer_names_survive_as_they_are() -> None:
     assert found == {name or "root": float(k) for k, name in enumerate(ODD_LAYERS)}
 
 
-@pytest.mark.parametrize(("fields", "cost"), [({}, 11), ({"utilization_min_ratio": None, "worst_rank": None}, 9)])
-def test_a_layer_costs_nine_series_two_more_with_several_ranks_and_the_rest_stays_below_two_hundred(
-    fields: dict[str, None], cost: int
+@pytest.mark.parametrize(
+    ("fields", "examined", "cost"),
+    [
+        ({}, False, 12),
+        ({"utilization_min_ratio": None, "worst_rank": None}, False, 10),
+        ({"utilization_min_ratio": None, "worst_rank": None}, True, 12),
+    ],
+)
+def test_a_layer_costs_ten_series_two_more_with_several_ranks_or_evidence_and_the_rest_stays_below_two_hundred(
+    fields: dict[str, None], examined: bool, cost: int
 ) -> None:
     def series(count: int) -> int:
         layers = tuple(f"blocks.{k}" for k in range(count))
-        return len(_scrape(run_info(layers), snapshot(readings={name: reading(name, **fields) for name in layers})))
+        found = {name: evidence(name) for name in layers if examined}
+        readings = {name: reading(name, **fields) for name in layers}
+        return len(_scrape(run_info(layers), snapshot(readings=readings, evidence=found)))
 
     assert series(11) - series(10) == cost, "interventions are counted by kind, never by layer"
     assert series(0) < 200

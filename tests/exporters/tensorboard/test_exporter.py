@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import re
 import sys
-import warnings
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalars
-from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, Heatmap, colorize, heads, positions, spectrum
+from ess_monitor.exporters.tensorboard.heatmaps import Heatmap, colorize, heads, positions, spectrum
 from ess_monitor.exporters.tensorboard.layout import Spikes
-from ess_monitor.records import Measurement
 from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, reading, run_info, snapshot
-
-
-def _read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
-    return events.Reload()
-
-
-def _write(exporter: TensorBoardExporter, *measurements: Measurement, layers: tuple[str, ...] | None = None) -> None:
-    exporter.start(run_info() if layers is None else run_info(layers), lambda: snapshot())
-    for each in measurements:
-        exporter.export(each)
-    exporter.close("finished")
+from tests.exporters.tensorboard.helpers import read, write
 
 
 def _layout(events: EventAccumulator) -> layout_pb2.Layout:
@@ -44,8 +30,8 @@ def _layout(events: EventAccumulator) -> layout_pb2.Layout:
 
 def test_every_scalar_is_there_with_its_step_and_time(tmp_path: Path) -> None:
     measurements = [measurement(step, ODD_LAYERS) for step in (100, 200)]
-    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *measurements)
-    events = _read(tmp_path / "demo")
+    write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *measurements)
+    events = read(tmp_path / "demo")
     expected = {**scalars(measurements[0]), "ess_metrics/loss": 0.5, "ess_monitor/loss_ratio": 1.0}
     assert set(events.Tags()["scalars"]) == set(expected)
     for tag, value in expected.items():
@@ -57,13 +43,13 @@ def test_every_scalar_is_there_with_its_step_and_time(tmp_path: Path) -> None:
 
 def test_the_layout_is_written_once_and_its_charts_find_what_is_written(tmp_path: Path) -> None:
     layers = ("blocks.0.mixer", "blocks.1.mixer", "a b")
-    _write(
+    write(
         TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
         measurement(10, layers, actions=tuple(action(layer, 10) for layer in layers)),
         measurement(20, layers),
         layers=layers,
     )
-    events = _read(tmp_path / "demo")
+    events = read(tmp_path / "demo")
     tags = events.Tags()["scalars"]
     layout = _layout(events)
     assert [category.title for category in layout.category] == [
@@ -93,8 +79,8 @@ def test_the_layout_is_written_once_and_its_charts_find_what_is_written(tmp_path
 def test_a_chart_of_one_layer_does_not_show_another(tmp_path: Path) -> None:
     layers = ("blocks.1", "blocks.1.mixer", "blocks.11")
     acted = measurement(1, layers, actions=tuple(action(layer, 1) for layer in layers))
-    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), acted, layers=layers)
-    events = _read(tmp_path / "demo")
+    write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), acted, layers=layers)
+    events = read(tmp_path / "demo")
     category = _layout(events).category[2]
     matched = {
         tag
@@ -109,114 +95,20 @@ def test_a_chart_of_one_layer_does_not_show_another(tmp_path: Path) -> None:
 
 def test_scalars_and_layout_can_be_left_to_others(tmp_path: Path) -> None:
     config = TensorBoardConfig(log_dir=tmp_path, scalars=False, layout=False, heatmap_columns=0)
-    _write(TensorBoardExporter(config), measurement(findings=(finding(),)))
-    tags = _read(tmp_path / "demo").Tags()
+    write(TensorBoardExporter(config), measurement(findings=(finding(),)))
+    tags = read(tmp_path / "demo").Tags()
     assert (tags["scalars"], tags["images"]) == ([], [])
     assert tags["tensors"] == ["ess_findings/blocks.0.mixer/text_summary"]
 
 
-def test_findings_are_text(tmp_path: Path) -> None:
-    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement(300, findings=(finding(step=300),)))
-    (event,) = _read(tmp_path / "demo").Tensors("ess_findings/blocks.0.mixer/text_summary")
-    text = event.tensor_proto.string_val[0].decode()
-    assert event.step == 300
-    assert "healthy → **collapsed**" in text
-    assert "used 2 of 16." in text
-    assert "Raise alpha." in text
-
-
-def _page(markdown: bytes) -> ElementTree.Element:
-    """What TensorBoard's text page makes of a text."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the HTML library that TensorBoard brings along
-        from tensorboard.plugin_util import markdown_to_safe_html
-    return ElementTree.fromstring(f"<page>{markdown_to_safe_html(markdown)}</page>")
-
-
-def _actions_as_shown(folder: Path) -> list[tuple[int, list[list[str]]]]:
-    """(step, rows of cells) of every version of the table, as TensorBoard's own Markdown renderer shows it."""
-    versions = []
-    for event in _read(folder).Tensors("ess_actions/table/text_summary"):
-        table = _page(event.tensor_proto.string_val[0]).find("table")
-        assert table is not None
-        versions.append((event.step, [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]))
-    return versions
-
-
-def test_the_newest_table_of_actions_has_all_of_them(tmp_path: Path) -> None:
-    recovered = action(step=900, outcome="recovered", utilization_after=0.5, message="recovered in 600 steps")
-    advice = action("blocks.1.mixer", 900, action="advise", outcome="dry_run", strength=None, utilization_before=None)
-    _write(
-        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
-        measurement(290, actions=(action(step=300),)),
-        measurement(590),
-        measurement(890, actions=(recovered, advice)),
-    )
-    header = ["step", "layer", "action", "strength", "before", "after", "outcome", "message"]
-    pull = ["blocks.0.mixer", "pull_to_identity", "0.5", "12.5%"]
-    applied = ["300", *pull, "-", "applied", "regularizer attached"]
-    assert _actions_as_shown(tmp_path / "demo") == [
-        (290, [header, applied]),
-        (
-            890,
-            [
-                header,
-                applied,
-                ["900", *pull, "50.0%", "recovered", "recovered in 600 steps"],
-                ["900", "blocks.1.mixer", "advise", "-", "-", "-", "dry_run", "regularizer attached"],
-            ],
-        ),
-    ]
-
-
-MARKUP = (
-    "a | b",
-    "**bold** _x_ __init__ q_proj",
-    "`code` [link](http://x) ![i](x)",
-    "<b>&amp; A->I</b>",
-    "\\| \\n $x$ ~~y~~",
-)
-
-
-def test_names_and_messages_are_shown_as_they_are_and_never_become_markup(tmp_path: Path) -> None:
-    names = (*ODD_LAYERS, *MARKUP)
-    _write(
-        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
-        measurement(1, actions=tuple(action(name, 1, message=f"on {name}!") for name in names)),
-    )
-    ((_, (_, *rows)),) = _actions_as_shown(tmp_path / "demo")
-    one_line = [name.replace("\n", " ").replace("\x1b", "\N{REPLACEMENT CHARACTER}") for name in names]
-    assert [row[1] for row in rows] == [name or "root" for name in one_line]
-    assert [row[-1] for row in rows] == [f"on {name}!" for name in one_line]
-
-
-def test_a_finding_on_an_oddly_named_layer_is_no_markup_either(tmp_path: Path) -> None:
-    (name,) = (name for name in ODD_LAYERS if "script" in name)
-    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement(findings=(finding(name),)))
-    (tag,) = (tag for tag in _read(tmp_path / "demo").Tags()["tensors"] if tag.startswith("ess_findings/"))
-    (event,) = _read(tmp_path / "demo").Tensors(tag)
-    page = _page(event.tensor_proto.string_val[0])
-    assert page.findtext("p/strong") == name
-    assert {element.tag for element in page.iter()} == {"page", "p", "strong", "em"}
-
-
-def test_the_table_of_actions_is_bounded(tmp_path: Path) -> None:
-    _write(
-        TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
-        measurement(1, actions=tuple(action(step=step, outcome="rejected") for step in range(150))),
-    )
-    ((_, (_, *rows)),) = _actions_as_shown(tmp_path / "demo")
-    assert [row[0] for row in rows] == [str(step) for step in range(50, 150)]
-
-
 def test_what_was_applied_is_a_spike_at_its_own_step_and_its_strength_a_scalar(tmp_path: Path) -> None:
-    _write(
+    write(
         TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)),
         measurement(100, actions=(action(step=110), action("blocks.1.mixer", 110, outcome="rejected"))),
         measurement(200, actions=(action(step=210, outcome="recovered"),)),
         measurement(300, actions=(action(step=310, strength=2.0),)),
     )
-    events = _read(tmp_path / "demo")
+    events = read(tmp_path / "demo")
     spikes = [(point.step, point.value) for point in events.Scalars("ess_intervention_steps/blocks.0.mixer")]
     assert spikes == [(109, 0), (110, 1), (111, 0), (309, 0), (310, 1), (311, 0)]
     strengths = [(point.step, point.value) for point in events.Scalars("ess_interventions/blocks.0.mixer")]
@@ -234,8 +126,8 @@ def test_spikes_of_neighboring_steps_and_of_the_first_step_never_go_back() -> No
 
 
 def test_heat_maps_take_turns_and_the_last_ones_are_complete(tmp_path: Path) -> None:
-    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *(measurement(step) for step in range(1, 6)))
-    events = _read(tmp_path / "demo")
+    write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *(measurement(step) for step in range(1, 6)))
+    events = read(tmp_path / "demo")
     steps = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
     assert steps == {
         "ess_heads/blocks.0.mixer": [1, 5],
@@ -253,11 +145,11 @@ def test_an_injected_writer_is_flushed_and_stays_open(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path))
     exporter = TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path / "unused"), writer=writer)
     assert exporter.inline, "a framework's writer is called on the framework's thread"
-    _write(exporter, measurement())
-    assert _read(tmp_path).Scalars("ess_effective_size/blocks.0.mixer")[0].value == 4.0
+    write(exporter, measurement())
+    assert read(tmp_path).Scalars("ess_effective_size/blocks.0.mixer")[0].value == 4.0
     writer.add_scalar("after", 1.0, 7)
     writer.close()
-    assert [point.step for point in _read(tmp_path).Scalars("after")] == [7]
+    assert [point.step for point in read(tmp_path).Scalars("after")] == [7]
     assert not (tmp_path / "unused").exists()
 
 
@@ -355,20 +247,11 @@ def test_a_spectrum_without_a_tolerance_is_dark_from_single_precision_down() -> 
     assert spectrum(reading(spectrum=(0.0,), spectrum_ranks=(1,), tolerance=0.0)).cells == {1: 0.0}
 
 
-def test_the_pictures_have_a_legend_that_the_text_page_shows_as_a_table(tmp_path: Path) -> None:
-    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement())
-    (event,) = _read(tmp_path / "demo").Tensors("ess_help/pictures/text_summary")
-    table = _page(event.tensor_proto.string_val[0]).find("table")
-    assert table is not None
-    rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
-    assert [row[0] for row in rows[1:]] == list(PICTURES)
-
-
 def test_the_loss_is_drawn_as_a_share_of_its_highest_so_far(tmp_path: Path) -> None:
     losses = ({"acc": 0.1, "train/loss": 4.0}, {"train/loss": 2.0}, {"loss": 9.0}, {"train/loss": -1.0})
     steps = [measurement(step, metrics=metrics) for step, metrics in enumerate((*losses, {"train/loss": 8.0}))]
-    _write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *steps)
-    events = _read(tmp_path / "demo")
+    write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), *steps)
+    events = read(tmp_path / "demo")
     assert [(point.step, point.value) for point in events.Scalars("ess_monitor/loss_ratio")] == [
         (0, 1),
         (1, 0.5),

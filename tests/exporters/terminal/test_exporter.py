@@ -9,7 +9,17 @@ from rich.console import Console
 
 from ess_monitor.exporters import TerminalConfig, TerminalExporter, render_table
 from ess_monitor.records import ACTION_OUTCOMES, LayerInfo, Measurement
-from tests.exporters.helpers import ODD_LAYERS, PLAIN_LAYERS, action, finding, measurement, reading, run_info, snapshot
+from tests.exporters.helpers import (
+    ODD_LAYERS,
+    PLAIN_LAYERS,
+    action,
+    examined,
+    finding,
+    measurement,
+    reading,
+    run_info,
+    snapshot,
+)
 
 
 def _text(measured: Measurement, layers: tuple[LayerInfo, ...] = ()) -> str:
@@ -72,6 +82,15 @@ def test_a_finding_is_spelled_out_below_the_table() -> None:
     screen.export(300, findings=(finding(step=300),))
     *_, last = screen.texts[0].splitlines()
     assert last == "step 300, blocks.0.mixer: healthy -> collapsed. used 2 of 16. Raise alpha."
+
+
+def test_a_layer_that_forgets_by_choice_is_called_so_in_words() -> None:
+    screen = _Screen(width=120)
+    screen.export(300, findings=(examined(step=300),), conditions={PLAIN_LAYERS[0]: "forgets_by_choice"})
+    (row,) = (line for line in screen.texts[0].splitlines() if line.startswith(PLAIN_LAYERS[0]))
+    assert row.endswith("0.50   forgets by choice")
+    assert "step 300, blocks.0.mixer: healthy -> forgets by choice. used 2 of 16." in screen.texts[0]
+    assert "forgets_by_choice" not in screen.texts[0]
 
 
 @pytest.mark.parametrize("outcome", ACTION_OUTCOMES)

@@ -48,6 +48,7 @@ def test_samples_waiting_times_and_findings_are_told(tmp_path: Path) -> None:
     assert facts["Collapsed by its decay"].startswith("utilization below 0.5 at a retention below 0.75, until 0.55")
     assert facts["Saturated"] == "utilization 0.97 or more, until below 0.9"
     assert (facts["Findings raised"], facts["Findings cleared"]) == ("1", "1")
+    assert facts["Findings with evidence"] == "1"
     assert facts["First finding"] == "step 400, 44.4 % of the 900 steps"
 
 
@@ -122,6 +123,8 @@ def test_the_quality_of_the_rules_is_told_of_runs_that_were_judged_by_them(tmp_p
     assert "healthy 8 0" in text
     assert "too small a state 2 0" in text
     assert "no task metric" not in text
+    assert "The default rules alone, without evidence, on 17 labeled runs" in text
+    assert "All figures are those of the rules alone." in text
     alone = Page(render_report(_history(tmp_path / "alone", DiagnosisConfig()))).text
     assert "how good the rules are without one was not measured" in alone
 

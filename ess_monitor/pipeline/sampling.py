@@ -1,0 +1,61 @@
+"""Takes the samples of a run: arms the trigger, and hands what it captured to the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from ess_monitor.config import MonitorConfig
+from ess_monitor.pipeline.context import Metrics
+from ess_monitor.pipeline.queue import MeasurementQueue
+from ess_monitor.pipeline.schedule import Schedule
+from ess_monitor.pipeline.view import RunView
+
+
+class RunSampling(RunView):
+    """Samples forward passes. The base of `Monitor`, which sets these fields."""
+
+    config: MonitorConfig
+    _queue: MeasurementQueue
+    _schedule: Schedule
+
+    def arm(self) -> None:
+        """Sample the next forward pass. `step` does this by itself when training batches are the source."""
+        if self._alive and self._context.layers and not self._schedule.waiting:
+            self._trigger.arm(self._step, measures=self._schedule.measures, exchanges=self._schedule.exchanges)
+
+    def disarm(self, metrics: Metrics | None = None) -> None:
+        """Remove the hooks and send what they captured to be measured."""
+        if not self._context.health.forked:
+            self._collect(metrics)
+
+    @contextmanager
+    def sample(self, metrics: Metrics | None = None) -> Iterator[None]:
+        """Sample the forward pass inside the block, whether it is due or not; for validation batches and notebooks."""
+        self.arm()
+        try:
+            yield
+        finally:
+            self.disarm(metrics)
+
+    def _arm_if_due(self) -> None:
+        if self.config.capture.source == "train" and self.sample_due:
+            self.arm()
+
+    def _collect(self, metrics: Metrics | None) -> None:
+        """Hand the sample under way from the trigger to the queue, and its step to the schedule."""
+        step, schedule, context = self._trigger.armed_at, self._schedule, self._context
+        if step is None:
+            return
+        # An empty sample is no success of capture: it must not end a row of failures.
+        with context.guards["capture"] if self._trigger.has_hooks else nullcontext():
+            started = context.clock()
+            sample = self._trigger.collect(exchanges=schedule.exchanges)
+            changes = self._replays.take()
+            if sample is not None:
+                sample.changes = changes
+                schedule.taken(step)
+                self._queue.submit(sample, metrics)
+                context.charge("capture", sample.hook_seconds + context.clock() - started)
+        if schedule.exchanges and not schedule.waiting:
+            schedule.taken(step)
