@@ -10,7 +10,6 @@ from torch import Tensor
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.operators.base import Operator, check_operator
-from ess_monitor.ess.positions import check_positions
 
 
 class FarShare(NamedTuple):
@@ -49,10 +48,10 @@ def far_share(operator: Operator, position: int, distance: int) -> FarShare:
         (tensor([[9.]], dtype=torch.float64), tensor([[0.6000]], dtype=torch.float64))
     """
     check_operator(operator)
-    (position,) = check_positions([position], operator.length)
+    last = operator.length - 1
+    position = validation.whole("position", position, 1, last, hint="see operator_positions()", error=OperatorError)
     hint = "a row must be left after position + distance"
-    last = operator.length - 1 - position
-    start = position + validation.whole("distance", distance, 0, last, hint=hint, error=OperatorError)
+    start = position + validation.whole("distance", distance, 0, last - position, hint=hint, error=OperatorError)
     squares = operator._row_squares(position, start)
     far, near = (each.expand(operator.batch, operator.heads) for each in squares)
     return FarShare(far, far + near)
