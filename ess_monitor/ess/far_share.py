@@ -28,9 +28,9 @@ class FarShare(NamedTuple):
 def far_share(operator: Operator, position: int, distance: int) -> FarShare:
     """Return how much of the outputs from position p + d on comes from the tokens before p, d tokens back and farther.
 
-    Recurrences cost O(L n^2) matrix products, a small part of their singular values: what is carried is the Gramian of
-    the state, n x n. Attention and matrices cost one look at each of their rows p + d, ..., L - 1. Reads no value on
-    the host. NaN or infinity in what these rows depend on gives NaN or infinity, in the same operator only.
+    A recurrence carries the n x n Gramian of its state at O(L n^2); attention, matrices and gated convolutions form
+    their rows p + d, ..., L - 1, some at a time. On a CPU that is about an eighth of the time of `measure` at three
+    positions, and a third for delta rules. Reads no value on the host. NaN or infinity in what these rows depend on gives NaN or infinity, in the same operator only.
 
     Args:
         operator: What to measure.
