@@ -92,6 +92,7 @@ def sample_result(step: int, rank: int) -> SampleResult:
             utilization_ratio=use,
             retention_ratio=0.9,
             mean_decay=0.97,
+            far_share_ratio=0.25,
         )
         for k in range(LAYERS)
     )

@@ -45,7 +45,7 @@ def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
 
 def reading_table(title: str, readings: Iterable[Reading]) -> Table:
     """Return what `profile` measured, with a row for each layer. ESS is the tolerance-ESS."""
-    numbers = ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A")
+    numbers = ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A", "far share")
     table = _table(title, "layer", numbers=numbers)
     for reading in readings:
         if reading.status != "ok":
@@ -60,6 +60,7 @@ def reading_table(title: str, readings: Iterable[Reading]) -> Table:
             _number(reading.utilization_ratio),
             _number(reading.retention_ratio),
             _number(reading.mean_decay),
+            _number(reading.far_share_ratio),
         )
     return table
 

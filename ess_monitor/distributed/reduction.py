@@ -23,8 +23,9 @@ _QUANTITIES = (
     "utilization_ratio",
     "retention_ratio",
     "mean_decay",
+    "far_share_ratio",
 )
-"""Fields of a reading that become means over the ranks. Diagnosis and autopilot decide on these."""
+"""Fields of a reading that become means over the ranks. Diagnosis, evidence and autopilot decide on these."""
 _SIZE, _UTILIZATION = _QUANTITIES.index("effective_size"), _QUANTITIES.index("utilization_ratio")
 _SUMS = len(Changes._fields)
 _WIDTH = len(_QUANTITIES) + 1 + _SUMS

@@ -12,6 +12,7 @@ Pure tensor functions on frozen operators; imports torch and the exception tree,
 
 from __future__ import annotations
 
+from ess_monitor.ess.far_share import FarShare, far_share
 from ess_monitor.ess.measure import Measured, decay_product_norm, mean_decay, measure, retention, retention_ratio
 from ess_monitor.ess.metrics import Aggregation, aggregate, entropy_ess, tolerance_ess
 from ess_monitor.ess.operators.attention import SoftmaxAttention
@@ -29,6 +30,7 @@ __all__ = [
     "DeltaRecurrence",
     "DenseOperator",
     "DiagonalRecurrence",
+    "FarShare",
     "GatedConvolution",
     "Measured",
     "Operator",
@@ -38,6 +40,7 @@ __all__ = [
     "decay_product_norm",
     "entropy_ess",
     "ess_bounds",
+    "far_share",
     "mean_decay",
     "measure",
     "midpoint_index",

@@ -30,9 +30,13 @@ from torch import Tensor
 
 from ess_monitor.ess.gramian import Carry, FactorRows, Pick, chunk_length, two_sided_singular_values, windows_before
 from ess_monitor.ess.linalg import slabs, working_dtype
+from ess_monitor.ess.row_squares import Passed, Windows, split_row_squares
 
 VECTORS_PER_TOKEN = 8
 """Held at once while windows are processed, roughly."""
+
+ROW_CHUNK = 16
+"""Tokens of a window where norms of rows are computed: each row of a window takes one more step with all before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +109,13 @@ def delta_singular_values(
     return two_sided_singular_values(control, observation, positions)
 
 
+def delta_row_squares(
+    transitions: Transitions, q: Tensor, position: int, start: int, batch: int, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Return ||T[start:, :position]||_F^2 and ||T[start:, position:]||_F^2: (B, H) each, in the working dtype."""
+    return split_row_squares(_DeltaWindows(q, batch, heads, ROW_CHUNK, transitions), position, start)
+
+
 def transition_product(transitions: Transitions, batch: int, heads: int) -> Tensor:
     """Return A_L ... A_1: (B, H, N, N), in the working dtype."""
     length, state = transitions.k.shape[2:]
@@ -155,6 +166,26 @@ class _DeltaRows(FactorRows):
 
 
 @dataclass(frozen=True, eq=False)
+class _DeltaWindows(Windows):
+    transitions: Transitions
+
+    def passed(self, pick: Pick) -> Passed:
+        windows = _Windows.of(self.transitions.steps(_newest_first(pick)), self.batch, self.heads)
+        return Passed(windows.rows, windows.carry_gramians_)
+
+    def passed_and_read(self, pick: Pick) -> Passed:
+        outputs = pick(self.outputs).to(working_dtype(self.outputs.device))
+        steps = self.transitions.steps(_newest_first(pick))
+        windows = _Windows.of(steps, self.batch, self.heads, outputs.flip(3))
+        reads = _Windows.of(self.transitions.steps(pick).transposed(outputs), self.batch, self.heads)
+        return Passed(windows.rows, windows.carry_gramians_, reads.rows, windows.squares)
+
+
+def _newest_first(pick: Pick) -> Pick:
+    return lambda tensor: pick(tensor).flip(3)
+
+
+@dataclass(frozen=True, eq=False)
 class _Windows:
     """Holds what steps have done by the end of windows; the transitions multiply to diag(decay) + left^T right."""
 
@@ -165,8 +196,12 @@ class _Windows:
     decay: Tensor
     """(B, H, W, 1, N)."""
 
+    squares: Tensor | None = None
+    """(B, H): sum of the squares of what the outputs saw of `rows` of their own window. None without outputs."""
+
     @classmethod
-    def of(cls, steps: Steps, batch: int, heads: int) -> _Windows:
+    def of(cls, steps: Steps, batch: int, heads: int, outputs: Tensor | None = None) -> _Windows:
+        """Take the steps; `outputs` (B|1, H|1, W, K, N) read the state after each of them."""
         windows, length, state = steps.left.shape[2:]
         # Time first and everything else dense: each operation of a step is one pass over contiguous memory.
         decay, left, right, entering = (
@@ -176,6 +211,7 @@ class _Windows:
         carried = left.new_empty((length, 2, *left.shape[1:]))
         reads = torch.empty_like(right)
         decayed = torch.ones_like(decay[0])
+        squares = None if outputs is None else decayed.new_zeros((batch, heads))
         for age, step in enumerate(reversed(range(length))):
             present = carried[:age]
             weight = (present * right[step]).sum(-1, keepdim=True)
@@ -183,11 +219,24 @@ class _Windows:
             carried[age, 0], carried[age, 1] = entering[step], left[step]
             torch.mul(right[step], decayed, out=reads[age])
             decayed *= decay[step]
+            if outputs is not None and squares is not None:
+                squares += (carried[: age + 1, 0] * outputs[:, :, :, step]).sum(-1).square().sum((0, 3))
         rows, carried_left = carried.permute(1, 2, 3, 4, 0, 5).unbind(0)
-        return cls(rows, carried_left, reads.permute(1, 2, 3, 0, 4), decayed[..., None, :])
+        return cls(rows, carried_left, reads.permute(1, 2, 3, 0, 4), decayed[..., None, :], squares)
 
     def at(self, window: int) -> _Windows:
         return _Windows(*(tensor[:, :, window] for tensor in (self.rows, self.left, self.right, self.decay)))
+
+    def carry_gramians_(self, gramians: Tensor, window: int) -> None:
+        """Replace Gramians G (B, H, M, N, N) by A G A^T, with the product A = D + left^T right of one window.
+
+        A G A^T = D G D + Y^T left + left^T Y  with  Y = X D + X right^T left / 2,  X = right G.
+        """
+        left, right, decay = (tensor[:, :, window, None] for tensor in (self.left, self.right, self.decay))
+        x = right @ gramians
+        y = torch.addcmul(0.5 * (x @ right.mT) @ left, x, decay)
+        half = left.mT @ y
+        gramians.mul_(decay * decay.mT).add_(half).add_(half.mT)
 
     def applied_to(self, rows: Tensor) -> Tensor:
         """Return `rows` (..., M, N) at the start of windows as they are at the end."""

@@ -38,6 +38,7 @@ LAYER_QUANTITIES: tuple[str, ...] = (
     "retention_ratio",
     "mean_decay",
     "decay_product_norm",
+    "far_share_ratio",
 )
 """Fields of `Reading` that become scalars. Units are those of `ess_monitor.records`."""
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 
 from ess_monitor.capture import Captured
-from ess_monitor.ess import ess_bounds, measure, midpoint_index, operator_positions
+from ess_monitor.ess import ess_bounds, far_share, measure, midpoint_index, operator_positions
 from ess_monitor.records import Reading, Status
 
 SPECTRUM_VALUES = 32
@@ -21,6 +21,9 @@ an error of that size in T moves every singular value by as much (Weyl)."""
 
 _FAR_BELOW = 1e-3
 """Share of the tolerance below which it does not matter how small a singular value is."""
+
+_FAR = 8
+"""Farther back than this part of the sequence is afar."""
 
 Results = dict[str, torch.Tensor]
 
@@ -39,6 +42,10 @@ def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) ->
             spectrum = mean_spectrum(values[:, :, middle, :last], tolerance)
             ranks = _thinned(spectrum.shape[0], spectrum.device)
             results["spectrum"], results["spectrum_ranks"] = spectrum[ranks], ranks + 1
+            distance = operator.length // _FAR
+            if 0 < distance < operator.length - positions[middle]:
+                share = far_share(operator, positions[middle], distance)
+                results["far_squared"], results["total_squared"] = share.far_squared.sum(), share.total_squared.sum()
         if positions and not operator.capacity_grows:
             capacity = measured.state_capacity.max()
             bounds = ess_bounds(positions, measured.tolerance_ess, operator.length, capacity=capacity)
@@ -133,6 +140,7 @@ def reading(step: int, captured: Captured, positions: tuple[int, ...], tolerance
         retention_ratio=None if undecayed is None else _ratio(effective, _mean(undecayed)),
         mean_decay=_mean(results.get("mean_decay")),
         decay_product_norm=_mean(results.get("decay_product_norm")),
+        far_share_ratio=_root_share(results.get("far_squared"), results.get("total_squared")),
         per_head=tuple(tolerance_ess.mean((0, 2)).tolist()),
         per_position=tuple(tolerance_ess.mean((0, 1)).tolist()),
         spectrum=tuple(float(f"{value:.5g}") for value in results["spectrum"].tolist()),
@@ -153,3 +161,11 @@ def _ratio(effective: float, undecayed: float | None) -> float | None:
     if undecayed is None:
         return None
     return effective / undecayed if undecayed > 0 else 1.0
+
+
+def _root_share(part: torch.Tensor | None, whole: torch.Tensor | None) -> float | None:
+    """Return the square root of part / whole; None where they are not known, not finite, or nothing at all."""
+    if part is None or whole is None:
+        return None
+    share = float((part / whole).sqrt())
+    return share if math.isfinite(share) else None

@@ -56,6 +56,7 @@ def reading(layer: str = "blocks.0.mixer", step: int = 100, **fields: Any) -> Re
         "retention_ratio": 0.5,
         "mean_decay": 0.9,
         "decay_product_norm": 0.1,
+        "far_share_ratio": 0.125,
         "per_head": (3.0, 4.0, 4.0, 5.0),
         "heads": (0, 1, 2, 3),
         "per_position": (4.0, 4.0, 4.0),

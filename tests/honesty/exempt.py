@@ -32,6 +32,7 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.capture.Layer",
             "ess_monitor.diagnosis.Verdict",
             "ess_monitor.ess.Bounds",
+            "ess_monitor.ess.FarShare",
             "ess_monitor.ess.Measured",
             "ess_monitor.interventions.AlphaAdvice",
             "ess_monitor.interventions.AlphaCopy",

@@ -36,6 +36,7 @@ ESS: dict[str, Case] = {
     "decay_product_norm": Case(ess.decay_product_norm, lambda: {"operator": recurrence()}),
     "entropy_ess": Case(ess.entropy_ess, lambda: {"singular_values": torch.rand(2, 3)}),
     "ess_bounds": Case(ess.ess_bounds, lambda: {"positions": [2, 4], "ess": torch.ones(2), "length": 6, "capacity": 4}),
+    "far_share": Case(ess.far_share, lambda: {"operator": recurrence(), "position": 3, "distance": 1}),
     "mean_decay": Case(ess.mean_decay, lambda: {"operator": recurrence()}),
     "measure": Case(ess.measure, lambda: {"operator": recurrence(), "positions": [2]}),
     "midpoint_index": Case(ess.midpoint_index, lambda: {"positions": [2, 4], "length": 6}),

@@ -50,6 +50,7 @@ def reading(layer: str, step: int, utilization: float = 0.25, **fields: Any) -> 
         "effective_size_upper": 20 * utilization,
         "utilization_ratio": utilization,
         "retention_ratio": 0.5,
+        "far_share_ratio": 0.0625,
         "per_position": (16 * utilization, 15 * utilization, 14 * utilization),
     }
     return Reading(step=step, layer=layer, **{**values, **fields})

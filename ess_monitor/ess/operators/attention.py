@@ -133,6 +133,18 @@ class SoftmaxAttention(Operator):
                 out[slab, p, : values.shape[-1]] = values
         return per_head(out, self.batch, self.heads)
 
+    def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
+        length, operators = self.length, self.batch * self.heads
+        far, near = (torch.zeros(operators, dtype=working_dtype(self.device), device=self.device) for _ in range(2))
+        for slab in slabs(operators, (length - start) * length):
+            rows = _Rows(self, slab)
+            for part in slabs(length - start, (slab.stop - slab.start) * length):
+                weights, total = rows.unnormalized(start + part.start, start + part.stop)
+                for squares, columns in ((far, slice(position)), (near, slice(position, None))):
+                    norms = torch.linalg.vector_norm(weights[..., columns], dim=-1, keepdim=True)
+                    squares[slab] += (norms / total).square_().sum((1, 2))
+        return per_head(far, self.batch, self.heads), per_head(near, self.batch, self.heads)
+
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         key_heads = None if heads is None else _key_heads(heads, self.heads // self.k.shape[1])
         return dataclasses.replace(
@@ -205,13 +217,28 @@ class _Rows:
         totals = [self.log_total(self.causal_logits(row, stop), row) for row, stop in ranges]
         return torch.cat(totals, dim=1)
 
+    def unnormalized(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return what rows start..stop of T are proportional to, (G, stop - start, stop), and what divides each row."""
+        logits = self.causal_logits(start, stop)
+        largest, sinks = logits.amax(-1, keepdim=True), self._sinks(start, stop)
+        if sinks is not None:
+            largest = torch.maximum(largest, sinks)
+        largest.masked_fill_(largest == -torch.inf, 0.0)
+        weights = logits.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total += (sinks - largest).exp()
+        return weights, total.masked_fill_(total == 0, 1.0)  # a row with nothing to attend to
+
     def log_total(self, logits: Tensor, start: int) -> Tensor:
         """Return the log of the softmax denominators of `logits`, whose first row is `start`: (G, rows, 1)."""
-        total = logits.logsumexp(-1, keepdim=True)
-        if self.sinks is not None:
-            sinks = self.sinks[:, start : start + logits.shape[1]] if self.sinks.shape[1] > 1 else self.sinks
+        total, sinks = logits.logsumexp(-1, keepdim=True), self._sinks(start, start + logits.shape[1])
+        if sinks is not None:
             total = torch.logaddexp(total, sinks)
         return total.masked_fill(total == -torch.inf, 0.0)  # a row with nothing to attend to: exp(-inf - 0) = 0
+
+    def _sinks(self, start: int, stop: int) -> Tensor | None:
+        return self.sinks if self.sinks is None or self.sinks.shape[1] == 1 else self.sinks[:, start:stop]
 
 
 def _key_heads(heads: Sequence[int], group: int) -> Sequence[int]:

@@ -173,6 +173,14 @@ class Operator(ABC):
         Entries of operators that are not finite may hold anything.
         """
 
+    @abstractmethod
+    def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
+        """Return ||T[start:, :position]||_F^2 and ||T[start:, position:]||_F^2, counted in tokens, position <= start.
+
+        Broadcastable to (batch, heads), in the working dtype. Entries of operators that are not finite may hold
+        anything.
+        """
+
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         """Return `select` with checked arguments."""
         return self.map(lambda tensor: narrowed(tensor, samples, heads, length))

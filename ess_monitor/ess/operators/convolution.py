@@ -82,6 +82,16 @@ class Convolution(Operator):
         values = _hankel_singular_values(self.kernel.flatten(0, 1), self.length, positions)
         return per_head(values, self.batch, self.heads)
 
+    def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
+        # An entry of lag m is in the rows from max(start, m) on, and in a column before `position` up to row
+        # position + m - 1: the counts are whole numbers, and nothing is subtracted from a sum.
+        lag = torch.arange(self.kernel.shape[2], device=self.device)
+        first = lag.clamp(min=start)
+        rows = (self.length - first).clamp(min=0)
+        far = ((lag + position).clamp(max=self.length) - first).clamp(min=0)
+        squares = self.kernel.to(working_dtype(self.device)).square()
+        return (squares * far).sum(-1), (squares * (rows - far)).sum(-1)
+
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         kernel = narrowed(self.kernel, samples, heads, length)
         return type(self)(kernel, self.length if length is None else length)
@@ -140,6 +150,26 @@ class GatedConvolution(Operator):
         b, kernel, c = (pairs(tensor, self.batch, self.heads) for tensor in (self.b, self.kernel, self.c))
         values = _hankel_singular_values(kernel, self.length, positions, gates=(b, c))
         return per_head(values, self.batch, self.heads)
+
+    def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
+        length, dtype = self.length, working_dtype(self.device)
+        b, kernel, c = (
+            pairs(tensor, self.batch, self.heads).to(dtype).square() for tensor in (self.b, self.kernel, self.c)
+        )
+        taps = min(kernel.shape[1], length)
+        newest_last = kernel[:, :taps].flip(-1)[..., None]
+        is_far = torch.arange(length, device=self.device) < position
+        # Of the inputs before `position` and of those after it: what each row sees, (G, 2, L, taps), as a view.
+        inputs = torch.stack([b.masked_fill(~is_far, 0.0), b.masked_fill(is_far, 0.0)], dim=1)
+        seen = F.pad(inputs, (taps - 1, 0)).unfold(-1, taps, 1)
+        squares = torch.zeros((b.shape[0], 2), dtype=dtype, device=self.device)
+        for group in slabs(b.shape[0], 2 * taps):
+            for part in slabs(length - start, 2 * taps * (group.stop - group.start)):
+                rows = slice(start + part.start, start + part.stop)
+                outputs = (seen[group, :, rows] @ newest_last[group, None]).squeeze(-1)
+                squares[group] += (outputs * c[group, None, rows]).sum(-1)
+        far, near = per_head(squares, self.batch, self.heads).unbind(-1)
+        return far, near
 
 
 def _hankel_singular_values(

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.delta_gramian import Transitions, delta_singular_values, mean_diagonal, transition_product
+from ess_monitor.ess.delta_gramian import (
+    Transitions,
+    delta_row_squares,
+    delta_singular_values,
+    mean_diagonal,
+    transition_product,
+)
 from ess_monitor.ess.linalg import result_dtype
 from ess_monitor.ess.operators.fields import check_floating
 from ess_monitor.ess.operators.recurrence import VECTOR_SHAPE, DiagonalRecurrence, Recurrence, resets
@@ -115,6 +121,9 @@ class DeltaRecurrence(Recurrence):
 
     def _mean_diagonal(self) -> Tensor:
         return mean_diagonal(self.transitions)
+
+    def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
+        return delta_row_squares(self.transitions, self.q, position, start, self.batch, self.heads)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return delta_singular_values(self.transitions, self.q, positions, self.batch, self.heads)

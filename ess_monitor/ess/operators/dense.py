@@ -87,6 +87,21 @@ class DenseOperator(Operator):
                 out[group, p, : values.shape[-1]] = values
         return per_head(out, self.batch, self.heads)
 
+    def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
+        d, length = self.block_size, self.length
+        operator = pairs(self.T, self.batch, self.heads)
+        dtype = working_dtype(self.device)
+        token = torch.arange(d * length, device=self.device) // d
+        far, near = (torch.zeros(operator.shape[0], dtype=dtype, device=self.device) for _ in range(2))
+        for group in slabs(operator.shape[0], d * d * length):
+            for part in slabs(length - start, d * d * length * (group.stop - group.start)):
+                rows = slice(d * (start + part.start), d * (start + part.stop))
+                squares = operator[group, rows].to(dtype).square()
+                squares.masked_fill_(token > token[rows, None], 0.0)
+                far[group] += squares[..., : d * position].sum((1, 2))
+                near[group] += squares[..., d * position :].sum((1, 2))
+        return per_head(far, self.batch, self.heads), per_head(near, self.batch, self.heads)
+
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         size = None if length is None else length * self.block_size
         T = first(narrowed(self.T, samples, heads, size), 3, size)

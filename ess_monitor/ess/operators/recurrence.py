@@ -16,6 +16,7 @@ from ess_monitor.ess.gramian import recurrence_singular_values
 from ess_monitor.ess.linalg import result_dtype, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import all_finite, check_batch_and_heads, check_floating, check_same_device
+from ess_monitor.ess.row_squares import diagonal_row_squares
 
 VECTOR_SHAPE = "(batch, heads, length, state)"
 
@@ -149,6 +150,10 @@ class DiagonalRecurrence(Recurrence):
         decay = self.log_decay.to(result_dtype(self.log_decay.dtype)).exp()
         return decay.mean((2, 3), dtype=working_dtype(self.device))
 
+    def _row_squares(self, position: int, start: int, *, present: bool = True) -> tuple[Tensor, Tensor]:
+        fields = (self.log_decay, self.b, self.c)
+        return diagonal_row_squares(*fields, position, start, self.batch, self.heads, present=present)
+
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return recurrence_singular_values(self.log_decay, self.b, self.c, positions, self.batch, self.heads)
 
@@ -180,6 +185,9 @@ class ReadFirstRecurrence(DiagonalRecurrence):
     @torch.no_grad()
     def materialize(self) -> Tensor:
         return self._updated_first().materialize().tril(-1).to(self.result_dtype)
+
+    def _row_squares(self, position: int, start: int, *, present: bool = False) -> tuple[Tensor, Tensor]:
+        return self._updated_first()._row_squares(position, start, present=present)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return self._updated_first()._raw_singular_values(positions)

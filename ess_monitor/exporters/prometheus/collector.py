@@ -110,10 +110,12 @@ def _layer_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
         for name in names
         for condition, value in _one_hot(CONDITIONS, now.conditions.get(name, "unknown")).items()
     }
+    shares = {layer_title(name): now.readings[name].far_share_ratio for name in names if name in now.readings}
+    yield gauge("layer_far_share_ratio", "Share of a layer's output that comes from afar, 0 to 1.", shares, "layer")
     yield gauge("layer_condition", "1 for the condition a layer is in.", conditions, "layer", "condition")
-    shares = {name: evidence_ratios(now.evidence[name]) for name in names if name in now.evidence}
+    changes_of = {name: evidence_ratios(now.evidence[name]) for name in names if name in now.evidence}
     for quantity, documentation in _EVIDENCE_GAUGES:
-        ratios = {layer_title(name): share.get(quantity) for name, share in shares.items()}
+        ratios = {layer_title(name): share.get(quantity) for name, share in changes_of.items()}
         yield gauge(f"layer_evidence_{quantity}", documentation, ratios, "layer")
     changes = _by_name(CONDITIONS, now.condition_changes_total)
     yield counter("condition_changes", "How often a layer entered a condition.", changes, "condition")

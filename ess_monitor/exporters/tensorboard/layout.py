@@ -31,6 +31,7 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
             "Utilization of the model": _lines(re.escape(UTILIZATION_TAG)),
             "Effective state-size of every layer": _lines("ess_effective_size/.*"),
             "Retention of every layer (below 1 the decay costs memory)": _lines("ess_retention_ratio/.*"),
+            "Share of every layer's output that comes from afar": _lines("ess_far_share_ratio/.*"),
             "Layers in each condition": _lines(*(f"ess_layers/{name}" for name in CONDITIONS)),
             "Cost of the monitor (share of training time)": _lines(re.escape(OVERHEAD_TAG)),
         },
@@ -54,8 +55,9 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
             "Effective, entropy and theoretically realizable state-size": _lines(
                 *map(re.escape, tags("effective_size", "entropy_size", "state_capacity"))
             ),
-            "Utilization, retention and mean decay": _lines(
-                *map(re.escape, [*tags("utilization_ratio", "retention_ratio", "mean_decay"), spike_tag(layer)])
+            "Utilization, retention, mean decay and far share": _lines(
+                *map(re.escape, tags("utilization_ratio", "retention_ratio", "mean_decay", "far_share_ratio")),
+                re.escape(spike_tag(layer)),
             ),
         }
     return layout

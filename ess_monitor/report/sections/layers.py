@@ -19,6 +19,7 @@ _COLUMNS = {
     "TSS": "state_capacity",
     "utilization": "utilization_ratio",
     "retention": "retention_ratio",
+    "far share": "far_share_ratio",
 }
 """Heading -> field of `Reading`."""
 

@@ -140,6 +140,7 @@ def test_the_numbers_of_the_snapshot_are_scraped() -> None:
     assert _value(samples, "state_effective_size", layer=first) == 4
     assert _value(samples, "state_utilization_ratio", layer=first) == 0.25
     assert _value(samples, "state_retention_ratio", layer=first) == 0.5
+    assert _value(samples, "layer_far_share_ratio", layer=first) == 0.125
     assert _value(samples, "layer_condition", layer=first, condition="collapsed") == 1
     assert _value(samples, "layer_condition", layer=first, condition="unknown") == 0
     assert _value(samples, "layer_condition", layer=second, condition="unknown") == 1
@@ -282,12 +283,12 @@ def test_odd_layer_names_survive_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("fields", "examined", "cost"),
     [
-        ({}, False, 12),
-        ({"utilization_min_ratio": None, "worst_rank": None}, False, 10),
-        ({"utilization_min_ratio": None, "worst_rank": None}, True, 12),
+        ({}, False, 13),
+        ({"utilization_min_ratio": None, "worst_rank": None}, False, 11),
+        ({"utilization_min_ratio": None, "worst_rank": None}, True, 13),
     ],
 )
-def test_a_layer_costs_ten_series_two_more_with_several_ranks_or_evidence_and_the_rest_stays_below_two_hundred(
+def test_a_layer_costs_eleven_series_two_more_with_several_ranks_or_evidence_and_the_rest_stays_below_two_hundred(
     fields: dict[str, None], examined: bool, cost: int
 ) -> None:
     def series(count: int) -> int:
