@@ -31,6 +31,11 @@ EVIDENT: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def judged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let samples be judged at once."""
+    judge_at_once(monkeypatch)
+
+
+def judge_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a sample be judged at the step that took it, however busy the machine is."""
     step = Monitor.step
 
