@@ -205,7 +205,7 @@ class Evidence(Record):
     """
 
     step: int
-    """Optimizer steps at the last of the batches."""
+    """Of the sample that came with it: the first one after the last of the batches."""
     layer: str
     basis: Literal["loss", "kl"]
     """What was compared."""

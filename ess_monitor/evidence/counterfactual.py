@@ -55,12 +55,14 @@ def changes_of_batch(
         alone: whether the other ranks of the run do not replay; collectives of wrappers are then left out.
 
     Yields:
-        Each layer's name, and the changes of this batch. Those before one that fails count.
+        Each layer's name, and the changes of this batch. A layer without usable numbers is left out, after as many
+        passes as the others get: other ranks may have numbers for it, and their passes need partners.
 
     Raises:
-        CaptureError: the replay gives neither a loss nor outputs, gives numbers that are not finite, or does not call
-            the layer.
+        CaptureError: after all passes: the replay gives neither a loss nor outputs, gives numbers that are not finite,
+            or does not call a layer.
     """
+    failures: list[CaptureError] = []
     with Undisturbed(model, alone=alone) as state:
         state.rewind()
         base = _Outcome(replay(), gives_loss)
@@ -68,15 +70,23 @@ def changes_of_batch(
             moved = []
             for other in others:
                 state.rewind()
-                with other():
-                    outcome = _Outcome(replay(), gives_loss)
-                moved.append(base.change_to(outcome))
+                try:
+                    with other():
+                        given = replay()
+                    moved.append(base.change_to(_Outcome(given, gives_loss)))
+                except CaptureError as error:
+                    failures.append(error)
+            if len(moved) < len(others):
+                continue
             m50, m90, cut = (*torch.stack(moved).tolist(), 0.0, 0.0)[:3]
             level = 0.0 if base.loss is None else float(base.loss)
             if not all(map(math.isfinite, (level, m50, m90, cut))):
-                raise CaptureError(f"layer {name}: the loss of a batch that was run again is not finite")
+                failures.append(CaptureError(f"layer {name}: the loss of a batch that was run again is not finite"))
+                continue
             kind: ChangeKind = "outputs" if base.loss is None else "trial" if len(others) == 1 else "loss"
             yield name, Changes(1, level, m50, m90, cut, m50 * m50, kind)
+    if failures:
+        raise failures[0]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def weigh(
 
     Args:
         layer: its name.
-        step: optimizer steps at the last of the batches.
+        step: of the sample that came with it.
         changes: sums over one batch at least.
         config: thresholds.
         far_share_ratio: of the layer's reading.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ess_monitor.capture.decay_power import can_raise
-from ess_monitor.errors import CaptureError
+from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.evidence import add_changes
 from ess_monitor.evidence.call_recorder import CallRecorder
 from ess_monitor.evidence.counterfactual import Alternative, Replay, changes_of_batch, other_decays
@@ -30,10 +30,13 @@ class Replays:
         model: the watched model.
         context: of the run.
         alone: whether the other ranks of the run take no part: collectives would wait for them without end.
+        together: whether they do.
     """
 
-    def __init__(self, model: nn.Module, context: RunContext, *, alone: Callable[[], bool]) -> None:
-        self._model, self._context, self._alone = model, context, alone
+    def __init__(
+        self, model: nn.Module, context: RunContext, *, alone: Callable[[], bool], together: Callable[[], bool]
+    ) -> None:
+        self._model, self._context, self._alone, self._together = model, context, alone, together
         self._layers = {layer.name: layer for layer in context.layers}
         self._recorder = CallRecorder(model)
         self._alternatives: dict[str, tuple[Alternative, ...]] = {}
@@ -71,15 +74,22 @@ class Replays:
     def collect(self, replay: Replay | None) -> None:
         """Run the batch of this step again.
 
-        A failure is counted and never raised. After some in a row no more batches are run again.
+        A failure is counted and never raised. After some in a row no more batches are run again, unless other ranks do
+        it at the same steps, which may not have failed and would wait for this one.
 
         Args:
             replay: returns its loss. Without one the model is called as it was called last.
         """
         self._left -= 1
         started = self._context.clock()
-        with self._context.guards["replay"]:
-            self._collect(replay)
+        guard = self._context.guards["replay"]
+        with guard:
+            try:
+                self._collect(replay)
+            except Exception as error:
+                if not self._together():
+                    raise
+                guard.count(format_error(error), error)
         self._context.charge("replay", self._context.clock() - started)
         self._watch()
 

@@ -60,6 +60,11 @@ def build_stages(
     if locked:
         consensus = agreement or consensus_of_the_run(settings, world_size, acts=acts)
         schedule = Lockstep(context, queue, consensus)
-    replays = Replays(model, context, alone=lambda: world_size > 1 and not schedule.exchanges)
+    replays = Replays(
+        model,
+        context,
+        alone=lambda: world_size > 1 and not schedule.exchanges,
+        together=lambda: schedule.exchanges,
+    )
     results = ResultHandler(context, grad_scale, export, replays.obstacles)
     return Stages(SampleTrigger(model, context), queue, schedule, replays, results)

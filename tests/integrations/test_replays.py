@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,12 @@ EVIDENT: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def judged_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def judged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let samples be judged at once."""
+    judge_at_once(monkeypatch)
+
+
+def judge_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a sample be judged at the step that took it, however busy the machine is."""
     step = Monitor.step
 
@@ -39,7 +44,6 @@ def judged_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         self.flush()
 
     monkeypatch.setattr(Monitor, "step", step_and_flush)
-    yield
 
 
 def found_by(ess: Any) -> list[tuple[str, str, int]]:

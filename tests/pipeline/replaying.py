@@ -25,14 +25,22 @@ QUICK_TRIAL: dict[str, Any] = {"checks": (4, 13), "harm_ratio": 1e3, "gain_ratio
 """Two comparisons, of which nothing follows."""
 
 
-def settings_of(mode: str = "advise", *, evidence: dict[str, Any] | None = None, **autopilot: Any) -> MonitorConfig:
+def settings_of(
+    mode: str = "advise",
+    *,
+    evidence: dict[str, Any] | None = None,
+    diagnosis: dict[str, Any] | None = None,
+    ranks: Any = None,
+    **autopilot: Any,
+) -> MonitorConfig:
     """A sample every 8 steps: a suspect at step 2, batches run again at steps 3 to 5, a decision at step 10."""
     return MonitorConfig.load(
         environment=False,
         every_n_steps=8,
         overhead_budget_ratio=None,
         capture={"heads": None},
-        diagnosis=EAGER_DIAGNOSIS,
+        diagnosis={**EAGER_DIAGNOSIS, **(diagnosis or {})},
+        distributed={"ranks": ranks},
         evidence={"batches": 3, **(evidence or {})},
         autopilot={"mode": mode, "lag_steps": 2, "cooldown_steps": 16, "probation": QUICK_TRIAL, **autopilot},
     )
@@ -70,7 +78,7 @@ Replays = Callable[["Loop", Tensor], "Callable[[], Any] | None"]
 
 
 def by_loss(loop: Loop, tokens: Tensor) -> Callable[[], Any]:
-    return lambda: loss_of(loop.model, tokens)
+    return lambda: loss_of(loop.called, tokens)
 
 
 def by_outputs(loop: Loop, tokens: Tensor) -> None:
@@ -87,21 +95,24 @@ class Loop:
         featurizer: str = "wla",
         *,
         dtype: torch.dtype = torch.float32,
+        rank: int = 0,
+        wrap: Callable[[Any], Any] = lambda model: model,
         every_step: Callable[[Loop], None] = lambda loop: None,
         **options: Any,
     ) -> None:
         torch.manual_seed(0)
         self.model = Net(featurizer).to(dtype)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.called, self.rank = wrap(self.model), rank
+        self.optimizer = torch.optim.AdamW(self.called.parameters(), lr=1e-2)
         self.step, self.replays, self.every_step = 0, replays, every_step
-        self.monitor = Monitor(self.model, settings, **options) if settings is not None else None
+        self.monitor = Monitor(self.called, settings, **options) if settings is not None else None
 
     def run(self, steps: int) -> Loop:
         if self.monitor is not None:
             self.monitor.start()
         for _ in range(steps):
-            tokens = batch(self.step)
-            loss = loss_of(self.model, tokens)
+            tokens = batch(self.step, self.rank)
+            loss = loss_of(self.called, tokens)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
+from ess_monitor.capture import find_layers
+from ess_monitor.errors import CaptureError
+from ess_monitor.evidence.counterfactual import changes_of_batch, other_decays
 from ess_monitor.interventions.gate import gate_tensors
 from tests.pipeline.replaying import (
     ALL_COLLAPSED,
@@ -328,3 +331,26 @@ def test_the_cost_is_in_the_snapshot_and_in_the_cadence() -> None:
     # 24 seconds of cost, at a step of one second and a budget of a tenth.
     assert loop.monitor._context.cadence.wanted_steps == pytest.approx(240, abs=5)
     loop.monitor.close()
+
+
+# -- one batch --------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_without_usable_numbers_keeps_the_others_from_nothing() -> None:
+    """Other ranks may have numbers for it, and make as many passes."""
+    loop, passes = Loop(None), []
+    layers = [layer for layer in find_layers(loop.model) if layer.name.endswith("mixer")]
+
+    def replay() -> torch.Tensor:
+        passes.append(loss_of(loop.model, batch(0)))
+        return passes[-1] * (math.nan if len(passes) == 3 else 1.0)
+
+    alternatives = {layer.name: other_decays(layer) for layer in layers}
+    found: list[str] = []
+    with pytest.raises(CaptureError, match=r"layer backbone\.blocks\.0\.mixer: .* is not finite"):
+        found.extend(name for name, _ in changes_of_batch(loop.model, alternatives, replay, gives_loss=True))
+    assert found == [LAST]
+    assert len(passes) == 7
+    for name, changes in changes_of_batch(loop.model, alternatives, replay, gives_loss=True):
+        assert changes.batches == 1, name
+    assert len(passes) == 14

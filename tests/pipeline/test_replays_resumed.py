@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.replaying import ALL_COLLAPSED, LAST, Loop, Replays, bits, by_loss, by_outputs, settings_of
+from tests.pipeline.replaying import ALL_COLLAPSED, Loop, Replays, bits, by_loss, by_outputs, settings_of
 
 STEPS = 36
 """Judged are steps 2, 10, 18, 26 and 34; the treatment begins at 10."""
