@@ -66,7 +66,10 @@ class Tracker:
     ) -> None:
         self.config = validation.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
         self._rules = check_rules(rules)
-        self._examined, self._recheck = dict(examined or {}), recheck_measurements
+        examined = {} if examined is None else examined
+        validation.instance("examined", examined, Mapping, hint="layer -> why it cannot be examined, or an empty text")
+        self._examined = dict(examined)
+        self._recheck = validation.whole("recheck_measurements", recheck_measurements, 1)
         self._layers: dict[str, _Layer] = {}
         self._task = TaskMetric(self.config)
 
@@ -113,9 +116,11 @@ class Tracker:
         readings = validation.several("readings", readings, Reading)
         validation.instance("metrics", metrics, Mapping, hint="metric name -> number")
         step = validation.whole("step", step, 0)
+        evidence = {} if evidence is None else evidence
+        validation.instance("evidence", evidence, Mapping, hint="layer -> Evidence, or why there is none")
         for reading in readings:
             layer = self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
-            layer.take_evidence((evidence or {}).get(reading.layer), self._recheck)
+            layer.take_evidence(evidence.get(reading.layer), self._recheck)
         self._task.observe(metrics)
         findings = (self._follow(reading, step) for reading in readings)
         return tuple(finding for finding in findings if finding is not None)

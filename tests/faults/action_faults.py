@@ -31,7 +31,8 @@ def _failing(injection: Injection, name: str) -> Outcome:
     injection.patch.setattr(regularizer, name, explode)
     injection.patch.setattr(Tracker, "conditions", {"blocks.0.mixer": "healthy", "blocks.1.mixer": "collapsed"})
     injection.patch.setattr(Autopilot, "_to_blame", lambda self, reading: True)
-    run = watch(settings={"autopilot": {"mode": "auto", "lag_steps": 1, "cooldown_steps": 100}})
+    autopilot = {"mode": "auto", "lag_steps": 1, "cooldown_steps": 100}
+    run = watch(settings={"autopilot": autopilot, "evidence": {"enabled": False}})
     actions = [(action.action, action.outcome) for m in run.sink.measurements for action in m.actions]
     return Outcome(
         run.unchanged,

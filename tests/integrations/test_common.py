@@ -42,7 +42,7 @@ def test_other_ranks_take_part_when_they_are_asked_or_the_autopilot_may_act_and_
 ) -> None:
     # Stands for the process group's store; real ones are used in test_ranks.py.
     monkeypatch.setattr(
-        "ess_monitor.monitor.consensus_of_the_run", lambda *given, acts: StoreConsensus(HashStore(), rank, 2)
+        "ess_monitor.pipeline.stages.consensus_of_the_run", lambda *given, acts: StoreConsensus(HashStore(), rank, 2)
     )
     ess = CallbackBase(autopilot=mode, exporters=[Silent(), "terminal"], distributed={"ranks": ranks})
     ess._open(GLA(16, 2), facts(rank=rank, world_size=2), lambda: [Silent()])
