@@ -13,10 +13,11 @@ from ess_monitor.errors import (
     OperatorError,
     PartError,
 )
+from ess_monitor.evidence import EvidenceConfig
 from ess_monitor.inspection import Description, Profile, describe, profile
 from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.monitor import Monitor
-from ess_monitor.records import Action, Finding, LayerInfo, Measurement, Reading
+from ess_monitor.records import Action, Evidence, Finding, LayerInfo, Measurement, Reading
 from ess_monitor.runtime import RuntimeConfig
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "Description",
     "DiagnosisConfig",
     "EssMonitorError",
+    "Evidence",
+    "EvidenceConfig",
     "ExporterError",
     "Finding",
     "LayerFilter",

@@ -44,6 +44,8 @@ PUBLIC_NAMES = {
     "Description",
     "DiagnosisConfig",
     "EssMonitorError",
+    "Evidence",
+    "EvidenceConfig",
     "ExporterError",
     "Finding",
     "LayerFilter",
