@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from ess_monitor.evidence.config import EvidenceConfig
-from ess_monitor.evidence.verdict import add_changes, weigh
 
-__all__ = ["EvidenceConfig", "add_changes", "weigh"]
+__all__ = ["EvidenceConfig"]

@@ -14,10 +14,10 @@ from torch import nn
 
 from ess_monitor.capture.decay_power import can_raise
 from ess_monitor.errors import CaptureError, format_error
-from ess_monitor.evidence import add_changes
 from ess_monitor.evidence.call_recorder import CallRecorder
 from ess_monitor.evidence.counterfactual import Alternative, Replay, changes_of_batch, other_decays
 from ess_monitor.evidence.data_parallel import why_not_alone
+from ess_monitor.evidence.verdict import add_changes
 from ess_monitor.pipeline.checkpoint import changes_from_state, changes_state
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.records import Changes

@@ -9,8 +9,8 @@ from ess_monitor.diagnosis import Tracker
 from ess_monitor.diagnosis.absent_metric import AbsentMetric
 from ess_monitor.diagnosis.config import contradiction
 from ess_monitor.errors import CheckpointError
-from ess_monitor.evidence import weigh
 from ess_monitor.evidence.counterfactual import Alternative
+from ess_monitor.evidence.verdict import weigh
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale

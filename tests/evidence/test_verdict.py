@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from ess_monitor.evidence import EvidenceConfig, add_changes, weigh
+from ess_monitor.evidence import EvidenceConfig
+from ess_monitor.evidence.verdict import add_changes, weigh
 from ess_monitor.records import Changes
 
 CONFIG = EvidenceConfig()

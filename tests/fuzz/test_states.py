@@ -15,7 +15,7 @@ from ess_monitor import CheckpointError, Monitor, MonitorConfig
 from ess_monitor.featurizers import GLAS6
 from ess_monitor.integrations.common import CallbackBase, LoopFacts
 from ess_monitor.integrations.json_state import from_json, to_json
-from ess_monitor.records import Reading
+from ess_monitor.records import Changes, Reading
 from tests.fuzz.inputs import SCALARS, damaged, fuzz, is_short, nested
 
 CONFIG = MonitorConfig.load(
@@ -35,8 +35,8 @@ def treatment(action: str) -> dict[str, Any]:
     saved = {"tensor": torch.zeros(2), "moments": {"exp_avg": torch.zeros(2)}} if action == "rescale_alpha" else None
     return {
         "layer": "model", "action": action, "finding": "low", "rung": 0, "strength": 0.5, "step": 3, "first_step": 3,
-        "recovered_step": None, "loss_at_start": 1.0, "utilization_before": 0.1, "retention_before": 0.5, "copy": saved,
-        "factor": 10.0,
+        "recovered_step": None, "loss_at_start": 1.0, "utilization_before": 0.1, "retention_before": 0.5, "trial": None,
+        "copy": saved, "factor": 10.0,
     }  # fmt: skip
 
 
@@ -48,6 +48,8 @@ def whole_state() -> dict[str, Any]:
     state = Monitor(model(), CONFIG).state_dict()
     reading = Reading(step=4, layer="model", status="ok", effective_size=1.0)
     layer = {"name": "model", "condition": "healthy", "candidate": "healthy", "streak": 0, "utilizations": [0.5]}
+    layer |= {"evidence": None, "evidence_age": 0, "obstacle": "", "is_suspect": False}
+    changes = Changes(2, 3.0, 0.1, 0.2, 0.3, 0.01)._asdict()
     return {
         **state,
         "evidence": {
@@ -55,6 +57,7 @@ def whole_state() -> dict[str, Any]:
             "readings": [reading.model_dump(mode="json")],
             "metrics": {"loss": 1.0},
             "nonfinite": [],
+            "changes": {"model": changes},
         },
         "judge_at": 6,
         "autopilot": {**state["autopilot"], "given_up": ["x"], "treatments": [treatment("rescale_alpha")]},

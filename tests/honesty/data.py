@@ -10,11 +10,14 @@ from torch import nn
 from ess_monitor import Finding, LayerInfo, Measurement, Reading
 from ess_monitor.ess import DiagonalRecurrence
 from ess_monitor.featurizers import GLA, GLAS6
-from ess_monitor.records import RunInfo
+from ess_monitor.records import Evidence, RunInfo
 from ess_monitor.report import RunHistory
 
 READING = Reading(
     step=1, layer="a", status="ok", length=16, state_capacity=4.0, effective_size=2.0, utilization_ratio=0.5
+)
+EVIDENCE = Evidence(
+    step=1, layer="a", basis="loss", batches=8, base=2.0, m50=0.0, m90=0.1, cut=0.5, outcome="loud", reason="seen"
 )
 FINDING = Finding(step=1, layer="a", condition="collapsed", previous="unknown", reason="low")
 MEASUREMENT = Measurement(

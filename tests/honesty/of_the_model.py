@@ -13,7 +13,7 @@ from ess_monitor import Monitor, capture, diagnosis, distributed, interventions,
 from ess_monitor.capture import find_layers
 from ess_monitor.diagnosis import DiagnosisConfig
 from tests.honesty.case import Case
-from tests.honesty.data import FINDING, MEASUREMENT, READING, RUN, floats, layer_with_alpha, model, sgd
+from tests.honesty.data import EVIDENCE, FINDING, MEASUREMENT, READING, RUN, floats, layer_with_alpha, model, sgd
 
 OF_THE_MODEL = "belongs to the model's own forward, whose errors are passed on"
 
@@ -69,6 +69,7 @@ PACKAGE: dict[str, Case] = {
             "message": "would",
         },
     ),
+    "Evidence": Case(ess_monitor.Evidence, EVIDENCE.model_dump),
     "Finding": Case(ess_monitor.Finding, FINDING.model_dump),
     "LayerInfo": Case(ess_monitor.LayerInfo, RUN.layers[0].model_dump),
     "Measurement": Case(ess_monitor.Measurement, MEASUREMENT.model_dump),
@@ -76,6 +77,7 @@ PACKAGE: dict[str, Case] = {
     "AutopilotConfig": Case(ess_monitor.AutopilotConfig),
     "CaptureConfig": Case(ess_monitor.CaptureConfig),
     "DiagnosisConfig": Case(ess_monitor.DiagnosisConfig),
+    "EvidenceConfig": Case(ess_monitor.EvidenceConfig),
     "LayerFilter": Case(ess_monitor.LayerFilter),
     "LayerFilter.matches": Case(ess_monitor.LayerFilter().matches, lambda: {"name": "a"}),
     "MonitorConfig": Case(ess_monitor.MonitorConfig),

@@ -327,9 +327,8 @@ def test_the_cost_is_in_the_snapshot_and_in_the_cadence() -> None:
     assert snapshot.overhead_seconds["replay"].count == 3
     assert snapshot.overhead_seconds["replay"].total_seconds == 3 * 4 * 2.0
     assert loop.monitor.overhead_ratio > 0.5
-    assert snapshot.interval_steps > 20
-    # 24 seconds of cost, at a step of one second and a budget of a tenth.
-    assert loop.monitor._context.cadence.wanted_steps == pytest.approx(240, abs=5)
+    # Samples cost nothing by this clock, so the interval stays; what the budget leaves over makes up for the replays.
+    assert 0 < loop.monitor.state_dict()["cadence"]["debt"] <= 24.0
     loop.monitor.close()
 
 
