@@ -74,7 +74,8 @@ def interrupt_in_a_hook(injection: Injection) -> Outcome:
 
 @case("Ctrl-C arrives while the sample is handed to the worker; the loop goes on")
 def interrupt_in_the_submission(injection: Injection) -> Outcome:
-    return _interrupted(injection, measuring, "positions_of")
+    # Called for each layer that is handed over, and never when results are read, whenever that is.
+    return _interrupted(injection, measuring.MeasurementQueue, "_task")
 
 
 def _interrupted(injection: Injection, module: Any, name: str) -> Outcome:

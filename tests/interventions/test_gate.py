@@ -57,7 +57,7 @@ def test_restore_puts_back_the_gate_and_its_moments_and_nothing_else(featurizer:
     for name, value in now.items():
         is_own = name.partition("/")[0] in own
         assert torch.equal(value, (before if is_own else after)[name]), name
-    assert any(not torch.equal(before[name], after[name]) for name in own), "nothing was changed, so nothing restored"
+    assert any(not torch.equal(before[name], after[name]) for name in own & before.keys()), "nothing was changed"
 
 
 @pytest.mark.parametrize("featurizer", FEATURIZERS)
