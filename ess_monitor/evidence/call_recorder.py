@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ess_monitor import validation
+from ess_monitor.capture.hooks.call_site import ModuleHook
 from ess_monitor.errors import CaptureError
 
 
@@ -164,19 +164,13 @@ class CallRecorder:
             self._running.pop()
 
 
-class _Hook:
-    """A module hook that does nothing in a model that was copied, replicated or traced."""
-
-    def __init__(self, function: Callable[..., None] | None) -> None:
-        self._function = function
+class _Hook(ModuleHook):
+    """Does nothing in a model that was replicated or traced, either."""
 
     def __call__(self, module: nn.Module, *call: Any) -> None:
         if self._function is None or torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
             return
         self._function(module, *call)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None,)
 
 
 def _held(value: Any, tensors: list[torch.Tensor]) -> Any:

@@ -14,8 +14,6 @@ from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.data_parallel import ShardedParameters, why_not_alone, without_buffer_broadcasts
 from ess_monitor.evidence.snapshot import ModelState, RandomStates
 
-__all__ = ["Undisturbed", "why_not_alone"]
-
 
 class Undisturbed:
     """A block in which a model may be called between two training steps, as often as need be.

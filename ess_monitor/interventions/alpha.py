@@ -77,8 +77,7 @@ def rescale_alpha(
             "(flattened by FSDP, or computed from others); with FSDP set use_orig_params=True, or call fully_shard"
         )
     state = optimizer_state_of(tensor, optimizer)
-    moments = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-    copy = AlphaCopy(tensor.detach().clone(), moments)
+    copy = AlphaCopy(tensor.detach().clone(), copy_of_state(state))
     with torch.no_grad():
         handle.put(layer, handle.divided(tensor, factor))
     _forget(state, tensor)
@@ -141,6 +140,11 @@ def optimizer_state_of(tensor: torch.Tensor, optimizer: Optimizers) -> dict[str,
             state: dict[str, Any] = candidate.state[tensor]
             return state
     return {}
+
+
+def copy_of_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the optimizer's state of one tensor, with tensors that the next steps do not write to."""
+    return {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
 def check_optimizers(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:

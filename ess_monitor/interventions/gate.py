@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ess_monitor.capture import Layer
-from ess_monitor.interventions.alpha import Optimizers, is_sharded, optimizer_state_of
+from ess_monitor.interventions.alpha import Optimizers, copy_of_state, is_sharded, optimizer_state_of
 
 
 def gate_tensors(layer: Layer) -> dict[str, torch.Tensor]:
@@ -47,12 +47,10 @@ class GateCopy:
 
     def __init__(self, layer: Layer, optimizer: Optimizers) -> None:
         self._layer = layer
-        self._tensors = {name: _copy(parameter) for name, parameter in gate_tensors(layer).items()}
+        own = gate_tensors(layer)
+        self._tensors = {name: tensor.detach().clone() for name, tensor in own.items()}
+        self._moments = {name: copy_of_state(optimizer_state_of(tensor, optimizer)) for name, tensor in own.items()}
         self._number = self._present_number()
-        self._moments: dict[str, dict[str, Any]] = {}
-        for name, parameter in gate_tensors(layer).items():
-            state = optimizer_state_of(parameter, optimizer)
-            self._moments[name] = {k: _copy(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
     @property
     def is_empty(self) -> bool:
@@ -67,7 +65,7 @@ class GateCopy:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the copied parameters in the place of the present ones inside the block; afterwards all bits are back."""
-        present = {name: _copy(parameter) for name, parameter in gate_tensors(self._layer).items()}
+        present = {name: tensor.detach().clone() for name, tensor in gate_tensors(self._layer).items()}
         number = self._present_number()
         try:
             self._put(self._tensors, self._number)
@@ -122,7 +120,3 @@ class GateCopy:
                 parameter.copy_(tensors[name])
         if number is not None and self._layer.spec.alpha is not None:
             self._layer.spec.alpha.put(self._layer.module, number)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone()

@@ -21,7 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from ess_monitor.errors import CaptureError
-from ess_monitor.evidence.undisturbed import Undisturbed, why_not_alone
+from ess_monitor.evidence.data_parallel import why_not_alone
+from ess_monitor.evidence.undisturbed import Undisturbed
 from tests.evidence.dump import differences
 from tests.evidence.models import WIDTH, Around, Counting
 from tests.evidence.training import (

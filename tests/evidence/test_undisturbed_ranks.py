@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from ess_monitor.evidence.undisturbed import why_not_alone
+from ess_monitor.evidence.data_parallel import why_not_alone
 from tests.evidence.ranks import WAYS, reasons, under_ddp, under_fsdp
 from tests.ranks import saved_by_ranks
 
