@@ -4,8 +4,8 @@
     python -m benchmarks.trust --recorded           print the tables of the recorded results (seconds)
     python -m benchmarks.trust --list               list the runs
 
-Every run is trained in up to five variants (benchmarks/trust/settings.py). To resume, give the same command again: what
-has a result in FILE with the same settings and thresholds is not trained again. Half of the seeds of every setting are
+Every run is trained in up to five variants (benchmarks/trust/plan.py). To resume, give the same command again: what has
+a result in FILE with the same settings and thresholds is not trained again. Half of the seeds of every setting are
 held out. Fix thresholds and settings first, then run the held-out half once.
 """
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs = select(options.split or ("seen" if trains else "all"), options.only, options.limit)
     if options.list:
         for run in runs:
-            print(f"{run.name}: {run.label}, {run.split}, {run.setting.steps} steps, {', '.join(run.variants)}")
+            print(f"{run.name}: {run.label}, {run.split}, {run.setting.steps} steps")
         return 0
     failed = 0
     results_file = options.out

@@ -1,7 +1,8 @@
 """Runs the jobs that have no result yet, on Ray, in a pool of processes or in a plain loop, and keeps each result.
 
 A job is a run and a variant. Its result is one line of JSON, appended to the file of results when the job ends. A job
-is done if the file has a line with its settings and the present thresholds; failed jobs are repeated.
+is done if the file has a line with its settings and the present thresholds; failed jobs are repeated. What the results
+so far ask for (`benchmarks.trust.plan`) is run in rounds, until they ask for nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.trust.settings import TrustRun, thresholds_digest
+from benchmarks.trust.plan import is_treated, missing
+from benchmarks.trust.settings import VARIANTS, TrustRun
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -40,37 +42,22 @@ def work(job: Job) -> JobResult:
 def run_missing(
     runs: Iterable[TrustRun], out: Path, *, workers: int | None = None, work: Work = work
 ) -> tuple[int, int]:
-    """Run the jobs without a result, append the results to `out`, and return how many were run and how many failed."""
-    jobs = missing_jobs(runs, read_results(out))
-    failed = 0
+    """Run the jobs that are needed, append the results to `out`, and return how many were run and how many failed."""
+    runs, done, failed = tuple(runs), 0, 0
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with open(out, "a+b") as file, Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         _end_line(file)
-        bar = progress.add_task("training", total=len(jobs))
-        for result in _results(work, jobs, workers):
-            file.write(json.dumps(result).encode() + b"\n")
-            file.flush()
-            failed += "error" in result
-            progress.print(summary(result), highlight=False, soft_wrap=True)
-            progress.advance(bar)
-    return len(jobs), failed
-
-
-def missing_jobs(runs: Iterable[TrustRun], results: Iterable[JobResult]) -> list[Job]:
-    """Return the jobs of these runs that have no result with the same settings and thresholds."""
-    thresholds = thresholds_digest()
-    done = {
-        (result["name"], result["variant"], result["settings"])
-        for result in results
-        if "error" not in result and result["thresholds"] == thresholds
-    }
-    return [
-        {"name": run.name, "variant": variant}
-        for run in runs
-        for variant in run.variants
-        if (run.name, variant, run.digest) not in done
-    ]
+        while not failed and (jobs := [{"name": n, "variant": v} for n, v in missing(runs, read_results(out))]):
+            bar = progress.add_task("training", total=len(jobs))
+            for result in _results(work, jobs, workers):
+                file.write(json.dumps(result).encode() + b"\n")
+                file.flush()
+                done += 1
+                failed += "error" in result
+                progress.print(summary(result), highlight=False, soft_wrap=True)
+                progress.advance(bar)
+    return done, failed
 
 
 def read_results(path: Path) -> list[JobResult]:
@@ -97,7 +84,7 @@ def read_results(path: Path) -> list[JobResult]:
 
 def record(runs: Sequence[TrustRun], results: Iterable[JobResult], path: Path) -> int:
     """Write the results of these runs, gzipped and in the order of the catalog; return how many there are."""
-    order = {(run.name, variant): k for k, (run, variant) in enumerate((r, v) for r in runs for v in r.variants)}
+    order = {(run.name, variant): k for k, (run, variant) in enumerate((r, v) for r in runs for v in VARIANTS)}
     kept = [result for result in results if "error" not in result and (result["name"], result["variant"]) in order]
     kept.sort(key=lambda result: order[result["name"], result["variant"]])
     path.write_bytes(gzip.compress("".join(json.dumps(result) + "\n" for result in kept).encode(), mtime=0))
@@ -111,9 +98,9 @@ def summary(result: JobResult) -> str:
         return f"{title}: {result['error']}"
     loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
     found = sum(finding["condition"] == "collapsed" for finding in result["findings"])
-    applied = sum(action["outcome"] == "applied" for action in result["actions"])
+    treated = ", treated" if is_treated(result) else ""
     seconds = f"{result['seconds']:.0f} s"
-    return f"{title}: loss {loss}, accuracy {result['accuracy']:.3f}, {found} collapsed, {applied} treated, {seconds}"
+    return f"{title}: loss {loss}, accuracy {result['accuracy']:.3f}, {found} collapsed{treated}, {seconds}"
 
 
 def _results(work: Work, jobs: list[Job], workers: int | None) -> Iterator[JobResult]:

@@ -11,17 +11,19 @@ from ess_monitor import MonitorConfig
 
 Label = Literal["healthy", "collapsed"]
 Split = Literal["seen", "held_out"]
-Variant = Literal["control", "auto", "auto_metric", "repeat", "remedy"]
+Variant = Literal["auto", "auto_metric", "control", "remedy", "repeat"]
 
 SPLITS: tuple[Split, ...] = ("seen", "held_out")
-VARIANTS: tuple[Variant, ...] = ("control", "auto_metric", "auto", "repeat", "remedy")
+VARIANTS: tuple[Variant, ...] = ("auto", "auto_metric", "control", "remedy", "repeat")
 """How a run is trained. All variants of a run have the same initial weights, and all but `repeat` the same data:
 
-control      mode off
+auto         mode auto, and the diagnosis is given no metric
 auto_metric  mode auto, and the diagnosis is given the task's metric
-auto         mode auto, and the diagnosis is given none
-repeat       mode off with other samples of the same source: the noise between two controls
+control      mode off
 remedy       mode off, and the last mixer is treated from step 500 on, whatever its condition: checks the label
+repeat       mode off with other samples of the same source: the noise between two controls
+
+`benchmarks.trust.plan` says which of them a run needs.
 """
 
 
@@ -84,7 +86,7 @@ class Setting:
     """Source of `pretrained_steps` steps before the run, without a monitor and with an optimizer of their own."""
     pretrained_steps: int = 0
     check_label: bool = False
-    """Whether the variant `remedy` is run: the remedy could help, so that the label needs evidence."""
+    """Whether the remedy could help, so that the label needs evidence: the variant `remedy`."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,6 @@ class TrustRun:
     setting: Setting
 
     @property
-    def variants(self) -> tuple[Variant, ...]:
-        """The variants that are run. The noise is measured on the seen half alone."""
-        left_out = {
-            *(() if self.split == "seen" else ("repeat",)),
-            *(() if self.setting.check_label else ("remedy",)),
-        }
-        return tuple(variant for variant in VARIANTS if variant not in left_out)
-
-    @property
     def digest(self) -> str:
         """A short digest of the settings: results of other settings are not this run's."""
         return _digest(asdict(self.setting))
@@ -124,10 +117,14 @@ def monitor_config(variant: Variant, diagnosis: dict[str, Any] | None = None) ->
 def thresholds_digest() -> str:
     """Return a short digest of the settings that decide what is called collapsed and what is treated.
 
-    Results carry it: it shows that the thresholds did not change between the seen and the held-out half.
+    Results carry it: it shows that the thresholds did not change between the seen and the held-out half. What is called
+    saturated has no part in it: nothing is treated for that.
     """
     settings = monitor_config("auto").model_dump(mode="json")
-    return _digest({name: settings[name] for name in ("every_n_steps", "diagnosis", "evidence", "autopilot")})
+    deciding = {name: settings[name] for name in ("every_n_steps", "diagnosis", "evidence", "autopilot")}
+    for name in ("diagnosis", "evidence"):
+        deciding[name] = {key: value for key, value in deciding[name].items() if "satura" not in key}
+    return _digest(deciding)
 
 
 def _digest(content: dict[str, Any]) -> str:

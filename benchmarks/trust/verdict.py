@@ -6,7 +6,7 @@
     noise        twice the root mean square of log(loss of `repeat` / loss of `control`) over the seen runs of a kind,
                  at least `LEAST_NOISE`: what other samples change alone. Final losses are means over the last
                  evaluations. The held-out half has no part in it.
-    collapse     a candidate whose control ends unsolved and whose variant `remedy` ends solved
+    collapse     a candidate whose control ends unsolved, and which a remedy solves: the variant `remedy`, or mode auto
     rescued      a collapse that ends solved in mode auto
 
 A candidate that is no collapse is left out of the alarms and rescues, and named; so is a healthy run that the remedy
@@ -22,9 +22,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.trust.runner import JobResult
+from benchmarks.trust.plan import completed, is_solved, is_treated
 
-AUTOPILOT = {"auto_metric": "auto, with the metric", "auto": "auto, without a metric"}
+TITLES = {"auto_metric": "auto, with the metric", "auto": "auto, without a metric"}
 """The variants that are judged, and their titles."""
 LEAST_NOISE = 0.001
 Z_95 = 1.959964
@@ -71,6 +71,7 @@ class HalfVerdict:
     """Digests of the thresholds under which the results were taken."""
 
 
+JobResult = dict[str, Any]
 Variants = dict[str, JobResult]
 
 
@@ -83,6 +84,7 @@ def judge(results: Iterable[JobResult], names: Collection[str] | None = None) ->
     for result in results:
         if "error" not in result:
             runs[result["name"]][result["variant"]] = result
+    runs = {name: completed(run) for name, run in runs.items()}
     noise = noise_by_kind(runs.values())
     halves = []
     for split in ("held_out", "seen"):
@@ -103,7 +105,7 @@ def judge_half(split: str, runs: dict[str, Variants], noise: dict[str, float]) -
     truths = {name: truth(run) for name, run in runs.items()}
     verdict.left_out += [f"{name}: {reason}" for name, (label, reason) in truths.items() if label is None]
     verdict.left_out += [f"{name}: {text}" for name, run in runs.items() for text in inconsistencies(run)]
-    for variant, title in AUTOPILOT.items():
+    for variant, title in TITLES.items():
         judged = {name: run for name, run in runs.items() if variant in run and "control" in run}
         healthy = [name for name in judged if truths[name][0] == "healthy"]
         collapses = [name for name in judged if truths[name][0] == "collapsed"]
@@ -149,6 +151,9 @@ def truth(run: Variants) -> tuple[str | None, str]:
         return "healthy", ""
     if is_solved(control):
         return None, f"no collapse: the control solves it (accuracy {control['accuracy']:.3f})"
+    rescues = [run[name] for name in TITLES if name in run and is_treated(run[name])]
+    if any(map(is_solved, rescues)):
+        return "collapsed", ""
     if remedy is None:
         return None, "no result of the remedy, which must confirm the label"
     if not is_solved(remedy):
@@ -184,19 +189,6 @@ def is_harmed(run: Variants, variant: str, noise: dict[str, float]) -> bool:
     return log_ratio(run[variant], run["control"]) > noise.get(run[variant]["kind"], LEAST_NOISE)
 
 
-def is_solved(result: JobResult) -> bool:
-    """Return whether the final metric reaches the target."""
-    target = result["target"]
-    if target["metric"] == "loss":
-        return result["loss"] is not None and bool(result["loss"] <= target["solved"])
-    return bool(result["accuracy"] >= target["solved"])
-
-
-def is_treated(result: JobResult) -> bool:
-    """Return whether the autopilot changed a layer."""
-    return any(action["outcome"] == "applied" for action in result["actions"])
-
-
 def collapsed_at(result: JobResult) -> str:
     """Return where and when a layer was first called collapsed; empty if none was."""
     for finding in result["findings"]:
@@ -216,8 +208,11 @@ def inconsistencies(run: Variants) -> list[str]:
     for variant, result in run.items():
         if variant != "repeat" and result["start"] != control["start"]:
             texts.append(f"{variant} began with other data or weights than the control")
-        if variant in AUTOPILOT and not is_treated(result) and result["loss"] != control["loss"]:
+        if variant in TITLES and not is_treated(result) and result["loss"] != control["loss"]:
             texts.append(f"{variant} ended with another loss than the control, and nothing was treated")
+    pair = [run[variant] for variant in TITLES if variant in run]
+    if len(pair) == 2 and "auto_metric" in pair[1]["stands_for"] and pair[0]["loss"] != pair[1]["loss"]:
+        texts.append("auto_metric ended with another loss than auto, which stood for it")
     return texts
 
 
@@ -230,9 +225,7 @@ def _by_kind(
     rows = []
     for kind, names in kinds.items():
         # Both variants of a run count: each is a training of its own.
-        pairs = [
-            (name, variant) for name in names for variant in AUTOPILOT if {variant, "control"} <= runs[name].keys()
-        ]
+        pairs = [(name, variant) for name in names for variant in TITLES if {variant, "control"} <= runs[name].keys()]
         healthy = [(name, variant) for name, variant in pairs if truths[name][0] == "healthy"]
         collapses = [(name, variant) for name, variant in pairs if truths[name][0] == "collapsed"]
         rows.append(
