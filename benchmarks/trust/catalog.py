@@ -13,8 +13,8 @@ from benchmarks.trust.settings import Label, ModelSettings, Setting, SourceSetti
 
 FIRST_SEED = 100
 HEALTHY_SEEDS = 2
-COLLAPSED_SEEDS = {"collapse_wla": 12, "collapse_gla": 8, "collapse_gla_s6": 12}
-"""Seeds of a setting. Of GLA fewer, because every third or so solves its task without treatment."""
+COLLAPSED_SEEDS = {"collapse_wla": 16, "collapse_gla": 4, "collapse_gla_s6": 4}
+"""Seeds of a setting. Of GLA and GLA-S6 fewer: a training takes twice as long, and some solve the task untreated."""
 REACHABLE, UNREACHABLE = 1.05, 0.8
 """Loss targets as multiples of the source's entropy. Users set targets that no model can reach: no harm may follow."""
 
@@ -60,21 +60,17 @@ HEALTHY: dict[str, dict[str, Setting]] = {
         "gla_s6 order 3": Setting(_text(3, 64), _two("gla_s6", **SLOW), _loss(UNREACHABLE)),
         "s6 order 2": Setting(_text(2), _two("s6"), _loss(REACHABLE), batch=8),
         "gla text": Setting(WINDOWS, _two("gla", **FORGETFUL), _loss(0.3)),
-        "gla_s6 text": Setting(WINDOWS, _two("gla_s6", **SLOW), _loss(0.3)),
     },
     "markov": {
         "gla beta 16": Setting(_markov(), _two("gla", **GATED), _loss(REACHABLE)),
         "gla beta 1": Setting(_markov(), _two("gla", **FORGETFUL), _loss(UNREACHABLE)),
         "gla_s6": Setting(_markov(), _two("gla_s6", **SLOW), _loss(REACHABLE)),
-        "s6": Setting(_markov(), _two("s6"), _loss(UNREACHABLE), batch=8),
         "wla beta 1": Setting(_markov(), _two("wla", **FORGETFUL), _loss(REACHABLE)),
-        "wla length 64": Setting(_markov(length=64), _two("wla", **GATED), _loss(UNREACHABLE)),
     },
     "trigram": {
         "gla beta 16": Setting(_markov(2), _two("gla", **GATED), _loss(UNREACHABLE)),
         "gla_s6": Setting(_markov(2), _two("gla_s6", **SLOW), _loss(UNREACHABLE)),
         "wla beta 1": Setting(_markov(2), _two("wla", **FORGETFUL), _loss(REACHABLE)),
-        "s6": Setting(_markov(2), _two("s6"), _loss(REACHABLE), batch=8),
     },
     "copy": {
         "wla back 1": Setting(_copy(1), _two("wla", **FORGETFUL), ACCURATE, check_label=True),
@@ -87,9 +83,6 @@ HEALTHY: dict[str, dict[str, Setting]] = {
         "gla copy 1 to 3": Setting(
             _copy(3), _two("gla", **GATED), ACCURATE, first=_copy(1), first_steps=1300, check_label=True
         ),
-        "gla_s6 copy 1 to 2": Setting(
-            _copy(2), _two("gla_s6", **SLOW), ACCURATE, first=_copy(1), first_steps=1600, check_label=True
-        ),
         "gla recall 2 to 4 pairs": Setting(
             _recall(32, 4), _two("gla", **GATED), ACCURATE, first=_recall(16, 2), first_steps=1000, check_label=True
         ),
@@ -101,14 +94,6 @@ HEALTHY: dict[str, dict[str, Setting]] = {
             _loss(REACHABLE),
             steps=2000,
             pretrained=_markov(),
-            pretrained_steps=800,
-        ),
-        "gla_s6 trigram to markov": Setting(
-            _markov(),
-            _two("gla_s6", **SLOW),
-            _loss(UNREACHABLE),
-            steps=2000,
-            pretrained=_markov(2),
             pretrained_steps=800,
         ),
         "wla copy 2 to copy 1": Setting(
@@ -125,25 +110,19 @@ HEALTHY: dict[str, dict[str, Setting]] = {
         "gla copy 2, 20 %": Setting(_copy(2), _two("gla", **GATED), ACCURATE, noise=0.2),
         "gla_s6 markov, 50 %": Setting(_markov(), _two("gla_s6", **SLOW), _loss(REACHABLE), noise=0.5),
         "wla memoryless": Setting(SourceSettings("memoryless"), _two("wla", **FORGETFUL), _loss(REACHABLE)),
-        "gla memoryless": Setting(SourceSettings("memoryless"), _two("gla", **GATED), _loss(UNREACHABLE)),
     },
     "batch_1": {
         "gla markov": Setting(_markov(length=64), _two("gla", **GATED), _loss(REACHABLE), batch=1, learning_rate=2e-3),
         "wla copy 1": Setting(
             _copy(1, 64), _two("wla", **FORGETFUL), ACCURATE, batch=1, learning_rate=2e-3, check_label=True
         ),
-        "s6 text": Setting(_text(2, 64), _two("s6"), _loss(UNREACHABLE), batch=1, learning_rate=2e-3),
     },
     "hybrid": {
         "gla, attention: recall": Setting(_recall(), _model("gla", "sa", **GATED, rope_base=10.0), ACCURATE),
         "attention, gla_s6: recall": Setting(_recall(), _model("sa", "gla_s6", **SLOW, rope_base=10.0), ACCURATE),
-        "attention, wla: trigram": Setting(
-            _markov(2), _model("sa", "wla", **FORGETFUL, rope_base=10.0), _loss(UNREACHABLE)
-        ),
         "gla, attention, gla: copy 4": Setting(_copy(4), _model("gla", "sa", "gla", **GATED, rope_base=10.0), ACCURATE),
     },
     "transformers": {
-        "Mamba markov": Setting(_markov(), _two("Mamba", state_size=8), _loss(REACHABLE), batch=8, learning_rate=2e-3),
         "Mamba copy 2": Setting(_copy(2), _two("Mamba", state_size=8), ACCURATE, batch=8, learning_rate=2e-3),
         "Mamba-2 text": Setting(_text(2), _two("Mamba2"), _loss(UNREACHABLE), batch=8, learning_rate=2e-3),
         "Mamba-2 copy 2": Setting(_copy(2), _two("Mamba2"), ACCURATE, batch=8, learning_rate=2e-3),
@@ -151,12 +130,10 @@ HEALTHY: dict[str, dict[str, Setting]] = {
     "schedule": {
         "gla copy 2, cosine": Setting(_copy(2), _two("gla", **GATED), ACCURATE, schedule="cosine", check_label=True),
         "gla_s6 markov, restarts": Setting(_markov(), _two("gla_s6", **SLOW), _loss(UNREACHABLE), schedule="restarts"),
-        "wla trigram, cosine": Setting(_markov(2), _two("wla", **FORGETFUL), _loss(REACHABLE), schedule="cosine"),
     },
     "recall": {
         "gla beta 16": Setting(_recall(), _two("gla", **GATED), ACCURATE, batch=32, check_label=True),
         "gla_s6 alpha 100": Setting(_recall(), _two("gla_s6", alpha=100.0), ACCURATE, batch=32, check_label=True),
-        "la": Setting(_recall(), _two("la", rope_base=10.0), ACCURATE, batch=32),
     },
 }
 """Kind -> name -> setting of the healthy runs."""

@@ -3,8 +3,8 @@
 A training in mode auto in which nothing was applied is bit for bit the control: it stands for it. A training without a
 metric, in which a second diagnosis that was given the metric proposed nothing either, stands for the variant with the
 metric too. The remedy is needed where the label is in doubt, and the repeated controls where something was treated,
-because only a treated run can be harmed. The first run of each kind in the seen half is trained in full all the same,
-which checks both claims.
+because only a treated run can be harmed. The first seen run of some kinds is trained in full all the same, which checks
+both claims.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from benchmarks.trust.settings import Target, TrustRun, Variant, thresholds_dige
 Results = dict[str, Any]
 """Variant -> result of one run."""
 AUTOPILOT: tuple[Variant, ...] = ("auto", "auto_metric")
+CHECKED_KINDS = ("text", "copy", "transformers")
+"""Kinds whose first seen run is trained in full, whatever stands for what."""
 
 
 def missing(runs: Sequence[TrustRun], results: Iterable[dict[str, Any]]) -> list[tuple[str, Variant]]:
@@ -34,11 +36,11 @@ def missing(runs: Sequence[TrustRun], results: Iterable[dict[str, Any]]) -> list
         if "error" not in result and of_now:
             done[result["name"]][result["variant"]] = result
     treated = {run.kind for run in runs if any(map(is_treated, done[run.name].values()))}
-    first_of_kind = {run.kind: run.name for run in reversed(runs) if run.split == "seen"}
+    checks = {run.kind: run.name for run in reversed(runs) if run.kind in CHECKED_KINDS and run.split == "seen"}
     return [
         (run.name, variant)
         for run in runs
-        for variant in _next(run, done[run.name], run.name in first_of_kind.values(), run.kind in treated)
+        for variant in _next(run, done[run.name], run.name in checks.values(), run.kind in treated)
         if variant not in done[run.name]
     ]
 

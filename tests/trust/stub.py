@@ -36,6 +36,7 @@ def result(name: str, variant: str, **changes: Any) -> dict[str, Any]:
         "findings": [],
         "actions": [],
         "conditions": {},
+        "stands_for": [],
         "seconds": 1.0,
         "monitor_seconds": 0.1,
         **changes,

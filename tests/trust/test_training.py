@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,10 @@ import torch
 
 from benchmarks.trust import training
 from benchmarks.trust.catalog import CATALOG
-from benchmarks.trust.settings import TrustRun, monitor_config, thresholds_digest
+from benchmarks.trust.settings import VARIANTS, TrustRun, monitor_config, thresholds_digest
 from ess_monitor import Monitor, MonitorConfig
+from ess_monitor.diagnosis import DiagnosisConfig
+from ess_monitor.records import Measurement, Reading
 
 
 def shortened(name: str, **changes: Any) -> TrustRun:
@@ -44,7 +45,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float]
 
 def test_all_variants_but_the_repeat_have_the_same_data_and_weights(replayed: list[Any]) -> None:
     run = shortened("copy: wla back 1")
-    results = {variant: training.train(run, variant) for variant in run.variants}
+    results = {variant: training.train(run, variant) for variant in VARIANTS}
     starts = {variant: result["start"] for variant, result in results.items()}
     assert starts["control"] == starts["auto"] == starts["auto_metric"] == starts["remedy"] != starts["repeat"]
     losses = {variant: result["loss"] for variant, result in results.items()}
@@ -76,12 +77,33 @@ def test_the_task_changes_during_a_curriculum(replayed: list[tuple[float, float,
     assert len(replayed) == 12
 
 
-@pytest.mark.skipif(
-    "replay" not in inspect.signature(Monitor.step).parameters, reason="Monitor.step does not take `replay` yet"
-)
-def test_a_run_is_trained_under_the_monitor_itself() -> None:
-    result = training.train(shortened("copy: gla back 2"), "auto")
-    assert result["findings"] == result["actions"] == []
+def test_a_run_is_trained_under_the_monitor_itself_and_stands_for_its_control() -> None:
+    run = shortened("copy: gla back 2")
+    results = {variant: training.train(run, variant) for variant in ("auto", "auto_metric", "control")}
+    assert results["auto"]["findings"] == results["auto"]["actions"] == []
+    assert {variant: result["stands_for"] for variant, result in results.items()} == {
+        "auto": ["control", "auto_metric"],
+        "auto_metric": ["control"],
+        "control": [],
+    }
+    assert len({result["loss"] for result in results.values()}) == 1
+
+
+@pytest.mark.parametrize(("accuracy", "proposes"), [(0.95, False), (0.2, True)])
+def test_the_second_diagnosis_sees_what_the_metric_would_change(accuracy: float, proposes: bool) -> None:
+    """A layer with low use whose decay is not to blame is suspected only where a task stands still."""
+    low = {"status": "ok", "length": 64, "positions": (32,), "state_capacity": 16, "attainable_size": 16}
+    second = training.SecondDiagnosis(DiagnosisConfig(metric="accuracy", metric_solved=0.9))
+    second.start(None, None)
+    for step in range(0, 2400, 100):
+        readings = [
+            Reading(step=step, layer=layer, **low, effective_size=1.6, utilization_ratio=0.1, retention_ratio=0.9)
+            for layer in ("blocks.0", "blocks.1")
+        ]
+        metrics = {"accuracy": accuracy + 1e-6 * step}
+        second.export(Measurement(step=step, metrics=metrics, readings=readings, conditions={}))
+    second.close("completed")
+    assert second.proposes == proposes
 
 
 def test_the_monitor_has_its_defaults() -> None:
