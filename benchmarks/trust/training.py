@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class SecondDiagnosis:
-    """An exporter that diagnoses the same measurements with the task's metric, and sees whether it proposes anything."""
+    """Diagnoses the same measurements with the task's metric, as an exporter, to see whether it proposes anything."""
 
     name, inline = "second_diagnosis", True
 

@@ -9,11 +9,11 @@ from benchmarks.trust.settings import thresholds_digest
 
 
 def outcome(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a job that found nothing; works in a worker of Ray."""
+    """Return the result of a job that found nothing and stands for its control; works in a worker of Ray."""
     run = next(run for run in CATALOG if run.name == job["name"])
-    return result(
-        run.name, job["variant"], kind=run.kind, label=run.label, split=run.split, seed=run.seed, settings=run.digest
-    )
+    described = {"kind": run.kind, "label": run.label, "split": run.split, "seed": run.seed, "settings": run.digest}
+    stands_for = ["control", "auto_metric"] if job["variant"] == "auto" else []
+    return result(run.name, job["variant"], stands_for=stands_for, **described)
 
 
 def result(name: str, variant: str, **changes: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ TREATED = {"actions": [action("applied")]}
 
 
 def given(run: TrustRun, variant: str, **changes: Any) -> dict[str, Any]:
-    return {**outcome({"name": run.name, "variant": variant}), **changes}
+    return {**outcome({"name": run.name, "variant": variant}), "stands_for": [], **changes}
 
 
 def calm(run: TrustRun, *stands_for: str, **changes: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.trust.__main__ import RECORDED, main, select
 from benchmarks.trust.catalog import CATALOG, KINDS
-from benchmarks.trust.plan import completed, missing
+from benchmarks.trust.plan import missing
 from benchmarks.trust.runner import read_results, record, run_missing, summary
 from benchmarks.trust.settings import thresholds_digest
 from benchmarks.trust.verdict import judge

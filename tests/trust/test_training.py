@@ -101,7 +101,7 @@ def test_the_second_diagnosis_sees_what_the_metric_would_change(accuracy: float,
             for layer in ("blocks.0", "blocks.1")
         ]
         metrics = {"accuracy": accuracy + 1e-6 * step}
-        second.export(Measurement(step=step, metrics=metrics, readings=readings, conditions={}))
+        second.export(Measurement(step=step, timestamp_seconds=0.0, metrics=metrics, readings=readings, conditions={}))
     second.close("completed")
     assert second.proposes == proposes
 

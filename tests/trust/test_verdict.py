@@ -114,6 +114,19 @@ def test_a_collapse_counts_only_if_the_control_fails_and_the_remedy_helps() -> N
     assert "the remedy does not solve it either" in reasons["hopeless"]
 
 
+def test_a_rescue_by_the_autopilot_confirms_a_collapse() -> None:
+    treated = {"accuracy": 0.97, "actions": [action("applied")]}
+    confirmed = run("rescued", auto=treated, label="collapsed", kind="collapse_wla", accuracy=0.2)
+    assert row(confirmed)["rescued"].startswith("1 of 1")
+
+
+def test_a_training_that_was_left_alone_is_its_own_control() -> None:
+    calm = result("calm", "auto", stands_for=["control", "auto_metric"])
+    assert [one["false alarms"][:6] for one in judge([calm])[0].rows] == ["0 of 1", "0 of 1"]
+    other = judge([calm, result("calm", "auto_metric", loss=2.0, stands_for=["control"])])[0]
+    assert any("which stood for it" in text for text in other.left_out)
+
+
 def test_a_healthy_label_that_the_remedy_refutes_is_left_out() -> None:
     refuted = {
         "control": result("copy", "control", accuracy=0.5),
