@@ -224,8 +224,8 @@ class Evidence(Record):
     far_share_ratio: float | None = None
     """`Reading.far_share_ratio` of the measurement that asked for the evidence."""
     outcome: Literal["loud", "silent", "by_choice", "unclear"]
-    """loud: the past matters, and remembering more costs nothing. silent: nothing of the past reaches the loss. Both
-    are collapses. by_choice: the loss prefers the forgetting. unclear: none of the three can be said."""
+    """loud: a collapse: the past matters, and remembering more costs nothing. silent: nothing of the past reaches the
+    loss; a collapse if the task is unsolved. by_choice: the loss prefers the forgetting. unclear: none of these."""
     reason: str
     """The outcome in plain words, with the numbers and thresholds."""
 

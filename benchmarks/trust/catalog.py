@@ -118,8 +118,12 @@ HEALTHY: dict[str, dict[str, Setting]] = {
         ),
     },
     "hybrid": {
-        "gla, attention: recall": Setting(_recall(), _model("gla", "sa", **GATED, rope_base=10.0), ACCURATE),
-        "attention, gla_s6: recall": Setting(_recall(), _model("sa", "gla_s6", **SLOW, rope_base=10.0), ACCURATE),
+        "gla, attention: recall": Setting(
+            _recall(), _model("gla", "sa", **GATED, rope_base=10.0), ACCURATE, check_label=True
+        ),
+        "attention, gla_s6: recall": Setting(
+            _recall(), _model("sa", "gla_s6", **SLOW, rope_base=10.0), ACCURATE, check_label=True
+        ),
         "gla, attention, gla: copy 4": Setting(_copy(4), _model("gla", "sa", "gla", **GATED, rope_base=10.0), ACCURATE),
     },
     "transformers": {

@@ -221,7 +221,7 @@ class Tracker:
             is_collapse = found.outcome in ("loud", "silent")
             # A choice is asked about again from time to time, a collapse is not called on an old suspicion.
             if layer.evidence_age <= (min(self.config.patience, self._recheck) if is_collapse else self._recheck):
-                return layer.weighs(verdict, found)
+                return layer.weighs(name, verdict, found, with_metric=with_metric)
         why_not = self._examined[name] or layer.obstacle
         if not why_not:
             # One measurement ahead, so that the evidence is there when the streak is complete.
@@ -229,7 +229,8 @@ class Tracker:
             return replace(verdict, suspected="collapsed")
         if with_metric:
             return replace(verdict, reason=f"{verdict.reason}; batches could not be run again ({why_not})")
-        layer.report_unexamined(name, verdict.reason, why_not)
+        advice = "Give Monitor.step a replay=, or give the diagnosis a task metric."
+        layer.report_doubt(name, verdict.reason, f"there is no evidence: {why_not}", advice)
         return Verdict("unknown", f"{verdict.reason}; without evidence ({why_not}) nothing is said")
 
 
@@ -260,13 +261,20 @@ class _Layer:
         elif self.evidence_age > recheck:
             self.obstacle = ""
 
-    def weighs(self, verdict: Verdict, found: Evidence) -> Verdict:
-        """Return what the evidence makes of a verdict of collapsed. The readings so far count for it."""
-        if found.outcome in ("loud", "silent"):
+    def weighs(self, name: str, verdict: Verdict, found: Evidence, *, with_metric: bool) -> Verdict:
+        """Return what the evidence makes of a verdict of collapsed. The readings so far count for it.
+
+        A task that needs no past at all looks like a silent collapse. Only a task metric tells them apart.
+        """
+        if found.outcome == "loud" or (found.outcome == "silent" and with_metric):
             return replace(verdict, reason=f"{verdict.reason}; {found.reason}")
         if found.outcome == "by_choice":
             advice = "nothing to do: this task needs little memory, or another layer has it"
             weighed = Verdict("forgets_by_choice", f"{verdict.reason}, but {found.reason}", advice)
+        elif found.outcome == "silent":
+            why_not = f"{found.reason}, and no task metric says whether the past would help"
+            self.report_doubt(name, verdict.reason, why_not, "Give the diagnosis a task metric.")
+            weighed = Verdict("unknown", f"{verdict.reason}; {why_not}")
         else:
             weighed = Verdict("unknown", f"{verdict.reason}, but {found.reason}")
         if self.candidate == "collapsed":
@@ -277,15 +285,15 @@ class _Layer:
         """Return how many readings in a row have spoken for a condition that the layer is not in."""
         return self.streak if self.candidate == condition else 0
 
-    def report_unexamined(self, name: str, reason: str, why_not: str) -> None:
+    def report_doubt(self, name: str, reason: str, why_not: str, next_action: str) -> None:
         """Log once that a layer might have collapsed."""
         if not self._is_reported:
             logger.warning(
-                "ess_monitor: layer %s might have collapsed (%s), and there is no evidence: %s. It is not called "
-                "collapsed. Give Monitor.step a replay=, or give the diagnosis a task metric.",
+                "ess_monitor: layer %s might have collapsed (%s), but it is not called so: %s. %s",
                 layer_title(name),
                 reason,
                 why_not,
+                next_action,
             )
         self._is_reported = True
 

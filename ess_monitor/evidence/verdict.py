@@ -1,7 +1,8 @@
 """From the changes of the loss to an outcome: is a layer that remembers little treatable, or does the loss want it so?
 
 Two kinds of collapse are seen. A loud one squeezes the past through few slow states: without the past the loss rises,
-and remembering more costs nothing. A silent one lets nothing of the past through: neither change reaches the loss.
+and remembering more costs nothing. A silent one lets nothing of the past through: neither change reaches the loss. A
+task that needs no past looks the same, so that the diagnosis calls it a collapse only where the task is unsolved.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ CHANGES: tuple[str, ...] = ("m50", "m90", "cut")
 _OUTCOMES: dict[str, dict[str, str]] = {
     "loss": {
         "loud": "collapse: the loss needs the past, and remembering more costs it nothing",
-        "silent": "collapse: nothing of the past reaches the loss",
+        "silent": "unused: nothing of the past reaches the loss",
         "by_choice": "by choice: the loss prefers the forgetting",
         "unclear": "unclear: neither a preference for the forgetting nor its absence can be seen",
     },
     "kl": {
         "loud": "collapse: the outputs need the past, and remembering more hardly changes them",
-        "silent": "collapse: what the layer remembers does not reach the outputs",
+        "silent": "unused: what the layer remembers does not reach the outputs",
         "by_choice": "by choice: the outputs depend on the forgetting",
         "unclear": "unclear: neither can be seen in the outputs",
     },

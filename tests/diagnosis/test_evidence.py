@@ -68,7 +68,7 @@ def test_evidence_is_asked_for_one_measurement_before_the_streak_is_complete() -
     ("outcome", "condition", "found"),
     [
         ("loud", "collapsed", ["collapsed"]),
-        ("silent", "collapsed", ["collapsed"]),
+        ("silent", "unknown", []),
         ("by_choice", "forgets_by_choice", ["forgets_by_choice"]),
         ("unclear", "unknown", []),
     ],
@@ -79,6 +79,18 @@ def test_the_outcome_decides(outcome: str, condition: str, found: list[str], bas
     assert run.condition == condition
     assert [finding.condition for finding in run.findings] == found
     assert all(finding.evidence == evidence(outcome, basis) for finding in run.findings)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "condition"), [(None, "unknown"), (0.5, "collapsed"), (0.95, "healthy")], ids=["none", "low", "high"]
+)
+def test_only_an_unsolved_task_makes_a_collapse_of_a_layer_that_nothing_reaches(
+    accuracy: float | None, condition: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that needs no past at all, as a Markov chain of order 1, leaves a layer in the same state."""
+    run = Examined(TASK).times(40, LOW, evidence("silent"), accuracy)
+    assert run.condition == condition
+    assert caplog.text.count("no task metric says whether the past would help") == (accuracy is None)
 
 
 def test_nothing_is_called_while_the_evidence_is_under_way() -> None:

@@ -19,6 +19,7 @@ from tests.integrations.test_replays import EVIDENT, judge_at_once
 from tests.ranks import saved_by_ranks
 
 COLLAPSED: dict[str, Any] = {**EVIDENT, "evidence": {"batches": 2, "cut_ratio": 0.99, "silent_ratio": 0.99}}
+COLLAPSED["diagnosis"] = {**COLLAPSED["diagnosis"], "metric": "loss", "metric_mode": "min", "metric_solved": 0.0}
 MODES: dict[str, dict[str, Any] | None] = {
     "bare": None,
     "advise": {**COLLAPSED, "autopilot": "advise"},
