@@ -87,7 +87,7 @@ def _relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", python_files("ess_monitor", *LINKED), ids=_relative)
-def testimports_follow_the_arrows(path: Path) -> None:
+def test_imports_follow_the_arrows(path: Path) -> None:
     public = {f"ess_monitor.{name}" for name in PUBLIC_NAMES}
     against = against_the_arrows(path, public)
     assert not against, "\n".join(against)
@@ -102,14 +102,14 @@ def test_public_names_of_the_package_are_not_a_way_round_the_arrows(room: str) -
     assert not against, f"rooms import each other, not the package's front door: {against}"
 
 
-def test_nopackage_ofimports_the_adapters_of_capture_by_name() -> None:
+def test_no_package_imports_the_adapters_of_capture_by_name() -> None:
     files = python_files("ess_monitor", *LINKED)
     assert {module_name(path) for path in files} >= set(ADAPTERS)
     against = [f"{_relative(path)}:{line}" for path in files for name, line, _ in imports(path) if name in ADAPTERS]
     assert not against, f"an adapter is loaded by capture's registry once its library is there: {against}"
 
 
-def test_the_packageimports_no_framework() -> None:
+def test_the_package_imports_no_framework() -> None:
     against = [
         f"{_relative(path)}:{line}: {name}"
         for path in python_files("ess_monitor")
