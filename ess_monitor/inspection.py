@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture import CaptureConfig, LayerFilter, find_layers, layer_infos
-from ess_monitor.capture.capture_pass import capture_pass
+from ess_monitor.capture import CaptureConfig, Captured, CaptureFailure, LayerFilter, find_layers, layer_infos
+from ess_monitor.capture.capture_pass import capture_pass, raise_failures
 from ess_monitor.config import MonitorConfig
-from ess_monitor.pipeline.readings import compute, positions_of, reading
+from ess_monitor.errors import CaptureError, format_error
+from ess_monitor.pipeline.readings import compute, lost_reading, positions_of, reading
 from ess_monitor.records import LayerInfo, Reading
 
 DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
@@ -77,7 +78,10 @@ class Profile:
     model: str
     """Class of the model."""
     readings: tuple[Reading, ...]
-    """One per measured layer, in model order."""
+    """One for each layer that `describe` calls measurable, in model order. One that could not be measured on these
+    inputs has another status than ok, and a message that says why."""
+    skipped: tuple[LayerInfo, ...] = ()
+    """The other sequence mixers, each with the reason."""
 
 
 def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None, **named_inputs: Any) -> Profile:
@@ -87,11 +91,11 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         model: the model.
         inputs, named_inputs: arguments of its forward.
         config: `tolerance`, `positions`, `layers` and `capture` are used; the default measures 8 samples, all heads and
-            8 positions of at most 1024 tokens.
+            8 positions of at most 1024 tokens. With `strict` a layer that could not be measured is an error.
 
     Raises:
         NoLayersError: no layer of the model can be measured.
-        CaptureError: a layer was not called, or its inputs could not be captured.
+        CaptureError: with `config.strict`, a layer could not be read, or its spectrum could not be computed.
 
     Example:
         >>> import torch
@@ -101,9 +105,25 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         [8.0]
     """
     config = validation.optional("config", config, MonitorConfig) or DEFAULTS
-    readings = []
-    for captured in capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture):
-        positions = positions_of(captured, config.positions)
-        results = {name: value.cpu() for name, value in compute(captured, positions, config.tolerance).items()}
-        readings.append(reading(0, captured, positions, config.tolerance, results))
-    return Profile(type(model).__name__, tuple(readings))
+    items = capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture)
+    if config.strict:
+        raise_failures(items)
+    infos = layer_infos(model, config.layers)
+    return Profile(
+        type(model).__name__,
+        tuple(_measured(item, config) for item in items),
+        tuple(info for info in infos if not info.supported),
+    )
+
+
+def _measured(item: Captured | CaptureFailure, config: MonitorConfig) -> Reading:
+    if isinstance(item, CaptureFailure):
+        return lost_reading(0, item.layer.name, item.status, item.error)
+    try:
+        positions = positions_of(item, config.positions)
+        results = {name: value.cpu() for name, value in compute(item, positions, config.tolerance).items()}
+        return reading(0, item, positions, config.tolerance, results)
+    except Exception as error:
+        if config.strict:
+            raise CaptureError(f"could not measure {item.layer.name}: {format_error(error)}") from error
+        return lost_reading(0, item.layer.name, "failed", format_error(error))

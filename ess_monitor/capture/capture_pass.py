@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from ess_monitor import validation
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos, skipped_of_libraries
-from ess_monitor.capture.sampler import CaptureConfig, Captured, Sampler
+from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
 
@@ -68,8 +68,8 @@ def capture_pass(
     *,
     layers: LayerFilter | None = None,
     config: CaptureConfig = EVERYTHING,
-) -> tuple[Captured, ...]:
-    """Run `model(*inputs, **named_inputs)` once and return every layer's narrowed operator, in model order."""
+) -> tuple[Captured | CaptureFailure, ...]:
+    """Run `model(*inputs, **named_inputs)` once and return every layer's narrowed operator, or why it has none."""
     validation.instance("config", config, CaptureConfig)
     found = require_layers(model, layers)
     sampler = Sampler(found, config.model_copy(update={"source": "validation"}))
@@ -78,15 +78,16 @@ def capture_pass(
         with evaluating(model):
             model(*inputs, **named_inputs)
     finally:
-        results = sampler.collect()
-    names = {item.layer.name for item in results}
-    problems = [f"{item.layer.name}: {item.error}" for item in results if not isinstance(item, Captured)]
-    problems += [f"{layer.name}: was not called in this forward pass" for layer in found if layer.name not in names]
+        unread = sampler.unread()
+        results = {item.layer.name: item for item in (*sampler.collect(), *unread)}
+    return tuple(results[layer.name] for layer in found)
+
+
+def raise_failures(items: Iterable[Captured | CaptureFailure]) -> None:
+    """Raise `CaptureError` for the layers among `items` that could not be read."""
+    problems = [f"{item.layer.name}: {item.error}" for item in items if isinstance(item, CaptureFailure)]
     if problems:
-        raise CaptureError(
-            "could not read " + "; ".join(problems) + ". Leave such a layer out with `layers`, or report its class."
-        )
-    return tuple(item for item in results if isinstance(item, Captured))
+        raise CaptureError("could not read " + "; ".join(problems))
 
 
 def capture_operators(model: nn.Module, *inputs: Any, **named_inputs: Any) -> dict[str, Operator]:
@@ -100,7 +101,7 @@ def capture_operators(model: nn.Module, *inputs: Any, **named_inputs: Any) -> di
 
     Raises:
         NoLayersError: the model has no layer that can be measured.
-        CaptureError: a layer was not called, or could not be read; the message names it.
+        CaptureError: a layer could not be read; the message names it and says why. `profile` goes on without it.
 
     Example:
         >>> import torch
@@ -110,4 +111,6 @@ def capture_operators(model: nn.Module, *inputs: Any, **named_inputs: Any) -> di
         >>> [(name, type(op).__name__, op.heads) for name, op in operators.items()]
         [('model', 'DiagonalRecurrence', 2)]
     """
-    return {item.layer.name: item.operator for item in capture_pass(model, inputs, named_inputs)}
+    items = capture_pass(model, inputs, named_inputs)
+    raise_failures(items)
+    return {item.layer.name: item.operator for item in items if isinstance(item, Captured)}

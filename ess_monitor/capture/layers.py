@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.registry import find_spec, why_refused
+from ess_monitor.capture.detection import A_LOOP, how_code_mixes, is_holder, looks_like_mixer
+from ess_monitor.capture.registry import find_spec, why_unreadable
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo
@@ -26,12 +27,6 @@ _TESTED_VERSIONS: dict[str, tuple[str, str]] = {
 """Import name -> (distribution, version that the tests run with)."""
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
-_MIXER_NAMES = re.compile(
-    r"attention|attn|mamba|ssm|s4|s5|s6|deltanet|retention|rwkv|recurren|lru|hyena|longconv|timemix|mixer",
-    re.IGNORECASE,
-)
-_PARTS_OF_A_LAYER = re.compile(r"norm|embedding|mlp|feedforward|expert|router|rotary|head$", re.IGNORECASE)
-"""Modules that carry the name of the architecture they belong to."""
 
 
 class LayerFilter(BaseModel):
@@ -85,14 +80,6 @@ def _clean_name(name: str) -> str:
     return _WRAPPERS.sub("", name).lstrip(".") or "model"
 
 
-def _looks_like_mixer(module: nn.Module) -> bool:
-    if isinstance(module, nn.RNNBase) or why_refused(module) is not None:
-        return True
-    name = type(module).__name__
-    mixes = _MIXER_NAMES.search(name) and not _PARTS_OF_A_LAYER.search(name)
-    return bool(mixes) and any(True for _ in module.parameters())
-
-
 def _library_of(module: nn.Module) -> str | None:
     """Return the import name of the known library that a module's class comes from."""
     name = type(module).__module__.partition(".")[0]
@@ -113,47 +100,87 @@ def _versions_of(library: str) -> str:
     return f"{distribution} {installed}, tested with {tested}"
 
 
-def _why_skipped(module: nn.Module) -> str:
-    if isinstance(module, nn.RNNBase):
-        return "a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it"
-    refused = why_refused(module)
-    if refused is not None:
-        return refused
+def _why_unknown(module: nn.Module) -> str:
+    """Return why a module that mixes tokens cannot be read, where no reader knows its kind; empty for other modules."""
+    if isinstance(module, nn.RNNCellBase):
+        return _NONLINEAR
     cls, library = type(module).__name__, _library_of(module)
+    how = how_code_mixes(module)
+    if not how and not looks_like_mixer(type(module)):
+        return ""
+    if how == A_LOOP and any(isinstance(child, nn.RNNCellBase) for child in module.children()):
+        return _NONLINEAR
+    told = f"its code has {how}" if how else "it is called like a sequence mixer"
     problem = f"no capture is known for {cls}"
     if library is not None:
         problem = f"{cls} calls no op of a known name ({_versions_of(library)})"
-    return f"{problem}; teach it with @ess_monitor.register_capture({cls})"
+    return f"{problem}, and {told}; teach it with @ess_monitor.register_capture({cls})"
+
+
+def _of_torch(module: nn.Module) -> str:
+    """Return why a module of torch that mixes tokens cannot be read; empty for other modules."""
+    if isinstance(module, nn.RNNBase):
+        return _NONLINEAR
+    if isinstance(module, nn.ConvTranspose1d) and module.kernel_size[0] > 1:
+        return "a transposed convolution: its outputs are more than its inputs, so T is not square"
+    if isinstance(module, (nn.ConstantPad1d, nn.ConstantPad2d)) and min(module.padding) < 0 < max(module.padding):
+        return "a shift of the sequence: an output holds one earlier input, whatever the model has learned"
+    return ""
+
+
+_NONLINEAR = "a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it"
 
 
 def _is_below(name: str, prefixes: list[str]) -> bool:
     return any(prefix == "" or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | None]]:
-    """Yield every outermost module that can be read, and every innermost lookalike of a mixer, in model order.
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | str]]:
+    """Yield every module that mixes tokens, with how it is read or why it cannot be, in model order.
 
-    A readable module inside a module whose own code calls an op is a layer too: the op is not what it does. A
-    convolution inside a mixer is a part of it, not a layer.
+    Of modules inside of one another it is the outermost, unless that is a block, a stack or a model around them. A
+    module that can be read, inside of one whose own code mixes tokens as well, is a layer too. A convolution inside of
+    a mixer is a part of it.
     """
     modules = dict(model.named_modules())
-    lookalikes = {name for name, module in modules.items() if _looks_like_mixer(module)}
-    specs = {name: spec for name, module in modules.items() if (spec := find_spec(module)) is not None}
-    mixers = lookalikes | specs.keys()
-    convolutions = {name for name, module in modules.items() if isinstance(module, nn.Conv1d)}
-    parts = {name for name in convolutions if name and name.rpartition(".")[0] in mixers}
-    mixers -= parts
+    known = {name: found for name, module in modules.items() if (found := find_spec(module) or _of_torch(module))}
+    mixers = known | {
+        name: why for name, module in modules.items() if name not in known and (why := _why_unknown(module))
+    }
+    convolutions = {name for name in mixers if isinstance(modules[name], (nn.Conv1d, nn.ConvTranspose1d))}
     closed: list[str] = []  # nothing inside these is a layer
-    open_: list[str] = []  # what can be read inside these is one
+    open_: list[str] = []  # what is known inside these is one, convolutions apart
     for name, module in modules.items():
         if name not in mixers or _is_below(name, closed):
             continue
-        is_inside = _is_below(name, open_)
-        if name in specs and not (is_inside and name in convolutions):
-            (open_ if specs[name].site.ops else closed).append(name)
-            yield name, module, specs[name]
-        elif name in lookalikes and not is_inside and not any(_is_below(other, [name]) for other in mixers - {name}):
-            yield name, module, None
+        found, is_inside = mixers[name], _is_below(name, open_)
+        if is_inside and (name in convolutions or name not in known):
+            continue
+        if isinstance(found, CaptureSpec):
+            (open_ if found.site.ops else closed).append(name)
+            yield name, module, found
+            continue
+        inside = [other for other in mixers if other != name and _is_below(other, [name])]
+        if name not in known and _is_around(module, {other: modules[other] for other in inside}, known):
+            continue
+        (open_ if known.keys() & set(inside) - convolutions else closed).append(name)
+        yield name, module, found
+
+
+def _is_around(module: nn.Module, mixers: dict[str, nn.Module], known: dict[str, CaptureSpec | str]) -> bool:
+    """Return whether a module of an unknown kind is only around the `mixers` inside of it.
+
+    It is one where its code does no mixing of its own and a known layer is inside, and where it is a block, a stack or
+    a model. A mixer with convolutions inside is no block: they are parts of it.
+    """
+    if not mixers:
+        return False
+    ids = {id(mixer) for mixer in mixers.values()}
+    around = is_holder(module, lambda child: any(id(part) in ids for part in child.modules()))
+    others = [name for name, mixer in mixers.items() if not isinstance(mixer, (nn.Conv1d, nn.ConvTranspose1d))]
+    if how_code_mixes(module):
+        return around and bool(others)
+    return around or any(name in known for name in others)
 
 
 def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[Layer, ...]:
@@ -164,7 +191,9 @@ def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
             that nothing, or too much, is measured without notice.
     """
     model, layers = check_model(model), _filter(layers)
-    found = [Layer(_clean_name(name), module, spec) for name, module, spec in _walk(model) if spec is not None]
+    found = [
+        Layer(_clean_name(name), module, spec) for name, module, spec in _walk(model) if isinstance(spec, CaptureSpec)
+    ]
     names = [layer.name for layer in found]
     for pattern in (*layers.include, *layers.exclude):
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
@@ -178,28 +207,29 @@ def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
 def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[LayerInfo, ...]:
     """Return what `describe` says about every sequence mixer of the model, measured or skipped, in model order."""
     model, layers = check_model(model), _filter(layers)
-    infos = []
-    for raw_name, module, spec in _walk(model):
-        name, cls = _clean_name(raw_name), type(module).__name__
-        if spec is None:
-            infos.append(LayerInfo(name=name, module=cls, supported=False, reason=_why_skipped(module)))
-            continue
-        is_chosen = layers.matches(name)
-        infos.append(
-            LayerInfo(
-                name=name,
-                module=cls,
-                supported=is_chosen,
-                reason="" if is_chosen else "excluded by the `layers` setting",
-                operator=spec.operator,
-                state_capacity=spec.state_capacity(module),
-                capacity_grows=spec.capacity_grows,
-                uninformative=spec.uninformative,
-                channels=spec.channels(module) or 0,
-                handles=spec.handles,
-            )
+    return tuple(_info(_clean_name(name), module, found, layers) for name, module, found in _walk(model))
+
+
+def _info(name: str, module: nn.Module, found: CaptureSpec | str, layers: LayerFilter) -> LayerInfo:
+    cls = type(module).__name__
+    if isinstance(found, str):
+        return LayerInfo(name=name, module=cls, supported=False, reason=found)
+    is_chosen = layers.matches(name)
+    try:
+        return LayerInfo(
+            name=name,
+            module=cls,
+            supported=is_chosen,
+            reason="" if is_chosen else "excluded by the `layers` setting",
+            operator=found.operator,
+            state_capacity=found.state_capacity(module),
+            capacity_grows=found.capacity_grows,
+            uninformative=found.uninformative,
+            channels=found.channels(module) or 0,
+            handles=found.handles,
         )
-    return tuple(infos)
+    except Exception as error:
+        return LayerInfo(name=name, module=cls, supported=False, reason=why_unreadable(module, error))
 
 
 def skipped_of_libraries(model: nn.Module) -> tuple[tuple[str, ...], bool]:
@@ -210,9 +240,9 @@ def skipped_of_libraries(model: nn.Module) -> tuple[tuple[str, ...], bool]:
     """
     reasons: dict[type[nn.Module], str] = {}
     has_others = False
-    for name, module, spec in _walk(check_model(model)):
-        is_skipped = spec is None and _library_of(module) is not None
+    for name, module, found in _walk(check_model(model)):
+        is_skipped = isinstance(found, str) and _library_of(module) is not None
         if is_skipped:
-            reasons[type(module)] = f"{_clean_name(name)}: {_why_skipped(module)}"
-        has_others |= not is_skipped or why_refused(module) is not None
+            reasons[type(module)] = f"{_clean_name(name)}: {found}"
+        has_others |= not is_skipped or isinstance(find_spec(module), str)
     return tuple(reasons.values()), bool(reasons) and not has_others

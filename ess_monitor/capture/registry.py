@@ -16,7 +16,7 @@ from torch import nn
 from ess_monitor import validation
 from ess_monitor.capture.adapters import LAYER_ADAPTERS
 from ess_monitor.capture.spec import CaptureSpec, unknown
-from ess_monitor.errors import CaptureError
+from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.ess import Operator
 
 Read = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Operator]
@@ -97,20 +97,40 @@ def register_capture(
     return decorate
 
 
-def find_spec(module: nn.Module) -> CaptureSpec | None:
-    """Return the spec of this module's class or its nearest registered base class, or else of the first adapter."""
-    known = _SPECS
-    if "ess_monitor.featurizers" in sys.modules:
-        known = importlib.import_module("ess_monitor.capture.adapters.featurizers").SPECS | _SPECS
-    for cls in type(module).__mro__:
-        if cls in known:
-            return known[cls]
-    specs = (adapter.spec(module) for adapter in LAYER_ADAPTERS)
-    return next((spec for spec in specs if spec is not None), None)
+def find_spec(module: nn.Module) -> CaptureSpec | str | None:
+    """Return how a layer is read, or why it cannot be; None where nothing is known of its kind.
+
+    That of the module's class comes first, then that of its nearest registered base class, then that of the first
+    adapter. It never raises: a reader that fails on a layer is a reason.
+    """
+    reason: str | None = None
+    try:
+        known = _SPECS
+        if "ess_monitor.featurizers" in sys.modules:
+            known = importlib.import_module("ess_monitor.capture.adapters.featurizers").SPECS | _SPECS
+        for cls in type(module).__mro__:
+            if cls in known:
+                return known[cls]
+    except Exception as error:
+        return why_unreadable(module, error)
+    for adapter in LAYER_ADAPTERS:
+        try:
+            if adapter.site(module) is None:
+                continue
+            refused = adapter.refusal(module)
+            spec = None if refused else adapter.spec(module)
+        except Exception as error:
+            spec, refused = None, why_unreadable(module, error)
+        if spec is not None:
+            return spec
+        reason = reason or refused
+    return reason
 
 
-def why_refused(module: nn.Module) -> str | None:
-    """Return why a layer of a known kind cannot be read; None when it can, or its kind is not known."""
-    adapters = (adapter for adapter in LAYER_ADAPTERS if adapter.site(module) is not None)
-    adapter = next(adapters, None)
-    return None if adapter is None else adapter.refusal(module)
+def why_unreadable(module: nn.Module, error: Exception) -> str:
+    """Return the reason for a layer whose reader raised `error`."""
+    cls = type(module).__name__
+    return (
+        f"the reader of its kind failed on {cls}: {format_error(error)}; leave it out with `layers`, or teach it with "
+        f"@ess_monitor.register_capture({cls})"
+    )

@@ -20,13 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.hooks.call_site import Call, HookHandle
+from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
 from ess_monitor.capture.hooks.compiler import EagerStance
 from ess_monitor.capture.hooks.forward_errors import when_raised
+from ess_monitor.capture.ignored_calls import TRANSFORMED, Ignored, is_transformed, why_ignored, why_not_seen
 from ess_monitor.capture.layers import Layer
 from ess_monitor.distributed.context_parallel import tokens_are_spread
 from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.ess import Operator
+from ess_monitor.records import Status
 
 logger = logging.getLogger("ess_monitor")
 
@@ -68,7 +70,12 @@ class CaptureFailure:
     layer: Layer
     error: str
     cause: Exception | None = None
-    """Without its traceback, whose frames would keep the activations of the step in memory."""
+    """Without its traceback, whose frames would keep the activations of the step in memory. None where nothing failed:
+    the layer was not called, or not on a whole sequence."""
+    status: Status = "failed"
+    """Of the reading."""
+    was_called: bool = True
+    """Whether the layer's forward was called."""
 
 
 def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
@@ -148,6 +155,10 @@ class Sampler:
         self._hooks: list[HookHandle] = []
         self._eager = EagerStance()
         self._results: dict[str, Captured | CaptureFailure] = {}
+        self._called: set[str] = set()
+        """Names of the layers whose forward was called."""
+        self._ignored: dict[str, Ignored] = {}
+        """Layer name -> why its last call that was not read was not."""
         self._captured_calls: dict[str, tuple[int, int]] = {}
         """Layer name -> the captured call: number of the layer's forward call, and when the call ended."""
 
@@ -162,6 +173,8 @@ class Sampler:
             return
         self._results.clear()
         self._captured_calls.clear()
+        self._called.clear()
+        self._ignored.clear()
         self.capture_seconds = 0.0
         share = self._next_share()
         layers = () if share is None else tuple(layer for layer in self.layers if layer.name not in self._off)
@@ -173,6 +186,10 @@ class Sampler:
             self._forget = when_raised(self._model, self._abort)
         for layer in layers:
             try:
+                note = ModuleHook(partial(self._note_call, layer))
+                handle = HookHandle()
+                handle.add(layer.module.register_forward_pre_hook(note).remove)
+                self._hooks.append(handle)
                 self._hooks.append(layer.spec.site.watch(layer.module, after=partial(self._on_call, layer)))
             except Exception as error:
                 self._results[layer.name] = _failure(layer, error)
@@ -185,6 +202,18 @@ class Sampler:
         if results:
             self.turn += 1
         return results
+
+    def unread(self) -> tuple[CaptureFailure, ...]:
+        """Return why layers that the last sample asked for gave nothing, in model order; call it before `collect`."""
+        names = set(self.asked) - self._results.keys()
+        return tuple(self._unread(layer) for layer in self.layers if layer.name in names)
+
+    def _unread(self, layer: Layer) -> CaptureFailure:
+        ignored = self._ignored.get(layer.name)
+        if ignored is not None:
+            return CaptureFailure(layer, ignored.reason, status=ignored.status)
+        was_called = layer.name in self._called
+        return CaptureFailure(layer, why_not_seen(layer.spec.site, was_called=was_called), was_called=was_called)
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -201,9 +230,16 @@ class Sampler:
         self.remove()
         self._results.clear()
 
+    def _note_call(self, layer: Layer, *call: object) -> None:
+        if not self._is_validation(layer):
+            self._called.add(layer.name)
+
+    def _is_validation(self, layer: Layer) -> bool:
+        """Return whether a pass is a validation pass between two training steps, and not a training batch."""
+        return self.config.source == "train" and not layer.module.training and not torch.is_grad_enabled()
+
     def _on_call(self, layer: Layer, call: Call) -> None:
-        # A validation pass between two training steps is not a training batch.
-        if self.config.source == "train" and not layer.module.training and not torch.is_grad_enabled():
+        if self._is_validation(layer):
             return
         started = self._clock()
         try:
@@ -235,9 +271,13 @@ class Sampler:
     def _take(self, layer: Layer, call: Call) -> Captured | None:
         if tokens_are_spread():
             raise CaptureError(_SPREAD)
+        if is_transformed():
+            raise CaptureError(TRANSFORMED)
         with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
             whole = layer.spec.build(call)
             if whole is None:
+                if call.output is not None:  # None: a placeholder of a fused op
+                    self._ignored[layer.name] = why_ignored(call)
                 return None
             most = whole.heads if self.config.heads is None else min(self.config.heads, whole.heads)
             heads = rotate_heads(whole.heads, _share_of(most, self.share), self.turn)

@@ -92,10 +92,12 @@ def profile_target(
         inputs = make_inputs(model, kind, batch=batch, length=length, width=width, vocab_size=vocab_size, seed=seed)
         result = _profile(model, inputs, config)
     if as_json:
-        print_json(model=result.model, readings=[reading.model_dump(mode="json") for reading in result.readings])
+        skipped = [layer.model_dump(mode="json") for layer in result.skipped]
+        readings = [reading.model_dump(mode="json") for reading in result.readings]
+        print_json(model=result.model, readings=readings, skipped=skipped)
     else:
         title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}, tau {tolerance:g}"
-        print_table(reading_table(title, result.readings))
+        print_table(reading_table(title, result.readings, result.skipped))
 
 
 @profile_app.command("featurizers")

@@ -43,8 +43,9 @@ def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
     return table
 
 
-def reading_table(title: str, readings: Iterable[Reading]) -> Table:
-    """Return what `profile` measured, with a row for each layer. ESS is the tolerance-ESS."""
+def reading_table(title: str, readings: Iterable[Reading], skipped: Iterable[LayerInfo] = ()) -> Table:
+    """Return what `profile` measured, with a row for each layer, also for those that are skipped. ESS is the
+    tolerance-ESS."""
     numbers = ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A", "far share")
     table = _table(title, "layer", numbers=numbers)
     for reading in readings:
@@ -62,6 +63,8 @@ def reading_table(title: str, readings: Iterable[Reading]) -> Table:
             _number(reading.mean_decay),
             _number(reading.far_share_ratio),
         )
+    for layer in skipped:
+        table.add_row(layer.name, f"skipped: {layer.reason}", style="dim")
     return table
 
 

@@ -111,8 +111,8 @@ class Sample(Job):
     captured: tuple[Captured, ...]
     failures: tuple[CaptureFailure, ...] = ()
     """Layers whose capture failed."""
-    requested: tuple[str, ...] = ()
-    """Names of the layers that were to be captured."""
+    unread: tuple[CaptureFailure, ...] = ()
+    """Layers that gave nothing to read: not called, or not on a whole sequence."""
     share: float = 1.0
     """Share of the configured samples and heads that was to be captured."""
     hook_seconds: float = 0.0

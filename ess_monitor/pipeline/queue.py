@@ -88,9 +88,7 @@ class MeasurementQueue:
     def _read(self, sample: Sample) -> SampleResult:
         """Return the readings of a sample in model order, and its metrics."""
         readings = [lost_reading(sample.step, lost.layer.name, "failed", lost.error) for lost in sample.failures]
-        seen = {item.layer.name for item in sample.captured} | {item.layer.name for item in sample.failures}
-        unseen = "was not called in the sampled forward pass, or not by code that hooks can see"
-        readings += [lost_reading(sample.step, name, "failed", unseen) for name in sample.requested if name not in seen]
+        readings += [lost_reading(sample.step, item.layer.name, item.status, item.error) for item in sample.unread]
         for captured, task in zip(sample.captured, sample.tasks, strict=False):
             name, error = captured.layer.name, task.error
             if sample.state == "abandoned":

@@ -33,6 +33,7 @@ class SampleTrigger:
         self._model, self._filter = model, config.layers
         self._known = {id(layer.module) for layer in context.layers}
         self._modules = _module_ids(model)
+        self._unread: set[str] = set()
 
     @property
     def turn(self) -> int:
@@ -100,18 +101,31 @@ class SampleTrigger:
         step, self.armed_at = self.armed_at, None
         if step is None or not self._sampler.armed:
             return None
+        unread = self._sampler.unread()
         items = self._sampler.collect()
-        self._unseen = 0 if items else self._unseen + 1
-        if self._sampler.asked and not items and not exchanges and self._unseen < _UNSEEN_STEPS:
+        was_called = bool(items) or any(item.was_called for item in unread)
+        self._unseen = 0 if was_called else self._unseen + 1
+        if self._sampler.asked and not was_called and not exchanges and self._unseen < _UNSEEN_STEPS:
             return None
         return Sample(
             step,
             tuple(item for item in items if isinstance(item, Captured)),
             tuple(item for item in items if isinstance(item, CaptureFailure)),
-            self._sampler.asked,
+            self._told(unread) if was_called else unread,
             self._sampler.share,
             self._sampler.capture_seconds,
         )
+
+    def _told(self, unread: tuple[CaptureFailure, ...]) -> tuple[CaptureFailure, ...]:
+        """Log once for each layer why it is not measured, although its class can be."""
+        new = [item for item in unread if item.layer.name not in self._unread]
+        self._unread.update(item.layer.name for item in new)
+        by_reason: dict[str, list[str]] = {}
+        for item in new:
+            by_reason.setdefault(item.error, []).append(item.layer.name)
+        for reason, names in by_reason.items():
+            logger.warning("ess_monitor: %s is not measured: %s", ", ".join(names), reason)
+        return unread
 
     def _report_new_layers(self) -> None:
         """Log once which layers were added after the monitor was attached: no reading mentions them."""

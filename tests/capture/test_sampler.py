@@ -209,7 +209,7 @@ def test_a_layer_that_was_not_called_is_named() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.used(x)
 
-    with pytest.raises(CaptureError, match="unused: was not called"):
+    with pytest.raises(CaptureError, match="unused: its forward was not called"):
         capture_operators(Skips(), torch.randn(1, 8, 16))
 
 

@@ -225,8 +225,6 @@ def why_not_causal(layer: nn.Module) -> str | None:
 
 
 def _refusal(layer: nn.Module) -> str | None:
-    if hasattr(layer, "get_input_embeddings"):  # the models' base class asks the same interface which kernels exist
-        return "a whole model, not a sequence mixer"
     reason = why_not_causal(layer)
     if reason is not None:
         return reason
@@ -246,6 +244,8 @@ ADAPTERS = (
         stand_in=WatchedInterface,
         capacity_grows=True,
         channels=int_attribute("num_heads", "num_attention_heads", "n_heads", "n_head", or_config=True),
+        # The models' base class asks the same interface which kernels exist.
+        is_member=lambda layer: not hasattr(type(layer), "get_input_embeddings"),
         refusal=_refusal,
     ),
 )

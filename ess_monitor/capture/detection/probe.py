@@ -1,0 +1,230 @@
+"""Find out whether an output of a module depends on the input of other tokens.
+
+One backward pass answers it: the gradient of one output token in the middle of the sequence with respect to the
+module's input is nonzero at the tokens that it depends on. It runs through the part of the graph that the module has
+just recorded, inside of the module's forward hook, and accumulates nothing: parameters, random numbers and the graph
+stay as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ess_monitor.capture.hooks.call_site import ModuleHook
+
+_POINTWISE = (
+    nn.Linear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Identity,
+    nn.Dropout,
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+)
+"""Classes of torch that treat each vector of the last axis by itself. `nn.Linear` mixes tokens where they are on that
+axis, and is asked only then."""
+
+_LARGEST_GRAPH = 20_000
+"""Nodes of a graph that is looked at."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What one output token of a module depends on. Both are tensors of one bool, on the module's device."""
+
+    past: Tensor
+    """Whether it depends on earlier tokens."""
+    future: Tensor
+    """Whether it depends on later tokens."""
+    seen: Tensor
+    """Whether it depends on its own token. False for both others means nothing where this is False: an output
+    projection that starts at zero passes no gradient at all."""
+
+    @property
+    def mixes(self) -> bool:
+        """True where it depends on another token. Waits for the device."""
+        return bool(self.past | self.future)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """True where it depends on its own token alone. Waits for the device."""
+        return bool(self.seen & ~self.past & ~self.future)
+
+
+class MixingProbe:
+    """Asks the modules of a model, during one forward pass, whether they mix tokens.
+
+    A module that holds one which mixes is not asked, unless it is among `also`: its output mixes in any case.
+
+    Args:
+        model: the model. Its forward pass needs gradients enabled.
+        also: names of modules that are asked whatever they hold.
+        in_training: leave the arguments of modules as they are, and do not ask where a backward pass might do more than
+            compute a gradient: functions of Python, hooks of others, activation checkpointing.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4, batch_first=True))
+        >>> with MixingProbe(net) as probe:
+        ...     _ = net(torch.randn(2, 6, 4))
+        >>> [(name, bool(m.past), bool(m.future)) for name, m in probe.found.items()]
+        [('1', True, False)]
+    """
+
+    def __init__(self, model: nn.Module, *, also: Iterable[str] = (), in_training: bool = False) -> None:
+        self.found: dict[str, Mixing] = {}
+        """Name -> what its first call showed, of every module that was asked."""
+        self._model, self._also, self._in_training = model, frozenset(also), in_training
+        self._length: int | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> MixingProbe:
+        self.attach()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.remove()
+
+    def attach(self) -> None:
+        """Add the hooks. With `in_training` none where other code has hooks in the model."""
+        if self._in_training and any(_has_hooks(module) for module in self._model.modules()):
+            return
+        before = ModuleHook(self._learn_length)
+        self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
+        for name, module in self._model.named_modules():
+            if not self._in_training and name:
+                self._handles.append(module.register_forward_pre_hook(ModuleHook(_with_graph), with_kwargs=True))
+            ask = ModuleHook(lambda *call, name=name: self._ask(name, *call))
+            self._handles.append(module.register_forward_hook(ask, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _learn_length(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._length is None:
+            self._length = next((t.shape[1] for t in _tensors((args, kwargs)) if t.dim() in (2, 3)), None)
+        return None if self._in_training else _with_graph(module, args, kwargs)
+
+    def _ask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if name in self.found or (name not in self._also and self._holds_mixing(name)):
+            return
+        x = next((t for t in _tensors((args, kwargs)) if t.requires_grad), None)
+        y = next((t for t in _tensors(output) if t.requires_grad), None)
+        if x is None or y is None or x is y:
+            return
+        axis = _token_axis(x, y, self._length)
+        if axis is None or (isinstance(module, _POINTWISE) and axis != x.dim() - 1):
+            return
+        if self._in_training and not _is_plain(y, x):
+            return
+        try:
+            self.found[name] = depends_on(x, y, axis)
+        except RuntimeError:  # a function without a derivative
+            return
+
+    def _holds_mixing(self, name: str) -> bool:
+        prefix = f"{name}." if name else ""
+        return any(other.startswith(prefix) and other != name and m.mixes for other, m in self.found.items())
+
+
+def depends_on(x: Tensor, y: Tensor, axis: int) -> Mixing:
+    """Return which tokens of `x` the middle token of `y` depends on.
+
+    Args:
+        x: what `y` was computed from, with its graph.
+        y: has as many tokens on the same axis.
+        axis: the axis of tokens in both.
+
+    Raises:
+        RuntimeError: something in between has no derivative.
+
+    Example:
+        >>> x = torch.randn(2, 5, 3, requires_grad=True)
+        >>> mixing = depends_on(x, x.cumsum(1), 1)
+        >>> bool(mixing.past), bool(mixing.future)
+        (True, False)
+    """
+    middle = y.shape[axis] // 2
+    token = y.select(axis, middle)
+    weight = torch.linspace(0.5, 1.5, token.numel(), device=y.device).reshape(token.shape).to(y.dtype)
+    with torch.autocast(y.device.type, enabled=False):
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            token, x, weight, retain_graph=True, allow_unused=True
+        )
+    gradient = torch.zeros_like(x) if gradients[0] is None else gradients[0]
+    touched = (gradient != 0).transpose(0, axis).flatten(1).any(1)
+    return Mixing(touched[:middle].any(), touched[middle + 1 :].any(), touched[middle])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the floating tensors and token ids in arguments or outputs, outermost containers first."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
+    elif isinstance(value, (tuple, list)):
+        yield from itertools.chain.from_iterable(map(_tensors, value))
+
+
+def _with_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments with a graph: of data and of frozen models there is none."""
+    if not torch.is_grad_enabled():
+        return None
+
+    def tracked(value: Any) -> Any:
+        is_data = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+        return value.detach().requires_grad_().clone() if is_data and value.dim() > 1 else value
+
+    return tuple(map(tracked, args)), {name: tracked(value) for name, value in kwargs.items()}
+
+
+def _token_axis(x: Tensor, y: Tensor, length: int | None) -> int | None:
+    """Return the axis of tokens of both; None where they have none in common.
+
+    >>> _token_axis(torch.zeros(2, 6, 4), torch.zeros(2, 6, 8), length=6)
+    1
+    >>> _token_axis(torch.zeros(2, 4, 6), torch.zeros(2, 4, 6), length=6)
+    2
+    """
+    if x.dim() != y.dim() or x.dim() < 2:
+        return None
+    axes = [axis for axis in range(1, x.dim()) if x.shape[axis] == y.shape[axis] > 2]
+    if length in [x.shape[axis] for axis in axes]:
+        return next(axis for axis in axes if x.shape[axis] == length)
+    return 1 if x.dim() == 3 and 1 in axes else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = itertools.chain.from_iterable(getattr(module, kind).values() for kind in kinds)
+    return any(not isinstance(hook, ModuleHook) for hook in hooks)
+
+
+def _is_plain(y: Tensor, x: Tensor) -> bool:
+    """Return whether the graph from y to x holds functions of torch alone, recorded outside of a checkpoint."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return False
+    start, end = y.grad_fn, x.grad_fn
+    seen, waiting = {end}, [start]
+    while waiting and len(seen) < _LARGEST_GRAPH:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "_forward_cls"):  # a function written in Python
+            return False
+        waiting.extend(following for following, _ in node.next_functions)
+    return not waiting
