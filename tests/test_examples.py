@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.programs import run_program
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = 3
@@ -17,8 +17,9 @@ STEPS = 3
 
 def run(name: str, folder: Path) -> tuple[str, Any]:
     """What the program prints, and the JSON it writes. In a process of its own: it sets threads, seeds and logging."""
-    command = [sys.executable, str(EXAMPLES / name), "--steps", str(STEPS), "--out", "out", "--json", "summary.json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+    command = [EXAMPLES / name, "--steps", str(STEPS), "--out", "out", "--json", "summary.json"]
+    libraries = () if name == "plain_loop.py" else ("transformers.trainer", "pytorch_lightning")
+    done = run_program(command, folder, imports=libraries, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads((folder / "summary.json").read_text())
 

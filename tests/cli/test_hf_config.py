@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ess_monitor.cli.model_loading import model_of_hf_config
 from ess_monitor.errors import ConfigError
+from tests.programs import run_program
 
 transformers = pytest.importorskip("transformers")
 
@@ -31,8 +30,8 @@ def test_every_layer_of_a_model_is_described_at_its_real_size_without_memory(nam
     config = getattr(transformers, f"{name}Config")()
     config.to_json_file(tmp_path / "config.json")
     # In a process of its own: fla, once imported, puts its own models under transformers' names.
-    command = [sys.executable, "-m", "ess_monitor.cli.main", "describe", "--hf-config", str(tmp_path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["-m", "ess_monitor.cli.main", "describe", "--hf-config", tmp_path, "--json"]
+    done = run_program(command, tmp_path, imports=["transformers.trainer"])
     assert done.returncode == 0, done.stderr
     layers = json.loads(done.stdout)["layers"]
     assert len(layers) == config.num_hidden_layers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -17,6 +16,7 @@ import torch
 from ess_monitor import CaptureConfig, MonitorConfig
 from ess_monitor import profile as profile_in_python
 from ess_monitor.cli import main as cli
+from tests.programs import run_program
 
 MODELS = """
 import torch
@@ -272,9 +272,8 @@ def test_the_version_is_the_installed_one(run: Run) -> None:
 
 
 @pytest.mark.parametrize("module", ["ess_monitor.cli", "ess_monitor.cli.main"])
-def test_the_installed_command_ends_without_a_traceback(module: str) -> None:
-    command = [sys.executable, "-m", module, "describe", "nowhere:x"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_installed_command_ends_without_a_traceback(module: str, tmp_path: Path) -> None:
+    done = run_program(["-m", module, "describe", "nowhere:x"], tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: target: no module 'nowhere'")
     assert len(done.stderr.splitlines()) == 1

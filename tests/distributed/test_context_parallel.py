@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ess_monitor.capture.adapters.torch_attention import with_signature
 from ess_monitor.distributed.context_parallel import tokens_are_spread
+from tests.programs import run_program
 
 PROGRAM = """
 import torch
@@ -41,9 +42,9 @@ dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
-def test_a_layer_inside_the_block_fails_with_the_reason_and_is_read_again_outside_of_it() -> None:
-    command = [sys.executable, "-c", PROGRAM]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+def test_a_layer_inside_the_block_fails_with_the_reason_and_is_read_again_outside_of_it(tmp_path: Path) -> None:
+    run = run_program(["-c", PROGRAM], tmp_path)
+    assert run.returncode == 0, run.stderr
     *inside, outside = run.stdout.splitlines()
     assert len(inside) == 2
     assert all("context_parallel" in line and line.startswith("failed") for line in inside)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from ess_monitor import Monitor
 from ess_monitor.capture import Layer, Sampler
 from ess_monitor.ess import DiagonalRecurrence
 from tests.faults.harness import ROOT, Injection, Outcome, backbone, case, watch
+from tests.programs import run_program
 
 
 def _wait(step: int, monitor: Monitor) -> None:
@@ -187,8 +186,7 @@ def dtype_changed(injection: Injection) -> Outcome:
 @case("the model moves to a second device (simulated) at step 5, and back at step 9")
 def device_changed(injection: Injection) -> Outcome:
     # A process of its own, because a device stays registered in torch.
-    command = [sys.executable, "-m", "tests.faults.second_device"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    run = run_program(["-m", "tests.faults.second_device"], injection.folder, cwd=ROOT)
     return Outcome(**json.loads(run.stdout))
 
 

@@ -31,6 +31,7 @@ from tests.faults.harness import (
     watch,
 )
 from tests.faults.victim import LAST, TOTAL, resumable
+from tests.programs import Program
 
 
 @case("the process gets SIGKILL at a random step and is resumed from its last checkpoint")
@@ -49,14 +50,15 @@ def interrupted_and_resumed(injection: Injection) -> Outcome:
 
 
 def _ended_by(number: signal.Signals, injection: Injection) -> Outcome:
-    command = [sys.executable, "-m", "tests.faults.victim", str(injection.folder)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    if number == signal.SIGINT:
-        pipes["stderr"] = subprocess.DEVNULL  # Python's traceback of it
-    with subprocess.Popen(command, **pipes) as victim:  # type: ignore[call-overload]
+    streams = {name: injection.folder / name for name in ("stdin", "stdout")}
+    for path in streams.values():
+        os.mkfifo(path)
+    command = ["-m", "tests.faults.victim", str(injection.folder)]
+    victim = Program(command, injection.folder, cwd=ROOT, **streams)
+    with streams["stdin"].open("w"), streams["stdout"].open() as printed:
         dice = random.SystemRandom()
         for _ in range(dice.randint(1, LAST)):
-            victim.stdout.readline()
+            printed.readline()
         time.sleep(dice.uniform(0, 0.01))  # anywhere in a step
         victim.send_signal(number)
         victim.wait()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from ess_monitor.featurizers import GLA
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
 from ess_monitor.integrations.json_state import from_json, to_json
 from ess_monitor.integrations.step_loss import StepLoss
+from tests.programs import run_program
 
 
 def facts(**changes: object) -> LoopFacts:
@@ -111,7 +110,7 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it() -> None:
         require("no_such_library", "no_such_library.part", extra="x")
 
 
-def test_every_integration_says_so_when_its_library_is_missing() -> None:
+def test_every_integration_says_so_when_its_library_is_missing(tmp_path: Path) -> None:
     code = (
         "import importlib, sys\n"
         "for name in ('accelerate', 'transformers', 'lightning', 'lightning_fabric', 'pytorch_lightning'):\n"
@@ -122,7 +121,7 @@ def test_every_integration_says_so_when_its_library_is_missing() -> None:
         "    except ModuleNotFoundError as error:\n"
         "        print(name, str(error).partition('pip install ')[2])\n"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    out = run_program(["-c", code], tmp_path)
     assert out.stdout.splitlines() == [
         'accelerate "ess-monitor[accelerate]"',
         'fabric "ess-monitor[lightning]"',

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from tests.integrations.helpers import callback, measurements
+from tests.programs import run_program
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
@@ -174,8 +173,6 @@ def test_lightning_cli_builds_the_callback_from_yaml(tmp_path: Path) -> None:
         "          layers: {include: ['blocks.*']}\n"
         "          diagnosis: {patience: 9}\n"
     )
-    out = subprocess.run(
-        [sys.executable, str(script), "--config", "config.yaml"], cwd=tmp_path, capture_output=True, text=True
-    )
+    out = run_program([script, "--config", "config.yaml"], tmp_path, imports=["pytorch_lightning"], cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     assert "CONFIG 7 9 ('blocks.*',)" in out.stdout

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
+from tests.programs import run_program
 
 pytest.importorskip("pytorch_lightning")
 
@@ -68,18 +67,9 @@ def test_a_run_resumed_in_a_new_process_ends_bitwise_as_the_uninterrupted_one(tm
     script = tmp_path / "run.py"
     script.write_text(RESUME_SCRIPT.format(settings=SETTINGS))
 
-    def started(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, str(script), *arguments], stderr=subprocess.PIPE, text=True)
-
-    def ended(process: subprocess.Popen[str]) -> None:
-        _, printed = process.communicate()
-        assert process.returncode == 0, printed
-
-    with started("24", "whole.ckpt") as whole_run:  # beside the other two
-        for arguments in (("8", "part.ckpt"), ("24", "rest.ckpt", "part.ckpt")):
-            with started(*arguments) as process:
-                ended(process)
-        ended(whole_run)
+    for arguments in (("24", "whole.ckpt"), ("8", "part.ckpt"), ("24", "rest.ckpt", "part.ckpt")):
+        process = run_program([script, *arguments], tmp_path / f"of_{arguments[1]}", imports=["pytorch_lightning"])
+        assert process.returncode == 0, process.stderr
     whole, rest = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.ckpt", "rest.ckpt"))
     assert whole["callbacks"]["ess_monitor"]["autopilot"]["spent"] > 0
     assert (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from tests.integrations.helpers import (
     measurements,
     train,
 )
+from tests.programs import run_program
 
 transformers = pytest.importorskip("transformers")
 
@@ -195,7 +194,7 @@ def test_a_training_that_dies_in_silence_ends_the_run_with_the_program(tmp_path:
         "hf_trainer(folder, LanguageModel(fail_at=4), ess).train()\n"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=root, env=_with_path(root))
+    done = run_program([script], tmp_path, imports=["transformers.trainer"], cwd=root, env=_with_path(root))
     assert "ZeroDivisionError: injected" in done.stderr
     last = list(read_event_log(tmp_path / "log"))[-1]
     assert (last.event, last.data.status) == ("run_finished", "failed")

@@ -29,16 +29,16 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def module_site() -> tuple[nn.Module, Loss]:
+def module_site(layers: int = 2) -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
-    model, x = nn.Sequential(GLA(16, 2), GLA(16, 2)), torch.randn(2, 8, 16)
+    model, x = nn.Sequential(*(GLA(16, 2) for _ in range(layers))), torch.randn(2, 4, 16)
     return model, lambda called: called(x).square().sum()
 
 
-def op_site() -> tuple[nn.Module, Loss]:
+def op_site(layers: int = 1) -> tuple[nn.Module, Loss]:
     torch.manual_seed(0)
-    model, (tokens,), kwargs = hf("Mamba", state_size=4)
-    short = tokens[:, :6]  # the compiler writes the scan out, token by token
+    model, (tokens,), kwargs = hf("Mamba", state_size=4, num_hidden_layers=layers)
+    short = tokens[:1, :3]  # the compiler writes the scan out, token by token
     return model.train(), lambda called: called(short, **kwargs).logits.square().sum()
 
 
@@ -59,12 +59,20 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("how", ["whole", "in place", "each layer"])
-@pytest.mark.parametrize("make", [module_site, op_site])
+@pytest.mark.parametrize(
+    ("make", "layers", "how"),
+    [
+        (module_site, 1, "whole"),
+        (module_site, 2, "in place"),
+        (module_site, 2, "each layer"),
+        (op_site, 1, "whole"),
+        (op_site, 1, "each layer"),
+    ],
+)
 def test_gradients_are_those_of_the_added_term_and_the_compiler_is_left_as_it_was(
-    make: Callable[[], tuple[nn.Module, Loss]], how: str
+    make: Callable[[int], tuple[nn.Module, Loss]], layers: int, how: str
 ) -> None:
-    model, loss = make()
+    model, loss = make(layers)
     layer = find_layers(model)[-1]
     bare = (loss(model).backward(), gradients(model))[1]
     with collect_penalties(model, [layer.name]) as penalties:

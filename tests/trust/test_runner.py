@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from benchmarks.trust.plan import missing
 from benchmarks.trust.runner import read_results, record, run_missing, summary
 from benchmarks.trust.settings import thresholds_digest
 from benchmarks.trust.verdict import judge
+from tests.programs import run_program
 from tests.trust.stub import action, finding, outcome, result
 
 RUNS = CATALOG[:3]
@@ -116,7 +115,7 @@ def test_jobs_run_on_ray(tmp_path: Path) -> None:
         "from benchmarks.trust.runner import run_missing; from tests.trust.stub import outcome\n"
         "print(run_missing(CATALOG[:3], Path(sys.argv[1]), workers=1 + 1, work=outcome))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False)
+    done = run_program(["-c", code, out], tmp_path, imports=["ray"], seconds=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"({len(JOBS)}, 0)" in done.stdout
     assert keys(out) == set(JOBS)

@@ -6,8 +6,6 @@ import gc
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from ess_monitor.records import Snapshot
 from tests.exporters.conftest import Certificate
 from tests.exporters.helpers import free_port, measurement, run_info, snapshot, threads_of_ours
 from tests.exporters.prometheus.scraping import ask
+from tests.programs import ROOT, run_program
 
 PATIENCE_SECONDS = 30.0
 
@@ -133,8 +132,7 @@ exporter.start(run_info(), lambda: snapshot())
 exporter.close("finished")
 print(len(list(Path({str(tmp_path)!r}).glob("*.json"))))
 """
-    root = Path(__file__).parents[4]
-    process = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    process = run_program(["-c", code], tmp_path.parent / "output", cwd=ROOT)
     assert (process.returncode, process.stdout, process.stderr) == (0, "1\n", "")
     assert list(tmp_path.iterdir()) == []
 
