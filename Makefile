@@ -29,13 +29,16 @@ demo: $(DEV)
 observability: $(DEV)
 	$(BIN)/python examples/observability.py
 
-# A file's tests stay in one process, so that what they share is made once. WORKERS=0 runs all in this one.
+# A file's tests stay in one process, so that what they share is made once; tests/conftest.py says which file begins.
+# WORKERS=0 runs all in this process.
+DISTRIBUTED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(DEV)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(DISTRIBUTED) $(ARGS)
 
 # Lines and branches; takes half as long again.
 coverage: $(DEV)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest $(DISTRIBUTED) --cov --cov-report=term $(ARGS)
 
 # A quarter of an hour. mutmut has a folder of its own, so that its dependencies are none of ours.
 mutation: $(DEV) $(MUTMUT)

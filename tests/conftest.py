@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +14,21 @@ import torch
 
 MAX_THREADS = int(os.environ.get("TEST_THREADS", "1"))
 """Many small tensors: more threads only fight each other. The suite holds with 2 as well (see CONTRIBUTING.md)."""
+
+LONGEST_FILES = (
+    "observability/test_end_to_end.py",
+    "test_sweep.py",
+    "test_ranks_examples.py",
+    "capture/adapters/test_decay_power.py",
+    "interventions/test_compiled.py",
+    "capture/adapters/test_pull.py",
+    "capture/adapters/test_faithful.py",
+    "faults/test_faults.py",
+    "trust/test_runner.py",
+    "pipeline/test_replays_resumed.py",
+    "integrations/test_contract.py",
+)
+"""They begin, the longest first: one that came last would run alone while the other processes have nothing left."""
 
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
@@ -50,6 +66,11 @@ def pytest_configure() -> None:
         # Started in the background of a shell. Programs that are tested with Ctrl-C would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(min(MAX_THREADS, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

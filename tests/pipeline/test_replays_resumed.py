@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ STEPS = 36
 """Judged are steps 2, 10, 18, 26 and 34; the treatment begins at 10."""
 
 
-def story(*loops: Loop) -> list[tuple[Any, ...]]:
+def story(loop: Loop) -> list[tuple[Any, ...]]:
     """All that was found and done, and on what it rests."""
-    told: list[tuple[Any, ...]] = []
-    for loop in loops:
-        told += [(f.step, f.layer, f.condition, f.reason, f.evidence) for f in loop.monitor.findings]
-        told += [(a.step, a.layer, a.action, a.outcome, a.strength, a.message) for a in loop.monitor.actions]
+    told: list[tuple[Any, ...]] = [(f.step, f.layer, f.condition, f.reason, f.evidence) for f in loop.monitor.findings]
+    told += [(a.step, a.layer, a.action, a.outcome, a.strength, a.message) for a in loop.monitor.actions]
+    return sorted_story(told)
+
+
+def sorted_story(told: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return sorted(told, key=lambda entry: (entry[0], *map(str, entry[1:])))
 
 
@@ -52,22 +55,34 @@ def wholes() -> dict[str, Loop]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "at"),
-    [
-        *(("trial", at) for at in (1, 2, 3, 4, 9, 10, 12, 15, 16, 17, 18, 20, 25, 27)),
-        *(("given up", at) for at in (12, 16, 20, 25)),
-        *((name, at) for name in ("alpha", "harm") for at in (3, 12, 15, 17, 20, 29)),
-        *(("outputs", at) for at in (3, 12)),
-    ],
-)
-def test_a_run_that_was_saved_at_any_step_goes_on_bit_by_bit(name: str, at: int, wholes: dict[str, Loop]) -> None:
-    whole = wholes[name]
-    first = loop_of(name).run(at)
-    saved = first.save()
-    rest = loop_of(name).load(saved).run(STEPS - at)
-    assert story(first, rest) == story(whole)
+SAVED_AT = {
+    "trial": (1, 2, 3, 4, 9, 10, 12, 15, 16, 17, 18, 20, 25, 27),
+    "given up": (12, 16, 20, 25),
+    "alpha": (3, 12, 15, 17, 20, 29),
+    "harm": (3, 12, 15, 17, 20, 29),
+    "outputs": (3, 12),
+}
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[tuple[str, int], tuple[io.BytesIO, list[tuple[Any, ...]]]]:
+    """What was saved at each step, and what had been told until then; saved one after the other in one run."""
+    found = {}
+    for name, steps in SAVED_AT.items():
+        first = loop_of(name)
+        for at in steps:
+            found[name, at] = first.run(at - first.step).save(), story(first)
+        first.monitor.close()
+    return found
+
+
+@pytest.mark.parametrize(("name", "at"), [(name, at) for name, steps in SAVED_AT.items() for at in steps])
+def test_a_run_that_was_saved_at_any_step_goes_on_bit_by_bit(
+    name: str, at: int, wholes: dict[str, Loop], saved: dict[tuple[str, int], Any]
+) -> None:
+    whole, (state, told) = wholes[name], saved[name, at]
+    rest = loop_of(name).load(state).run(STEPS - at)
+    assert sorted_story([*told, *story(rest)]) == story(whole)
     assert bits(rest.training()) == bits(whole.training())
     assert bits(states_without_times(rest)) == bits(states_without_times(whole))
-    first.monitor.close()
     rest.monitor.close()
