@@ -32,6 +32,8 @@ LONGEST_FILES = (
 
 IN_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 
+# Read by the processes that tests start: theirs would fight with each other and with those of the other tests.
+os.environ.setdefault("OMP_NUM_THREADS", str(MAX_THREADS))
 
 if not torch.cuda.is_available():
     # Read when triton and fla are imported, which other libraries do: fla is tested in Triton's interpreter.
