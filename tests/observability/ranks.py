@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.exporters.helpers import free_port
+from tests.programs import ROOT, Program
 
-ROOT = Path(__file__).parents[2]
 RUN_ID = "recall-7"
 
 
@@ -19,7 +17,8 @@ class Rank:
     """One process; a context that ends it."""
 
     def __init__(self, rank: int, world_size: int, port: int, targets: Path, folder: Path) -> None:
-        self._log = folder / f"rank-{rank}.log"
+        stdin = folder / f"rank-{rank}.stdin"
+        os.mkfifo(stdin)
         torchrun = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
@@ -30,11 +29,15 @@ class Rank:
             "LOCAL_WORLD_SIZE": str(world_size),
             "TORCHELASTIC_RUN_ID": RUN_ID,
         }
-        command = [sys.executable, "-m", "tests.observability.training", str(targets), str(event_log(folder))]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **torchrun}, stdin=subprocess.PIPE, stdout=log, stderr=log
-            )
+        self._process = Program(
+            ["-m", "tests.observability.training", str(targets), str(event_log(folder))],
+            folder / f"rank-{rank}",
+            imports=["pytorch_lightning"],
+            cwd=ROOT,
+            env={**os.environ, **torchrun},
+            stdin=stdin,
+        )
+        self._stdin = stdin.open("w")
 
     def __enter__(self) -> Rank:
         return self
@@ -44,14 +47,13 @@ class Rank:
 
     def begin(self) -> None:
         """Let it train."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(b"\n")
-        self._process.stdin.flush()
+        self._stdin.write("\n")
+        self._stdin.flush()
 
     def kill(self) -> None:
         """As the kernel does when memory is out: no handler runs, nothing is tidied up."""
         self._process.kill()
-        self._process.communicate()
+        self._stdin.close()
 
     def still_running(self) -> bool:
         """True; False after a clean end.
@@ -60,7 +62,7 @@ class Rank:
             AssertionError: it ended with an error; the message has the end of its log.
         """
         status = self._process.poll()
-        assert status in (None, 0), f"status {status}: {self._log.read_text()[-3000:]}"
+        assert status in (None, 0), f"status {status}: {self._process.errors[-3000:]}"
         return status is None
 
     def wait(self, seconds: float) -> int:
