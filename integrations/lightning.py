@@ -109,6 +109,16 @@ class ESSMonitorCallback(CallbackBase, _Base):
         replay = _replay(trainer, pl_module, batch, batch_idx) if self.monitor.replay_due else None
         self.monitor.step(metrics, optimizer=trainer.optimizers, step=steps, replay=replay)
 
+    def on_validation_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Take no batch for one of the training until the validation ends, whatever gradients it computes."""
+        if self.monitor is not None:
+            self.monitor.evaluates(True)
+
+    def on_validation_end(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Go on with the training."""
+        if self.monitor is not None:
+            self.monitor.evaluates(False)
+
     def on_validation_batch_start(
         self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:

@@ -15,6 +15,10 @@ TRANSFORMED = (
     "the model runs inside of a transform of torch.func (vmap, grad, jvp), where its tensors stand for many; call it "
     "without the transform to measure it"
 )
+UNTRAINED = (
+    "it was called, but no gradient arrived at what it put out, so none of its passes trains; to measure batches of an "
+    "evaluation set capture.source='validation'"
+)
 
 
 class Ignored(NamedTuple):

@@ -2,8 +2,9 @@
 
 Hooks are attached when a sample is armed and removed when it is collected: a step that is not sampled runs the model
 exactly as it would without the monitor. A hook does not change or wait for what the layer does. It copies a small slice
-of the tensors that define the operator, on the stream the layer runs on. A sampled step of a compiled model runs
-eagerly, because compiled code ignores hooks that were attached after its first call.
+of the tensors that define the operator, on the stream the layer runs on. Of training batches the copies of the pass
+that gets a backward pass are kept (`training_pass`). A sampled step of a compiled model runs eagerly, because compiled
+code ignores hooks that were attached after its first call.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from ess_monitor import validation
 from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
 from ess_monitor.capture.hooks.compiler import EagerStance
 from ess_monitor.capture.hooks.forward_errors import when_raised
-from ess_monitor.capture.ignored_calls import TRANSFORMED, Ignored, is_transformed, why_ignored, why_not_seen
+from ess_monitor.capture.ignored_calls import TRANSFORMED, UNTRAINED, Ignored, is_transformed, why_ignored, why_not_seen
 from ess_monitor.capture.layers import Layer
+from ess_monitor.capture.training_pass import Candidate, TrainingPass
 from ess_monitor.distributed.context_parallel import tokens_are_spread
 from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.ess import Operator
@@ -39,15 +41,17 @@ class CaptureConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: int = Field(default=4, ge=1)
-    """Sequences of the batch. The paper averages over 8; 4 with 4 heads gives as many operators at half the memory."""
+    """Sequences of the batch, rotating through all of its rows over the samples. The paper averages over 8; 4 with 4
+    heads gives as many operators at half the memory."""
     heads: int | None = Field(default=4, ge=1)
     """Heads (or channels) per layer and sample, rotating through all of them over the samples; None takes all."""
     max_length: int | None = Field(default=1024, ge=2)
     """Tokens from the start of the sequence. T is causal, so the crop is the exact operator of a shorter sequence;
     None takes the whole sequence."""
     source: Literal["train", "validation", "random_tokens"] = "train"
-    """What is sampled: batches the model trains on, batches it is validated on, or random tokens that are sent through
-    it for this purpose (models with a token embedding; costs a forward pass of `samples` sequences). Data with few
+    """What is sampled: batches the model trains on (the forward pass that gets a backward pass; no rollout, evaluation
+    or teacher, in whatever mode), batches it is validated on, or random tokens that are sent through it for this
+    purpose (models with a token embedding; costs a forward pass of `samples` sequences). Data with few
     distinct tokens cap the ESS; random ones lift the cap: collapsed WLA runs show .15-.18 of TSS, rescued ones .6."""
 
 
@@ -78,6 +82,10 @@ class CaptureFailure:
     """Whether the layer's forward was called."""
 
 
+Taken = Captured | CaptureFailure
+"""What a layer's call gave."""
+
+
 def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
     """Return `take` evenly spaced heads of `total`, shifted by one with every `turn`, so that each has its turn.
 
@@ -87,6 +95,21 @@ def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
     if take is None or take >= total:
         return tuple(range(total))
     return tuple(sorted({(turn + k * total // take) % total for k in range(take)}))
+
+
+def rotate_rows(total: int, take: int, turn: int) -> slice:
+    """Return `take` evenly spaced rows of `total`, shifted by one with every `turn`, so that each has its turn.
+
+    A slice, because it makes a view: nothing but the rows is ever copied.
+
+    >>> rotate_rows(8, 4, 0), rotate_rows(8, 4, 1), rotate_rows(2, 4, 5)
+    (slice(0, 7, 2), slice(1, 8, 2), slice(0, 2, 1))
+    """
+    take = min(take, total)
+    apart = total // take
+    reach = (take - 1) * apart + 1
+    start = turn % (total - reach + 1)
+    return slice(start, start + reach, apart)
 
 
 def _share_of(count: int, share: float) -> int:
@@ -147,34 +170,45 @@ class Sampler:
         """The share of this sample."""
         self.turn = 0
         """Number of samples so far. It decides which heads come next."""
+        self.paused = False
+        """While the loop evaluates: no pass is taken for one that trains, whatever gradients it computes."""
         self._armed = False
+        self._takes_any = False
         self._forget: Callable[[], None] | None = None
         self._off, self._next_share = off, share
         self._on_operator = on_operator
         self._clock = clock
         self._hooks: list[HookHandle] = []
         self._eager = EagerStance()
-        self._results: dict[str, Captured | CaptureFailure] = {}
+        self._training = TrainingPass[Taken]((), None)
+        self._first: dict[str, Candidate[Taken]] = {}
+        """Layer name -> its first call, where any forward pass is taken."""
+        self._failures: dict[str, CaptureFailure] = {}
+        """Layers that could not be watched or followed at all."""
         self._called: set[str] = set()
         """Names of the layers whose forward was called."""
+        self._untrained: set[str] = set()
+        """Names of the layers that were read, or could have been, in a pass of which it is not known that it trains."""
         self._ignored: dict[str, Ignored] = {}
         """Layer name -> why its last call that was not read was not."""
-        self._captured_calls: dict[str, tuple[int, int]] = {}
-        """Layer name -> the captured call: number of the layer's forward call, and when the call ended."""
 
     @property
     def armed(self) -> bool:
         """True between `arm` and `collect`."""
         return self._armed
 
-    def arm(self) -> None:
-        """Attach the hooks for the next forward pass. A second call does nothing."""
+    def arm(self, *, any_pass: bool = False) -> None:
+        """Attach the hooks for the next forward pass.
+
+        Args:
+            any_pass: take the first forward pass, whether it trains or not. A second call, while the sampler is armed,
+                can only set this.
+        """
+        takes_any = self.config.source != "train" or validation.flag("any_pass", any_pass)
+        self._takes_any = takes_any or (self._armed and self._takes_any)
         if self._armed:
             return
-        self._results.clear()
-        self._captured_calls.clear()
-        self._called.clear()
-        self._ignored.clear()
+        self._clear()
         self.capture_seconds = 0.0
         share = self._next_share()
         layers = () if share is None else tuple(layer for layer in self.layers if layer.name not in self._off)
@@ -184,6 +218,9 @@ class Sampler:
         self._armed = True
         if layers and self._model is not None:
             self._forget = when_raised(self._model, self._abort)
+        if layers and self.config.source == "train":
+            self._training = TrainingPass((layer.module for layer in layers), self._model)
+            self._training.attach()
         for layer in layers:
             try:
                 note = ModuleHook(partial(self._note_call, layer))
@@ -192,23 +229,30 @@ class Sampler:
                 self._hooks.append(handle)
                 self._hooks.append(layer.spec.site.watch(layer.module, after=partial(self._on_call, layer)))
             except Exception as error:
-                self._results[layer.name] = _failure(layer, error)
+                self._failures[layer.name] = _failure(layer, error)
 
     def collect(self) -> tuple[Captured | CaptureFailure, ...]:
         """Remove the hooks and return the results of the forward pass, in model order."""
+        found = self._found()
         self.remove()
-        results = tuple(self._results[layer.name] for layer in self.layers if layer.name in self._results)
-        self._results.clear()
+        results = tuple(found[layer.name] for layer in self.layers if layer.name in found)
+        self._clear()
         if results:
             self.turn += 1
         return results
 
     def unread(self) -> tuple[CaptureFailure, ...]:
         """Return why layers that the last sample asked for gave nothing, in model order; call it before `collect`."""
-        names = set(self.asked) - self._results.keys()
+        names = set(self.asked) - self._found().keys()
         return tuple(self._unread(layer) for layer in self.layers if layer.name in names)
 
+    def _found(self) -> dict[str, Taken]:
+        first = {name: candidate.result for name, candidate in self._first.items()}
+        return {**self._failures, **self._training.found, **first}
+
     def _unread(self, layer: Layer) -> CaptureFailure:
+        if layer.name in self._untrained:
+            return CaptureFailure(layer, UNTRAINED, was_called=False)
         ignored = self._ignored.get(layer.name)
         if ignored is not None:
             return CaptureFailure(layer, ignored.reason, status=ignored.status)
@@ -219,54 +263,72 @@ class Sampler:
         """Remove the hooks."""
         self._armed = False
         self._eager.end()
+        self._training.close()
         while self._hooks:
             self._hooks.pop().remove()
         if self._forget is not None:
             self._forget()
             self._forget = None
 
+    def _clear(self) -> None:
+        for held in (self._first, self._failures, self._called, self._untrained, self._ignored):
+            held.clear()
+
     def _abort(self) -> None:
         logger.debug("ess_monitor: the forward pass raised, and its sample is lost")
         self.remove()
-        self._results.clear()
+        self._clear()
+
+    @property
+    def _cannot_train(self) -> bool:
+        """Whether a pass that runs now is none that is looked for."""
+        return not self._takes_any and (self.paused or not torch.is_grad_enabled())
 
     def _note_call(self, layer: Layer, *call: object) -> None:
-        if not self._is_validation(layer):
+        if not self._cannot_train:
             self._called.add(layer.name)
 
-    def _is_validation(self, layer: Layer) -> bool:
-        """Return whether a pass is a validation pass between two training steps, and not a training batch."""
-        return self.config.source == "train" and not layer.module.training and not torch.is_grad_enabled()
-
     def _on_call(self, layer: Layer, call: Call) -> None:
-        if self._is_validation(layer):
+        if self._cannot_train:
+            self._untrained.add(layer.name)
             return
         started = self._clock()
         try:
-            if layer.name not in self._results:
-                captured = self._take(layer, call)
-                if captured is not None:
-                    self._results[layer.name] = captured
-                    self._captured_calls[layer.name] = (call.forward_number, call.end_number)
-            elif self._is_second_call(layer, call):
-                self._results[layer.name] = _failure(layer, CaptureError(_SEVERAL_CALLS))
+            earlier = self._first.get(layer.name) or self._training.latest(layer.name)
+            if earlier is not None and self._is_second_call(layer, call, earlier):
+                earlier.result = _failure(layer, CaptureError(_SEVERAL_CALLS))
+            elif self._takes_any:
+                if layer.name not in self._first and (candidate := self._candidate(layer, call)) is not None:
+                    self._first[layer.name] = candidate
+            elif self._training.wants(layer.name) and (candidate := self._candidate(layer, call)) is not None:
+                if is_transformed():  # its tensors take no hooks
+                    raise CaptureError(TRANSFORMED)
+                self._untrained.add(layer.name)
+                self._training.add(candidate, layer.module, call.output)
         except Exception as error:
-            self._results[layer.name] = _failure(layer, error)
+            self._failures[layer.name] = _failure(layer, error)
         self.capture_seconds += self._clock() - started
 
-    def _is_second_call(self, layer: Layer, call: Call) -> bool:
+    def _is_second_call(self, layer: Layer, call: Call, earlier: Candidate[Taken]) -> bool:
         """Return whether a layer calls its op again after the captured call, so that its y is not that call's T u.
 
         Not a second call: one in another forward call of the layer (it is shared, or a checkpoint recomputes it), the
         end of an op that made the captured call, and a call that is not the one meant.
         """
-        if not isinstance(self._results[layer.name], Captured):
+        if not isinstance(earlier.result, Captured) or not call.forward_number:
             return False
-        forward_number, end_number = self._captured_calls[layer.name]
-        if not call.forward_number or call.forward_number != forward_number or call.start_number < end_number:
+        if call.forward_number != earlier.forward_number or call.start_number < earlier.end_number:
             return False
         with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
             return layer.spec.build(call) is not None
+
+    def _candidate(self, layer: Layer, call: Call) -> Candidate[Taken] | None:
+        """Read a call; None for one that is not the one meant."""
+        try:
+            result: Taken | None = self._take(layer, call)
+        except Exception as error:
+            result = _failure(layer, error)
+        return None if result is None else Candidate(layer.name, result, call.forward_number, call.end_number)
 
     def _take(self, layer: Layer, call: Call) -> Captured | None:
         if tokens_are_spread():
@@ -282,8 +344,9 @@ class Sampler:
             most = whole.heads if self.config.heads is None else min(self.config.heads, whole.heads)
             heads = rotate_heads(whole.heads, _share_of(most, self.share), self.turn)
             samples = _share_of(min(self.config.samples, whole.batch), self.share)
+            rows = rotate_rows(whole.batch, samples, self.turn)
             length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
-            few = whole.select(samples=slice(0, samples), heads=heads, length=length)
+            few = whole.select(samples=rows, heads=heads, length=length)
             operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
         captured = Captured(layer, operator, heads, whole.heads)
         if self._on_operator is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from ess_monitor import validation
 from ess_monitor.config import MonitorConfig
 from ess_monitor.pipeline.context import Metrics
 from ess_monitor.pipeline.queue import MeasurementQueue
@@ -19,10 +20,20 @@ class RunSampling(RunView):
     _queue: MeasurementQueue
     _schedule: Schedule
 
-    def arm(self) -> None:
-        """Sample the next forward pass. `step` does this by itself when training batches are the source."""
+    def arm(self, *, any_pass: bool = False) -> None:
+        """Sample the next forward pass. `step` does this by itself when training batches are the source.
+
+        Args:
+            any_pass: where training batches are the source, take the next forward pass even if no backward pass
+                follows.
+        """
         if self._alive and self._context.layers and not self._schedule.waiting:
-            self._trigger.arm(self._step, measures=self._schedule.measures, exchanges=self._schedule.exchanges)
+            self._trigger.arm(
+                self._step,
+                measures=self._schedule.measures,
+                exchanges=self._schedule.exchanges,
+                any_pass=any_pass,
+            )
 
     def disarm(self, metrics: Metrics | None = None) -> None:
         """Remove the hooks and send what they captured to be measured."""
@@ -31,12 +42,26 @@ class RunSampling(RunView):
 
     @contextmanager
     def sample(self, metrics: Metrics | None = None) -> Iterator[None]:
-        """Sample the forward pass inside the block, whether it is due or not; for validation batches and notebooks."""
-        self.arm()
+        """Sample the first forward pass inside the block, whether it is due or trains or not.
+
+        For validation batches and notebooks.
+        """
+        self.arm(any_pass=True)
         try:
             yield
         finally:
             self.disarm(metrics)
+
+    def evaluates(self, now: bool) -> None:
+        """Tell the monitor that the loop begins to evaluate, or is done with it.
+
+        In between no forward pass is taken for one that trains. Without this call an evaluation is told by its having
+        no backward pass; it matters where one computes gradients that do reach parameters.
+
+        Args:
+            now: True at the beginning, False at the end.
+        """
+        self._trigger.pause(validation.flag("now", now))
 
     def _arm_if_due(self) -> None:
         if self.config.capture.source == "train" and self.sample_due:

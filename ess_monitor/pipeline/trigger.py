@@ -10,7 +10,7 @@ from ess_monitor.pipeline.context import RunContext, Sample
 from ess_monitor.runtime.guard import logger
 
 _UNSEEN_STEPS = 3
-"""Steps in a row without a forward pass in training that are taken for an evaluation; a longer gap is reported."""
+"""Steps in a row without a forward pass that trains that are taken for an evaluation; a longer gap is reported."""
 
 
 class SampleTrigger:
@@ -44,6 +44,10 @@ class SampleTrigger:
     def turn(self, turn: int) -> None:
         self._sampler.turn = turn
 
+    def pause(self, paused: bool) -> None:
+        """Take no pass for one that trains, or do so again."""
+        self._sampler.paused = paused
+
     @property
     def has_hooks(self) -> bool:
         """False on a rank that takes part in a sample without capturing anything."""
@@ -65,18 +69,19 @@ class SampleTrigger:
         self.armed_at = None
         self._sampler.remove()
 
-    def arm(self, step: int, *, measures: bool, exchanges: bool) -> None:
+    def arm(self, step: int, *, measures: bool, exchanges: bool, any_pass: bool = False) -> None:
         """Attach the hooks for the next forward pass, unless capture or its worker has turned itself off.
 
         Args:
             step: optimizer steps so far.
             measures: whether this rank measures its own data.
             exchanges: whether other ranks wait for this one. It then takes part with an empty sample.
+            any_pass: take a pass that does not train, too.
         """
         if measures and self._guards["capture"].open and self._guards["worker"].open:
             with self._guards["capture"].beginning():
                 self.armed_at = step
-                self._sampler.arm()
+                self._sampler.arm(any_pass=any_pass)
                 self._report_new_layers()
         self.armed_at = step if self._sampler.armed or exchanges else None
 
@@ -97,7 +102,7 @@ class SampleTrigger:
             raise CaptureError("no module was called with integer tokens (batch, length) as its only tensor")
 
     def collect(self, *, exchanges: bool) -> Sample | None:
-        """Remove the hooks and return what they captured; None where there was no forward pass in training."""
+        """Remove the hooks and return what they captured; None where no forward pass has trained."""
         step, self.armed_at = self.armed_at, None
         if step is None or not self._sampler.armed:
             return None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ess_monitor import CaptureError, capture_operators
+from ess_monitor import CaptureConfig, CaptureError, capture_operators
 from ess_monitor.capture import Captured, CaptureFailure, CaptureSpec, Layer, Sampler, find_layers
 from ess_monitor.capture.capture_pass import EVERYTHING
 from ess_monitor.capture.hooks.call_site import Call, CallSite, Op
@@ -63,8 +63,8 @@ class Fused(nn.Module):
         return fused(x)
 
 
-def sampled(net: nn.Module, call: Any) -> tuple[Captured | CaptureFailure, ...]:
-    sampler = Sampler(find_layers(net), TRAINING)
+def sampled(net: nn.Module, call: Any, config: CaptureConfig = EVERYTHING) -> tuple[Captured | CaptureFailure, ...]:
+    sampler = Sampler(find_layers(net), config)
     sampler.arm()
     call(net)
     return sampler.collect()
@@ -88,7 +88,7 @@ def test_a_recomputation_is_no_second_call(reentrant: bool) -> None:
     def call(net: nn.Module) -> None:
         checkpoint(net, X.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
 
-    [item] = sampled(Attends(), call)
+    [item] = sampled(Attends(), call, TRAINING)
     assert isinstance(item, Captured)
 
 
@@ -115,7 +115,7 @@ def test_an_op_that_calls_another_is_one_call() -> None:
 
     net = Fused()
     site = CallSite(ops=(Op("fused", (globals(),)), Op("inner", (globals(),))))
-    sampler = Sampler((Layer("0", net, CaptureSpec("SoftmaxAttention", build, site=site)),), TRAINING)
+    sampler = Sampler((Layer("0", net, CaptureSpec("SoftmaxAttention", build, site=site)),), EVERYTHING)
     for _ in range(2):
         sampler.arm()
         net(X)
@@ -137,7 +137,7 @@ def test_models_that_run_in_two_threads_at_once_keep_their_layers_apart() -> Non
     attends = {model: Attends() for model in models}
     for model, alone in attends.items():
         alone.load_state_dict(model.state_dict())
-    samplers = [Sampler(find_layers(model), TRAINING) for model in models]
+    samplers = [Sampler(find_layers(model), EVERYTHING) for model in models]
     for sampler in samplers:
         sampler.arm()
     threads = [threading.Thread(target=model, args=(X,)) for model in models]

@@ -23,7 +23,7 @@ def net() -> nn.Sequential:
 
 
 def sampler(net: nn.Module, **settings: object) -> Sampler:
-    return Sampler(find_layers(net), CaptureConfig(**settings))
+    return Sampler(find_layers(net), CaptureConfig(**{"source": "validation", **settings}))
 
 
 @pytest.mark.parametrize("name", sorted(FEATURIZERS))
@@ -109,7 +109,7 @@ def test_only_the_first_forward_pass_is_taken(net: nn.Sequential) -> None:
 
 
 def test_a_validation_pass_is_not_taken_for_a_training_batch(net: nn.Sequential) -> None:
-    s = sampler(net)
+    s = sampler(net, source="train")
     s.arm()
     net.eval()
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_a_failure_says_what_was_raised_and_keeps_no_frame_of_the_forward_pass(
 
 def test_a_layer_that_is_off_is_left_alone_from_the_next_sample_on(net: nn.Sequential) -> None:
     off: set[str] = set()
-    s = Sampler(find_layers(net), CaptureConfig(), off=off)
+    s = Sampler(find_layers(net), CaptureConfig(source="validation"), off=off)
     for expected in (("0", "1"), ("1",), ()):
         s.arm()
         assert s.armed
@@ -169,7 +169,7 @@ def test_a_layer_that_is_off_is_left_alone_from_the_next_sample_on(net: nn.Seque
 def test_a_share_of_what_there_is_is_taken(
     net: nn.Sequential, batch: int, share: float, samples: int, heads: int
 ) -> None:
-    s = Sampler(find_layers(net), CaptureConfig(samples=4, heads=3), share=lambda: share)
+    s = Sampler(find_layers(net), CaptureConfig(samples=4, heads=3, source="validation"), share=lambda: share)
     s.arm()
     net(torch.randn(batch, 8, 16))
     for item in s.collect():
