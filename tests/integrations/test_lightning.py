@@ -106,6 +106,27 @@ def test_logged_metrics_and_the_loss_reach_the_measurement(tmp_path: Path) -> No
         assert m.metrics["train_loss"] == pytest.approx(module.losses[m.step])
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["loss", "backward"])
+def test_a_validation_with_gradients_is_not_taken_for_the_training(backward: bool, tmp_path: Path) -> None:
+    """In train mode, as one that computes forces may be; its sequences are shorter than those of the training."""
+    log = tmp_path / "log.jsonl"
+    module = make_module(pl)
+
+    def validation_step(batch, batch_idx):
+        module.train()
+        with torch.enable_grad():
+            loss = module.model(batch[0][:, :8]).square().mean()
+        if backward:
+            loss.backward()
+            module.zero_grad()
+
+    module.validation_step = validation_step
+    ess = callback("lightning", exporters=[{"kind": "event_log", "path": str(log)}])
+    trainer = make_trainer(tmp_path, [ess], val_check_interval=1, inference_mode=False)
+    trainer.fit(module, loader(5), loader(1))
+    assert [{(r.length, r.status) for r in m.readings} for m in measurements(log)] == [{(24, "ok")}] * 2
+
+
 def test_validation_batches_can_be_the_source(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     ess = callback("lightning", capture={"source": "validation"}, exporters=[{"kind": "event_log", "path": str(log)}])
