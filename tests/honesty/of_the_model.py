@@ -24,6 +24,7 @@ def _train(monitor: Monitor, **step: Any) -> None:
     """Two steps with a sample, and the end."""
     with monitor:
         for _ in range(2):
+            monitor.arm(any_pass=True)
             monitor.model(floats(2, 6, 8))
             monitor.step(**step)
         monitor.flush()
@@ -37,6 +38,7 @@ def _stepped(**given: Any) -> None:
 def _running(use: Any) -> Any:
     def call(**given: Any) -> None:
         with Monitor(model()) as monitor:
+            monitor.arm(any_pass=True)
             monitor.model(floats(2, 6, 8))
             use(monitor, **given)
 
@@ -89,6 +91,8 @@ PACKAGE: dict[str, Case] = {
     "Monitor.close": Case(_running(Monitor.close), lambda: {"status": "finished", "timeout_seconds": 5.0}),
     "Monitor.disarm": Case(_running(Monitor.disarm), lambda: {"metrics": {"loss": 1.0}}),
     "Monitor.sample": Case(_running(_sampled), lambda: {"metrics": {"loss": 1.0}}),
+    "Monitor.arm": Case(_running(Monitor.arm), lambda: {"any_pass": True}),
+    "Monitor.evaluates": Case(_running(Monitor.evaluates), lambda: {"now": True}),
     "Monitor.load_state_dict": Case(_loaded, lambda: {"state": Monitor(model()).state_dict()}),
     "capture_operators": Case(
         lambda model, inputs: ess_monitor.capture_operators(model, inputs),

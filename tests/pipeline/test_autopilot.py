@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_takes_the_treatment_back() -> None:
     assert before > 1
     monitor = loop.monitor
     for _ in range(8):
-        loop.model(torch.randint(0, 16, (4, 40)))
+        loop.model(torch.randint(0, 16, (4, 40))).sum().backward()
         monitor.step({"loss": torch.tensor(float("nan")), "accuracy": 0.1}, optimizer=loop.optimizer)
     assert [a.outcome for a in monitor.actions if a.outcome == "rolled_back"] == ["rolled_back"]
     assert float(loop.model.blocks[1].mixer.log_alpha) == 0.0

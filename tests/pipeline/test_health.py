@@ -297,7 +297,7 @@ def test_a_worker_that_is_off_gets_no_more_samples(monkeypatch: pytest.MonkeyPat
     with Monitor(backbone(), settings) as monitor:
         for _ in range(12):
             hooked.append(monitor.armed)
-            monitor.model(torch.arange(96).reshape(4, 24) % 16)
+            monitor.model(torch.arange(96).reshape(4, 24) % 16).sum().backward()
             monitor.step()
         part = monitor.snapshot().health
         assert "worker" in part.parts_off
@@ -325,7 +325,7 @@ def test_a_worker_whose_samples_are_given_up_one_after_the_other_is_off(
     )
     with Monitor(backbone(), settings) as monitor:
         for _ in range(200):
-            monitor.model(torch.arange(96).reshape(4, 24) % 16)
+            monitor.model(torch.arange(96).reshape(4, 24) % 16).sum().backward()
             monitor.step({"loss": 1.0})
             if not monitor._queue._executor.stuck and "worker" in monitor.snapshot().health.parts_off:
                 break
@@ -336,7 +336,7 @@ def test_a_worker_whose_samples_are_given_up_one_after_the_other_is_off(
         assert 5 <= health.part_failures_total["worker"] <= 5 + settings.runtime.queue_length
         assert sum("5 samples in a row were given up" in r.getMessage() for r in caplog.records) == 1
         for _ in range(4):
-            monitor.model(torch.arange(96).reshape(4, 24) % 16)
+            monitor.model(torch.arange(96).reshape(4, 24) % 16).sum().backward()
             monitor.step({"loss": 1.0})
         assert len(monitor._queue) == 0
         time.sleep(2 * seconds)
@@ -354,7 +354,7 @@ def test_a_worker_that_hangs_holds_a_run_in_lockstep_up_once(monkeypatch: pytest
     waits = []
     with Monitor(backbone(), settings) as one:
         for _ in range(20):
-            one.model(torch.arange(96).reshape(4, 24) % 16)
+            one.model(torch.arange(96).reshape(4, 24) % 16).sum().backward()
             started = time.monotonic()
             one.step({"loss": 1.0})
             waits.append(time.monotonic() - started)
@@ -375,7 +375,7 @@ def test_close_and_flush_wait_no_longer_than_they_are_told_in_lockstep(monkeypat
     for end in (Monitor.close, Monitor.flush):
         monitor = Monitor(backbone(), settings)
         monitor.start()
-        monitor.model(torch.arange(96).reshape(4, 24) % 16)
+        monitor.model(torch.arange(96).reshape(4, 24) % 16).sum().backward()
         monitor.step({"loss": 1.0})
         assert len(monitor._queue) == 1
         started = time.monotonic()
