@@ -22,6 +22,10 @@ class CaptureError(EssMonitorError):
     """A module cannot be read as a sequence mixer."""
 
 
+class NotCausalError(CaptureError):
+    """A layer's T is not lower triangular, or is not known to be: no state carries the past, so ESS is not defined."""
+
+
 class NoLayersError(CaptureError):
     """Nothing in the model can be measured."""
 

@@ -12,6 +12,7 @@ from ess_monitor.capture import CaptureConfig, Captured, CaptureFailure, LayerFi
 from ess_monitor.capture.capture_pass import capture_pass, raise_failures
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, format_error
+from ess_monitor.evidence.causality import is_causal
 from ess_monitor.pipeline.readings import compute, lost_reading, positions_of, reading
 from ess_monitor.records import LayerInfo, Reading
 
@@ -105,7 +106,7 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         [8.0]
     """
     config = validation.optional("config", config, MonitorConfig) or DEFAULTS
-    items = capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture)
+    items = capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture, causality=is_causal)
     if config.strict:
         raise_failures(items)
     infos = layer_infos(model, config.layers)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ess_monitor import validation
+from ess_monitor.capture.causality.claims import claim_name, refuted
+from ess_monitor.capture.causality.layer_tests import Test
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos, skipped_of_libraries
 from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
@@ -68,11 +70,19 @@ def capture_pass(
     *,
     layers: LayerFilter | None = None,
     config: CaptureConfig = EVERYTHING,
+    causality: Test | None = None,
 ) -> tuple[Captured | CaptureFailure, ...]:
-    """Run `model(*inputs, **named_inputs)` once and return every layer's narrowed operator, or why it has none."""
+    """Run `model(*inputs, **named_inputs)` once and return every layer's narrowed operator, or why it has none.
+
+    Args:
+        model, inputs, named_inputs: what is called.
+        layers: the layers to read.
+        config: how much of each to copy.
+        causality: test of each layer, as in `Sampler`.
+    """
     validation.instance("config", config, CaptureConfig)
     found = require_layers(model, layers)
-    sampler = Sampler(found, config.model_copy(update={"source": "validation"}))
+    sampler = Sampler(found, config.model_copy(update={"source": "validation"}), model=model, causality=causality)
     sampler.arm()
     try:
         with evaluating(model):
@@ -80,7 +90,14 @@ def capture_pass(
     finally:
         unread = sampler.unread()
         results = {item.layer.name: item for item in (*sampler.collect(), *unread)}
-    return tuple(results[layer.name] for layer in found)
+    return tuple(_looked_at(results[layer.name]) for layer in found)
+
+
+def _looked_at(item: Captured | CaptureFailure) -> Captured | CaptureFailure:
+    """Return why a layer is not measured where a statement of its call does not hold. Waits for the device."""
+    claims = item.claims if isinstance(item, Captured) else ()
+    reason = refuted(claims, {claim_name(k): claim.holds for k, claim in enumerate(claims)})
+    return CaptureFailure(item.layer, reason, status="skipped") if reason else item
 
 
 def raise_failures(items: Iterable[Captured | CaptureFailure]) -> None:

@@ -21,14 +21,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ess_monitor import validation
+from ess_monitor.capture.causality.claims import Claim, collecting
+from ess_monitor.capture.causality.layer_tests import LayerTests, Test
 from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
 from ess_monitor.capture.hooks.compiler import EagerStance
 from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.ignored_calls import TRANSFORMED, UNTRAINED, Ignored, is_transformed, why_ignored, why_not_seen
 from ess_monitor.capture.layers import Layer
+from ess_monitor.capture.rotation import rotate_heads, rotate_rows
 from ess_monitor.capture.training_pass import Candidate, TrainingPass
 from ess_monitor.distributed.context_parallel import tokens_are_spread
-from ess_monitor.errors import CaptureError, format_error
+from ess_monitor.errors import CaptureError, NotCausalError, format_error
 from ess_monitor.ess import Operator
 from ess_monitor.records import Status
 
@@ -65,6 +68,12 @@ class Captured:
     """Indices of the heads in `operator`."""
     channels: int
     """Number of heads of the whole layer."""
+    length: int = 0
+    """Tokens of a whole sequence."""
+    claims: tuple[Claim, ...] = ()
+    """Statements about the call on which the reading rests, still to be looked at."""
+    unproven: str = ""
+    """Why it is not known that T is lower triangular; empty where it is."""
 
 
 @dataclass(frozen=True)
@@ -84,32 +93,6 @@ class CaptureFailure:
 
 Taken = Captured | CaptureFailure
 """What a layer's call gave."""
-
-
-def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
-    """Return `take` evenly spaced heads of `total`, shifted by one with every `turn`, so that each has its turn.
-
-    >>> rotate_heads(8, 4, 0), rotate_heads(8, 4, 1), rotate_heads(2, 4, 5)
-    ((0, 2, 4, 6), (1, 3, 5, 7), (0, 1))
-    """
-    if take is None or take >= total:
-        return tuple(range(total))
-    return tuple(sorted({(turn + k * total // take) % total for k in range(take)}))
-
-
-def rotate_rows(total: int, take: int, turn: int) -> slice:
-    """Return `take` evenly spaced rows of `total`, shifted by one with every `turn`, so that each has its turn.
-
-    A slice, because it makes a view: nothing but the rows is ever copied.
-
-    >>> rotate_rows(8, 4, 0), rotate_rows(8, 4, 1), rotate_rows(2, 4, 5)
-    (slice(0, 7, 2), slice(1, 8, 2), slice(0, 2, 1))
-    """
-    take = min(take, total)
-    apart = total // take
-    reach = (take - 1) * apart + 1
-    start = turn % (total - reach + 1)
-    return slice(start, start + reach, apart)
 
 
 def _share_of(count: int, share: float) -> int:
@@ -144,6 +127,8 @@ class Sampler:
         share: returns the share of the samples and heads of `config` to copy, 0 for one of each, None to skip all
             layers for one sample. Called whenever a sample is armed.
         on_operator: called with each operator.
+        causality: test of whether a layer's call is causal, made once for each layer. Without it the call that is read
+            has to show it.
         clock: measures the seconds that the hooks add to the training step (`capture_seconds`).
     """
 
@@ -156,6 +141,7 @@ class Sampler:
         off: Container[str] = (),
         share: Callable[[], float | None] = lambda: 1.0,
         on_operator: Callable[[Captured], Any] | None = None,
+        causality: Test | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.layers = validation.several("layers", layers, Layer, hint="find_layers(model)")
@@ -177,6 +163,7 @@ class Sampler:
         self._forget: Callable[[], None] | None = None
         self._off, self._next_share = off, share
         self._on_operator = on_operator
+        self._tests = LayerTests(causality, model, clock)
         self._clock = clock
         self._hooks: list[HookHandle] = []
         self._eager = EagerStance()
@@ -230,10 +217,12 @@ class Sampler:
                 self._hooks.append(layer.spec.site.watch(layer.module, after=partial(self._on_call, layer)))
             except Exception as error:
                 self._failures[layer.name] = _failure(layer, error)
+        self._hooks.append(self._tests.attach(layers))
 
     def collect(self) -> tuple[Captured | CaptureFailure, ...]:
         """Remove the hooks and return the results of the forward pass, in model order."""
         found = self._found()
+        self.capture_seconds += self._tests.take_seconds()
         self.remove()
         results = tuple(found[layer.name] for layer in self.layers if layer.name in found)
         self._clear()
@@ -248,7 +237,8 @@ class Sampler:
 
     def _found(self) -> dict[str, Taken]:
         first = {name: candidate.result for name, candidate in self._first.items()}
-        return {**self._failures, **self._training.found, **first}
+        found = {**self._failures, **self._training.found, **first}
+        return {name: _unproven(item) for name, item in found.items()}
 
     def _unread(self, layer: Layer) -> CaptureFailure:
         if layer.name in self._untrained:
@@ -264,6 +254,7 @@ class Sampler:
         self._armed = False
         self._eager.end()
         self._training.close()
+        self._tests.forget()
         while self._hooks:
             self._hooks.pop().remove()
         if self._forget is not None:
@@ -289,6 +280,8 @@ class Sampler:
             self._called.add(layer.name)
 
     def _on_call(self, layer: Layer, call: Call) -> None:
+        if self._tests.running:
+            return
         if self._cannot_train:
             self._untrained.add(layer.name)
             return
@@ -328,14 +321,19 @@ class Sampler:
             result: Taken | None = self._take(layer, call)
         except Exception as error:
             result = _failure(layer, error)
-        return None if result is None else Candidate(layer.name, result, call.forward_number, call.end_number)
+        if result is None:
+            return None
+        candidate = Candidate(layer.name, result, call.forward_number, call.end_number)
+        if isinstance(result, Captured) and self._tests.known(layer) is None:
+            self._tests.expect(layer, candidate, result.length, unproven=bool(result.unproven))
+        return candidate
 
     def _take(self, layer: Layer, call: Call) -> Captured | None:
         if tokens_are_spread():
             raise CaptureError(_SPREAD)
         if is_transformed():
             raise CaptureError(TRANSFORMED)
-        with torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
+        with collecting() as claims, torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
             whole = layer.spec.build(call)
             if whole is None:
                 if call.output is not None:  # None: a placeholder of a fused op
@@ -348,14 +346,32 @@ class Sampler:
             length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
             few = whole.select(samples=rows, heads=heads, length=length)
             operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
-        captured = Captured(layer, operator, heads, whole.heads)
+        known = self._tests.known(layer)
+        captured = Captured(
+            layer,
+            operator,
+            heads,
+            whole.heads,
+            whole.length,
+            (*claims.pending, *(known or ())),
+            claims.unproven if known is None else "",
+        )
         if self._on_operator is not None:
             self._on_operator(captured)
         return captured
 
 
+def _unproven(item: Taken) -> Taken:
+    """Return a failure in the place of an operator of which it is not known that it is causal."""
+    if isinstance(item, Captured) and item.unproven:
+        return _failure(item.layer, NotCausalError(item.unproven))
+    return item
+
+
 def _failure(layer: Layer, error: Exception) -> CaptureFailure:
     logger.debug("ess_monitor: layer %s could not be read", layer.name, exc_info=error)
+    if isinstance(error, NotCausalError):
+        return CaptureFailure(layer, str(error), status="skipped")
     return CaptureFailure(layer, format_error(error), error.with_traceback(None))
 
 

@@ -61,10 +61,10 @@ class TrainingPass(Generic[Result]):
     """
 
     def __init__(self, modules: Iterable[nn.Module], model: nn.Module | None = None) -> None:
-        self._around = () if model is None else _modules_around(model, modules)
+        self._around = () if model is None else modules_around(model, modules)
         self._handle = HookHandle()
         self._closed = False
-        self._running = _Running()
+        self._running = _CallStack()
         self._found: dict[str, tuple[tuple[bool, int], Candidate[Result]]] = {}
         """Layer -> (whether the gradient came by a module around it, backward pass), and the candidate."""
         self._backwards: dict[int, int] = {}
@@ -88,7 +88,7 @@ class TrainingPass(Generic[Result]):
         self._closed = True
         self._found.clear()
         self._latest.clear()
-        self._running = _Running()
+        self._running = _CallStack()
 
     def wants(self, layer: str) -> bool:
         """Return whether a call that is made now could be the one to measure."""
@@ -164,14 +164,15 @@ class _Frame(NamedTuple):
     """The calls inside it whose output requires no gradient."""
 
 
-class _Running(threading.local):
+class _CallStack(threading.local):
     """The calls of modules around layers that are running in this thread, innermost last."""
 
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
 
 
-def _modules_around(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+def modules_around(model: nn.Module, layers: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """Return the modules of a model that hold any of the layers, in model order."""
     names = dict(model.named_modules())
     wanted = {id(layer) for layer in layers}
     above = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Container, Mapping
 
 from ess_monitor.errors import PartError, format_error
 from ess_monitor.records import PARTS, HealthData, Part
@@ -25,6 +26,8 @@ class Health:
         self.strict = strict
         self.guards: Mapping[Part, Guard] = {part: Guard(part, strict=strict) for part in PARTS}
         self.layers = Breaker()
+        self.skipped: dict[str, str] = {}
+        """Layers that are not causal, with the reason. They have not failed, and are not measured any more."""
         self.backoff = SampleSizeBackoff()
         self._process_id = os.getpid()
 
@@ -57,6 +60,21 @@ class Health:
             name: f"off after {limit} failures in a row: {error}; attach a new monitor to turn it on again"
             for name, error in off.items()
         }
+
+    @property
+    def not_measured(self) -> Container[str]:
+        """Names of the layers that are off or skipped, at any later time as well."""
+        return ChainMap(self.layers.off, self.skipped)
+
+    def skip(self, reasons: Mapping[str, str]) -> None:
+        """Leave layers out from now on, and log why."""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            if name not in self.skipped:
+                self.skipped[name] = reason
+                by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            logger.warning("ess_monitor: %s is skipped from now on: %s", ", ".join(names), reason)
 
     def raise_pending(self, take_export_errors: Callable[[], Mapping[str, BaseException]]) -> None:
         """Raise the first failure since the last call, of a part or of an exporter, where failures are to be raised.

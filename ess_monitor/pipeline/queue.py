@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from ess_monitor.capture import Captured
+from ess_monitor.capture.causality.claims import refuted
 from ess_monitor.errors import format_error
 from ess_monitor.pipeline.context import Metrics, RunContext, Sample
 from ess_monitor.pipeline.readings import compute, lost_reading, positions_of, reading
@@ -39,8 +40,10 @@ class MeasurementQueue:
 
     def submit(self, sample: Sample, metrics: Metrics | None) -> None:
         """Send a sample to the worker. One that finds the queue full is dropped and counted."""
+        self._health.skip({lost.layer.name: lost.error for lost in sample.failures if lost.status == "skipped"})
         for failure in sample.failures:
-            self._guards["capture"].count(f"layer {failure.layer.name}: {failure.error}", failure.cause)
+            if failure.status != "skipped":
+                self._guards["capture"].count(f"layer {failure.layer.name}: {failure.error}", failure.cause)
         sample.tasks = [self._task(captured) for captured in sample.captured]
         sample.metrics, tensors = split_metrics(metrics or {})
         if tensors:
@@ -74,7 +77,8 @@ class MeasurementQueue:
     def _task(self, captured: Captured) -> Task:
         operator, positions = captured.operator, positions_of(captured, self._config.positions)
         work = lambda: compute(captured, positions, self._config.tolerance)  # noqa: E731
-        return Task(self._backend_of(operator.device), operator.tensors, work)
+        tensors = (*operator.tensors, *(claim.holds for claim in captured.claims))
+        return Task(self._backend_of(operator.device), tensors, work)
 
     def _finish(self, sample: Sample) -> SampleResult:
         cost = sum(task.cost_seconds() for task in sample.tasks if task.has_results())
@@ -87,12 +91,15 @@ class MeasurementQueue:
 
     def _read(self, sample: Sample) -> SampleResult:
         """Return the readings of a sample in model order, and its metrics."""
-        readings = [lost_reading(sample.step, lost.layer.name, "failed", lost.error) for lost in sample.failures]
-        readings += [lost_reading(sample.step, item.layer.name, item.status, item.error) for item in sample.unread]
+        lost = (*sample.failures, *sample.unread)
+        readings = [lost_reading(sample.step, item.layer.name, item.status, item.error) for item in lost]
         for captured, task in zip(sample.captured, sample.tasks, strict=False):
             name, error = captured.layer.name, task.error
             if sample.state == "abandoned":
                 readings.append(lost_reading(sample.step, name, "timed_out", sample.error))
+                continue
+            if task.results is not None and (reason := refuted(captured.claims, task.results)):
+                readings.append(lost_reading(sample.step, name, "skipped", reason))
                 continue
             if task.results is not None:
                 try:
@@ -139,6 +146,7 @@ class MeasurementQueue:
                 self._guards["measurement"].count(f"layer {name}: {failed[name]}", causes[name])
         out_of_memory = {name for name, cause in causes.items() if is_out_of_memory(cause)}
         measured = {r.layer for r in result.readings if r.status in MEASURED}
+        self._health.skip({r.layer: r.message for r in result.readings if r.status == "skipped"})
         if out_of_memory:
             backoff.record_out_of_memory(sample.share)
         elif measured:

@@ -8,6 +8,7 @@ from dataclasses import fields
 import torch
 
 from ess_monitor.capture import Captured
+from ess_monitor.capture.causality.claims import claim_name
 from ess_monitor.ess import ess_bounds, far_share, measure, midpoint_index, operator_positions
 from ess_monitor.records import Reading, Status
 
@@ -54,7 +55,7 @@ def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) ->
             between = slice(positions[0] - 1, positions[-1])
             results["mean_lower"] = bounds.lower[..., between].mean(-1)
             results["mean_upper"] = bounds.upper[..., between].mean(-1)
-    return results
+    return results | {claim_name(k): claim.holds for k, claim in enumerate(captured.claims)}
 
 
 def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor:

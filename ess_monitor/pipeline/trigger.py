@@ -6,6 +6,7 @@ from torch import nn
 
 from ess_monitor.capture import Captured, CaptureFailure, Sampler, TokenProbe, find_layers
 from ess_monitor.errors import CaptureError
+from ess_monitor.evidence.causality import is_causal
 from ess_monitor.pipeline.context import RunContext, Sample
 from ess_monitor.runtime.guard import logger
 
@@ -23,10 +24,18 @@ class SampleTrigger:
 
     def __init__(self, model: nn.Module, context: RunContext) -> None:
         config, health = context.config, context.health
-        off, share = health.layers.off, health.backoff.next_share
+        off, share = health.not_measured, health.backoff.next_share
         self.armed_at: int | None = None
         """Step of the sample that is under way; None while no forward pass is to be sampled."""
-        self._sampler = Sampler(context.layers, config.capture, model=model, off=off, share=share, clock=context.clock)
+        self._sampler = Sampler(
+            context.layers,
+            config.capture,
+            model=model,
+            off=off,
+            share=share,
+            causality=is_causal,
+            clock=context.clock,
+        )
         self._probe = TokenProbe(model, config.capture.samples) if config.capture.source == "random_tokens" else None
         self._guards, self._clock = context.guards, context.clock
         self._unseen = 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-Status = Literal["ok", "nonfinite", "too_short", "timed_out", "dropped", "failed"]
-"""How a reading ended. Only `ok` carries sizes that mean something; every other status keeps the reason."""
+Status = Literal["ok", "nonfinite", "too_short", "timed_out", "dropped", "failed", "skipped"]
+"""How a reading ended. Only `ok` carries sizes that mean something; every other status keeps the reason. skipped: the
+layer is not causal, or not known to be, and is left out from then on."""
 
 Condition = Literal["unknown", "healthy", "forgets_by_choice", "saturated", "collapsed"]
 """What the diagnosis says of a layer. Everything else about a condition is in `CONDITION_INFO`."""

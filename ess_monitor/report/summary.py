@@ -29,6 +29,7 @@ _STATUS_ADVICE: dict[Status, str] = {
     "timed_out": "Lower capture.samples, capture.heads or positions, or raise runtime.timeout_seconds.",
     "dropped": "The queue was full. Once in a while this is harmless; otherwise raise every_n_steps.",
     "failed": "Capture or computation raised an error. The last message was:",
+    "skipped": "ESS is defined for causal layers alone. The reason was:",
 }
 _SPARED = (
     "it uses little of its state, which may be right in the first of several layers (it often looks back one token "
@@ -211,7 +212,7 @@ def _bad_readings(history: RunHistory) -> Iterator[Paragraph]:
             layers = list(dict.fromkeys(reading.layer for reading in bad))
             last = max(bad, key=lambda reading: reading.step)
             seen = f"{len(bad)} readings of {named(layers)}, the last at step {last.step}."
-            message = f" {last.message}" if status == "failed" else ""
+            message = f" {last.message}" if status in ("failed", "skipped") else ""
             yield Paragraph(f"Readings without a size: {status}", (seen,), (_sentence(advice + message),))
 
 

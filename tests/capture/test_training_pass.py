@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ess_monitor.capture import Captured, CaptureFailure, Sampler, find_layers
 from ess_monitor.capture.capture_pass import EVERYTHING
-from ess_monitor.capture.sampler import rotate_rows
+from ess_monitor.capture.rotation import rotate_rows
 from ess_monitor.ess import DiagonalRecurrence
 from ess_monitor.featurizers import GLA
 

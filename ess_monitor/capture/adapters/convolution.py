@@ -1,9 +1,9 @@
 """Causal convolutions: torch's Conv1d in any layer's code, and the gated short convolutions of LFM2.
 
 A Conv1d is causal in two cases: it is padded by all that its kernel reaches back and the caller drops the tail, or it
-is not padded and the caller pads on the left. It is a filter per channel (depthwise) or per group of channels. In a
-group T is block Toeplitz, and is built no longer than needed: H_i of a filter with K taps is 0 except for K - 1 tokens
-to either side of i, so that 2 (K - 1) tokens determine it.
+is not padded and the caller pads on the left; its input shows the second. It is a filter per channel (depthwise) or per
+group of channels. In a group T is block Toeplitz, and is built no longer than needed: H_i of a filter with K taps is 0
+except for K - 1 tokens to either side of i, so that 2 (K - 1) tokens determine it.
 
 Short filters hold their last K - 1 inputs by construction: they are measured, and not diagnosed. What a long filter
 holds is learned.
@@ -17,6 +17,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ess_monitor.capture.causality.claims import require, unproven
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
@@ -77,9 +78,27 @@ def across_channels(call: Call) -> LazyOperator | None:
 
 
 def _called(call: Call) -> tuple[nn.Conv1d, int]:
-    """Return the layer and the number of its outputs that belong to tokens."""
+    """Return the layer and the number of its outputs that belong to tokens.
+
+    Raises:
+        NotCausalError: the caller has not padded the input on the left, and on the left alone.
+    """
     conv = cast(nn.Conv1d, call.module)
-    return conv, call.output.shape[-1] - _padding(conv)
+    back, length = reach(conv), call.output.shape[-1] - _padding(conv)
+    if _padding(conv) == 0 and length > 1:
+        given = (*call.args, *call.kwargs.values())[0]
+        begins, ends = given[..., :back] == 0, given[..., -1] != 0
+        require(
+            begins.all() & ends.any(),
+            f"its input does not begin with {back} zeros and end with a token, so that outputs may depend on later "
+            f"tokens; pad a causal filter that reaches {back} tokens back by F.pad(x, ({back}, 0))",
+        )
+    elif length > 1:
+        unproven(
+            f"it is padded by {back} on both sides, and its call does not show whether the tail is dropped, or the "
+            f"beginning; use F.pad(x, ({back}, 0)) before a convolution without padding"
+        )
+    return conv, length
 
 
 def _padding(conv: nn.Conv1d) -> int:

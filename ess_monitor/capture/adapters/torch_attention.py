@@ -1,8 +1,9 @@
 """Softmax attention of torch itself: `nn.MultiheadAttention`, and `F.scaled_dot_product_attention` in a layer's code.
 
-A call is causal with `is_causal`, or with a mask that hides later tokens. Any other call has no lower triangular T and
-fails with a reason. Keys of another length are a step of cached decoding for the function, which is skipped, and cross
-attention for the module, which has no cache.
+A call of the function is causal with `is_causal`, or with a mask that hides later tokens. A call of the module needs
+such a mask: its `is_causal` is a hint. Any other call has no lower triangular T and is skipped with a reason. Keys of
+another length are a step of cached decoding for the function, which is ignored, and cross attention for the module,
+which has no cache.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.layer_attributes import int_attribute
-from ess_monitor.capture.adapters.transformers_attention import causal_attention, part, why_not_causal
+from ess_monitor.capture.adapters.transformers_attention import (
+    HIDDEN_LOGIT,
+    NOT_CAUSAL,
+    causal_attention,
+    part,
+    why_not_causal,
+)
+from ess_monitor.capture.causality.claims import require
 from ess_monitor.capture.hooks.call_site import Call, named_arguments
 from ess_monitor.capture.hooks.function_patch import function_stand_in
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
-from ess_monitor.errors import CaptureError
+from ess_monitor.errors import CaptureError, NotCausalError
 from ess_monitor.ess import Operator
 from ess_monitor.ess.operators.fields import take
 
@@ -93,17 +101,19 @@ def read_module(call: Call) -> LazyOperator | None:
     given = named_arguments(inspect.signature(module.forward), call.args, call.kwargs)
     query, key = given["query"], given["key"]
     if query.is_nested:
-        raise CaptureError("nested tensors hold no mask, so the call is not causal and has no lower triangular T")
+        raise NotCausalError("nested tensors hold no mask, so the call is not causal and has no lower triangular T")
     first_batch = module.batch_first
     query, key = (x[None] if x.dim() == 2 else x if first_batch else x.transpose(0, 1) for x in (query, key))
     batch, length = query.shape[:2]
     if key.shape[1] != length:
-        raise CaptureError(
+        raise NotCausalError(
             f"the call is cross attention ({length} queries, {key.shape[1]} keys): rows and columns of T are different "
             "sequences; leave the layer out with `layers`"
         )
     if length == 1:
         return None
+    if given["attn_mask"] is None:  # without it the hint is refused, or ignored on the fast path
+        raise NotCausalError(f"the call was made without an attn_mask: {NOT_CAUSAL}")
 
     def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
         (q_weight, q_bias), (k_weight, k_bias) = _projections(module)
@@ -112,9 +122,25 @@ def read_module(call: Call) -> LazyOperator | None:
         mask = _additive_mask(given, batch, module.num_heads, q.dtype)
         if mask is not None:
             mask = take(part(mask, samples, length), 1, heads)
-        return causal_attention(q, k, mask, causal=bool(given["is_causal"]))
+            if given["is_causal"] and given["key_padding_mask"] is None and not given["need_weights"]:
+                _require_hint(mask[..., :length])
+        return causal_attention(q, k, mask, causal=False)
 
     return LazyOperator(batch, module.num_heads, length, form)
+
+
+def _require_hint(mask: Tensor) -> None:
+    """Require that an additive mask is the causal one, as is_causal=True says of it.
+
+    Without weights to return, torch applies the hint in place of the mask, and on its fast path the mask.
+    """
+    hidden = mask < HIDDEN_LOGIT
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    require(
+        ((hidden == later) & (hidden | (mask == 0))).all(),
+        "is_causal=True says that attn_mask is the causal mask, and it is another one, so that torch applies the one "
+        "or the other; pass is_causal=False with this mask",
+    )
 
 
 def _projections(module: Any) -> list[tuple[Tensor, Tensor | None]]:

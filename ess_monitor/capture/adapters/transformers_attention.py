@@ -15,18 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.layer_attributes import int_attribute
+from ess_monitor.capture.causality.claims import require
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.hooks.function_patch import function_stand_in
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
-from ess_monitor.errors import CaptureError
+from ess_monitor.errors import CaptureError, NotCausalError
 from ess_monitor.ess import Operator, SoftmaxAttention
 from ess_monitor.ess.operators.fields import first
 
 _KEYS_FROM_ELSEWHERE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 _DENSE_KERNELS = ("eager", "sdpa", "flex_attention")
 """Kernels whose mask is complete. The others (flash) take padding, window and packing as options."""
-_HIDDEN_LOGIT = -1000.0
+HIDDEN_LOGIT = -1000.0
 """An additive mask below this leaves no weight: exp(-745) is already 0 in float64."""
 
 
@@ -89,8 +90,7 @@ def causal_attention(
         sinks: (batch|1, heads, length|1).
 
     Raises:
-        CaptureError: a token attends to later ones. On an accelerator the host does not read the mask, which would
-            stall the training: q becomes NaN there, so that the reading is `nonfinite` and never a wrong number.
+        NotCausalError: a token attends to later ones; see `claims` for masks on an accelerator.
     """
     length = q.shape[2]
     if mask is not None and mask.is_floating_point():
@@ -98,17 +98,14 @@ def causal_attention(
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
     if not causal:
         if mask is None:
-            raise CaptureError(f"the call was made without a mask and without is_causal=True: {_NOT_CAUSAL}")
-        keep = mask if mask.dtype == torch.bool else mask > _HIDDEN_LOGIT
+            raise NotCausalError(f"the call was made without a mask and without is_causal=True: {NOT_CAUSAL}")
+        keep = mask if mask.dtype == torch.bool else mask > HIDDEN_LOGIT
         later = keep.expand(*keep.shape[:2], length, keep.shape[3]).triu(1).any()
-        if later.device.type != "cpu":
-            q = q.masked_fill(later, torch.nan)
-        elif bool(later):
-            raise CaptureError(f"the mask lets tokens attend to later ones: {_NOT_CAUSAL}")
+        require(~later, f"the mask lets tokens attend to later ones: {NOT_CAUSAL}")
     return SoftmaxAttention(q, k, scale, first(mask, 3, length) if mask is not None else None, softcap, sinks)
 
 
-_NOT_CAUSAL = (
+NOT_CAUSAL = (
     "its T is not lower triangular, so there is no state that carries the past and ESS is not defined; "
     "leave the layer out with `layers`"
 )
@@ -219,8 +216,9 @@ def why_not_causal(layer: nn.Module) -> str | None:
     """Return why a layer that declares not to be causal self-attention cannot be read; None for other layers."""
     if getattr(layer, "is_cross_attention", False) or "CrossAttention" in type(layer).__name__:
         return "cross attention: rows and columns of T are different sequences, so there is no y = T u of one sequence"
-    if getattr(layer, "is_causal", None) is False:
-        return "not causal (is_causal=False): T is not lower triangular, so ESS is not defined for it"
+    for holder, name in ((layer, "is_causal"), (getattr(layer, "config", None), "config.is_causal")):
+        if getattr(holder, "is_causal", None) is False:
+            return f"not causal ({name}=False): T is not lower triangular, so ESS is not defined for it"
     return None
 
 
