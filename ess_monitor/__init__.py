@@ -1,6 +1,13 @@
 """See how much of its memory a sequence model uses while it trains: effective state-size (ESS), arXiv 2504.19561."""
 
-from ess_monitor.capture import CaptureConfig, LayerFilter, capture_operators, register_capture
+from ess_monitor.capture import (
+    CaptureCheck,
+    CaptureConfig,
+    LayerFilter,
+    capture_operators,
+    check_capture,
+    register_capture,
+)
 from ess_monitor.config import MonitorConfig
 from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.errors import (
@@ -23,6 +30,7 @@ from ess_monitor.runtime import RuntimeConfig
 __all__ = [
     "Action",
     "AutopilotConfig",
+    "CaptureCheck",
     "CaptureConfig",
     "CaptureError",
     "CheckpointError",
@@ -46,6 +54,7 @@ __all__ = [
     "Reading",
     "RuntimeConfig",
     "capture_operators",
+    "check_capture",
     "describe",
     "profile",
     "register_capture",

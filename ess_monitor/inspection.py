@@ -10,6 +10,7 @@ from torch import nn
 from ess_monitor import validation
 from ess_monitor.capture import CaptureConfig, Captured, CaptureFailure, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.capture_pass import capture_pass, raise_failures
+from ess_monitor.capture.layers import probed_infos
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.evidence.causality import is_causal
@@ -49,11 +50,16 @@ class Description:
         return "\n".join(lines)
 
 
-def describe(model: nn.Module, *, layers: LayerFilter | None = None) -> Description:
+def describe(model: nn.Module, *inputs: Any, layers: LayerFilter | None = None, **named_inputs: Any) -> Description:
     """Return every sequence-mixing layer with its operator, TSS and handles, or the reason why it cannot be measured.
 
+    Mixers are found by their class, their code and their name. Where inputs are given the model is run once, in eval
+    mode, and what the outputs of its modules depend on corrects the list: all that mixes tokens is in it, nothing else,
+    and a layer that looks at later tokens is skipped.
+
     Args:
-        model: any module; it is not run.
+        model: any module; without inputs it is not run.
+        inputs, named_inputs: arguments of its forward, or none.
         layers: the same filter as `MonitorConfig.layers`; a layer that it excludes is listed as skipped.
 
     Raises:
@@ -69,6 +75,8 @@ def describe(model: nn.Module, *, layers: LayerFilter | None = None) -> Descript
           1: SA, SoftmaxAttention, TSS grows with the position, 2 operators, handles: none
     """
     find_layers(model, layers)  # raises where a pattern matches nothing
+    if inputs or named_inputs:
+        return Description(type(model).__name__, probed_infos(model, inputs, named_inputs, layers))
     return Description(type(model).__name__, layer_infos(model, layers))
 
 

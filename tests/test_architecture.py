@@ -37,6 +37,7 @@ INTEGRATIONS = ROOT / "integrations"
 PUBLIC_NAMES = {
     "Action",
     "AutopilotConfig",
+    "CaptureCheck",
     "CaptureConfig",
     "CaptureError",
     "CheckpointError",
@@ -60,6 +61,7 @@ PUBLIC_NAMES = {
     "Reading",
     "RuntimeConfig",
     "capture_operators",
+    "check_capture",
     "describe",
     "profile",
     "register_capture",

@@ -1,6 +1,7 @@
 """Find the sequence mixers of a model and capture the operators that they apply."""
 
 from ess_monitor.capture.capture_pass import capture_operators
+from ess_monitor.capture.check import CaptureCheck, check_capture
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, Transition
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.registry import register_capture
@@ -10,6 +11,7 @@ from ess_monitor.capture.token_probe import TokenProbe
 
 __all__ = [
     "AlphaHandle",
+    "CaptureCheck",
     "CaptureConfig",
     "CaptureFailure",
     "CaptureSpec",
@@ -21,6 +23,7 @@ __all__ = [
     "TokenProbe",
     "Transition",
     "capture_operators",
+    "check_capture",
     "find_layers",
     "layer_infos",
     "register_capture",

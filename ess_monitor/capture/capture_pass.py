@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from ess_monitor import validation
 from ess_monitor.capture.causality.claims import claim_name, refuted
 from ess_monitor.capture.causality.layer_tests import Test
-from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos, skipped_of_libraries
+from ess_monitor.capture.layers import Layer, LayerFilter, evaluating, find_layers, layer_infos, skipped_of_libraries
 from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
@@ -48,19 +46,6 @@ def require_layers(
     for reason in reasons:
         logger.warning("skipped: %s", reason)
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode, without gradients, so that no dropout draws random numbers. Restore each module's mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def capture_pass(
@@ -121,8 +106,7 @@ def capture_operators(model: nn.Module, *inputs: Any, **named_inputs: Any) -> di
         CaptureError: a layer could not be read; the message names it and says why. `profile` goes on without it.
 
     Example:
-        >>> import torch
-        >>> from ess_monitor import capture_operators
+        >>>         >>> from ess_monitor import capture_operators
         >>> from ess_monitor.featurizers import GLA
         >>> operators = capture_operators(GLA(16, 2), torch.randn(1, 8, 16))
         >>> [(name, type(op).__name__, op.heads) for name, op in operators.items()]

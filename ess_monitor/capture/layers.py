@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.detection import A_LOOP, how_code_mixes, is_holder, looks_like_mixer
+from ess_monitor.capture.detection import A_LOOP, MixingProbe, how_code_mixes, is_holder, looks_like_mixer
+from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.registry import find_spec, why_unreadable
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import ConfigError
@@ -208,6 +211,90 @@ def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
     """Return what `describe` says about every sequence mixer of the model, measured or skipped, in model order."""
     model, layers = check_model(model), _filter(layers)
     return tuple(_info(_clean_name(name), module, found, layers) for name, module, found in _walk(model))
+
+
+def probed_infos(
+    model: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any], layers: LayerFilter | None = None
+) -> tuple[LayerInfo, ...]:
+    """Return `layer_infos`, corrected by what the outputs of the modules depend on in one forward pass.
+
+    A module that mixes tokens is added. One of an unknown kind whose output depends on its own token alone is left out,
+    and one whose output depends on later tokens cannot be measured.
+    """
+    model, layers = check_model(model), _filter(layers)
+    listed = {name: (module, found) for name, module, found in _walk(model)}
+    with evaluating(model), torch.enable_grad(), MixingProbe(model, listed=listed) as probe:
+        model(*inputs, **named_inputs)
+    modules = dict(model.named_modules())
+    for name in probe.unlisted():
+        listed[name] = modules[name], _why_unlisted(modules[name])
+    for name, mixing in probe.found.items():
+        if name not in listed:
+            continue
+        module, found = listed[name]
+        if mixing.is_pointwise and isinstance(found, str) and find_spec(module) is None:
+            del listed[name]
+        elif bool(mixing.future) and (isinstance(found, CaptureSpec) or find_spec(module) is None):
+            listed[name] = module, _LOOKS_AHEAD
+    chosen = (name for name in modules if name in listed)
+    return tuple(_info(_clean_name(name), *listed[name], layers) for name in chosen)
+
+
+class FirstSampleProbe:
+    """Asks in the first sampled forward pass of a run which modules mix tokens and are not listed.
+
+    Args:
+        model: the watched model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._modules = model, dict(model.named_modules())
+        self._probe = MixingProbe(model, listed=[name for name, _, _ in _walk(model)], in_training=True)
+        self._forget: Callable[[], None] = lambda: None
+
+    def attach(self) -> None:
+        """Add the hooks, for one forward pass; one that raises removes them."""
+        self.remove()
+        self._probe.attach()
+        self._forget = when_raised(self._model, self.remove)
+
+    def remove(self) -> None:
+        """Remove the hooks, and start to bring the answers to the host."""
+        self._forget()
+        self._probe.remove()
+        self._probe.bring_to_host()
+
+    def unlisted(self) -> tuple[str, ...]:
+        """Return name and reason of each; once the device has come past that forward pass nobody waits for it."""
+        found = self._probe.unlisted()
+        return tuple(f"{_clean_name(name)}: {_why_unlisted(self._modules[name])}" for name in found)
+
+
+def _why_unlisted(module: nn.Module) -> str:
+    cls = type(module).__name__
+    return (
+        f"no capture is known for {cls}, and its output depends on other tokens; teach it with "
+        f"@ess_monitor.register_capture({cls})"
+    )
+
+
+_LOOKS_AHEAD = (
+    "its output depends on later tokens on these inputs: T is not lower triangular, so there is no state that carries "
+    "the past and ESS is not defined"
+)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode, without gradients, so that no dropout draws random numbers. Restore each module's mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _info(name: str, module: nn.Module, found: CaptureSpec | str, layers: LayerFilter) -> LayerInfo:

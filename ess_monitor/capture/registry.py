@@ -9,18 +9,23 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ess_monitor import validation
 from ess_monitor.capture.adapters import LAYER_ADAPTERS
+from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.spec import CaptureSpec, unknown
 from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.ess import Operator
 
 Read = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Operator]
 """`(module, args, kwargs, output) -> Operator` of one forward call of your layer."""
+
+Mixed = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], tuple[Tensor, Tensor]]
+"""`(module, args, kwargs, output) -> (u, y)` of one forward call of your layer."""
 
 _SPECS: dict[type[nn.Module], CaptureSpec] = {}
 
@@ -36,6 +41,7 @@ def register_capture(
     operator: str = "custom",
     state_capacity: Callable[[nn.Module], int | None] | None = None,
     channels: Callable[[nn.Module], int] | None = None,
+    mixed: Mixed | None = None,
 ) -> Callable[[Read], Read]:
     """Teach the monitor to read a layer of your own.
 
@@ -46,8 +52,12 @@ def register_capture(
     Args:
         layer: the module class; sub-classes are read the same way.
         operator: what `describe` calls it, usually the class name of the operator you return.
-        state_capacity: TSS per channel from the module, for `describe`; the reading itself takes it from the operator.
+        state_capacity: TSS per channel from the module. A reading takes it from the operator, apart from convolutions
+            and dense operators, which do not know the state that made them.
         channels: number of independent operators from the module, for `describe`.
+        mixed: `(module, args, kwargs, output) -> (u, y)` with y = T u, both (batch, heads, length, channels), for
+            `check_capture`. Needed where the layer has a gate, a norm or a nonlinearity behind the mixing. The first
+            sample of a run is compared as well, and what does not fit is logged once.
 
     Raises:
         CaptureError: `layer` is not a module class, or an argument that should be a function is not one.
@@ -79,7 +89,7 @@ def register_capture(
             f"layer: {validation.shown(layer)} is not a torch.nn.Module class; pass the class, not an instance"
         )
     validation.instance("operator", operator, str, hint="the name of an operator's class", error=CaptureError)
-    for name, given in (("state_capacity", state_capacity), ("channels", channels)):
+    for name, given in (("state_capacity", state_capacity), ("channels", channels), ("mixed", mixed)):
         if given is not None:
             validation.function(name, given, hint="of the module, or None", error=CaptureError)
 
@@ -87,14 +97,30 @@ def register_capture(
         validation.function("build", build, hint="(module, args, kwargs, output) -> Operator", error=CaptureError)
         spec = CaptureSpec(
             operator=operator,
-            build=lambda call: build(call.module, call.args, call.kwargs, call.output),
+            build=lambda call: _built(build, call, state_capacity or unknown),
             state_capacity=state_capacity or unknown,
             channels=channels or unknown,
+            mixed=None if mixed is None else lambda call: mixed(call.module, call.args, call.kwargs, call.output),
+            is_taught=True,
         )
         add_spec(layer, spec)
         return build
 
     return decorate
+
+
+def _built(build: Read, call: Call, state_capacity: Callable[[nn.Module], int | None]) -> Operator:
+    """Return the operator of a call, with the TSS that was registered where it has none of its own."""
+    operator = build(call.module, call.args, call.kwargs, call.output)
+    if not isinstance(operator, Operator):
+        raise CaptureError(
+            f"the function for {type(call.module).__name__} returned {validation.type_of(operator)}; return an "
+            "operator of ess_monitor.ess, such as DenseOperator(T) for a matrix"
+        )
+    capacity = state_capacity(call.module)
+    if capacity is not None and getattr(operator, "state_size", 0) is None:
+        return replace(operator, state_size=capacity)  # type: ignore[call-arg]
+    return operator
 
 
 def find_spec(module: nn.Module) -> CaptureSpec | str | None:

@@ -23,6 +23,7 @@ from torch import nn
 from ess_monitor import validation
 from ess_monitor.capture.causality.claims import Claim, collecting
 from ess_monitor.capture.causality.layer_tests import LayerTests, Test
+from ess_monitor.capture.check import log_misfit
 from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
 from ess_monitor.capture.hooks.compiler import EagerStance
 from ess_monitor.capture.hooks.forward_errors import when_raised
@@ -172,6 +173,8 @@ class Sampler:
         """Layer name -> its first call, where any forward pass is taken."""
         self._failures: dict[str, CaptureFailure] = {}
         """Layers that could not be watched or followed at all."""
+        self._checked: set[str] = set()
+        """Names of the taught layers that were compared with their output."""
         self._called: set[str] = set()
         """Names of the layers whose forward was called."""
         self._untrained: set[str] = set()
@@ -346,6 +349,9 @@ class Sampler:
             length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
             few = whole.select(samples=rows, heads=heads, length=length)
             operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
+            if layer.spec.is_taught and layer.name not in self._checked:
+                self._checked.add(layer.name)
+                log_misfit(layer, whole, call)
         known = self._tests.known(layer)
         captured = Captured(
             layer,

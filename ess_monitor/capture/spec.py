@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle
 from ess_monitor.capture.hooks.call_site import Call, CallSite
@@ -64,6 +64,10 @@ class CaptureSpec:
     """Where the decay can be pulled; None where the layer has none, or a fixed one."""
     alpha: AlphaHandle | None = None
     """Where the decay can be rescaled as a whole."""
+    mixed: Callable[[Call], tuple[Tensor, Tensor]] | None = None
+    """Returns u and y of a call, both (batch, heads, length, channels), for `check_capture`."""
+    is_taught: bool = False
+    """True where the user registered it: the first sample is then compared with the layer's output."""
     uninformative: str = ""
     """Why ESS says little about this kind of layer (a state of one dimension, a short filter). Such a layer is measured
     and not diagnosed. Empty where ESS is informative."""

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ess_monitor import validation
-from ess_monitor.capture.capture_pass import evaluating
-from ess_monitor.capture.layers import check_model
+from ess_monitor.capture.layers import check_model, evaluating
 from ess_monitor.errors import CaptureError
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ess_monitor.capture import Captured, CaptureFailure, Sampler, TokenProbe, find_layers
+from ess_monitor.capture.layers import FirstSampleProbe
 from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.causality import is_causal
 from ess_monitor.pipeline.context import RunContext, Sample
@@ -43,6 +44,9 @@ class SampleTrigger:
         self._known = {id(layer.module) for layer in context.layers}
         self._modules = _module_ids(model)
         self._unread: set[str] = set()
+        self._mixing = FirstSampleProbe(model) if config.capture.source == "train" and context.layers else None
+        self._asked: FirstSampleProbe | None = None
+        """The probe whose answers are on their way."""
 
     @property
     def turn(self) -> int:
@@ -70,6 +74,7 @@ class SampleTrigger:
     def stop(self) -> None:
         """Remove every hook from the model."""
         self.forget()
+        self._report_unlisted()
         if self._probe is not None:
             self._probe.unwatch()
 
@@ -77,6 +82,8 @@ class SampleTrigger:
         """Remove the hooks, and drop what they captured."""
         self.armed_at = None
         self._sampler.remove()
+        if self._mixing is not None:
+            self._mixing.remove()
 
     def arm(self, step: int, *, measures: bool, exchanges: bool, any_pass: bool = False) -> None:
         """Attach the hooks for the next forward pass, unless capture or its worker has turned itself off.
@@ -90,8 +97,11 @@ class SampleTrigger:
         if measures and self._guards["capture"].open and self._guards["worker"].open:
             with self._guards["capture"].beginning():
                 self.armed_at = step
+                self._report_unlisted()
                 self._sampler.arm(any_pass=any_pass)
                 self._report_new_layers()
+                if self._mixing is not None:
+                    self._mixing.attach()
         self.armed_at = step if self._sampler.armed or exchanges else None
 
     def run_probe(self) -> None:
@@ -121,6 +131,9 @@ class SampleTrigger:
         self._unseen = 0 if was_called else self._unseen + 1
         if self._sampler.asked and not was_called and not exchanges and self._unseen < _UNSEEN_STEPS:
             return None
+        if self._mixing is not None and items:
+            self._mixing.remove()
+            self._asked, self._mixing = self._mixing, None
         return Sample(
             step,
             tuple(item for item in items if isinstance(item, Captured)),
@@ -140,6 +153,14 @@ class SampleTrigger:
         for reason, names in by_reason.items():
             logger.warning("ess_monitor: %s is not measured: %s", ", ".join(names), reason)
         return unread
+
+    def _report_unlisted(self) -> None:
+        """Log which modules mixed tokens in the first sample and are not in the list. Later than that sample, when the
+        device has come past it.
+        """
+        asked, self._asked = self._asked, None
+        for found in asked.unlisted() if asked is not None else ():
+            logger.warning("ess_monitor: %s", found)
 
     def _report_new_layers(self) -> None:
         """Log once which layers were added after the monitor was attached: no reading mentions them."""

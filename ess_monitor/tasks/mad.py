@@ -29,6 +29,10 @@ class SelectiveCopyingConfig(TaskConfig):
     """Tokens to remember in order; 8 is the easiest setting of the paper's sweep."""
     vocab_size: int = Field(default=8192, ge=3, le=2**31 - 1)
     """Tokens: the last one says "copy now", the one before it is blank, the rest are content. 8192 in the paper."""
+    ends_on_content: bool = False
+    """Put each blank before a content token that is drawn for it, as MAD's own generator does: the last content token
+    then stands right before "copy now", and gaps are of more equal size. Otherwise all choices of places are equally
+    likely."""
 
     @model_validator(mode="after")
     def _check(self) -> SelectiveCopyingConfig:
@@ -44,8 +48,7 @@ class SelectiveCopyingConfig(TaskConfig):
 class SelectiveCopying(SyntheticTask):
     """Asks for the content in order, after content tokens among blanks, "copy now", and as many blanks.
 
-    The places of the content are uniform over all choices of K places out of L - K - 1. (MAD's own generator never puts
-    a blank after the last content token.)
+    The places of the content are uniform over all choices of K places out of L - K - 1, unless `ends_on_content`.
 
     Example:
         >>> config = SelectiveCopyingConfig(length=12, tokens_to_copy=3, vocab_size=10)
@@ -65,6 +68,10 @@ class SelectiveCopying(SyntheticTask):
         bits = random_bits(config.seed, index_B, copied + places)
         content_BK = bits[:, :copied] % (config.vocab_size - 2)
         place_BK = bits[:, copied:].topk(copied).indices.sort().values
+        if config.ends_on_content:
+            before_BN = bits[:, 2 * copied :] % copied  # the content token that each blank stands before
+            blanks_BK = torch.zeros_like(content_BK).scatter_add_(1, before_BN, torch.ones_like(before_BN))
+            place_BK = torch.arange(copied) + blanks_BK.cumsum(1)
         inputs_BL = torch.full((len(index_B), config.length), config.vocab_size - 2)
         inputs_BL[:, places] = config.vocab_size - 1
         inputs_BL.scatter_(1, place_BK, content_BK)
@@ -84,6 +91,9 @@ class CompressionConfig(TaskConfig):
     vocab_size: int = Field(default=16, ge=2, le=2**31 - 1)
     """Tokens: the last one says "compress", the rest are content. The paper makes the task harder by more of them, from
     8 to 128; 16 is MAD's own default."""
+    asks_last: bool = False
+    """Ask for the last token as well, as MAD's own targets do. It is always the same, so that an accuracy of 1 / L is
+    had for nothing."""
 
     @model_validator(mode="after")
     def _check(self) -> CompressionConfig:
@@ -95,8 +105,8 @@ class CompressionConfig(TaskConfig):
 class Compression(SyntheticTask):
     """Asks for random tokens back, from the features at a last token "compress" alone.
 
-    Targets are the inputs, except at the last position, whose token is always the same. Train it in a backbone with
-    `decoder="last_token"`: otherwise each position sees its own answer.
+    Targets are the inputs, except at the last position, whose token is always the same (see `asks_last`). Train it in a
+    backbone with `decoder="last_token"`: otherwise each position sees its own answer.
 
     Example:
         >>> inputs, targets = Compression(CompressionConfig(length=6, vocab_size=8))[0]
@@ -114,5 +124,6 @@ class Compression(SyntheticTask):
         inputs_BL = random_bits(config.seed, index_B, config.length) % (config.vocab_size - 1)
         inputs_BL[:, -1] = config.vocab_size - 1
         targets_BL = inputs_BL.clone()
-        targets_BL[:, -1] = IGNORED
+        if not config.asks_last:
+            targets_BL[:, -1] = IGNORED
         return inputs_BL, targets_BL

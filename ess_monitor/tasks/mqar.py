@@ -31,7 +31,10 @@ class MQARConfig(TaskConfig):
     """Tokens: 0 fills, the rest of the first half are keys, the second half are values. 8192 in the paper."""
     power: float = Field(default=0.1, gt=0.0, le=1.0)
     """Exponent a of the distance law p(g) ~ g^(a - 1), the paper's "KV Dist. Const.": 1 is uniform, near 0 most queries
-    come early."""
+    come early. Zoology's own default is 0.01."""
+    random_fillers: bool = False
+    """Fill with random tokens of the whole vocabulary instead of 0, as Zoology's generator does by default. A filler
+    may then equal a key or a value; nothing is asked there."""
 
     @model_validator(mode="after")
     def _check(self) -> MQARConfig:
@@ -54,9 +57,9 @@ class MQARConfig(TaskConfig):
 class MQAR(SyntheticTask):
     """Asks for the value of every key, after a list of key-value pairs.
 
-    Inputs: k1 v1 k2 v2 ... kK vK, then fillers (0) with the keys at even places between them. The target at the
-    position of a repeated key is its value. Keys and values are distinct within a sample. Place g = 1, 2, ... after the
-    pairs has weight g^(power - 1); the keys draw their places in turn without replacement.
+    Inputs: k1 v1 k2 v2 ... kK vK, then fillers (0, or random tokens) with the keys at even places between them. The
+    target at the position of a repeated key is its value. Keys and values are distinct within a sample. Place
+    g = 1, 2, ... after the pairs has weight g^(power - 1); the keys draw their places in turn without replacement.
 
     Example:
         >>> inputs, targets = MQAR(MQARConfig(length=12, kv_pairs=2, vocab_size=10))[0]
@@ -84,6 +87,9 @@ class MQAR(SyntheticTask):
         place_BK = (exponential(place_bits) / self._weight_G).topk(pairs, largest=False).indices
         query_BK = 2 * pairs + 2 * place_BK
         inputs_BL = torch.zeros(len(index_B), config.length, dtype=torch.int64)
+        if config.random_fillers:
+            drawn = bits.shape[1]
+            inputs_BL = random_bits(config.seed, index_B, drawn + config.length)[:, drawn:] % config.vocab_size
         inputs_BL[:, 0 : 2 * pairs : 2] = key_BK
         inputs_BL[:, 1 : 2 * pairs : 2] = value_BK
         inputs_BL.scatter_(1, query_BK, key_BK)

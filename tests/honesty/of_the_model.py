@@ -107,7 +107,18 @@ PACKAGE: dict[str, Case] = {
     ),
     "register_capture": Case(
         lambda **given: ess_monitor.register_capture(**given)(lambda *call: None),  # type: ignore[arg-type,return-value]
-        lambda: {"layer": _Own, "state_capacity": lambda layer: 1, "channels": lambda layer: 1},
+        lambda: {
+            "layer": _Own,
+            "state_capacity": lambda layer: 1,
+            "channels": lambda layer: 1,
+            "mixed": lambda *call: (call[-1], call[-1]),
+        },
+    ),
+    "CaptureCheck": Case(ess_monitor.CaptureCheck, lambda: {"difference": 1e-6, "problem": "", "compared": "u"}),
+    "check_capture": Case(
+        lambda layer, inputs: ess_monitor.check_capture(layer, inputs),
+        lambda: {"layer": layer_with_alpha(), "inputs": floats(2, 6, 8)},
+        exempt={"inputs": OF_THE_MODEL},
     ),
 }
 
@@ -122,7 +133,9 @@ CAPTURE: dict[str, Case] = {
     "TokenProbe": Case(
         lambda **given: capture.TokenProbe(**given).run(0), lambda: {"model": torch.nn.Embedding(4, 2), "samples": 2}
     ),
+    "CaptureCheck": PACKAGE["CaptureCheck"],
     "capture_operators": PACKAGE["capture_operators"],
+    "check_capture": PACKAGE["check_capture"],
     "find_layers": Case(capture.find_layers, lambda: {"model": model()}),
     "layer_infos": Case(capture.layer_infos, lambda: {"model": model()}),
     "register_capture": PACKAGE["register_capture"],

@@ -56,3 +56,23 @@ def test_compression_asks_for_its_own_random_content() -> None:
 def test_compression_of_nothing_is_refused() -> None:
     with pytest.raises(ValidationError, match="length=1 must be at least 2"):
         CompressionConfig(length=1)
+
+
+def test_blanks_stand_before_content_drawn_for_them_as_in_mads_generator() -> None:
+    samples = 20_000
+    config = SelectiveCopyingConfig(length=12, tokens_to_copy=3, vocab_size=9, samples=samples, ends_on_content=True)
+    inputs, targets = SelectiveCopying(config).batch(range(samples))
+    content = inputs[:, :8] < 7
+    assert bool(content[:, 7].all())
+    assert bool((content.sum(1) == 3).all())
+    assert torch.equal(inputs[:, :8][content].reshape(-1, 3), targets[:, -3:])
+    # Five blanks, each before one of three tokens: those before the first are binomial.
+    before = content.int().argmax(1)
+    counts = torch.bincount(before, minlength=6).double()
+    binomial = torch.tensor([32, 80, 80, 40, 10, 1]).double() / 243 * samples
+    assert ((counts - binomial) ** 2 / binomial).sum() < 20.5, "99.9 % quantile for 5 degrees of freedom"
+
+
+def test_the_last_token_is_asked_where_that_is_set() -> None:
+    inputs, targets = Compression(CompressionConfig(length=6, vocab_size=8, asks_last=True)).batch(range(20))
+    assert torch.equal(inputs, targets)

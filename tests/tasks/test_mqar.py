@@ -90,3 +90,16 @@ def test_tasks_that_cannot_be_are_refused_with_the_way_out(settings: dict[str, f
 def test_the_hardest_allowed_setting_has_a_query_at_every_place() -> None:
     targets = MQAR(MQARConfig(length=32, kv_pairs=8, vocab_size=18)).batch(range(20))[1]
     assert (targets[:, 16::2] != -100).all()
+
+
+def test_random_fillers_are_uniform_and_change_nothing_that_is_asked() -> None:
+    samples = 4000
+    plain = MQAR(MQARConfig(length=32, kv_pairs=4, vocab_size=16, samples=samples)).batch(range(samples))
+    filled = MQAR(MQARConfig(length=32, kv_pairs=4, vocab_size=16, samples=samples, random_fillers=True))
+    inputs, targets = filled.batch(range(samples))
+    assert torch.equal(targets, plain[1])
+    is_filler = plain[0] == 0
+    assert torch.equal(inputs[~is_filler], plain[0][~is_filler])
+    counts = torch.bincount(inputs[is_filler], minlength=16).double()
+    expected = counts.sum() / 16
+    assert ((counts - expected) ** 2 / expected).sum() < 37.7, "99.9 % quantile for 15 degrees of freedom"

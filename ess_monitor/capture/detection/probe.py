@@ -66,11 +66,12 @@ class Mixing:
 class MixingProbe:
     """Asks the modules of a model, during one forward pass, whether they mix tokens.
 
-    A module that holds one which mixes is not asked, unless it is among `also`: its output mixes in any case.
+    A module that holds one which mixes is not asked, unless it is among `listed`: its output mixes in any case.
 
     Args:
         model: the model. Its forward pass needs gradients enabled.
-        also: names of modules that are asked whatever they hold.
+        listed: names of modules that are known to mix. They are asked whatever they hold, and in training neither they
+            nor what is inside of them or around them.
         in_training: leave the arguments of modules as they are, and do not ask where a backward pass might do more than
             compute a gradient: functions of Python, hooks of others, activation checkpointing.
 
@@ -82,10 +83,10 @@ class MixingProbe:
         [('1', True, False)]
     """
 
-    def __init__(self, model: nn.Module, *, also: Iterable[str] = (), in_training: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, listed: Iterable[str] = (), in_training: bool = False) -> None:
         self.found: dict[str, Mixing] = {}
         """Name -> what its first call showed, of every module that was asked."""
-        self._model, self._also, self._in_training = model, frozenset(also), in_training
+        self._model, self._listed, self._in_training = model, frozenset(listed), in_training
         self._length: int | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -103,6 +104,8 @@ class MixingProbe:
         before = ModuleHook(self._learn_length)
         self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
         for name, module in self._model.named_modules():
+            if self._in_training and any(is_inside(name, other) or is_inside(other, name) for other in self._listed):
+                continue
             if not self._in_training and name:
                 self._handles.append(module.register_forward_pre_hook(ModuleHook(_with_graph), with_kwargs=True))
             ask = ModuleHook(lambda *call, name=name: self._ask(name, *call))
@@ -119,16 +122,16 @@ class MixingProbe:
         return None if self._in_training else _with_graph(module, args, kwargs)
 
     def _ask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if name in self.found or (name not in self._also and self._holds_mixing(name)):
+        if name in self.found or (name not in self._listed and not self._in_training and self._holds_mixing(name)):
             return
         x = next((t for t in _tensors((args, kwargs)) if t.requires_grad), None)
         y = next((t for t in _tensors(output) if t.requires_grad), None)
         if x is None or y is None or x is y:
             return
         axis = _token_axis(x, y, self._length)
-        if axis is None or (isinstance(module, _POINTWISE) and axis != x.dim() - 1):
+        if axis is None or (type(module) in _POINTWISE and axis != x.dim() - 1):
             return
-        if self._in_training and not _is_plain(y, x):
+        if self._in_training and (_keeps_statistics(module) or not _is_plain(y, x)):
             return
         try:
             self.found[name] = depends_on(x, y, axis)
@@ -136,8 +139,37 @@ class MixingProbe:
             return
 
     def _holds_mixing(self, name: str) -> bool:
-        prefix = f"{name}." if name else ""
-        return any(other.startswith(prefix) and other != name and m.mixes for other, m in self.found.items())
+        return any(other != name and is_inside(other, name) and m.mixes for other, m in self.found.items())
+
+    def bring_to_host(self) -> None:
+        """Start to copy the answers to the host, without waiting for the device."""
+        for name, mixing in self.found.items():
+            if mixing.seen.device.type != "cpu":
+                flags = torch.stack((mixing.past, mixing.future, mixing.seen))
+                host = torch.empty_like(flags, device="cpu", pin_memory=True).copy_(flags, non_blocking=True)
+                self.found[name] = Mixing(*host)
+
+    def unlisted(self) -> dict[str, Mixing]:
+        """Return the modules that mix tokens, and are not listed, nor inside of or around one that is.
+
+        Of modules inside of one another it is the innermost. Waits for a device that the answers are still on.
+        """
+        mixing = [name for name, mixing in self.found.items() if mixing.mixes]
+        return {
+            name: self.found[name]
+            for name in mixing
+            if not any(is_inside(name, other) or is_inside(other, name) for other in self._listed)
+            and not any(other != name and is_inside(other, name) for other in mixing)
+        }
+
+
+def is_inside(name: str, other: str) -> bool:
+    """Return whether the module `name` is `other`, or inside of it; the empty name is the model's.
+
+    >>> is_inside("a.b", "a"), is_inside("ab", "a"), is_inside("a", "")
+    (True, False, True)
+    """
+    return not other or name == other or name.startswith(other + ".")
 
 
 def depends_on(x: Tensor, y: Tensor, axis: int) -> Mixing:
@@ -210,7 +242,12 @@ def _token_axis(x: Tensor, y: Tensor, length: int | None) -> int | None:
 def _has_hooks(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = itertools.chain.from_iterable(getattr(module, kind).values() for kind in kinds)
-    return any(not isinstance(hook, ModuleHook) for hook in hooks)
+    return any(not type(hook).__module__.startswith("ess_monitor.") for hook in hooks)
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Return whether a forward pass changes buffers, which the recomputation of a checkpoint would do once more."""
+    return any(getattr(part, "track_running_stats", False) for part in module.modules())
 
 
 def _is_plain(y: Tensor, x: Tensor) -> bool:

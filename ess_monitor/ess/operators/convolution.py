@@ -26,6 +26,7 @@ from ess_monitor.ess.operators.fields import (
     check_batch_and_heads,
     check_floating,
     check_same_device,
+    check_state_size,
     narrowed,
     pairs,
     per_head,
@@ -48,9 +49,11 @@ class Convolution(Operator):
     Args:
         kernel: (batch, heads or channels, taps); kernel[..., 0] multiplies the current input. batch is usually 1.
         length: Tokens per sequence; 0, the default, means the number of taps.
+        state_size: Dimensions of the state that the kernel comes from (S4D: twice the number of complex ones), which
+            are then the TSS. None, the default: the kernel is free.
 
     Raises:
-        OperatorError: `kernel` has another shape, or `length` is negative.
+        OperatorError: `kernel` has another shape, or `length` or `state_size` is negative.
 
     Example:
         >>> delay = Convolution(torch.tensor([[[0.0, 0.0, 1.0]]]), length=10)  # y_t = u_{t-2}
@@ -60,19 +63,21 @@ class Convolution(Operator):
 
     kernel: Tensor
     length: int = 0
+    state_size: int | None = None
 
     def __post_init__(self) -> None:
         check_floating("kernel", self.kernel, _KERNEL, 3)
+        check_state_size(self.state_size)
         hint = "0 stands for the number of taps"
         length = validation.whole("length", self.length, 0, LONGEST, hint=hint, error=OperatorError)
         object.__setattr__(self, "length", length or self.kernel.shape[2])
 
     @property
     def capacity_grows(self) -> bool:
-        return self.kernel.shape[2] >= self.length
+        return self.state_size is None and self.kernel.shape[2] >= self.length
 
     def _capacity_at(self, position: int) -> int:
-        return min(position, self.kernel.shape[2] - 1)  # the last K - 1 inputs, or all so far
+        return _capacity(self.state_size, position, self.kernel.shape[2])
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
@@ -94,7 +99,7 @@ class Convolution(Operator):
 
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         kernel = narrowed(self.kernel, samples, heads, length)
-        return type(self)(kernel, self.length if length is None else length)
+        return type(self)(kernel, self.length if length is None else length, self.state_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +110,7 @@ class GatedConvolution(Operator):
         b: (batch, heads or channels, length), gate on the input. batch and heads may be 1.
         kernel: (batch, heads or channels, taps). batch and heads may be 1.
         c: (batch, heads or channels, length), gate on the output. batch and heads may be 1.
+        state_size: As in `Convolution`.
 
     Raises:
         OperatorError: The shapes do not fit together.
@@ -119,8 +125,10 @@ class GatedConvolution(Operator):
     b: Tensor
     kernel: Tensor
     c: Tensor
+    state_size: int | None = None
 
     def __post_init__(self) -> None:
+        check_state_size(self.state_size)
         check_floating("b", self.b, "(batch, heads, length)", 3)
         check_floating("kernel", self.kernel, _KERNEL, 3)
         check_floating("c", self.c, "(batch, heads, length)", 3)
@@ -135,10 +143,10 @@ class GatedConvolution(Operator):
 
     @property
     def capacity_grows(self) -> bool:
-        return self.kernel.shape[2] >= self.length
+        return self.state_size is None and self.kernel.shape[2] >= self.length
 
     def _capacity_at(self, position: int) -> int:
-        return min(position, self.kernel.shape[2] - 1)
+        return _capacity(self.state_size, position, self.kernel.shape[2])
 
     @torch.no_grad()
     def materialize(self) -> Tensor:
@@ -170,6 +178,11 @@ class GatedConvolution(Operator):
                 squares[group] += (outputs * c[group, None, rows]).sum(-1)
         far, near = per_head(squares, self.batch, self.heads).unbind(-1)
         return far, near
+
+
+def _capacity(state_size: int | None, position: int, taps: int) -> int:
+    """Return TSS: the state the kernel comes from, or else the last K - 1 inputs, or all so far."""
+    return min(position, taps - 1) if state_size is None else state_size
 
 
 def _hankel_singular_values(

@@ -13,7 +13,7 @@ from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import singular_values_, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
-from ess_monitor.ess.operators.fields import check_floating, first, narrowed, pairs, per_head
+from ess_monitor.ess.operators.fields import check_floating, check_state_size, first, narrowed, pairs, per_head
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,6 +30,7 @@ class DenseOperator(Operator):
     Args:
         T: (d L, d L), (heads, d L, d L) or (batch, heads, d L, d L); missing leading dimensions are 1.
         block_size: Rows per token, d; at least 1 and a divisor of T's size.
+        state_size: Dimensions of the state that T comes from, which are then the TSS. None: they are not known.
 
     Raises:
         OperatorError: T is not square, or `block_size` does not divide its size.
@@ -41,6 +42,7 @@ class DenseOperator(Operator):
 
     T: Tensor
     block_size: int = 1
+    state_size: int | None = None
 
     def __post_init__(self) -> None:
         shape = "(d L, d L), (heads, d L, d L) or (batch, heads, d L, d L)"
@@ -49,6 +51,7 @@ class DenseOperator(Operator):
         object.__setattr__(self, "T", self.T[(None,) * (4 - self.T.dim())])
         check_floating("T", self.T, shape, 4)
         validation.whole("block_size", self.block_size, 1, error=OperatorError)
+        check_state_size(self.state_size)
         rows, columns = self.T.shape[2:]
         if rows != columns or rows % self.block_size:
             raise OperatorError(
@@ -62,10 +65,10 @@ class DenseOperator(Operator):
 
     @property
     def capacity_grows(self) -> bool:
-        return True
+        return self.state_size is None
 
     def _capacity_at(self, position: int) -> int:
-        return self.block_size * position
+        return self.block_size * position if self.state_size is None else self.state_size
 
     def finite(self) -> Tensor:
         # What lies above the diagonal is never read, so it may hold anything.
@@ -105,4 +108,4 @@ class DenseOperator(Operator):
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         size = None if length is None else length * self.block_size
         T = first(narrowed(self.T, samples, heads, size), 3, size)
-        return type(self)(T, self.block_size)
+        return type(self)(T, self.block_size, self.state_size)

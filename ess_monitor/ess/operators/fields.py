@@ -81,3 +81,9 @@ def pairs(tensor: Tensor, batch: int, heads: int) -> Tensor:
 def per_head(tensor: Tensor, batch: int, heads: int) -> Tensor:
     """Undo `pairs`: (batch * heads, ...) -> (batch, heads, ...)."""
     return tensor.reshape(batch, heads, *tensor.shape[1:])
+
+
+def check_state_size(state_size: int | None) -> None:
+    """Raise `OperatorError` unless this is a number of dimensions, or None for one that is not known."""
+    if state_size is not None:
+        validation.whole("state_size", state_size, 1, hint="None where it is not known", error=OperatorError)
