@@ -106,7 +106,8 @@ def capture_operators(model: nn.Module, *inputs: Any, **named_inputs: Any) -> di
         CaptureError: a layer could not be read; the message names it and says why. `profile` goes on without it.
 
     Example:
-        >>>         >>> from ess_monitor import capture_operators
+        >>> import torch
+        >>> from ess_monitor import capture_operators
         >>> from ess_monitor.featurizers import GLA
         >>> operators = capture_operators(GLA(16, 2), torch.randn(1, 8, 16))
         >>> [(name, type(op).__name__, op.heads) for name, op in operators.items()]

@@ -15,7 +15,14 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.detection import A_LOOP, MixingProbe, how_code_mixes, is_holder, looks_like_mixer
+from ess_monitor.capture.detection import (
+    A_LOOP,
+    MixingProbe,
+    how_code_mixes,
+    is_holder,
+    looks_like_mixer,
+    treats_tokens_alone,
+)
 from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.registry import find_spec, why_unreadable
 from ess_monitor.capture.spec import CaptureSpec
@@ -108,7 +115,7 @@ def _why_unknown(module: nn.Module) -> str:
     if isinstance(module, nn.RNNCellBase):
         return _NONLINEAR
     cls, library = type(module).__name__, _library_of(module)
-    how = how_code_mixes(module)
+    how = "" if treats_tokens_alone(type(module)) else how_code_mixes(module)
     if not how and not looks_like_mixer(type(module)):
         return ""
     if how == A_LOOP and any(isinstance(child, nn.RNNCellBase) for child in module.children()):
@@ -118,6 +125,10 @@ def _why_unknown(module: nn.Module) -> str:
     if library is not None:
         problem = f"{cls} calls no op of a known name ({_versions_of(library)})"
     return f"{problem}, and {told}; teach it with @ess_monitor.register_capture({cls})"
+
+
+_FILTERS = (nn.Conv1d, nn.ConvTranspose1d, nn.ConstantPad1d, nn.ConstantPad2d)
+"""What is a part of a mixer where it is inside of one."""
 
 
 def _of_torch(module: nn.Module) -> str:
@@ -150,14 +161,14 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | str]
     mixers = known | {
         name: why for name, module in modules.items() if name not in known and (why := _why_unknown(module))
     }
-    convolutions = {name for name in mixers if isinstance(modules[name], (nn.Conv1d, nn.ConvTranspose1d))}
+    filters = {name for name in mixers if isinstance(modules[name], _FILTERS)}
     closed: list[str] = []  # nothing inside these is a layer
     open_: list[str] = []  # what is known inside these is one, convolutions apart
     for name, module in modules.items():
         if name not in mixers or _is_below(name, closed):
             continue
         found, is_inside = mixers[name], _is_below(name, open_)
-        if is_inside and (name in convolutions or name not in known):
+        if is_inside and (name in filters or name not in known):
             continue
         if isinstance(found, CaptureSpec):
             (open_ if found.site.ops else closed).append(name)
@@ -166,7 +177,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, CaptureSpec | str]
         inside = [other for other in mixers if other != name and _is_below(other, [name])]
         if name not in known and _is_around(module, {other: modules[other] for other in inside}, known):
             continue
-        (open_ if known.keys() & set(inside) - convolutions else closed).append(name)
+        (open_ if known.keys() & set(inside) - filters else closed).append(name)
         yield name, module, found
 
 
@@ -178,9 +189,8 @@ def _is_around(module: nn.Module, mixers: dict[str, nn.Module], known: dict[str,
     """
     if not mixers:
         return False
-    ids = {id(mixer) for mixer in mixers.values()}
-    around = is_holder(module, lambda child: any(id(part) in ids for part in child.modules()))
-    others = [name for name, mixer in mixers.items() if not isinstance(mixer, (nn.Conv1d, nn.ConvTranspose1d))]
+    around = is_holder(module, mixers.values())
+    others = [name for name, mixer in mixers.items() if not isinstance(mixer, _FILTERS)]
     if how_code_mixes(module):
         return around and bool(others)
     return around or any(name in known for name in others)

@@ -195,3 +195,40 @@ def test_a_run_does_not_ask_where_others_have_hooks(caplog: pytest.LogCaptureFix
         losses(net, monitor.step)
     assert len(calls) == 4
     assert not [r for r in caplog.records if r.name == "ess_monitor"]
+
+
+class AddAndNorm(nn.Module):
+    """Treats each token by itself, of two tensors of which one was mixed from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, mixed: Tensor, x: Tensor) -> Tensor:
+        return self.norm(mixed + x)
+
+
+class Scores(nn.Module):
+    """Mixes by its second and third argument, and treats the tokens of the first by themselves."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).tril() @ v
+
+
+class OfSeveral(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gla, self.close, self.scores = GLA(WIDTH, 2), AddAndNorm(), Scores()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.close(self.gla(x), x)
+        return self.scores(y, y, y)
+
+
+def test_every_argument_is_asked_by_itself() -> None:
+    net = OfSeveral()
+    with MixingProbe(net, listed=["gla"]) as probe:
+        net(torch.randn(2, 6, WIDTH))
+    assert probe.found["close"].is_pointwise
+    assert (bool(probe.found["scores"].past), bool(probe.found["scores"].future)) == (True, False)
+    assert [info.name for info in describe(net, torch.randn(2, 6, WIDTH)).layers] == ["gla", "scores"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Collection
 
 from torch import nn
 
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 _MIXER = re.compile(
     r"attention|attn|mamba|deltanet|delta_?rule|retention|rwkv|recurren|hyena|longconv|fftconv|fourier|timemix|mixer"
-    r"|lstm|titans|linear_?memory|neural_?memory|moving_?average|toeplitz|s4d?(?![0-9a-z])|s5|s6|h3(?![0-9a-z])",
+    r"|lstm|titans|depth_?wise_?conv|dw_?conv|focalnetlayer|linear_?memory|neural_?memory|moving_?average|toeplitz|s4d?(?![0-9a-z])|s5|s6|h3(?![0-9a-z])",
     re.IGNORECASE,
 )
 """Parts of names that are words of the field wherever they stand."""
@@ -33,6 +33,19 @@ _HOLDER = re.compile(
 )
 _NO_HOLDER = re.compile(r"(delta|fnet|ret)net$", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|^ff$|^fc\d$|channel_?mix|experts", re.IGNORECASE)
+
+
+_TREATS_TOKENS_ALONE = re.compile(r"norm|rotary|router|experts?|moe|embeddings?|embedder|loss|masks?", re.IGNORECASE)
+
+
+def treats_tokens_alone(cls: type[nn.Module]) -> bool:
+    """Return whether a class is called like a part that reads or places tokens and mixes none, whatever its code does.
+
+    >>> class SharedExperts(nn.Module): ...
+    >>> treats_tokens_alone(SharedExperts), treats_tokens_alone(nn.GRU)
+    (True, False)
+    """
+    return any(map(_TREATS_TOKENS_ALONE.fullmatch, words(cls.__name__)[-1:])) or "moe" in words(cls.__name__)
 
 
 def words(name: str) -> list[str]:
@@ -59,13 +72,8 @@ def looks_like_mixer(cls: type[nn.Module]) -> bool:
     return bool(_MIXER.search(name)) or any(map(_MIXER_WORDS.fullmatch, (*words(name), name.lower())))
 
 
-def is_holder(module: nn.Module, holds: Callable[[nn.Module], bool]) -> bool:
-    """Return whether a module is a block, a stack or a model around the mixers that it holds.
-
-    Args:
-        module: holds at least one module that mixes tokens.
-        holds: whether a child mixes tokens, or holds a module that does.
-    """
+def is_holder(module: nn.Module, mixers: Collection[nn.Module]) -> bool:
+    """Return whether a module is a block, a stack or a model around the `mixers` that it holds."""
     name = type(module).__name__
     if hasattr(type(module), "get_input_embeddings") or isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -78,5 +86,10 @@ def is_holder(module: nn.Module, holds: Callable[[nn.Module], bool]) -> bool:
         return True
     if any(_FEED_FORWARD.search(child) or _FEED_FORWARD.search(type(m).__name__) for child, m in children.items()):
         return True
-    lists = (child for child in children.values() if isinstance(child, (nn.ModuleList, nn.Sequential)))
-    return any(sum(map(holds, items.children())) > 1 for items in lists)
+    ids = {id(mixer) for mixer in mixers}
+    for items in children.values():
+        if isinstance(items, (nn.ModuleList, nn.Sequential)):
+            holding = [item for item in items if any(id(part) in ids for part in item.modules())]
+            if len(holding) > 1 or any(id(item) not in ids for item in holding):
+                return True
+    return False

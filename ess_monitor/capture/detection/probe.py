@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ess_monitor.capture.hooks.call_site import ModuleHook
+from ess_monitor.capture.ignored_calls import is_transformed
 
 _POINTWISE = (
     nn.Linear,
@@ -118,25 +119,33 @@ class MixingProbe:
 
     def _learn_length(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._length is None:
-            self._length = next((t.shape[1] for t in _tensors((args, kwargs)) if t.dim() in (2, 3)), None)
+            sequences = (t for t in _tensors((args, kwargs)) if t.dim() == (3 if t.is_floating_point() else 2))
+            self._length = next((t.shape[1] for t in sequences), None)
         return None if self._in_training else _with_graph(module, args, kwargs)
 
     def _ask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if name in self.found or (name not in self._listed and not self._in_training and self._holds_mixing(name)):
             return
-        x = next((t for t in _tensors((args, kwargs)) if t.requires_grad), None)
         y = next((t for t in _tensors(output) if t.requires_grad), None)
-        if x is None or y is None or x is y:
+        if y is None or is_transformed():
             return
-        axis = _token_axis(x, y, self._length)
-        if axis is None or (type(module) in _POINTWISE and axis != x.dim() - 1):
-            return
-        if self._in_training and (_keeps_statistics(module) or not _is_plain(y, x)):
+        given = (*args, *kwargs.values())
+        tracked = [x for x in given if isinstance(x, Tensor) and x.requires_grad and x is not y]
+        if self._in_training and (len(tracked) != 1 or _keeps_statistics(module) or not _is_plain(y, tracked[0])):
+            return  # of several the first may have been computed from the second
+        axes = {k: axis for k, x in enumerate(tracked) if (axis := _token_axis(x, y, self._length)) is not None}
+        if type(module) in _POINTWISE:
+            axes = {k: axis for k, axis in axes.items() if axis == tracked[k].dim() - 1}
+        if not axes:
             return
         try:
-            self.found[name] = depends_on(x, y, axis)
+            answers = [depends_on(tracked[k], y, axis) for k, axis in axes.items()]
         except RuntimeError:  # a function without a derivative
             return
+        past, future, seen = (torch.stack(flags).any() for flags in zip(*map(astuple, answers), strict=True))
+        if len(axes) < len(tracked):  # of the others, such as keys of another length, nothing is known
+            seen = torch.zeros_like(seen)
+        self.found[name] = Mixing(past, future, seen)
 
     def _holds_mixing(self, name: str) -> bool:
         return any(other != name and is_inside(other, name) and m.mixes for other, m in self.found.items())
@@ -212,13 +221,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _with_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the arguments with a graph: of data and of frozen models there is none."""
-    if not torch.is_grad_enabled():
+    """Return the arguments as tensors of their own with a graph, also where they are data or the model is frozen.
+
+    Of their own: what one argument was computed from may be another one, which the module does not mix for that.
+    """
+    if not torch.is_grad_enabled() or is_transformed():
         return None
 
     def tracked(value: Any) -> Any:
-        is_data = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
-        return value.detach().requires_grad_().clone() if is_data and value.dim() > 1 else value
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+            return value
+        return (value if value.requires_grad else value.detach().requires_grad_()).clone()
 
     return tuple(map(tracked, args)), {name: tracked(value) for name, value in kwargs.items()}
 
@@ -231,7 +244,7 @@ def _token_axis(x: Tensor, y: Tensor, length: int | None) -> int | None:
     >>> _token_axis(torch.zeros(2, 4, 6), torch.zeros(2, 4, 6), length=6)
     2
     """
-    if x.dim() != y.dim() or x.dim() < 2:
+    if x.dim() != y.dim() or x.dim() < 3:
         return None
     axes = [axis for axis in range(1, x.dim()) if x.shape[axis] == y.shape[axis] > 2]
     if length in [x.shape[axis] for axis in axes]:

@@ -1,0 +1,1 @@
+"""Asks of every model type and layer class at hand whether `describe` tells the truth about it."""
