@@ -17,6 +17,7 @@ from ess_monitor.ess.measure import Measured, decay_product_norm, mean_decay, me
 from ess_monitor.ess.metrics import Aggregation, aggregate, entropy_ess, tolerance_ess
 from ess_monitor.ess.operators.attention import SoftmaxAttention
 from ess_monitor.ess.operators.base import Operator
+from ess_monitor.ess.operators.complex_recurrence import complex_recurrence
 from ess_monitor.ess.operators.convolution import Convolution, GatedConvolution
 from ess_monitor.ess.operators.delta import DeltaRecurrence
 from ess_monitor.ess.operators.dense import DenseOperator
@@ -37,6 +38,7 @@ __all__ = [
     "ReadFirstRecurrence",
     "SoftmaxAttention",
     "aggregate",
+    "complex_recurrence",
     "decay_product_norm",
     "entropy_ess",
     "ess_bounds",

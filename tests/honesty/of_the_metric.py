@@ -54,6 +54,9 @@ ESS: dict[str, Case] = {
     "DenseOperator": Case(
         lambda **given: used(ess.DenseOperator(**given)), lambda: {"T": floats(1, 2, 6, 6).tril(), "block_size": 2}
     ),
+    "complex_recurrence": Case(
+        lambda **given: used(ess.complex_recurrence(**given)), lambda: _vectors("log_decay", "b", "c")
+    ),
     "DiagonalRecurrence": Case(
         lambda **given: used(ess.DiagonalRecurrence(**given)), lambda: _vectors("log_decay", "b", "c")
     ),
