@@ -8,6 +8,7 @@ it calls that module with random ones, in eval mode and without gradients, from 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,14 +29,24 @@ class TokenProbe:
             shape (batch, length) as its only tensor argument.
         samples: sequences per probe.
         seed: of the tokens.
+        inside: the block in which a module is called: in eval mode, without gradients. What else it puts back after the
+            call is up to it.
 
     Raises:
         CaptureError: the model has no embedding.
         ConfigError: `model` is not a module, or a number is out of range.
     """
 
-    def __init__(self, model: nn.Module, samples: int, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: int,
+        *,
+        seed: int = 0,
+        inside: Callable[[nn.Module], AbstractContextManager[object]] = evaluating,
+    ) -> None:
         check_model(model)
+        self._inside = validation.function("inside", inside)
         self._samples = validation.whole("samples", samples, 1)
         self._seed = validation.whole("seed", seed, -(2**62), 2**62)
         embeddings = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
@@ -96,7 +107,7 @@ class TokenProbe:
             shape = (self._samples, length)
             random = torch.randint(self._vocabulary, shape, generator=generator, dtype=torch.int64)
             filled = {**given, slot: random.to(device, dtype, non_blocking=True)}
-            with evaluating(module):
+            with self._inside(module):
                 module(*(filled[k] for k in positions), **{name: filled[name] for name in names})
 
         self._call = call

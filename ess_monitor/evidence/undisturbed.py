@@ -105,6 +105,14 @@ class Undisturbed:
 
 
 @contextmanager
+def undisturbed_evaluation(model: nn.Module) -> Iterator[None]:
+    """Let a model be called in eval mode inside `Undisturbed`, once."""
+    with Undisturbed(model):
+        model.eval()
+        yield
+
+
+@contextmanager
 def _own_autocast_cache() -> Iterator[None]:
     """Leave the cache of an autocast region that is open around the block as it is.
 

@@ -8,6 +8,7 @@ from ess_monitor.capture import Captured, CaptureFailure, Sampler, TokenProbe, f
 from ess_monitor.capture.layers import FirstSampleProbe
 from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.causality import is_causal
+from ess_monitor.evidence.undisturbed import undisturbed_evaluation
 from ess_monitor.pipeline.context import RunContext, Sample
 from ess_monitor.runtime.guard import logger
 
@@ -37,7 +38,9 @@ class SampleTrigger:
             causality=is_causal,
             clock=context.clock,
         )
-        self._probe = TokenProbe(model, config.capture.samples) if config.capture.source == "random_tokens" else None
+        self._probe = None
+        if config.capture.source == "random_tokens":
+            self._probe = TokenProbe(model, config.capture.samples, inside=undisturbed_evaluation)
         self._guards, self._clock = context.guards, context.clock
         self._unseen = 0
         self._model, self._filter = model, config.layers

@@ -48,6 +48,30 @@ def test_random_tokens_lift_the_cap_that_the_data_put_on_the_rank() -> None:
     assert all(a > b for a, b in zip(sizes["random_tokens"], sizes["train"], strict=True))
 
 
+class Counting(nn.Module):
+    """Writes to a buffer, an attribute and a generator of its own in each forward pass, in eval mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls, self.generator = backbone(), 0, torch.Generator().manual_seed(1)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y = self.inner(tokens)
+        self.calls += 1
+        self.mean.lerp_(y.detach().mean(), 0.1)
+        return y * torch.rand(1, generator=self.generator) + self.mean
+
+
+def test_the_probe_leaves_no_trace_in_a_model_that_keeps_a_state() -> None:
+    bare, watched = Counting(), Counting()
+    expected = train(bare, None)
+    with Monitor(watched, CONFIG) as monitor:
+        assert train(watched, monitor) == expected
+        assert {reading.status for reading in monitor.flush()} == {"ok"}
+    assert (watched.calls, watched.mean) == (bare.calls, bare.mean)
+
+
 def test_the_probe_changes_nothing_in_the_training() -> None:
     bare, watched = backbone(), backbone()
     expected = train(bare, None)
