@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ess_monitor.evidence.undisturbed import Undisturbed
 _TOLERANCE = 1e-4
 """Change of an earlier output, as a share of the largest output, below which it is rounding: a convolution by Fourier
 transforms carries rounding errors of later tokens to earlier ones."""
+_HIDDEN_LOGIT = -1000.0
+"""An additive mask below this hides a token."""
 _CACHES = ("cache", "past", "state", "inference_params")
 """Parts of the names of arguments that a call would write to. Without them a call begins at its first token."""
 
@@ -24,6 +27,7 @@ def is_causal(
 ) -> Tensor | None:
     """Return whether the outputs of a call stay the same up to the middle when the tokens from there on change.
 
+    Outputs of padding do not count: where a token sees nothing at all, some kernels let it see everything.
     The module is run twice in eval mode, without gradients and inside `Undisturbed`, which leaves no trace of it, also
     inside of a forward pass that is still running.
 
@@ -64,7 +68,10 @@ def is_causal(
     except CaptureError:
         return None
     before, after = outputs
-    moved = (before - after).narrow(axis, 0, middle).abs().amax()
+    changes = (before - after).abs()
+    for real in _real_tokens(kwargs, length) if axis == 1 else ():
+        changes = changes.masked_fill(~real.reshape(*real.shape, *[1] * (changes.dim() - 2)), 0)
+    moved = changes.narrow(axis, 0, middle).amax()
     scale = before.abs().amax()
     # What is not finite shows nothing, and is reported by the reading.
     return (moved <= max(_TOLERANCE, 4 * torch.finfo(before.dtype).eps) * scale) | ~moved.isfinite()
@@ -88,7 +95,9 @@ class _Arguments:
     def copied(self, value: Any) -> Any:
         """Return an argument with its containers built anew."""
         if isinstance(value, Tensor):
-            return self._made.setdefault(id(value), self._changed(value))
+            if id(value) not in self._made:  # a copy, because the module may write to it
+                self._made[id(value)] = self._changed(value.detach()).clone()
+            return self._made[id(value)]
         if type(value) in (dict, OrderedDict):
             return type(value)((name, self.copied(item)) for name, item in value.items())
         if type(value) in (list, tuple):
@@ -125,8 +134,22 @@ def _token_axis(module: nn.Module, x: Tensor, y: Tensor, length: int) -> int | N
     axes = [axis for axis in range(x.dim()) if x.shape[axis] == y.shape[axis] == length]
     if isinstance(module, nn.MultiheadAttention):
         axes = [axis for axis in axes if axis == int(module.batch_first and x.dim() == 3)]
+    if len({1, 2} & {*axes}) == 2 and any(type(part) is nn.Conv1d for part in (module, *module.children())):
+        return None  # its channels may come first
     preferred = (axis for axis in (1, 2, 0) if axis in axes and (axis or x.dim() == 2 or len(axes) == 1))
     return next(preferred, None)
+
+
+def _real_tokens(kwargs: dict[str, Any], length: int) -> Iterator[Tensor]:
+    """Yield which tokens are no padding, (batch or 1, length), as each mask among the arguments of a call says."""
+    for name, mask in kwargs.items():
+        if not isinstance(mask, Tensor) or "mask" not in name:
+            continue
+        if mask.dim() == 2 and mask.shape[1] == length and name == "attention_mask":
+            yield mask != 0
+        elif mask.dim() == 4 and mask.shape[2:] == (length, length):
+            own = mask[:, 0].diagonal(0, -2, -1)
+            yield own if own.dtype == torch.bool else own > _HIDDEN_LOGIT
 
 
 def _has_other_hooks(module: nn.Module) -> bool:

@@ -235,6 +235,64 @@ def test_the_test_of_a_layer_leaves_no_trace_in_the_training() -> None:
     assert calls == calls_watched == 3
 
 
+class WritesToItsArguments(nn.Module):
+    """Takes a state that it writes to in place, as a cache is written to, and a list that it takes from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = GLA(WIDTH, 2)
+
+    def forward(self, x: Tensor, state: Tensor, queue: list[Tensor]) -> Tensor:
+        y = self.mixer(x) + queue.pop()
+        state.add_(y.detach().mean())
+        return y
+
+
+@register_capture(WritesToItsArguments)
+def read_writes(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> DenseOperator:
+    return DenseOperator(torch.eye(args[0].shape[1]))
+
+
+def test_what_a_layer_writes_into_its_arguments_is_as_without_the_test() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = WritesToItsArguments()
+
+        def forward(self, x: Tensor, state: Tensor, queue: list[Tensor]) -> Tensor:
+            return self.layer(x, state, queue)
+
+    net, x = Holder(), torch.randn(2, LENGTH, WIDTH)
+    state, queue = torch.zeros(()), [torch.ones(()), torch.ones(())]
+    with Monitor(net, MonitorConfig()) as monitor:
+        y = net(x, state, queue)
+        y.sum().backward()
+        monitor.step()
+        assert [r.status for r in monitor.flush()] == ["ok"]
+    assert len(queue) == 1
+    torch.testing.assert_close(state, y.detach().mean())
+
+
+def test_padding_that_sees_nothing_is_no_proof_against_a_layer() -> None:
+    """The eager kernel of transformers lets a row whose keys are all hidden see every token."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attn_implementation="eager",
+    )
+    net = transformers.LlamaForCausalLM(config)
+    real = torch.ones(2, LENGTH, dtype=torch.long)
+    real[0, :3] = 0
+    with Monitor(net, MonitorConfig()) as monitor:
+        net(torch.randint(8, (2, LENGTH)), attention_mask=real, labels=torch.randint(8, (2, LENGTH))).loss.backward()
+        monitor.step()
+        assert [(r.status, r.message) for r in monitor.flush()] == [("ok", "")]
+
+
 def test_each_layer_is_tested_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     net, calls = Net(Attends(is_causal=True)), []
     plain = Attends.forward

@@ -65,16 +65,17 @@ def across_channels(call: Call) -> LazyOperator | None:
     conv, length = _called(call)
     if length < 2:
         return None
-    tokens, groups, size = min(length, 2 * reach(conv)), conv.groups, conv.in_channels // conv.groups
+    groups, size = conv.groups, conv.in_channels // conv.groups
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
+        length = min(length, 2 * reach(conv))
         response = take(impulse_response(conv).reshape(groups, -1, size, reach(conv) + 1), 0, chosen)
         T = response.new_zeros((len(chosen), length, size, length, size))
         for lag in range(min(length, response.shape[3])):
             T.diagonal(-lag, 1, 3).copy_(response[..., lag, None])
         return DenseOperator(T.flatten(3, 4).flatten(1, 2), size)
 
-    return LazyOperator(1, groups, tokens, form)
+    return LazyOperator(1, groups, length, form)
 
 
 def _called(call: Call) -> tuple[nn.Conv1d, int]:
