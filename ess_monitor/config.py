@@ -46,6 +46,10 @@ class MonitorConfig(BaseModel):
     bitwise the uninterrupted one wherever it runs)."""
     tolerance: NonNegativeFloat = 1e-3
     """tau of the tolerance-ESS: singular values above it count. The paper's value for utilization (appendix C.3)."""
+    tolerance_scale: Literal["absolute", "output"] = "absolute"
+    """Against what `tolerance` is measured. "absolute": against 1, as in the paper. "output": against what the layer
+    puts out at each token: the rows of T are divided by their norms first, so that neither the size of B and C nor a
+    norm behind the layer matters (`ess_monitor.ess.measure`)."""
     positions: Literal["midpoint", "all"] | PositiveInt = 3
     """Where in the sequence H_i is measured. 3 are a quarter, a half and three quarters, as in our experiments; more
     tighten the certified bound at a cost that grows linearly."""

@@ -99,8 +99,9 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
     Args:
         model: the model.
         inputs, named_inputs: arguments of its forward.
-        config: `tolerance`, `positions`, `layers` and `capture` are used; the default measures 8 samples, all heads and
-            8 positions of at most 1024 tokens. With `strict` a layer that could not be measured is an error.
+        config: `tolerance`, `tolerance_scale`, `positions`, `layers` and `capture` are used; the default measures 8
+            samples, all heads and 8 positions of at most 1024 tokens. With `strict` a layer that could not be measured
+            is an error.
 
     Raises:
         NoLayersError: no layer of the model can be measured.
@@ -117,7 +118,7 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
     items = capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture, causality=is_causal)
     if config.strict:
         raise_failures(items)
-    infos = layer_infos(model, config.layers)
+    infos = layer_infos(model, config.layers, unknown=config.capture.unknown)
     return Profile(
         type(model).__name__,
         tuple(_measured(item, config) for item in items),
@@ -130,8 +131,9 @@ def _measured(item: Captured | CaptureFailure, config: MonitorConfig) -> Reading
         return lost_reading(0, item.layer.name, item.status, item.error)
     try:
         positions = positions_of(item, config.positions)
-        results = {name: value.cpu() for name, value in compute(item, positions, config.tolerance).items()}
-        return reading(0, item, positions, config.tolerance, results)
+        computed = compute(item, positions, config.tolerance, config.tolerance_scale)
+        results = {name: value.cpu() for name, value in computed.items()}
+        return reading(0, item, positions, config.tolerance, results, config.tolerance_scale)
     except Exception as error:
         if config.strict:
             raise CaptureError(f"could not measure {item.layer.name}: {format_error(error)}") from error

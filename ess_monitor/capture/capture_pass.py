@@ -11,7 +11,15 @@ from torch import nn
 from ess_monitor import validation
 from ess_monitor.capture.causality.claims import claim_name, refuted
 from ess_monitor.capture.causality.layer_tests import Test
-from ess_monitor.capture.layers import Layer, LayerFilter, evaluating, find_layers, layer_infos, skipped_of_libraries
+from ess_monitor.capture.layers import (
+    Layer,
+    LayerFilter,
+    Unknown,
+    evaluating,
+    find_layers,
+    layer_infos,
+    skipped_of_libraries,
+)
 from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
@@ -23,7 +31,7 @@ logger = logging.getLogger("ess_monitor")
 
 
 def require_layers(
-    model: nn.Module, layers: LayerFilter | None = None, *, in_training: bool = False
+    model: nn.Module, layers: LayerFilter | None = None, *, in_training: bool = False, unknown: Unknown = "skip"
 ) -> tuple[Layer, ...]:
     """Return `find_layers`, or raise `NoLayersError` with what was found and what to do.
 
@@ -31,11 +39,11 @@ def require_layers(
     warning says why.
     """
     reasons, are_all = skipped_of_libraries(model)
-    if in_training and are_all:
+    if in_training and are_all and unknown == "skip":
         skipped = "; ".join(f"skipped: {reason}" for reason in reasons)
         logger.warning("%s. Nothing in %s can be measured: this run has no readings", skipped, type(model).__name__)
         return ()
-    found = find_layers(model, layers)
+    found = find_layers(model, layers, unknown=unknown)
     if not found:
         skipped = "; ".join(f"{info.name} ({info.module}): {info.reason}" for info in layer_infos(model, layers))
         raise NoLayersError(
@@ -66,7 +74,7 @@ def capture_pass(
         causality: test of each layer, as in `Sampler`.
     """
     validation.instance("config", config, CaptureConfig)
-    found = require_layers(model, layers)
+    found = require_layers(model, layers, unknown=config.unknown)
     sampler = Sampler(found, config.model_copy(update={"source": "validation"}), model=model, causality=causality)
     sampler.arm()
     try:

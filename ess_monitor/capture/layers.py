@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -24,10 +24,14 @@ from ess_monitor.capture.detection import (
     treats_tokens_alone,
 )
 from ess_monitor.capture.hooks.forward_errors import when_raised
+from ess_monitor.capture.linearized import LINEARIZED
 from ess_monitor.capture.registry import find_spec, why_unreadable
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo
+
+Unknown = Literal["skip", "jacobian"]
+"""What becomes of layers that no reader knows; see `CaptureConfig.unknown`."""
 
 _TESTED_VERSIONS: dict[str, tuple[str, str]] = {
     "transformers": ("transformers", "5.23.0"),
@@ -142,7 +146,10 @@ def _of_torch(module: nn.Module) -> str:
     return ""
 
 
-_NONLINEAR = "a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it"
+_NONLINEAR = (
+    "a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it; "
+    "capture.unknown: jacobian measures its linearization"
+)
 
 
 def _is_below(name: str, prefixes: list[str]) -> bool:
@@ -196,8 +203,15 @@ def _is_around(module: nn.Module, mixers: dict[str, nn.Module], known: dict[str,
     return around or any(name in known for name in others)
 
 
-def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[Layer, ...]:
-    """Return the layers to measure, in model order.
+def _found(model: nn.Module, unknown: Unknown) -> Iterator[tuple[str, nn.Module, CaptureSpec | str]]:
+    """Yield `_walk`, with a way to read layers of an unknown kind where `unknown` asks for one."""
+    for name, module, found in _walk(model):
+        is_unknown = isinstance(found, str) and not isinstance(find_spec(module), str)
+        yield name, module, LINEARIZED if is_unknown and unknown == "jacobian" else found
+
+
+def find_layers(model: nn.Module, layers: LayerFilter | None = None, *, unknown: Unknown = "skip") -> tuple[Layer, ...]:
+    """Return the layers to measure, in model order; with `unknown="jacobian"` also those of an unknown kind.
 
     Raises:
         ConfigError: an include or exclude pattern matches no layer of the model. Otherwise a typing error could mean
@@ -205,7 +219,9 @@ def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
     """
     model, layers = check_model(model), _filter(layers)
     found = [
-        Layer(_clean_name(name), module, spec) for name, module, spec in _walk(model) if isinstance(spec, CaptureSpec)
+        Layer(_clean_name(name), module, spec)
+        for name, module, spec in _found(model, unknown)
+        if isinstance(spec, CaptureSpec)
     ]
     names = [layer.name for layer in found]
     for pattern in (*layers.include, *layers.exclude):
@@ -217,10 +233,12 @@ def find_layers(model: nn.Module, layers: LayerFilter | None = None) -> tuple[La
     return tuple(layer for layer in found if layers.matches(layer.name))
 
 
-def layer_infos(model: nn.Module, layers: LayerFilter | None = None) -> tuple[LayerInfo, ...]:
+def layer_infos(
+    model: nn.Module, layers: LayerFilter | None = None, *, unknown: Unknown = "skip"
+) -> tuple[LayerInfo, ...]:
     """Return what `describe` says about every sequence mixer of the model, measured or skipped, in model order."""
     model, layers = check_model(model), _filter(layers)
-    return tuple(_info(_clean_name(name), module, found, layers) for name, module, found in _walk(model))
+    return tuple(_info(_clean_name(name), module, found, layers) for name, module, found in _found(model, unknown))
 
 
 def probed_infos(

@@ -52,6 +52,11 @@ class CaptureConfig(BaseModel):
     max_length: int | None = Field(default=1024, ge=2)
     """Tokens from the start of the sequence. T is causal, so the crop is the exact operator of a shorter sequence;
     None takes the whole sequence."""
+    unknown: Literal["skip", "jacobian"] = "skip"
+    """What becomes of a layer that mixes tokens and that no reader knows (LSTM, GRU, a class of your own). "skip": it
+    is listed with the reason. "jacobian": a copy is linearized at the sampled input, and its memory is the rank of
+    d y[i:] / d u[:i] (`ess_monitor.ess.JacobianOperator`). It costs hundreds of forward passes of the layer, beside the
+    training, and the interval between samples stretches to keep the budget; `positions: midpoint` takes a third."""
     source: Literal["train", "validation", "random_tokens"] = "train"
     """What is sampled: batches the model trains on (the forward pass that gets a backward pass; no rollout, evaluation
     or teacher, in whatever mode), batches it is validated on, or random tokens that are sent through it for this

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from enum import Enum
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +41,27 @@ FEATURIZER_ROWS: dict[str, tuple[str, dict[str, float]]] = {
 """Label -> featurizer and options: the six featurizers, GLA-S6 before and after the paper's remedy (section 4.1)."""
 
 Tolerance = Annotated[float, typer.Option(help="tau: singular values above it count.")]
+
+
+class ScaleName(str, Enum):
+    """Names of a tolerance's scale, as options of the command line."""
+
+    absolute = "absolute"
+    output = "output"
+
+
+class Unknown(str, Enum):
+    """Names of what becomes of layers of an unknown kind, as options of the command line."""
+
+    skip = "skip"
+    jacobian = "jacobian"
+
+
+_DEFAULT_SCALE = ScaleName(MonitorConfig().tolerance_scale)
+ToleranceScale = Annotated[
+    ScaleName,
+    typer.Option(help="Count singular values above tau, or above tau of what the layer puts out at each token."),
+]
 Positions = Annotated[str, typer.Option(help="'midpoint', 'all' or a number of positions.")]
 
 
@@ -78,13 +100,17 @@ def profile_target(
     vocab_size: Annotated[int | None, typer.Option(min=1, help="Of tokens; default: the first embedding's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the initialization and of the input.")] = 0,
     tolerance: Tolerance = 1e-3,
+    tolerance_scale: ToleranceScale = _DEFAULT_SCALE,
     positions: Positions = "8",
+    unknown: Annotated[
+        Unknown, typer.Option(help="Layers of an unknown kind: 'jacobian' linearizes them, which takes longer.")
+    ] = Unknown.skip,
     as_json: AsJson = False,
 ) -> None:
     """Measure every layer of a model, at initialization or with the weights of a checkpoint."""
     if target == "featurizers":
         raise ConfigError("target: the options come after the word: ess-monitor profile featurizers [OPTIONS]")
-    config = _config(batch, length, tolerance, positions, layers=layer_filter(layer))
+    config = _config(batch, length, tolerance, tolerance_scale, positions, layers=layer_filter(layer), unknown=unknown)
     with redirect_stdout(sys.stderr):
         model = load_model(target, kwargs, seed=seed)
         if checkpoint is not None:
@@ -96,7 +122,7 @@ def profile_target(
         readings = [reading.model_dump(mode="json") for reading in result.readings]
         print_json(model=result.model, readings=readings, skipped=skipped)
     else:
-        title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}, tau {tolerance:g}"
+        title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}, tau {_tau(config)}"
         print_table(reading_table(title, result.readings, result.skipped))
 
 
@@ -108,12 +134,13 @@ def profile_featurizers(
     length: Annotated[int, typer.Option(min=2, help="Tokens; use at least twice the largest TSS.")] = 128,
     seeds: Annotated[int, typer.Option(min=1, help="Initializations that are averaged.")] = 3,
     tolerance: Tolerance = 1e-3,
+    tolerance_scale: ToleranceScale = _DEFAULT_SCALE,
     positions: Positions = "midpoint",
     as_json: AsJson = False,
 ) -> None:
     """Measure the paper's featurizers at initialization on Gaussian input, for several TSS (Finding 4, figure 4a)."""
     sizes = sorted(set(tss or (4, 8, 16, 32, 64)))
-    config = _config(1, length, tolerance, positions)
+    config = _config(1, length, tolerance, tolerance_scale, positions)
     console = Console(stderr=True)
     cells = [(label, size) for label in FEATURIZER_ROWS for size in sizes]
     measured: dict[str, list[tuple[float, float]]] = {label: [] for label in FEATURIZER_ROWS}
@@ -135,9 +162,11 @@ def profile_featurizers(
             }
         )
     if as_json:
-        print_json(width=width, num_heads=num_heads, length=length, seeds=seeds, tolerance=tolerance, rows=rows)
+        settings = {"width": width, "num_heads": num_heads, "length": length, "seeds": seeds}
+        print_json(**settings, tolerance=tolerance, tolerance_scale=tolerance_scale.value, rows=rows)
         return
     title = f"tolerance-ESS at initialization: width {width}, {num_heads} heads, {length} tokens, {seeds} seeds"
+    title += f", tau {_tau(config)}"
     print_table(featurizer_table(title, sizes, rows))
     if len(sizes) > 1:
         print(_scaling_sentence(rows))
@@ -166,15 +195,28 @@ def scaling(ess: list[float]) -> Literal["rises", "flat", "mixed", "unknown"]:
 
 
 def _config(
-    batch: int, length: int, tolerance: float, positions: str, *, layers: LayerFilter | None = None
+    batch: int,
+    length: int,
+    tolerance: float,
+    scale: ScaleName,
+    positions: str,
+    *,
+    layers: LayerFilter | None = None,
+    unknown: Unknown = Unknown.skip,
 ) -> MonitorConfig:
     return MonitorConfig.load(
         environment=False,
         tolerance=tolerance,
+        tolerance_scale=scale.value,
         positions=int(positions) if positions.isdecimal() else positions,
         layers=layers or LayerFilter(),
-        capture=CaptureConfig(samples=batch, heads=None, max_length=max(length, 2)),
+        capture=CaptureConfig(samples=batch, heads=None, max_length=max(length, 2), unknown=unknown.value),
     )
+
+
+def _tau(config: MonitorConfig) -> str:
+    of = " of each token's output" if config.tolerance_scale == "output" else ""
+    return f"{config.tolerance:g}{of}"
 
 
 def _profile(model: nn.Module, inputs: torch.Tensor, config: MonitorConfig) -> Profile:

@@ -46,16 +46,18 @@ def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
 def reading_table(title: str, readings: Iterable[Reading], skipped: Iterable[LayerInfo] = ()) -> Table:
     """Return what `profile` measured, with a row for each layer, also for those that are skipped. ESS is the
     tolerance-ESS."""
-    numbers = ("ESS", "bounds", "entropy", "TSS", "ESS/TSS", "retention", "mean A", "far share")
+    readings = list(readings)
+    numbers = ("ESS", "all positions", "entropy", "TSS", "ESS/TSS", "retention", "mean A", "far share")
     table = _table(title, "layer", numbers=numbers)
+    table.caption, table.caption_justify = _explained(readings), "left"
     for reading in readings:
         if reading.status != "ok":
             table.add_row(reading.layer, f"{reading.status}: {reading.message}", style="yellow")
             continue
         table.add_row(
             reading.layer,
-            _number(reading.effective_size),
-            _interval(reading.effective_size_lower, reading.effective_size_upper),
+            (">= " if reading.is_lower_bound else "") + _number(reading.effective_size),
+            _with_bounds(reading),
             _number(reading.entropy_size),
             _number(reading.state_capacity) + (" (grows)" if reading.capacity_grows else ""),
             _number(reading.utilization_ratio),
@@ -91,5 +93,24 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _interval(lower: float | None, upper: float | None) -> str:
-    return "-" if lower is None or upper is None else f"{lower:.2f}..{upper:.2f}"
+def _with_bounds(reading: Reading) -> str:
+    lower, upper = reading.effective_size_lower, reading.effective_size_upper
+    bounds = "" if lower is None or upper is None else f" ({lower:.2f}..{upper:.2f})"
+    return _number(reading.effective_size_between) + bounds
+
+
+def _explained(readings: Sequence[Reading]) -> str:
+    """Return which positions the sizes are of, and the ESS of each layer at other tolerances."""
+    lines = []
+    for positions in dict.fromkeys(reading.positions for reading in readings if reading.status == "ok"):
+        counted = ", ".join(map(str, positions)) if len(positions) <= 12 else f"{len(positions)} positions"
+        between = f"every position from {positions[0]} to {positions[-1]}"
+        lines.append(f"ESS: mean over {counted}. All positions: mean over {between}, with certified bounds.")
+    for reading in readings:
+        if reading.basis == "jacobian":
+            lines.append(f"{reading.layer or 'root'}: {reading.message}; {reading.products} Jacobian products")
+        if reading.effective_size_at:
+            sizes = ", ".join(f"{tau:g}: {size:.2f}" for tau, size in reading.effective_size_at)
+            of = " (tau as a share of each token's output)" if reading.tolerance_scale == "output" else ""
+            lines.append(f"{reading.layer or 'root'}: ESS by tau{of}: {sizes}")
+    return "\n".join(lines)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from ess_monitor.ess.far_share import FarShare, far_share
 from ess_monitor.ess.measure import Measured, decay_product_norm, mean_decay, measure, retention, retention_ratio
-from ess_monitor.ess.metrics import Aggregation, aggregate, entropy_ess, tolerance_ess
+from ess_monitor.ess.metrics import Aggregation, ToleranceScale, aggregate, entropy_ess, tolerance_ess
 from ess_monitor.ess.operators.attention import SoftmaxAttention
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.complex_recurrence import complex_recurrence
 from ess_monitor.ess.operators.convolution import Convolution, GatedConvolution
 from ess_monitor.ess.operators.delta import DeltaRecurrence
 from ess_monitor.ess.operators.dense import DenseOperator
+from ess_monitor.ess.operators.jacobian import JacobianOperator
 from ess_monitor.ess.operators.recurrence import DiagonalRecurrence, ReadFirstRecurrence
 from ess_monitor.ess.positions import Bounds, ess_bounds, midpoint_index, operator_positions
 
@@ -33,10 +34,12 @@ __all__ = [
     "DiagonalRecurrence",
     "FarShare",
     "GatedConvolution",
+    "JacobianOperator",
     "Measured",
     "Operator",
     "ReadFirstRecurrence",
     "SoftmaxAttention",
+    "ToleranceScale",
     "aggregate",
     "complex_recurrence",
     "decay_product_norm",

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ess_monitor.ess.gramian import Carry, FactorRows, Pick, chunk_length, two_sided_singular_values, windows_before
 from ess_monitor.ess.linalg import slabs, working_dtype
-from ess_monitor.ess.row_squares import Passed, Windows, split_row_squares
+from ess_monitor.ess.row_squares import Passed, Windows
 
 VECTORS_PER_TOKEN = 8
 """Held at once while windows are processed, roughly."""
@@ -109,11 +109,9 @@ def delta_singular_values(
     return two_sided_singular_values(control, observation, positions)
 
 
-def delta_row_squares(
-    transitions: Transitions, q: Tensor, position: int, start: int, batch: int, heads: int
-) -> tuple[Tensor, Tensor]:
-    """Return ||T[start:, :position]||_F^2 and ||T[start:, position:]||_F^2: (B, H) each, in the working dtype."""
-    return split_row_squares(_DeltaWindows(q, batch, heads, ROW_CHUNK, transitions), position, start)
+def delta_windows(transitions: Transitions, q: Tensor, batch: int, heads: int) -> Windows:
+    """Return the windows in which squared norms of the rows of T are computed. `q` is (B|1, H|1, L, N)."""
+    return _DeltaWindows(q, batch, heads, ROW_CHUNK, transitions)
 
 
 def transition_product(transitions: Transitions, batch: int, heads: int) -> Tensor:
@@ -178,7 +176,8 @@ class _DeltaWindows(Windows):
         steps = self.transitions.steps(_newest_first(pick))
         windows = _Windows.of(steps, self.batch, self.heads, outputs.flip(3))
         reads = _Windows.of(self.transitions.steps(pick).transposed(outputs), self.batch, self.heads)
-        return Passed(windows.rows, windows.carry_gramians_, reads.rows, windows.squares)
+        assert windows.squares is not None
+        return Passed(windows.rows, windows.carry_gramians_, reads.rows.flip(3), windows.squares.flip(3))
 
 
 def _newest_first(pick: Pick) -> Pick:
@@ -197,7 +196,7 @@ class _Windows:
     """(B, H, W, 1, N)."""
 
     squares: Tensor | None = None
-    """(B, H): sum of the squares of what the outputs saw of `rows` of their own window. None without outputs."""
+    """(B, H, W, K), newest first: squares of what each output saw of `rows` of its window. None without outputs."""
 
     @classmethod
     def of(cls, steps: Steps, batch: int, heads: int, outputs: Tensor | None = None) -> _Windows:
@@ -211,7 +210,7 @@ class _Windows:
         carried = left.new_empty((length, 2, *left.shape[1:]))
         reads = torch.empty_like(right)
         decayed = torch.ones_like(decay[0])
-        squares = None if outputs is None else decayed.new_zeros((batch, heads))
+        squares = None if outputs is None else decayed.new_empty((batch, heads, windows, length))
         for age, step in enumerate(reversed(range(length))):
             present = carried[:age]
             weight = (present * right[step]).sum(-1, keepdim=True)
@@ -220,7 +219,7 @@ class _Windows:
             torch.mul(right[step], decayed, out=reads[age])
             decayed *= decay[step]
             if outputs is not None and squares is not None:
-                squares += (carried[: age + 1, 0] * outputs[:, :, :, step]).sum(-1).square().sum((0, 3))
+                squares[..., step] = (carried[: age + 1, 0] * outputs[:, :, :, step]).sum(-1).square().sum(0)
         rows, carried_left = carried.permute(1, 2, 3, 4, 0, 5).unbind(0)
         return cls(rows, carried_left, reads.permute(1, 2, 3, 0, 4), decayed[..., None, :], squares)
 

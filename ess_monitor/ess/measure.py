@@ -10,7 +10,13 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.metrics import check_tolerance, entropy_ess, tolerance_ess
+from ess_monitor.ess.metrics import (
+    ToleranceScale,
+    check_tolerance,
+    check_tolerance_scale,
+    entropy_ess,
+    tolerance_ess,
+)
 from ess_monitor.ess.operators.base import Operator, check_operator
 from ess_monitor.ess.operators.fields import check_same_device
 from ess_monitor.ess.operators.recurrence import Recurrence
@@ -21,7 +27,8 @@ class Measured:
     """Holds measurements of one operator, on its device. Entries of operators that are not finite are NaN."""
 
     singular_values: Tensor
-    """(batch, heads, positions, rank), descending, zero-padded: the basis of the sizes below."""
+    """(batch, heads, positions, rank), descending, zero-padded: the basis of the sizes below. Of H_i, or of H_i from T
+    with unit rows where `tolerance_scale` is "output"."""
     tolerance_ess: Tensor
     """(batch, heads, positions): singular values above the tolerance."""
     entropy_ess: Tensor
@@ -40,7 +47,12 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    operator: Operator, positions: Sequence[int], *, tolerance: float = 1e-3, retention: bool = True
+    operator: Operator,
+    positions: Sequence[int],
+    *,
+    tolerance: float = 1e-3,
+    tolerance_scale: ToleranceScale = "absolute",
+    retention: bool = True,
 ) -> Measured:
     """Measure one operator. Reads no device value on the host, and raises nothing that depends on values.
 
@@ -48,11 +60,16 @@ def measure(
         operator: What to measure.
         positions: Positions in 1..length-1; empty for a sequence of one token, which gives empty sizes.
         tolerance: tau of the tolerance-ESS.
+        tolerance_scale: "absolute" counts singular values of H_i above tau (Eq. 3). "output" counts those of H_i with
+            rows divided by their norms in T (`Operator.with_unit_rows`): tau is a share of what the layer puts out at
+            each token, and neither the size of B and C nor a norm behind the layer matters. All singular values and
+            sizes are then those of this matrix, also with A := I.
         retention: Also measure the operator with A := I; doubles the cost of a recurrence.
 
     Raises:
         OperatorError: `operator` is not an operator, or a position is out of range.
-        ConfigError: `tolerance` is negative or not a number, or `retention` is not a flag.
+        ConfigError: `tolerance` is negative or not a number, `tolerance_scale` is unknown, or `retention` is not a
+            flag.
 
     Example:
         >>> features = torch.eye(4).expand(1, 1, 4, 4)
@@ -64,8 +81,11 @@ def measure(
     check_operator(operator)
     tolerance = check_tolerance(tolerance, "tolerance")
     validation.flag("retention", retention)
-    values = operator.singular_values(positions)
+    check_tolerance_scale(tolerance_scale)
+    values = _scaled(operator, tolerance_scale).singular_values(positions).to(operator.result_dtype)
     undecayed = operator.without_decay() if retention else None
+    if undecayed is not None:
+        undecayed = _scaled(undecayed, tolerance_scale)
     return Measured(
         singular_values=values,
         tolerance_ess=tolerance_ess(values, tolerance),
@@ -161,6 +181,10 @@ def retention_ratio(ess: Tensor, undecayed_ess: Tensor) -> Tensor:
         ) from None
     nothing = (ess == 0) & (undecayed_ess == 0)
     return (ess / undecayed_ess.clamp(min=1.0)).masked_fill(nothing, 1.0)
+
+
+def _scaled(operator: Operator, scale: ToleranceScale) -> Operator:
+    return operator.with_unit_rows() if scale == "output" else operator
 
 
 def _per_operator(operator: Operator, values: Tensor) -> Tensor:

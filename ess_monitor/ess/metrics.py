@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from ess_monitor import validation
-from ess_monitor.errors import OperatorError
+from ess_monitor.errors import ConfigError, OperatorError
 from ess_monitor.ess.linalg import working_dtype
 
 Aggregation = Literal["average", "total", "minimum"]
 """How samples and channels are combined."""
+
+ToleranceScale = Literal["absolute", "output"]
+"""Against what a tolerance is measured: against 1, or against what the layer puts out (`measure`)."""
 
 
 @torch.no_grad()
@@ -125,6 +128,13 @@ def aggregate(
 def check_tolerance(tau: float, name: str = "tau") -> float:
     """Return `tau`; raise `ConfigError` unless it is a finite number from 0 up."""
     return validation.real(name, tau, low=0, hint="the paper uses 1e-3")
+
+
+def check_tolerance_scale(scale: str) -> None:
+    """Raise `ConfigError` unless `scale` is a `ToleranceScale`."""
+    if not isinstance(scale, str) or scale not in get_args(ToleranceScale):
+        names = ", ".join(get_args(ToleranceScale))
+        raise ConfigError(f"tolerance_scale={validation.shown(scale)} must be one of {names}.")
 
 
 def _check_values(singular_values: Tensor) -> None:

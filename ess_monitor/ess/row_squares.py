@@ -44,9 +44,10 @@ class Passed:
     carry_: Callable[[Tensor, int], None]
     """Takes Gramians G (B, H, ., N, N) from the start of one of the windows to its end, A G A^T, in place."""
     rows: Tensor | None = None
-    """(B|1, H|1, W, K, N): how each output reads the state at the start of its window. None where not asked for."""
+    """(B|1, H|1, W, K, N), in the order of the tokens: how each output reads the state at the start of its window. None
+    where not asked for."""
     within: Tensor | None = None
-    """(B|1, H|1): sum over the windows of the squared entries of T between tokens of the same window."""
+    """(B|1, H|1, W, K): sum of the squared entries of T in the row of each token, between tokens of the same window."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,17 +73,16 @@ class Windows(ABC):
         """Do so, and look at the outputs, too."""
 
 
-def diagonal_row_squares(
-    log_decay: Tensor, b: Tensor, c: Tensor, position: int, start: int, batch: int, heads: int, *, present: bool
-) -> tuple[Tensor, Tensor]:
-    """Return ||T[start:, :position]||_F^2 and ||T[start:, position:]||_F^2 of a diagonal recurrence: (B, H) each.
+def diagonal_windows(
+    log_decay: Tensor, b: Tensor, c: Tensor, longest: int, batch: int, heads: int, *, present: bool
+) -> Windows:
+    """Return the windows of a diagonal recurrence, for at most `longest` tokens without a cut.
 
-    `log_decay` is (B|1, H|1, L|1, N|1); `b` and `c` are (B|1, H|1, L, N). In the working dtype. `present` says whether
-    an output sees its own token.
+    `log_decay` is (B|1, H|1, L|1, N|1); `b` and `c` are (B|1, H|1, L, N). `present` says whether an output sees its own
+    token.
     """
-    longest = max(position, start - position, c.shape[2] - start)
     chunk = min(CHUNK, 1 << (longest - 1).bit_length())
-    return split_row_squares(_DiagonalWindows(c, batch, heads, chunk, log_decay, b, present), position, start)
+    return _DiagonalWindows(c, batch, heads, chunk, log_decay, b, present)
 
 
 def split_row_squares(windows: Windows, position: int, start: int) -> tuple[Tensor, Tensor]:
@@ -99,13 +99,33 @@ def split_row_squares(windows: Windows, position: int, start: int) -> tuple[Tens
             entering = by.columns.mT @ by.columns
             reading = None if by.rows is None else by.rows.mT @ by.rows
             if by.within is not None:
-                squares[..., 1] += by.within
+                squares[..., 1] += by.within.sum((2, 3))
             for window in range(entering.shape[2]):
                 if reading is not None:
                     squares += (gramians * reading[:, :, window, None]).sum((-2, -1)).clamp_(min=0.0)
                 by.carry_(present, window)
                 gramians[:, :, side] += entering[:, :, window]
     return squares[..., 0], squares[..., 1]
+
+
+def row_squares(windows: Windows) -> Tensor:
+    """Return ||T[i]||^2 of every row i: (B, H, L), in the working dtype."""
+    batch, heads, (length, state) = windows.batch, windows.heads, windows.outputs.shape[2:]
+    dtype, device = working_dtype(windows.outputs.device), windows.outputs.device
+    gramian = torch.zeros((batch, heads, 1, state, state), dtype=dtype, device=device)
+    squares = []
+    for pick in _picks(windows, 0, length):
+        by = windows.passed_and_read(pick)
+        assert by.rows is not None
+        assert by.within is not None
+        entering = by.columns.mT @ by.columns
+        for window in range(entering.shape[2]):
+            rows = by.rows[:, :, window]
+            seen = ((rows @ gramian[:, :, 0]) * rows).sum(-1).clamp_(min=0.0)
+            squares.append(seen + by.within[:, :, window])
+            by.carry_(gramian, window)
+            gramian[:, :, 0] += entering[:, :, window]
+    return torch.cat(squares, dim=2)[..., :length]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +158,14 @@ class _DiagonalWindows(Windows):
         inputs, outputs, log_decay = pick(self.inputs), pick(self.outputs), self._log_decay(pick)
         decay = log_decay.to(working_dtype(inputs.device)).exp()
         columns, rows = inputs + torch.zeros_like(decay), outputs * decay
-        within = (columns * outputs).sum(-1).square_().sum((2, 3)) if self.present else decay.new_zeros(())
+        within = (columns * outputs).sum(-1).square_()
+        within = within if self.present else torch.zeros_like(within)
         block = 1
         while block < self.chunk:
             (older, _), (_, newer) = _halves(columns, block), _halves(rows, block)
             older_decay, newer_decay = _halves(decay, 1)
-            within = within + (newer @ older.mT).square_().sum((2, 3, 4, 5))
+            seen = (newer @ older.mT).square_().sum(-1)
+            within = within + torch.stack([torch.zeros_like(seen), seen], dim=4).flatten(3)
             older *= newer_decay
             newer *= older_decay
             decay, block = (older_decay * newer_decay).squeeze(4), 2 * block

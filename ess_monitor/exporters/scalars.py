@@ -29,6 +29,7 @@ LAYER_QUANTITIES: tuple[str, ...] = (
     "utilization_ratio",
     "utilization_min_ratio",
     "effective_size",
+    "effective_size_between",
     "effective_size_lower",
     "effective_size_upper",
     "minimum_effective_size",

@@ -70,7 +70,7 @@ class RunContext:
         Raises:
             NoLayersError: nothing in the model can be measured.
         """
-        layers = require_layers(model, config.layers, in_training=True)
+        layers = require_layers(model, config.layers, in_training=True, unknown=config.capture.unknown)
         cadence = Cadence(config.every_n_steps, config.overhead_budget_ratio, locked=locked)
         counters = RunCounters((layer.name for layer in layers), wall_clock=wall_clock)
         return cls(config, layers, cadence, counters, Health(strict=config.strict), clock, wall_clock)

@@ -76,7 +76,7 @@ class MeasurementQueue:
 
     def _task(self, captured: Captured) -> Task:
         operator, positions = captured.operator, positions_of(captured, self._config.positions)
-        work = lambda: compute(captured, positions, self._config.tolerance)  # noqa: E731
+        work = lambda: compute(captured, positions, self._config.tolerance, self._config.tolerance_scale)  # noqa: E731
         tensors = (*operator.tensors, *(claim.holds for claim in captured.claims))
         return Task(self._backend_of(operator.device), tensors, work)
 
@@ -104,7 +104,8 @@ class MeasurementQueue:
             if task.results is not None:
                 try:
                     positions = positions_of(captured, self._config.positions)
-                    readings.append(reading(sample.step, captured, positions, self._config.tolerance, task.results))
+                    tolerance, scale = self._config.tolerance, self._config.tolerance_scale
+                    readings.append(reading(sample.step, captured, positions, tolerance, task.results, scale))
                     continue
                 except Exception as problem:
                     error = format_error(problem)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import pairwise
 
 import torch
 
 from ess_monitor.capture import Captured
 from ess_monitor.capture.causality.claims import claim_name
-from ess_monitor.ess import ess_bounds, far_share, measure, midpoint_index, operator_positions
+from ess_monitor.ess import (
+    JacobianOperator,
+    ToleranceScale,
+    ess_bounds,
+    far_share,
+    measure,
+    midpoint_index,
+    operator_positions,
+    tolerance_ess,
+)
 from ess_monitor.records import Reading, Status
 
 SPECTRUM_VALUES = 32
@@ -29,14 +39,22 @@ _FAR = 8
 Results = dict[str, torch.Tensor]
 
 
-def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) -> Results:
+def compute(
+    captured: Captured, positions: tuple[int, ...], tolerance: float, scale: ToleranceScale = "absolute"
+) -> Results:
     """Compute everything that is measured of one operator, as tensors on its device, without waiting for the device."""
     operator = captured.operator
+    if isinstance(operator, JacobianOperator):
+        operator = replace(operator, tolerance=tolerance)
     with torch.no_grad():
-        measured = measure(operator, positions, tolerance=tolerance)
+        measured = measure(operator, positions, tolerance=tolerance, tolerance_scale=scale)
         results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
         values = results.pop("singular_values")
         if positions:
+            weights = _weights_of_between(positions).to(measured.tolerance_ess)
+            results["mean_between"] = (measured.tolerance_ess * weights).sum(-1)
+            sizes = [tolerance_ess(values, each).mean() for each in _tolerances(tolerance)]
+            results["sizes"] = torch.stack(sizes)
             middle = midpoint_index(positions, operator.length)
             # Beyond the smaller side of H_i there is only padding.
             last = operator.block_size * min(positions[middle], operator.length - positions[middle])
@@ -44,7 +62,10 @@ def compute(captured: Captured, positions: tuple[int, ...], tolerance: float) ->
             ranks = _thinned(spectrum.shape[0], spectrum.device)
             results["spectrum"], results["spectrum_ranks"] = spectrum[ranks], ranks + 1
             distance = operator.length // _FAR
-            if 0 < distance < operator.length - positions[middle]:
+            if isinstance(operator, JacobianOperator):
+                results["at_most"] = torch.stack([operator.found[i].at_most(tolerance) for i in positions])
+                results["products"] = torch.full((), operator.products[0].count, device=operator.device)
+            elif 0 < distance < operator.length - positions[middle]:
                 share = far_share(operator, positions[middle], distance)
                 results["far_squared"], results["total_squared"] = share.far_squared.sum(), share.total_squared.sum()
         if positions and not operator.capacity_grows:
@@ -90,6 +111,29 @@ def _thinned(count: int, device: torch.device) -> torch.Tensor:
     return torch.arange(kept, device=device) * (count - 1) // max(kept - 1, 1)
 
 
+def _weights_of_between(positions: tuple[int, ...]) -> torch.Tensor:
+    """Return by how much each position counts in the mean over all from the first to the last, interpolated linearly.
+
+    >>> _weights_of_between((2, 4, 5)) * 4  # positions 2, 3, 4 and 5; 3 is half of 2 and half of 4
+    tensor([1.5000, 1.5000, 1.0000])
+    """
+    weights = torch.zeros(len(positions))
+    weights[-1] = 1.0
+    for k, (before, after) in enumerate(pairwise(positions)):
+        weights[k] += (after - before + 1) / 2
+        weights[k + 1] += (after - before - 1) / 2
+    return weights / (positions[-1] - positions[0] + 1)
+
+
+def _tolerances(tolerance: float) -> tuple[float, ...]:
+    """Return the tolerances at which a reading holds the ESS: from a hundredth to a hundred times the one that is set.
+
+    >>> _tolerances(1e-3), _tolerances(0.0)
+    ((1e-05, 0.0001, 0.001, 0.01, 0.1), (0.0,))
+    """
+    return tuple(dict.fromkeys(float(f"{tolerance * 10**power:.6g}") for power in range(-2, 3)))
+
+
 def positions_of(captured: Captured, positions: str | int) -> tuple[int, ...]:
     """Return the configured positions for this operator's length."""
     return operator_positions(captured.operator.length, positions)  # type: ignore[arg-type]
@@ -100,33 +144,42 @@ def lost_reading(step: int, layer: str, status: Status, message: str) -> Reading
     return Reading(step=step, layer=layer, status=status, message=message)
 
 
-def reading(step: int, captured: Captured, positions: tuple[int, ...], tolerance: float, results: Results) -> Reading:
+def reading(
+    step: int,
+    captured: Captured,
+    positions: tuple[int, ...],
+    tolerance: float,
+    results: Results,
+    scale: ToleranceScale = "absolute",
+) -> Reading:
     """Build a layer's reading: averages of its results, which are on the host by now."""
     name, length = captured.layer.name, captured.operator.length
     if not positions:
         message = f"a sequence of {length} token(s) has no past to remember; ESS needs at least 2"
         return Reading(step=step, layer=name, status="too_short", message=message, length=length)
-    tolerance_ess, finite = results["tolerance_ess"].double(), results["finite"]
+    sizes, finite = results["tolerance_ess"].double(), results["finite"]
     common = {
+        "basis": "jacobian" if "products" in results else "operator",
         "step": step,
         "layer": name,
         "operators": finite.numel(),
         "length": length,
         "positions": positions,
         "tolerance": tolerance,
+        "tolerance_scale": scale,
         "capacity_grows": captured.operator.capacity_grows,
         "heads": captured.heads,
     }
-    if not bool(finite.all()) or not bool(tolerance_ess.isfinite().all()):
-        bad = int((~(finite & tolerance_ess.isfinite().all(-1))).sum())
+    if not bool(finite.all()) or not bool(sizes.isfinite().all()):
+        bad = int((~(finite & sizes.isfinite().all(-1))).sum())
         message = f"{bad} of {finite.numel()} operators hold NaN or Inf, or their spectrum did not converge"
         return Reading(status="nonfinite", message=message, **common)  # type: ignore[arg-type]
     capacity = results["state_capacity"].double()
     reachable = [min(float(c), i, length - i) for c, i in zip(capacity.tolist(), positions, strict=True)]
-    effective, mean_capacity = float(tolerance_ess.mean()), float(capacity.mean())
+    effective, mean_capacity = float(sizes.mean()), float(capacity.mean())
     middle = min(range(len(positions)), key=lambda p: abs(positions[p] - length / 2))
     undecayed = results.get("undecayed_ess")
-    return Reading(
+    measured = Reading(
         status="ok",
         state_capacity=mean_capacity,
         attainable_size=sum(reachable) / len(reachable),
@@ -134,7 +187,9 @@ def reading(step: int, captured: Captured, positions: tuple[int, ...], tolerance
         entropy_size=_mean(results["entropy_ess"]),
         total_effective_size=effective * captured.channels,
         total_state_capacity=mean_capacity * captured.channels,
-        minimum_effective_size=float(tolerance_ess[..., middle].min()),
+        minimum_effective_size=float(sizes[..., middle].min()),
+        effective_size_at=tuple(zip(_tolerances(tolerance), results["sizes"].tolist(), strict=True)),
+        effective_size_between=_mean(results["mean_between"]),
         effective_size_lower=_mean(results.get("mean_lower")),
         effective_size_upper=_mean(results.get("mean_upper")),
         utilization_ratio=effective / mean_capacity if mean_capacity > 0 else 0.0,
@@ -142,12 +197,24 @@ def reading(step: int, captured: Captured, positions: tuple[int, ...], tolerance
         mean_decay=_mean(results.get("mean_decay")),
         decay_product_norm=_mean(results.get("decay_product_norm")),
         far_share_ratio=_root_share(results.get("far_squared"), results.get("total_squared")),
-        per_head=tuple(tolerance_ess.mean((0, 2)).tolist()),
-        per_position=tuple(tolerance_ess.mean((0, 1)).tolist()),
+        per_head=tuple(sizes.mean((0, 2)).tolist()),
+        per_position=tuple(sizes.mean((0, 1)).tolist()),
         spectrum=tuple(float(f"{value:.5g}") for value in results["spectrum"].tolist()),
         spectrum_ranks=tuple(results["spectrum_ranks"].tolist()),
         **common,  # type: ignore[arg-type]
     )
+    return measured if measured.basis == "operator" else _of_jacobian(measured, sizes, results)
+
+
+def _of_jacobian(measured: Reading, sizes: torch.Tensor, results: Results) -> Reading:
+    """Return the reading without what is not known of a Jacobian: TSS, and singular values below the tolerance."""
+    unknown = ("state_capacity", "attainable_size", "total_state_capacity", "utilization_ratio", "entropy_size")
+    certain = bool((sizes[:, 0] == results["at_most"].T).all())
+    changes: dict[str, object] = dict.fromkeys(unknown)
+    changes["message"] = "rank of d y[i:] / d u[:i], the layer linearized at this input, all channels together"
+    changes["effective_size_at"] = tuple(pair for pair in measured.effective_size_at if pair[0] >= measured.tolerance)
+    changes |= {"is_lower_bound": not certain, "products": int(results["products"])}
+    return measured.model_copy(update=changes)
 
 
 def _mean(values: torch.Tensor | None) -> float | None:

@@ -28,7 +28,9 @@ def run_info(model: nn.Module, config: MonitorConfig, started_seconds: float, fa
     return RunInfo(
         run_name=config.run_name or f"{type(model).__name__}-{time.strftime('%Y%m%d-%H%M%S')}",
         model=type(model).__name__,
-        layers=tuple(info for info in layer_infos(model, config.layers) if info.supported),
+        layers=tuple(
+            info for info in layer_infos(model, config.layers, unknown=config.capture.unknown) if info.supported
+        ),
         versions=installed_versions(),
         thresholds=thresholds(config.diagnosis),
         diagnosis=config.diagnosis.model_dump(),

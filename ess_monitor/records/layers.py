@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 from ess_monitor.records.terms import Status
@@ -46,6 +48,12 @@ class Reading(Record):
     status: Status
     message: str = ""
     """What happened, when `status` is not ok."""
+    basis: Literal["operator", "jacobian"] = "operator"
+    """jacobian: sizes are ranks of d y[i:] / d u[:i], all channels together: the layer linearized at this input."""
+    is_lower_bound: bool = False
+    """True where the sizes may be larger than what was found."""
+    products: int | None = None
+    """Jacobian products that were computed, each the cost of some two or three forward passes of the layer."""
     operators: int = 0
     """How many operators (samples x heads or channels) were averaged."""
     length: int = 0
@@ -54,6 +62,9 @@ class Reading(Record):
     """Positions i at which H_i = T[i:, :i] was measured."""
     tolerance: float = 1e-3
     """tau of the tolerance-ESS."""
+    tolerance_scale: Literal["absolute", "output"] = "absolute"
+    """Against what tau is measured. absolute: singular values of H_i count above tau. output: T was divided by the
+    norms of its rows before anything was counted, so that tau is a share of what the layer puts out at each token."""
     state_capacity: float | None = None
     """TSS per channel, averaged over the positions."""
     capacity_grows: bool = False
@@ -61,7 +72,9 @@ class Reading(Record):
     attainable_size: float | None = None
     """Mean over positions of min(TSS, i, length - i): what the geometry of H_i allows at most."""
     effective_size: float | None = None
-    """Tolerance-ESS per channel."""
+    """Tolerance-ESS per channel, a mean over `positions`."""
+    effective_size_at: tuple[tuple[float, float], ...] = ()
+    """The same at other tolerances: pairs of tau and tolerance-ESS, from a hundredth to a hundred times `tolerance`."""
     entropy_size: float | None = None
     """Entropy-ESS per channel."""
     total_effective_size: float | None = None
@@ -70,9 +83,13 @@ class Reading(Record):
     total_state_capacity: float | None = None
     """TSS summed over the layer's independent operators."""
     minimum_effective_size: float | None = None
-    """Smallest tolerance-ESS over samples and channels at the middle position (appendix C.6)."""
+    """Smallest tolerance-ESS over samples and channels at the middle position (appendix C.6). To be compared with the
+    entry of `per_position` there: `effective_size` is a mean over positions."""
+    effective_size_between: float | None = None
+    """Mean tolerance-ESS over *every* position from the first to the last measured one, interpolated linearly between
+    these. The two bounds are of this mean; `effective_size`, of `positions` alone, may lie outside of them."""
     effective_size_lower: float | None = None
-    """Certified lower bound (interlacing) of the mean tolerance-ESS from the first to the last measured position."""
+    """Certified lower bound (interlacing) of the mean over every position from the first to the last measured one."""
     effective_size_upper: float | None = None
     """Certified upper bound of the same mean."""
     utilization_ratio: float | None = None

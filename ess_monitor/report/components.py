@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ess_monitor.exporters.evidence import evidence_rows
-from ess_monitor.records import CONDITION_INFO, Action, Finding, layer_title
+from ess_monitor.records import CONDITION_INFO, Action, Finding, Reading, layer_title
 from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, value_scale
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.summary import sentence, timeline
@@ -123,6 +123,16 @@ def metrics_table(history: RunHistory) -> Table:
     chosen = evenly([each for each in history.measurements if each.metrics], ROWS_OF_A_TABLE)
     rows = tuple((str(each.step), *(cell(each.metrics.get(name)) for name in names)) for each in chosen)
     return Table("Metrics of the training loop at the measured steps", ("step", *names), rows)
+
+
+def tolerance_title(reading: Reading) -> str:
+    """Return the tolerance of a reading as it is shown.
+
+    >>> tolerance_title(Reading(step=0, layer="", status="ok", tolerance_scale="output"))
+    "0.001 of each token's output"
+    """
+    of = " of each token's output" if reading.tolerance_scale == "output" else ""
+    return f"{reading.tolerance:g}{of}"
 
 
 def present(*items: T | None) -> tuple[T, ...]:

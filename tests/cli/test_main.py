@@ -146,8 +146,8 @@ def test_profile_shows_a_table(run: Run) -> None:
     answer = run("profile", "model", "cli_models:Net", "--input", "tokens", "--layer", "mixer")
     assert answer.status == 0
     assert "tokens input (4, 128), tau 0.001" in answer.out
-    assert re.search(r"layer +ESS +bounds +entropy +TSS +ESS/TSS +retention +mean A +far share", answer.out)
-    assert re.search(r"mixer +[\d.]+ +[\d.]+ +[\d.]+ +4.00", answer.out)
+    assert re.search(r"layer +ESS +all positions +entropy +TSS +ESS/TSS +retention +mean A +far share", answer.out)
+    assert re.search(r"mixer +[\d.]+ +[\d.]+ \([\d.]+\) +[\d.]+ +4.00", answer.out)
     assert "attention" not in answer.out
 
 

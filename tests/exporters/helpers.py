@@ -50,6 +50,7 @@ def reading(layer: str = "blocks.0.mixer", step: int = 100, **fields: Any) -> Re
         "total_effective_size": 16.0,
         "total_state_capacity": 64.0,
         "minimum_effective_size": 3.0,
+        "effective_size_between": 4.25,
         "effective_size_lower": 3.5,
         "effective_size_upper": 5.0,
         "utilization_ratio": 0.25,

@@ -45,6 +45,7 @@ EXEMPT: dict[str, str] = {
     **dict.fromkeys(
         (
             "ess_monitor.ess.Aggregation",
+            "ess_monitor.ess.ToleranceScale",
             "ess_monitor.exporters.Event",
             "ess_monitor.exporters.ExporterConfig",
             "ess_monitor.featurizers.FEATURIZERS",

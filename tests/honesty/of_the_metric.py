@@ -60,6 +60,10 @@ ESS: dict[str, Case] = {
     "DiagonalRecurrence": Case(
         lambda **given: used(ess.DiagonalRecurrence(**given)), lambda: _vectors("log_decay", "b", "c")
     ),
+    "JacobianOperator": Case(
+        lambda **given: ess.measure(ess.JacobianOperator(**given), [3]),
+        lambda: {"inputs": floats(1, 1, 6, 2), "function": lambda u: u.cumsum(1), "tolerance": 0.1, "largest": 4},
+    ),
     "ReadFirstRecurrence": Case(
         lambda **given: used(ess.ReadFirstRecurrence(**given)), lambda: _vectors("log_decay", "b", "c")
     ),

@@ -93,6 +93,9 @@ class SoftmaxAttention(Operator):
             _broadcasting("sinks", self.sinks, (batch, heads, length))
         check_same_device(q=self.q, k=self.k, mask=self.mask, sinks=self.sinks)
 
+    norm = 1  # not annotated, so not a field
+    """Of which norm every row of T is 1: the sum of its entries, unless they are given unit Euclidean norm."""
+
     @property
     def length(self) -> int:
         return self.q.shape[2]
@@ -145,6 +148,9 @@ class SoftmaxAttention(Operator):
                     squares[slab] += (norms / total).square_().sum((1, 2))
         return per_head(far, self.batch, self.heads), per_head(near, self.batch, self.heads)
 
+    def _unit_rows(self) -> SoftmaxAttention:
+        return _UnitRowAttention(self.q, self.k, self.scale, self.mask, self.softcap)
+
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         key_heads = None if heads is None else _key_heads(heads, self.heads // self.k.shape[1])
         return dataclasses.replace(
@@ -159,6 +165,13 @@ class SoftmaxAttention(Operator):
         """Repeat key heads for the query heads that read them: (., key heads, ...) -> (., heads, ...)."""
         group = self.heads // self.k.shape[1]
         return k if group == 1 else k.repeat_interleave(group, dim=1, output_size=self.heads)
+
+
+@dataclass(frozen=True, eq=False)
+class _UnitRowAttention(SoftmaxAttention):
+    """Divides the exponentials of a row by their Euclidean norm. A sink, which scales the whole row, is in no entry."""
+
+    norm = 2
 
 
 def _broadcasting(name: str, tensor: Tensor, full: tuple[int, ...]) -> Tensor:
@@ -183,6 +196,7 @@ class _Rows:
             # A view: only the block of rows in use is ever copied.
             self.mask = attention.mask.expand(batch, heads, -1, -1)
         self.softcap = attention.softcap
+        self.norm = attention.norm
         self.sinks = None
         if attention.sinks is not None:
             self.sinks = pairs(attention.sinks, batch, heads)[slab].to(dtype)[..., None]
@@ -225,14 +239,15 @@ class _Rows:
             largest = torch.maximum(largest, sinks)
         largest.masked_fill_(largest == -torch.inf, 0.0)
         weights = logits.sub_(largest).exp_()
-        total = weights.sum(-1, keepdim=True)
+        total = torch.linalg.vector_norm(weights, self.norm, dim=-1, keepdim=True)
         if sinks is not None:
             total += (sinks - largest).exp()
         return weights, total.masked_fill_(total == 0, 1.0)  # a row with nothing to attend to
 
     def log_total(self, logits: Tensor, start: int) -> Tensor:
-        """Return the log of the softmax denominators of `logits`, whose first row is `start`: (G, rows, 1)."""
-        total, sinks = logits.logsumexp(-1, keepdim=True), self._sinks(start, start + logits.shape[1])
+        """Return the log of what divides the rows of exp(logits), of which the first is `start`: (G, rows, 1)."""
+        total = (self.norm * logits).logsumexp(-1, keepdim=True) / self.norm
+        sinks = self._sinks(start, start + logits.shape[1])
         if sinks is not None:
             total = torch.logaddexp(total, sinks)
         return total.masked_fill(total == -torch.inf, 0.0)  # a row with nothing to attend to: exp(-inf - 0) = 0

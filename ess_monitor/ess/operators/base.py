@@ -90,6 +90,22 @@ class Operator(ABC):
         """
         return None
 
+    @torch.no_grad()
+    def with_unit_rows(self) -> Operator:
+        """Return the operator with the rows of every token divided by their norm: T_i / ||T_i||.
+
+        It is what a layer with a norm behind the mixer applies, whatever the size of q, k, B or C: for values that are
+        white, ||T_i|| is the root mean square of the output y_i. With d rows for a token their norm is the root of the
+        mean square, ||T[d i : d (i + 1)]||_F / sqrt(d). Rows of zeros stay as they are.
+
+        Example:
+            >>> from ess_monitor.ess import DenseOperator
+            >>> DenseOperator(torch.tensor([[0.0, 0.0], [3e-6, 4e-6]])).with_unit_rows().materialize()
+            tensor([[[[0.0000, 0.0000],
+                      [0.6000, 0.8000]]]], dtype=torch.float64)
+        """
+        return self._unit_rows()
+
     def finite(self) -> Tensor:
         """Return (batch, heads) bool: False where an input that T depends on is NaN or infinite."""
         flags = (all_finite(tensor) for tensor in self.tensors)
@@ -180,6 +196,18 @@ class Operator(ABC):
         Broadcastable to (batch, heads), in the working dtype. Entries of operators that are not finite may hold
         anything.
         """
+
+    @abstractmethod
+    def _unit_rows(self) -> Operator:
+        """Return `with_unit_rows`, in the working dtype."""
+
+    def _inverse(self, row_squares: Tensor) -> Tensor:
+        """Return by what each token's rows are multiplied: (batch, heads, length), from squares that broadcast to it.
+
+        0 for rows of zeros, NaN in operators that are not finite.
+        """
+        scale = row_squares.rsqrt().masked_fill_(row_squares == 0, 0.0).expand(self.batch, self.heads, self.length)
+        return scale.masked_fill(~self.finite()[..., None], torch.nan)
 
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         """Return `select` with checked arguments."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,6 +97,12 @@ class Convolution(Operator):
         squares = self.kernel.to(working_dtype(self.device)).square()
         return (squares * far).sum(-1), (squares * (rows - far)).sum(-1)
 
+    def _unit_rows(self) -> GatedConvolution:
+        squares = self.kernel.to(working_dtype(self.device)).square().cumsum(-1)
+        lags = torch.arange(self.length, device=self.device).clamp(max=self.kernel.shape[2] - 1)
+        scale = self._inverse(squares[..., lags])
+        return GatedConvolution(scale.new_ones((1, 1, self.length)), self.kernel, scale)
+
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         kernel = narrowed(self.kernel, samples, heads, length)
         return type(self)(kernel, self.length if length is None else length, self.state_size)
@@ -178,6 +184,16 @@ class GatedConvolution(Operator):
                 squares[group] += (outputs * c[group, None, rows]).sum(-1)
         far, near = per_head(squares, self.batch, self.heads).unbind(-1)
         return far, near
+
+    def _unit_rows(self) -> GatedConvolution:
+        dtype = working_dtype(self.device)
+        b, kernel, c = (tensor.to(dtype).square() for tensor in (self.b, self.kernel, self.c))
+        squares = GatedConvolution(b, kernel, c)
+        each = []
+        for group in slabs(self.heads, self.batch * self.length * min(self.length, self.kernel.shape[2])):
+            heads = range(self.heads)[group]
+            each.append(squares.select(heads=heads).materialize().sum(-1))
+        return replace(self, c=self.c * self._inverse(torch.cat(each, dim=1)))
 
 
 def _capacity(state_size: int | None, position: int, taps: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,14 +11,15 @@ from torch import Tensor
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.delta_gramian import (
     Transitions,
-    delta_row_squares,
     delta_singular_values,
+    delta_windows,
     mean_diagonal,
     transition_product,
 )
 from ess_monitor.ess.linalg import result_dtype
 from ess_monitor.ess.operators.fields import check_floating
 from ess_monitor.ess.operators.recurrence import VECTOR_SHAPE, DiagonalRecurrence, Recurrence, resets
+from ess_monitor.ess.row_squares import Windows, row_squares, split_row_squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,14 @@ class DeltaRecurrence(Recurrence):
         return mean_diagonal(self.transitions)
 
     def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
-        return delta_row_squares(self.transitions, self.q, position, start, self.batch, self.heads)
+        return split_row_squares(self._windows, position, start)
+
+    def _unit_rows(self) -> DeltaRecurrence:
+        return replace(self, q=self.q * self._inverse(row_squares(self._windows))[..., None])
+
+    @property
+    def _windows(self) -> Windows:
+        return delta_windows(self.transitions, self.q, self.batch, self.heads)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return delta_singular_values(self.transitions, self.q, positions, self.batch, self.heads)

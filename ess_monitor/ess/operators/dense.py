@@ -105,6 +105,13 @@ class DenseOperator(Operator):
                 near[group] += squares[..., d * position :].sum((1, 2))
         return per_head(far, self.batch, self.heads), per_head(near, self.batch, self.heads)
 
+    def _unit_rows(self) -> DenseOperator:
+        token = torch.arange(self.T.shape[2], device=self.device) // self.block_size
+        rows = self.T.to(working_dtype(self.device)).masked_fill(token > token[:, None], 0.0)
+        squares = rows.square_().sum(-1).reshape(*rows.shape[:2], self.length, self.block_size)
+        scale = self._inverse(squares.mean(-1)).repeat_interleave(self.block_size, 2)
+        return DenseOperator(self.T * scale[..., None], self.block_size)
+
     def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
         size = None if length is None else length * self.block_size
         T = first(narrowed(self.T, samples, heads, size), 3, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -16,7 +16,7 @@ from ess_monitor.ess.gramian import recurrence_singular_values
 from ess_monitor.ess.linalg import result_dtype, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import all_finite, check_batch_and_heads, check_floating, check_same_device
-from ess_monitor.ess.row_squares import diagonal_row_squares
+from ess_monitor.ess.row_squares import Windows, diagonal_windows, row_squares, split_row_squares
 
 VECTOR_SHAPE = "(batch, heads, length, state)"
 
@@ -150,9 +150,16 @@ class DiagonalRecurrence(Recurrence):
         decay = self.log_decay.to(result_dtype(self.log_decay.dtype)).exp()
         return decay.mean((2, 3), dtype=working_dtype(self.device))
 
-    def _row_squares(self, position: int, start: int, *, present: bool = True) -> tuple[Tensor, Tensor]:
+    def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
+        longest = max(position, start - position, self.length - start)
+        return split_row_squares(self._windows(longest), position, start)
+
+    def _unit_rows(self) -> DiagonalRecurrence:
+        return replace(self, c=self.c * self._inverse(row_squares(self._windows(self.length)))[..., None])
+
+    def _windows(self, longest: int, *, present: bool = True) -> Windows:
         fields = (self.log_decay, self.b, self.c)
-        return diagonal_row_squares(*fields, position, start, self.batch, self.heads, present=present)
+        return diagonal_windows(*fields, longest, self.batch, self.heads, present=present)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return recurrence_singular_values(self.log_decay, self.b, self.c, positions, self.batch, self.heads)
@@ -186,8 +193,8 @@ class ReadFirstRecurrence(DiagonalRecurrence):
     def materialize(self) -> Tensor:
         return self._updated_first().materialize().tril(-1).to(self.result_dtype)
 
-    def _row_squares(self, position: int, start: int, *, present: bool = False) -> tuple[Tensor, Tensor]:
-        return self._updated_first()._row_squares(position, start, present=present)
+    def _windows(self, longest: int, *, present: bool = False) -> Windows:
+        return self._updated_first()._windows(longest, present=present)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return self._updated_first()._raw_singular_values(positions)

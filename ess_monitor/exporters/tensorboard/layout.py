@@ -48,9 +48,9 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
             return [scalar_tag(quantity, layer) for quantity in quantities]
 
         layout[f"ESS layer: {layer_title(layer)}"] = {
-            "Effective state-size, certified bounds over all positions": [
+            "Effective state-size over all positions, with certified bounds": [
                 "Margin",
-                tags("effective_size", "effective_size_lower", "effective_size_upper"),
+                tags("effective_size_between", "effective_size_lower", "effective_size_upper"),
             ],
             "Effective, entropy and theoretically realizable state-size": _lines(
                 *map(re.escape, tags("effective_size", "entropy_size", "state_capacity"))

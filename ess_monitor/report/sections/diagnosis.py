@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ess_monitor.diagnosis.utilization import attainable_utilization, full_state_utilization
 from ess_monitor.records import Finding, Measurement, Reading, layer_title
-from ess_monitor.report.components import Table
+from ess_monitor.report.components import Table, tolerance_title
 from ess_monitor.report.figures import number
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.sections.run_facts import Facts
@@ -158,14 +158,14 @@ def _thresholds(history: RunHistory, settings: Mapping[str, float]) -> Facts:
 def _findings(history: RunHistory) -> Facts:
     raised = alarms(history)
     first = [("First finding", f"step {raised[0].step}, {_share(history, raised[0].step)}")] if raised else []
-    tolerances = sorted({reading.tolerance for layer in history.layers for reading in history.ok(layer)[-1:]})
+    tolerances = sorted({tolerance_title(reading) for layer in history.layers for reading in history.ok(layer)[-1:]})
     return (
         ("Findings raised", str(len(raised))),
         ("Findings cleared", str(sum(map(_clears, history.findings)))),
         ("Findings with evidence", str(sum(each.evidence is not None for each in history.findings))),
         *first,
         ("Actions of the autopilot", str(len(history.actions))),
-        ("Tolerance of the ESS (tau)", ", ".join(map(number, tolerances)) or "unknown"),
+        ("Tolerance of the ESS (tau)", ", ".join(tolerances) or "unknown"),
     )
 
 

@@ -13,8 +13,9 @@ from ess_monitor.report.sections.spectra import chosen_spectra, spectra_chart, s
 
 _COLUMNS = {
     "ESS": "effective_size",
-    "lower": "effective_size_lower",
-    "upper": "effective_size_upper",
+    "ESS over all positions": "effective_size_between",
+    "at least": "effective_size_lower",
+    "at most": "effective_size_upper",
     "entropy-ESS": "entropy_size",
     "TSS": "state_capacity",
     "utilization": "utilization_ratio",

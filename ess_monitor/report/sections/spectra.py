@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ess_monitor.records import Reading
-from ess_monitor.report.components import Table, cell
-from ess_monitor.report.figures import Chart, Scale, Series, line_chart, log_scale, number
+from ess_monitor.report.components import Table, cell, tolerance_title
+from ess_monitor.report.figures import Chart, Scale, Series, line_chart, log_scale
 from ess_monitor.report.history import RunHistory
 
 
@@ -45,12 +45,12 @@ def spectra_chart(chosen: Sequence[tuple[str, Reading]]) -> Chart | None:
         return None
     ranks = [float(rank) for _, reading in chosen for rank in reading.spectrum_ranks]
     axis = Scale(min(ranks), max(*ranks, min(ranks) + 1))
-    tolerance = chosen[-1][1].tolerance
+    tolerance, shown = chosen[-1][1].tolerance, tolerance_title(chosen[-1][1])
     limit = [(axis.low, tolerance), (axis.high, tolerance)] if tolerance > 0 else []
     drawn = [value for pairs in (limit, *(each.pairs for each in series)) for _, value in pairs]
     return line_chart(
         "Singular values at the middle of the sequence, by rank",
-        [*series, Series(f"tolerance {number(tolerance)}: the ESS counts the values above", "limit", limit)],
+        [*series, Series(f"tolerance {shown}: the ESS at this position counts the values above", "limit", limit)],
         axis,
         x_label="rank",
         y=log_scale(drawn),
