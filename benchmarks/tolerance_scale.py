@@ -20,8 +20,8 @@ and stays "absolute", the paper's, otherwise:
        `DiagnosisConfig.collapsed_below` at the end.
 
 No run of the first part solved its task, so that condition 3 was not tested. A second part was added then, again with
-its rule before its first run (`--diagnosis`, 10 minutes): recall models of the sizes of `benchmarks.detector`, half of
-which solve their task, under the diagnosis with either scale.
+its rule before its first run (`--diagnosis`, 10 minutes): recall models of the sizes of `benchmarks.detector`, under
+the diagnosis with either scale. The default becomes "output" where 1, 2 and this hold:
 
     4. with "output" the diagnosis has no more findings in runs that end solved than with "absolute", and finds no fewer
        of the others collapsed.
