@@ -192,6 +192,11 @@ class Sampler:
         """True between `arm` and `collect`."""
         return self._armed
 
+    @property
+    def test_seconds(self) -> float:
+        """Seconds that the tests of layers took in this sample, or in the last one."""
+        return self._tests.seconds
+
     def arm(self, *, any_pass: bool = False) -> None:
         """Attach the hooks for the next forward pass.
 
@@ -230,7 +235,6 @@ class Sampler:
     def collect(self) -> tuple[Captured | CaptureFailure, ...]:
         """Remove the hooks and return the results of the forward pass, in model order."""
         found = self._found()
-        self.capture_seconds += self._tests.take_seconds()
         self.remove()
         results = tuple(found[layer.name] for layer in self.layers if layer.name in found)
         self._clear()

@@ -82,11 +82,17 @@ class RunContext:
         if seen:
             self.cadence.stepped(seconds)
 
-    def charge(self, phase: Phase, seconds: float) -> None:
-        """Add to the cost of the monitor itself; nothing where the clock went back."""
+    def charge(self, phase: Phase, seconds: float, *, once: bool = False) -> None:
+        """Add to the cost of the monitor itself; nothing where the clock went back.
+
+        Args:
+            phase: what it went into.
+            seconds: the cost.
+            once: it does not come with every sample.
+        """
         seconds = max(0.0, seconds)
         self.counters.spent(phase, seconds)
-        self.cadence.spent(seconds, once=phase == "replay")
+        self.cadence.spent(seconds, once=once or phase == "replay")
         self.counters.overhead(self.cadence.overhead_ratio, self.cadence.interval_steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,6 +123,8 @@ class Sample(Job):
     """Share of the configured samples and heads that was to be captured."""
     hook_seconds: float = 0.0
     """Time spent inside the forward pass."""
+    test_seconds: float = 0.0
+    """Time that the tests of layers took, which come once in a run."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the training loop that were numbers already."""
     changes: dict[str, Changes] = field(default_factory=dict)

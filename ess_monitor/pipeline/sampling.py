@@ -82,5 +82,7 @@ class RunSampling(RunView):
                 schedule.taken(step)
                 self._queue.submit(sample, metrics)
                 context.charge("capture", sample.hook_seconds + context.clock() - started)
+                if sample.test_seconds:
+                    context.charge("capture", sample.test_seconds, once=True)
         if schedule.exchanges and not schedule.waiting:
             schedule.taken(step)

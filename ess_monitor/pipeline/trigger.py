@@ -119,7 +119,8 @@ class SampleTrigger:
         try:
             known = self._probe.run(self._sampler.turn)
         finally:
-            self._sampler.capture_seconds = self._clock() - started  # the whole pass is the monitor's own
+            whole = self._clock() - started  # the whole pass is the monitor's own
+            self._sampler.capture_seconds = whole - self._sampler.test_seconds
         if not known:
             raise CaptureError("no module was called with integer tokens (batch, length) as its only tensor")
 
@@ -144,6 +145,7 @@ class SampleTrigger:
             self._told(unread) if was_called else unread,
             self._sampler.share,
             self._sampler.capture_seconds,
+            self._sampler.test_seconds,
         )
 
     def _told(self, unread: tuple[CaptureFailure, ...]) -> tuple[CaptureFailure, ...]:

@@ -29,6 +29,10 @@ ALIBI = CAUSAL + (torch.arange(LENGTH)[None] - torch.arange(LENGTH)[:, None]) * 
 LARGE = NONE.masked_fill(LATER, torch.finfo(torch.float32).min)
 
 
+MODES: list[bool] = []
+"""Of the calls of `Attends`."""
+
+
 class Attends(nn.Module):
     """Attention through torch's function."""
 
@@ -37,6 +41,7 @@ class Attends(nn.Module):
         self.qkv, self.mask, self.flipped, self.options = nn.Linear(WIDTH, 3 * WIDTH), mask, flipped, options
 
     def forward(self, x: Tensor) -> Tensor:
+        MODES.append(self.training)
         x = x.flip(1) if self.flipped else x
         q, k, v = self.qkv(x)[:, None].chunk(3, -1)
         y = F.scaled_dot_product_attention(q, k, v, self.mask, **self.options)[:, 0]
@@ -293,16 +298,19 @@ def test_padding_that_sees_nothing_is_no_proof_against_a_layer() -> None:
         assert [(r.status, r.message) for r in monitor.flush()] == [("ok", "")]
 
 
-def test_each_layer_is_tested_once_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, calls = Net(Attends(is_causal=True)), []
-    plain = Attends.forward
-    monkeypatch.setattr(Attends, "forward", lambda self, x: (calls.append(self.training), plain(self, x))[1])
-    with Monitor(net, MonitorConfig(every_n_steps=1, overhead_budget_ratio=None)) as monitor:
-        for _ in range(3):
+def test_each_layer_is_tested_once_in_a_run_and_the_cost_charged_once() -> None:
+    """By a clock that only a layer moves, by a second a call."""
+    MODES.clear()
+    net = Net(Attends(is_causal=True))
+    config = MonitorConfig(every_n_steps=1, overhead_budget_ratio=0.5)
+    with Monitor(net, config, clock=lambda: float(len(MODES))) as monitor:
+        for _ in range(4):
             net(torch.randn(2, LENGTH, WIDTH)).sum().backward()
             monitor.step()
             monitor.flush()
-    assert calls == [True, False, False, True, True]
+        assert MODES == [True, False, False, True, True, True]
+        assert monitor.snapshot().overhead_seconds["capture"].total_seconds == 2.0
+        assert monitor.snapshot().interval_steps == 1
 
 
 def test_a_statement_that_is_not_looked_at_yet_decides_when_its_layer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

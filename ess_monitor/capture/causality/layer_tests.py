@@ -52,7 +52,8 @@ class LayerTests:
 
     def __init__(self, test: Test | None, model: nn.Module | None, clock: Callable[[], float]) -> None:
         self._test, self._model, self._clock = test, model, clock
-        self._seconds = 0.0
+        self.seconds = 0.0
+        """How long the tests of this sample took."""
         self._claims: dict[str, tuple[Claim, ...]] = {}
         self._waiting: list[_Waiting] = []
         self.running = False
@@ -65,6 +66,7 @@ class LayerTests:
     def attach(self, layers: Iterable[Layer]) -> HookHandle:
         """Add hooks for the layers that have not been tested. Their own come first."""
         handle = HookHandle()
+        self.seconds = 0.0
         untested = [layer for layer in layers if layer.name not in self._claims]
         if self._test is None or not untested:
             return handle
@@ -78,11 +80,6 @@ class LayerTests:
         """Test a layer at the end of the call that runs, and put the outcome into what was read."""
         if self._test is not None:
             self._waiting.append(_Waiting(layer, candidate, length, unproven))
-
-    def take_seconds(self) -> float:
-        """Return how long the tests since the last call took."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
 
     def forget(self) -> None:
         """Drop the layers that wait for the test."""
@@ -110,7 +107,7 @@ class LayerTests:
             logger.debug("ess_monitor: %s could not be run again", type(module).__name__, exc_info=True)
         finally:
             self.running = False
-            self._seconds += self._clock() - started
+            self.seconds += self._clock() - started
         if holds is None and waiting.unproven:
             return  # a module farther out may tell
         self._waiting.remove(waiting)
