@@ -27,7 +27,9 @@ def is_causal(
 ) -> Tensor | None:
     """Return whether the outputs of a call stay the same up to the middle when the tokens from there on change.
 
-    Outputs of padding do not count: where a token sees nothing at all, some kernels let it see everything.
+    Outputs of padding do not count: where a token sees nothing at all, some kernels let it see everything. Token ids
+    are replaced by others of the same batch, and show something only where later outputs change.
+
     The module is run twice in eval mode, without gradients and inside `Undisturbed`, which leaves no trace of it, also
     inside of a forward pass that is still running.
 
@@ -49,6 +51,7 @@ def is_causal(
         False
     """
     x, y = _first_floating((args, kwargs)), _first_floating(output)
+    x = _first_ids((args, kwargs), length) if x is None else x
     if x is None or y is None or _has_other_hooks(module):
         return None
     axis = _token_axis(module, x, y, length)
@@ -74,7 +77,8 @@ def is_causal(
     moved = changes.narrow(axis, 0, middle).amax()
     scale = before.abs().amax()
     # What is not finite shows nothing, and is reported by the reading.
-    return (moved <= max(_TOLERANCE, 4 * torch.finfo(before.dtype).eps) * scale) | ~moved.isfinite()
+    shows = changes.amax() > 0 if not x.is_floating_point() else True
+    return shows & (moved <= max(_TOLERANCE, 4 * torch.finfo(before.dtype).eps) * scale) | ~moved.isfinite()
 
 
 class _Arguments:
@@ -85,7 +89,7 @@ class _Arguments:
 
     def __init__(self, x: Tensor, axis: int, middle: int) -> None:
         self._like, self._axis, self._middle = x.shape[: axis + 1], axis, middle
-        self._dim = x.dim()
+        self._dim, self._ids = x.dim(), None if x.is_floating_point() else x.shape
         self._made: dict[int, Tensor] = {}
 
     def named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -106,11 +110,12 @@ class _Arguments:
 
     def _changed(self, tensor: Tensor) -> Tensor:
         is_sequence = tensor.is_floating_point() and tensor.dim() == self._dim
-        if not is_sequence or tensor.shape[: self._axis + 1] != self._like:
-            return tensor
-        if self._middle >= tensor.shape[self._axis]:
+        is_sequence |= tensor.shape == self._ids
+        if not is_sequence or tensor.shape[: self._axis + 1] != self._like or self._middle >= self._like[-1]:
             return tensor
         earlier = tensor.narrow(self._axis, 0, self._middle)
+        if not tensor.is_floating_point():
+            return torch.cat([earlier, tensor.flip(1)[:, self._middle :]], 1)
         later = tensor.narrow(self._axis, self._middle, tensor.shape[self._axis] - self._middle)
         return torch.cat([earlier, 1 - 1.5 * later.roll(1, -1 if self._axis < self._dim - 1 else 1)], self._axis)
 
@@ -128,7 +133,16 @@ def _first_floating(value: Any) -> Tensor | None:
     return next((found for item in items if (found := _first_floating(item)) is not None), None)
 
 
+def _first_ids(value: Any, length: int) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value if value.dtype in (torch.int32, torch.int64) and value.shape[1:] == (length,) else None
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return next((found for item in items if (found := _first_ids(item, length)) is not None), None)
+
+
 def _token_axis(module: nn.Module, x: Tensor, y: Tensor, length: int) -> int | None:
+    if not x.is_floating_point():
+        return 1 if y.shape[:2] == x.shape and length > 1 else None
     if x.dim() != y.dim() or length < 2:
         return None
     axes = [axis for axis in range(x.dim()) if x.shape[axis] == y.shape[axis] == length]

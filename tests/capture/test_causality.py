@@ -174,6 +174,20 @@ def test_a_layer_that_is_not_causal_is_skipped_and_the_others_are_measured(
     assert why in mixer.message
 
 
+@pytest.mark.parametrize("begin", [0, 3, 6])
+def test_a_convolution_is_tested_through_a_model_of_token_ids(begin: int) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.conv = nn.Embedding(16, WIDTH), nn.Conv1d(WIDTH, WIDTH, TAPS, padding=6, groups=WIDTH)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.conv(self.embed(tokens).mT)[..., begin : begin + tokens.shape[1]].mT
+
+    [reading] = profile(Flat(), torch.arange(2 * LENGTH).reshape(2, LENGTH) % 16).readings
+    assert reading.status == ("skipped" if begin else "ok")
+
+
 def test_a_skipped_layer_is_left_out_from_then_on_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     net, x = Net(Encoder()), torch.randn(2, LENGTH, WIDTH)
     config = MonitorConfig(every_n_steps=1, overhead_budget_ratio=None, strict=True)
