@@ -82,17 +82,19 @@ class RunContext:
         if seen:
             self.cadence.stepped(seconds)
 
-    def charge(self, phase: Phase, seconds: float, *, once: bool = False) -> None:
+    def charge(self, phase: Phase, seconds: float, *, once_seconds: float = 0.0) -> None:
         """Add to the cost of the monitor itself; nothing where the clock went back.
 
         Args:
             phase: what it went into.
             seconds: the cost.
-            once: it does not come with every sample.
+            once_seconds: a cost of this phase that does not come with every sample.
         """
-        seconds = max(0.0, seconds)
-        self.counters.spent(phase, seconds)
-        self.cadence.spent(seconds, once=once or phase == "replay")
+        seconds, once_seconds = max(0.0, seconds), max(0.0, once_seconds)
+        self.counters.spent(phase, seconds + once_seconds)
+        self.cadence.spent(seconds, once=phase == "replay")
+        if once_seconds:
+            self.cadence.spent(once_seconds, once=True)
         self.counters.overhead(self.cadence.overhead_ratio, self.cadence.interval_steps)
 
     def state_dict(self) -> dict[str, Any]:

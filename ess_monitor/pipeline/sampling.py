@@ -81,8 +81,7 @@ class RunSampling(RunView):
                 sample.changes = changes
                 schedule.taken(step)
                 self._queue.submit(sample, metrics)
-                context.charge("capture", sample.hook_seconds + context.clock() - started)
-                if sample.test_seconds:
-                    context.charge("capture", sample.test_seconds, once=True)
+                seconds = sample.hook_seconds + context.clock() - started
+                context.charge("capture", seconds, once_seconds=sample.test_seconds)
         if schedule.exchanges and not schedule.waiting:
             schedule.taken(step)
