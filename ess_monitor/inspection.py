@@ -20,6 +20,8 @@ from ess_monitor.records import LayerInfo, Reading
 DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
 """Finer than during training: 8 samples as in the paper's section 3, every head, 8 positions."""
 
+_ONE_HEAD = CaptureConfig(samples=1, heads=1)
+
 
 @dataclass(frozen=True)
 class Description:
@@ -53,9 +55,9 @@ class Description:
 def describe(model: nn.Module, *inputs: Any, layers: LayerFilter | None = None, **named_inputs: Any) -> Description:
     """Return every sequence-mixing layer with its operator, TSS and handles, or the reason why it cannot be measured.
 
-    Mixers are found by their class, their code and their name. Where inputs are given the model is run once, in eval
-    mode, and what the outputs of its modules depend on corrects the list: all that mixes tokens is in it, nothing else,
-    and a layer that looks at later tokens is skipped.
+    Mixers are found by their class, their code and their name. Where inputs are given the model is run, in eval mode,
+    and what the outputs of its modules depend on corrects the list: all that mixes tokens is in it, nothing else, and a
+    layer that looks at later tokens, or is not read on these inputs, is skipped.
 
     Args:
         model: any module; without inputs it is not run.
@@ -76,8 +78,29 @@ def describe(model: nn.Module, *inputs: Any, layers: LayerFilter | None = None, 
     """
     find_layers(model, layers)  # raises where a pattern matches nothing
     if inputs or named_inputs:
-        return Description(type(model).__name__, probed_infos(model, inputs, named_inputs, layers))
+        infos = probed_infos(model, inputs, named_inputs, layers)
+        return Description(type(model).__name__, _corrected(infos, model, inputs, named_inputs, layers))
     return Description(type(model).__name__, layer_infos(model, layers))
+
+
+def _corrected(
+    infos: tuple[LayerInfo, ...],
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    named_inputs: dict[str, Any],
+    layers: LayerFilter | None,
+) -> tuple[LayerInfo, ...]:
+    """Return the list without the layers that could not be read on these inputs, such as by a branch not taken."""
+    if not any(info.supported for info in infos):
+        return infos
+    items = capture_pass(model, inputs, named_inputs, layers=layers, config=_ONE_HEAD)
+    reasons = {item.layer.name: item.error for item in items if isinstance(item, CaptureFailure)}
+    return tuple(
+        info.model_copy(update={"supported": False, "reason": reasons[info.name]})
+        if info.supported and info.name in reasons
+        else info
+        for info in infos
+    )
 
 
 @dataclass(frozen=True)

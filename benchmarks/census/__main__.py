@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.census import layer_classes, own_layers, packages, transformers_models
-from benchmarks.census.runner import run
+from benchmarks.census.runner import recorded, run
 from benchmarks.census.tables import page
 
 SOURCES = {
@@ -31,17 +31,20 @@ def main() -> int:
     parser.add_argument("--outcomes", type=Path, default=Path("census.jsonl"), help="file that keeps the outcomes")
     parser.add_argument("--limit", type=int, default=60, help="seconds for one item")
     parser.add_argument("--page", type=Path, help="write the page to this file")
+    parser.add_argument("--recorded", action="store_true", help="run nothing: the page of the outcomes that are there")
     given = parser.parse_args()
-    chosen = [item for source in given.only or SOURCES for item in SOURCES[source]()]
+    sources = () if given.recorded else given.only or SOURCES
+    chosen = [item for source in sources for item in SOURCES[source]()]
     if given.names:
         chosen = [item for item in chosen if item.name in given.names.split(",")]
-    outcomes = []
+    outcomes = recorded(given.outcomes) if given.recorded else []
     for outcome in run(chosen, given.outcomes, limit_seconds=given.limit):
         outcomes.append(outcome)
         print(f"{outcome.source} {outcome.name}: {outcome.verdict} {outcome.problem}", flush=True)
     if given.page is not None:
-        minutes = sum(outcome.seconds for outcome in outcomes) / 60
-        given.page.write_text(page(outcomes, _versions(), minutes) + "\n", encoding="utf-8")
+        known = {(outcome.source, outcome.name) for outcome in outcomes}
+        missing = sum((item.source, item.name) not in known for items in SOURCES.values() for item in items())
+        given.page.write_text(page(outcomes, _versions(), missing=missing) + "\n", encoding="utf-8")
     return int(any(outcome.verdict in ("silent", "wrong", "crashed") for outcome in outcomes))
 
 

@@ -35,8 +35,18 @@ def items() -> Iterator[Item]:
 
 def _fla(name: str) -> Built:
     cls = getattr(importlib.import_module("fla.layers"), name)
-    wanted = {"hidden_size": WIDTH, "d_model": WIDTH, "dim": WIDTH, "num_heads": 2, "head_dim": 16, "layer_idx": 0}
-    known = {key: value for key, value in wanted.items() if key in inspect.signature(cls).parameters}
+    parameters = inspect.signature(cls).parameters
+    wanted = {
+        "hidden_size": WIDTH,
+        "d_model": WIDTH,
+        "dim": WIDTH,
+        "head_dim": 16,
+        "layer_idx": 0,
+        "num_hidden_layers": 2,
+    }
+    wanted |= {"num_heads": 4 if "expand" in parameters else 2, "num_kv_heads": 2, "num_key_value_heads": 2}
+    wanted |= {"expand_ratio": 16} if name == "HGRN2Attention" else {}
+    known = {key: value for key, value in wanted.items() if key in parameters}
     return Built(nn.Sequential(nn.LayerNorm(WIDTH), cls(**known)), None)
 
 

@@ -25,7 +25,7 @@ def run(items: Iterable[Item], path: Path, *, limit_seconds: int) -> Iterator[Ou
     The processes are forked, so that libraries are imported once. One that ends without an outcome (a limit, a crash of
     the interpreter) is an outcome as well.
     """
-    known = {(o.source, o.name): o for o in _read(path)}
+    known = {(o.source, o.name): o for o in recorded(path)}
     for item in items:
         outcome = known.get((item.source, item.name))
         if outcome is None:
@@ -37,7 +37,8 @@ def run(items: Iterable[Item], path: Path, *, limit_seconds: int) -> Iterator[Ou
         yield outcome
 
 
-def _read(path: Path) -> list[Outcome]:
+def recorded(path: Path) -> list[Outcome]:
+    """Return the outcomes that a file holds."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [Outcome(**json.loads(line)) for line in lines]
 

@@ -26,12 +26,17 @@ Where there was no forward pass (in italics below), the list of `describe` alone
 """
 
 
-def page(outcomes: Iterable[Outcome], versions: Iterable[str], minutes: float) -> str:
-    """Return the page."""
+def page(outcomes: Iterable[Outcome], versions: Iterable[str], *, missing: int) -> str:
+    """Return the page; `missing` counts the items that have no outcome yet."""
     by_source: defaultdict[str, list[Outcome]] = defaultdict(list)
+    seconds = 0.0
     for outcome in outcomes:
+        seconds += outcome.seconds
         by_source[outcome.source].append(outcome)
-    lines = [_HEAD, f"{', '.join(versions)}; {minutes:.0f} minutes on one core.", "", *_counts(by_source)]
+    made = f"{', '.join(versions)}; {seconds / 60:.0f} minutes"
+    if missing:
+        made += f". {missing} items are not made yet: the same command goes on with them"
+    lines = [_HEAD, f"{made}.", "", *_counts(by_source)]
     for source, members in by_source.items():
         lines += ["", f"## {source[0].upper()}{source[1:]}", ""]
         for verdict in _VERDICTS:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,155 +10,9 @@ from torch import Tensor, nn
 from ess_monitor import CaptureError, Monitor, MonitorConfig, describe, profile, register_capture
 from ess_monitor.ess import Convolution
 from ess_monitor.featurizers import GLA, SA
+from tests.capture.test_forward_code import ByCell
 
 WIDTH = 8
-
-
-class Wide(nn.Module):
-    """Two projections, so that the layers below have parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
-
-
-class ByScan(Wide):
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.into(x).chunk(2, -1)
-        log_gate = F.logsigmoid(gate).cumsum(1)
-        return self.out(log_gate.exp() * (value / log_gate.exp()).cumsum(1))
-
-
-class ByFourier(Wide):
-    def forward(self, x: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft(x, 2 * x.shape[1], 1) * torch.fft.rfft(x, 2 * x.shape[1], 1)
-        return torch.fft.irfft(spectrum, 2 * x.shape[1], 1)[:, : x.shape[1]]
-
-
-class ByAttribute(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.transform = functools.partial(torch.fft.fftn, dim=(1, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.transform(x).real
-
-
-class ByCell(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.LSTMCell(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        state, outputs = (x.new_zeros(batch, width),) * 2, []
-        for t in range(length):
-            state = self.cell(x[:, t], state)
-            outputs.append(state[0])
-        return torch.stack(outputs, 1)
-
-
-class ByUnbind(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        state, outputs = torch.zeros_like(x[:, 0]), []
-        for token in x.unbind(1):
-            state = 0.5 * state + token
-            outputs.append(state)
-        return torch.stack(outputs, 1)
-
-
-class ByProducts(Wide):
-    """Linear attention by hand."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        k, v = self.into(x).chunk(2, -1)
-        return torch.einsum("bij,bjd->bid", torch.einsum("bid,bjd->bij", x, k).tril(), v)
-
-
-class ByHand(Wide):
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q @ k.transpose(-1, -2)).softmax(-1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        k, v = self.into(x).chunk(2, -1)
-        return self.scores(x, k) @ v
-
-
-class ByConvolution(Wide):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv1d(F.pad(x.mT, (3, 0)), torch.ones(WIDTH, 1, 4), groups=WIDTH).mT
-
-
-class ByFunctionBeside(Wide):
-    def forward(self, x: Tensor) -> Tensor:
-        return _scanned(self.into(x))
-
-
-def _scanned(x: Tensor) -> Tensor:
-    return x.cumsum(1)
-
-
-MIXERS = (
-    ByScan,
-    ByFourier,
-    ByAttribute,
-    ByCell,
-    ByUnbind,
-    ByProducts,
-    ByHand,
-    ByConvolution,
-    ByFunctionBeside,
-)
-
-
-class LowRank(nn.Module):
-    """Products with its own parameters mix no tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.up = nn.Parameter(torch.ones(2, WIDTH)), nn.Parameter(torch.ones(WIDTH, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.down.T @ self.up.transpose(0, 1)
-
-
-class Deep(nn.Module):
-    """A loop over layers is none over tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts:
-            x = part(x)
-        for k in range(len(self.parts)):
-            x = self.parts[k](x)
-        return x
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.router, self.weight = nn.Linear(WIDTH, 2), nn.Parameter(torch.ones(2, WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        shares = self.router(x).softmax(-1)
-        return torch.einsum("ble,bled->bld", shares, torch.einsum("bld,edf->blef", x, self.weight))
-
-
-@pytest.mark.parametrize("kind", MIXERS)
-def test_a_mixer_is_found_by_its_code_whatever_it_is_called(kind: type[nn.Module]) -> None:
-    net = nn.Sequential(GLA(WIDTH, 2), nn.Sequential(nn.LayerNorm(WIDTH), kind()))
-    [gla, info] = describe(net).layers
-    assert (gla.supported, info.name, info.module, info.supported) == (True, "1.1", kind.__name__, False)
-    nonlinear = kind is ByCell
-    assert ("nonlinear recurrence" if nonlinear else f"register_capture({kind.__name__})") in info.reason
-
-
-@pytest.mark.parametrize("kind", [LowRank, Deep, Experts])
-def test_what_treats_each_token_by_itself_is_not_listed(kind: type[nn.Module]) -> None:
-    assert not describe(nn.Sequential(kind())).layers
 
 
 @pytest.mark.parametrize(
@@ -284,7 +136,8 @@ class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[1] > 10**6:
             return F.scaled_dot_product_attention(x, x, x, is_causal=True)
-        return (x @ x.mT).tril().softmax(-1) @ x
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return (x @ x.mT).masked_fill(later, -torch.inf).softmax(-1) @ x
 
 
 class Unused(GLA):
@@ -362,3 +215,11 @@ def test_a_run_says_once_why_a_layer_in_its_list_is_not_measured(caplog: pytest.
     assert (readings["gla"].status, readings["part"].status) == ("ok", "failed")
     [record] = [r.getMessage() for r in caplog.records if "took a branch" in r.getMessage()]
     assert "part is not measured" in record
+
+
+def test_inputs_correct_what_a_branch_that_is_not_taken_seemed_to_allow() -> None:
+    net = Holding(Branching())
+    assert [info.supported for info in describe(net).layers] == [True, True]
+    first, second = describe(net, torch.randn(2, 8, WIDTH)).layers
+    assert (first.supported, second.supported) == (True, False)
+    assert "took a branch" in second.reason

@@ -24,8 +24,9 @@ _OPERATIONS = {
     "a convolution": re.compile(r"(causal_)?(short_)?(conv1d|conv_transpose1d)(_\w+)?|fft_?conv\w*|long_?conv\w*"),
     "a Fourier transform": re.compile(r"i?[rh]?fftn?"),
     "a scan": re.compile(
-        r"(log)?cum(sum|prod|max|sumexp)|\w*associative_scan|\w*selective_scan\w*|p?scan|\w+_scan(_\w+)?"
+        r"(log)?cum(sum|prod|max|sumexp)|\w*associative_scan|\w*selective_scan\w*|accumulate|p?scan|\w+_scan(_\w+)?"
     ),
+    "a shift of tokens": re.compile(r"roll"),
     "attention": re.compile(
         r"(_?(scaled_dot_product|flash|flex|memory_efficient|efficient|linear|local|eager)_attention(?!_mask)\w*"
         r"|flash_attn\w*|multi_head_attention_forward|ALL_ATTENTION_FUNCTIONS|\w*attention_forward)"
@@ -38,7 +39,7 @@ _KERNEL = re.compile(
 """Names of functions that compute a recurrence, as libraries of kernels call them."""
 _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm"))
 _TURNS = frozenset(("transpose", "mT", "T", "permute", "swapaxes", "movedim", "rearrange", "swapdims", "t"))
-_CUTS = frozenset(("unbind", "split", "chunk"))
+_CUTS = frozenset(("unbind", "split", "chunk", "transpose", "permute", "movedim", "swapaxes"))
 _SIZES = frozenset(("shape", "size"))
 _NO_MIXING = re.compile(
     r"rotary|rope|mask|position|router|expert|moe|loss|init|reset|load_|save_|generate|prepare|cache|debug"
@@ -156,7 +157,7 @@ def _count_products(code: CodeType) -> int:
             if (instruction.opname == "BINARY_OP" and instruction.argrepr in ("@", "@=")) or (
                 instruction.opname == "BINARY_MATRIX_MULTIPLY"
             ):
-                count += not _is_own_tensor(instructions[:k])
+                count += not _is_own_tensor(instructions[:k], _own_name(part))
             elif instruction.argval in _PRODUCTS and instruction.opname.startswith("LOAD"):
                 count += 1
             elif instruction.argval == "einsum" and instruction.opname.startswith("LOAD"):
@@ -165,11 +166,11 @@ def _count_products(code: CodeType) -> int:
     return count
 
 
-def _is_own_tensor(before: list[dis.Instruction]) -> bool:
-    """Return whether the last value on the stack is an attribute of `self`, perhaps transposed."""
+def _is_own_tensor(before: list[dis.Instruction], own: str) -> bool:
+    """Return whether the last value on the stack is an attribute of the instance, perhaps transposed."""
     for instruction in reversed(before[-12:]):
         if instruction.opname in ("LOAD_FAST", "LOAD_FAST_BORROW"):
-            return bool(instruction.argval == "self")
+            return bool(instruction.argval == own)
         if not instruction.opname.startswith(
             ("LOAD_ATTR", "LOAD_METHOD", "LOAD_CONST", "CALL", "PRECALL", "UNARY", "CACHE")
         ):
@@ -200,14 +201,29 @@ def _loops_over_tokens(code: CodeType) -> bool:
 def _has_token_loop(code: CodeType) -> bool:
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "RESUME", "NOP")]
     at = {i.offset: k for k, i in enumerate(instructions)}
-    lengths = _lengths(instructions)
+    lengths, own = _lengths(instructions), _own_name(code)
     for k, instruction in enumerate(instructions):
-        if instruction.opname != "FOR_ITER":
-            continue
-        end = at.get(instruction.argval, len(instructions))
-        if _is_over_tokens(instructions[:k], lengths) and _carries(instructions[k + 1 : end]):
-            return True
+        if instruction.opname == "FOR_ITER":
+            end = at.get(instruction.argval, len(instructions))
+            if _is_over_tokens(instructions[:k], lengths, own) and _carried(instructions[k + 1 : end]):
+                return True
+        elif "JUMP" in instruction.opname and at.get(instruction.argval, k) < k:
+            body = instructions[at[instruction.argval] : k]
+            if not any(i.opname == "FOR_ITER" for i in body) and _is_while_over_tokens(body, lengths):
+                return True
     return False
+
+
+def _is_while_over_tokens(body: list[dis.Instruction], lengths: set[str]) -> bool:
+    """Return whether a `while` counts up to a length, takes parts of a tensor, and carries more than the count."""
+    takes_part = any(i.opname in ("BINARY_SUBSCR", "BINARY_SLICE") or i.argrepr == "[]" for i in body)
+    loaded = {i.argval for i in body if i.opname.startswith("LOAD") and isinstance(i.argval, str)}
+    return takes_part and bool(loaded & (_SIZES | lengths)) and len(_carried(body)) > 1
+
+
+def _own_name(code: CodeType) -> str:
+    """Return what a method calls its instance."""
+    return code.co_varnames[0] if code.co_argcount else ""
 
 
 def _locals(instruction: dis.Instruction, kind: str) -> tuple[str, ...]:
@@ -233,7 +249,7 @@ def _lengths(instructions: list[dis.Instruction]) -> set[str]:
     return found
 
 
-def _is_over_tokens(before: list[dis.Instruction], lengths: set[str]) -> bool:
+def _is_over_tokens(before: list[dis.Instruction], lengths: set[str], own: str) -> bool:
     """Return whether what is iterated is a range of a length, or a tensor cut along an axis."""
     expression: list[dis.Instruction] = []
     for instruction in reversed(before):
@@ -241,17 +257,24 @@ def _is_over_tokens(before: list[dis.Instruction], lengths: set[str]) -> bool:
             break
         expression.append(instruction)
     loaded = {i.argval for i in expression if i.opname.startswith("LOAD") and isinstance(i.argval, str)}
+    local = {name for i in expression for name in _locals(i, "LOAD")}
     if "range" in loaded:
-        local = {name for i in expression for name in _locals(i, "LOAD")}
-        return bool(loaded & _SIZES) or ("len" in loaded and "self" not in local) or bool(local & lengths)
-    return bool(loaded & _CUTS) and "zip" not in loaded
+        return bool(loaded & _SIZES) or ("len" in loaded and own not in local) or bool(local & lengths)
+    along_features = any(i.opname.startswith("LOAD_CONST") and i.argval == -1 for i in expression)
+    return bool(loaded & _CUTS) and not along_features and ("zip" not in loaded or own not in local)
 
 
-def _carries(body: list[dis.Instruction]) -> bool:
-    """Return whether a variable is read in the loop before it is set there."""
+def _carried(body: list[dis.Instruction]) -> set[str]:
+    """Return the variables and attributes that are read in a loop before they are set there."""
     stored: set[str] = set()
+    carried: set[str] = set()
     first_read: set[str] = set()
     for instruction in body:
-        first_read.update(name for name in _locals(instruction, "LOAD") if name not in stored)
-        stored.update(_locals(instruction, "STORE"))
-    return bool(stored & first_read)
+        loads, stores = _locals(instruction, "LOAD"), _locals(instruction, "STORE")
+        if instruction.opname in ("LOAD_ATTR", "STORE_ATTR"):
+            name = f".{instruction.argval}"
+            loads, stores = ((name,), ()) if instruction.opname == "LOAD_ATTR" else ((), (name,))
+        first_read.update(name for name in loads if name not in stored)
+        stored.update(stores)
+        carried.update(name for name in stores if name in first_read)
+    return carried
