@@ -148,7 +148,7 @@ def test_profile_shows_a_table(run: Run) -> None:
     assert "tokens input (4, 128), tau 0.001" in answer.out
     assert re.search(r"layer +ESS +all positions +entropy +TSS +ESS/TSS +retention +mean A +far share", answer.out)
     assert re.search(r"mixer +[\d.]+ +[\d.]+ \([\d.]+\) +[\d.]+ +4.00", answer.out)
-    assert "attention" not in answer.out
+    assert re.search(r"attention +skipped: excluded by the `layers` setting", answer.out)
 
 
 def test_a_sequence_too_short_to_measure_says_so(run: Run) -> None:
