@@ -14,7 +14,7 @@ from ess_monitor.capture.layers import probed_infos
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.evidence.causality import is_causal
-from ess_monitor.pipeline.readings import compute, lost_reading, positions_of, reading
+from ess_monitor.pipeline.readings import compute, lost_reading, reading
 from ess_monitor.records import LayerInfo, Reading
 
 DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
@@ -153,10 +153,9 @@ def _measured(item: Captured | CaptureFailure, config: MonitorConfig) -> Reading
     if isinstance(item, CaptureFailure):
         return lost_reading(0, item.layer.name, item.status, item.error)
     try:
-        positions = positions_of(item, config.positions)
-        computed = compute(item, positions, config.tolerance, config.tolerance_scale)
+        computed = compute(item, config.positions, config.tolerance, config.tolerance_scale)
         results = {name: value.cpu() for name, value in computed.items()}
-        return reading(0, item, positions, config.tolerance, results, config.tolerance_scale)
+        return reading(0, item, config.tolerance, results, config.tolerance_scale)
     except Exception as error:
         if config.strict:
             raise CaptureError(f"could not measure {item.layer.name}: {format_error(error)}") from error

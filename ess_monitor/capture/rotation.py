@@ -1,4 +1,4 @@
-"""Choose the heads and rows of a sample, so that all have their turn.
+"""Choose the heads and rows of a sample, and how many of them, so that all have their turn.
 
 The choice depends on the number of the sample alone: a resumed run and all ranks make the same one.
 """
@@ -30,3 +30,12 @@ def rotate_rows(total: int, take: int, turn: int) -> slice:
     reach = (take - 1) * apart + 1
     start = turn % (total - reach + 1)
     return slice(start, start + reach, apart)
+
+
+def share_of(count: int, share: float) -> int:
+    """Return `share` of `count`, and at least one.
+
+    >>> share_of(4, 1.0), share_of(5, 0.5), share_of(4, 0.0)
+    (4, 2, 1)
+    """
+    return max(1, int(count * share))

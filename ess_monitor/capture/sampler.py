@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -27,9 +27,10 @@ from ess_monitor.capture.check import log_misfit
 from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
 from ess_monitor.capture.hooks.compiler import EagerStance
 from ess_monitor.capture.hooks.forward_errors import when_raised
+from ess_monitor.capture.hooks.given_tokens import TokenWatch
 from ess_monitor.capture.ignored_calls import TRANSFORMED, UNTRAINED, Ignored, is_transformed, why_ignored, why_not_seen
 from ess_monitor.capture.layers import Layer
-from ess_monitor.capture.rotation import rotate_heads, rotate_rows
+from ess_monitor.capture.rotation import rotate_heads, rotate_rows, share_of
 from ess_monitor.capture.training_pass import Candidate, TrainingPass
 from ess_monitor.distributed.context_parallel import tokens_are_spread
 from ess_monitor.errors import CaptureError, NotCausalError, format_error
@@ -74,12 +75,19 @@ class Captured:
     """Indices of the heads in `operator`."""
     channels: int
     """Number of heads of the whole layer."""
+    calls_in_pass: Mapping[int, int] = field(default_factory=dict)
+    """id of each layer's module -> its calls in this forward pass of the model, complete once the pass is over."""
     length: int = 0
     """Tokens of a whole sequence."""
     claims: tuple[Claim, ...] = ()
     """Statements about the call on which the reading rests, still to be looked at."""
     unproven: str = ""
     """Why it is not known that T is lower triangular; empty where it is."""
+
+    @property
+    def calls(self) -> int:
+        """How often the layer was called in this forward pass. The operator is that of the first call."""
+        return max(1, self.calls_in_pass.get(id(self.layer.module), 1))
 
 
 @dataclass(frozen=True)
@@ -99,16 +107,6 @@ class CaptureFailure:
 
 Taken = Captured | CaptureFailure
 """What a layer's call gave."""
-
-
-def _share_of(count: int, share: float) -> int:
-    """Return `share` of `count`, and at least one.
-
-    >>> _share_of(4, 1.0), _share_of(5, 0.5), _share_of(4, 0.0)
-    (4, 2, 1)
-    """
-    return max(1, int(count * share))
-
 
 _SEVERAL_CALLS = (
     "calls its op more than once in one forward pass, so that its y is not T u with the T of one of the calls; give "
@@ -172,6 +170,7 @@ class Sampler:
         self._tests = LayerTests(causality, model, clock)
         self._clock = clock
         self._hooks: list[HookHandle] = []
+        self._tokens = TokenWatch()
         self._eager = EagerStance()
         self._training = TrainingPass[Taken]((), None)
         self._first: dict[str, Candidate[Taken]] = {}
@@ -218,6 +217,8 @@ class Sampler:
         self._armed = True
         if layers and self._model is not None:
             self._forget = when_raised(self._model, self._abort)
+        if layers:
+            self._hooks.append(self._tokens.watch(self._model, [layer.module for layer in layers]))
         if layers and self.config.source == "train":
             self._training = TrainingPass((layer.module for layer in layers), self._model)
             self._training.attach()
@@ -352,11 +353,12 @@ class Sampler:
                     self._ignored[layer.name] = why_ignored(call)
                 return None
             most = whole.heads if self.config.heads is None else min(self.config.heads, whole.heads)
-            heads = rotate_heads(whole.heads, _share_of(most, self.share), self.turn)
-            samples = _share_of(min(self.config.samples, whole.batch), self.share)
+            heads = rotate_heads(whole.heads, share_of(most, self.share), self.turn)
+            samples = share_of(min(self.config.samples, whole.batch), self.share)
             rows = rotate_rows(whole.batch, samples, self.turn)
             length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
             few = whole.select(samples=rows, heads=heads, length=length)
+            few = self._tokens.with_segments(few, call, whole, rows, length, most=self.config.samples)
             operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
             if layer.spec.is_taught and layer.name not in self._checked:
                 self._checked.add(layer.name)
@@ -367,6 +369,7 @@ class Sampler:
             operator,
             heads,
             whole.heads,
+            self._tokens.calls,
             whole.length,
             (*claims.pending, *(known or ())),
             claims.unproven if known is None else "",

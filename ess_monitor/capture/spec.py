@@ -25,6 +25,8 @@ class LazyOperator:
     length: int
     form: Callable[[slice, Sequence[int], int], Operator]
     """`(samples, heads, length) -> Operator` of that part."""
+    shift_invariant: bool = False
+    """Whether T_ij depends on i - j alone, for all samples alike. `form` may then leave out tokens beyond its reach."""
 
     def select(self, *, samples: slice, heads: Sequence[int], length: int) -> Operator:
         """Return the operator of some samples and heads, on the first `length` tokens."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
+from ess_monitor.ess.linalg import working_dtype
 from ess_monitor.ess.operators.base import Operator, check_operator
 
 
@@ -55,6 +56,15 @@ def far_share(operator: Operator, position: int, distance: int) -> FarShare:
     position = validation.whole("position", position, 1, last, hint="see operator_positions()", error=OperatorError)
     hint = "a row must be left after position + distance"
     start = position + validation.whole("distance", distance, 0, last - position, hint=hint, error=OperatorError)
-    squares = operator._row_squares(position, start)
+    squares = (
+        operator._row_squares(position, start) if operator.segments is None else _squares(operator, position, start)
+    )
     far, near = (each.expand(operator.batch, operator.heads) for each in squares)
     return FarShare(far, far + near)
+
+
+def _squares(operator: Operator, position: int, start: int) -> tuple[Tensor, Tensor]:
+    """Return the two squared norms of an operator with segments, from T itself."""
+    d = operator.block_size
+    rows = operator.materialize().to(working_dtype(operator.device))[..., d * start :, :].square()
+    return rows[..., : d * position].sum((2, 3)), rows[..., d * position :].sum((2, 3))

@@ -75,7 +75,7 @@ def is_causal(
     for real in _real_tokens(kwargs, length) if axis == 1 else ():
         changes = changes.masked_fill(~real.reshape(*real.shape, *[1] * (changes.dim() - 2)), 0)
     moved = changes.narrow(axis, 0, middle).amax()
-    scale = before.abs().amax()
+    scale = before.abs().nan_to_num(nan=0.0, posinf=0.0).amax()  # outputs of padding may be anything
     # What is not finite shows nothing, and is reported by the reading.
     shows = changes.amax() > 0 if not x.is_floating_point() else True
     return shows & (moved <= max(_TOLERANCE, 4 * torch.finfo(before.dtype).eps) * scale) | ~moved.isfinite()

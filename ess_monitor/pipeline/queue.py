@@ -13,7 +13,7 @@ from ess_monitor.capture import Captured
 from ess_monitor.capture.causality.claims import refuted
 from ess_monitor.errors import format_error
 from ess_monitor.pipeline.context import Metrics, RunContext, Sample
-from ess_monitor.pipeline.readings import compute, lost_reading, positions_of, reading
+from ess_monitor.pipeline.readings import compute, lost_reading, reading
 from ess_monitor.records import MEASURED, SampleResult
 from ess_monitor.runtime import ComputeBackend, Executor, Task, backend_for, is_out_of_memory
 
@@ -75,8 +75,8 @@ class MeasurementQueue:
         self._executor.close(min(2.0, timeout_seconds))
 
     def _task(self, captured: Captured) -> Task:
-        operator, positions = captured.operator, positions_of(captured, self._config.positions)
-        work = lambda: compute(captured, positions, self._config.tolerance, self._config.tolerance_scale)  # noqa: E731
+        operator, config = captured.operator, self._config
+        work = lambda: compute(captured, config.positions, config.tolerance, config.tolerance_scale)  # noqa: E731
         tensors = (*operator.tensors, *(claim.holds for claim in captured.claims))
         return Task(self._backend_of(operator.device), tensors, work)
 
@@ -103,9 +103,8 @@ class MeasurementQueue:
                 continue
             if task.results is not None:
                 try:
-                    positions = positions_of(captured, self._config.positions)
                     tolerance, scale = self._config.tolerance, self._config.tolerance_scale
-                    readings.append(reading(sample.step, captured, positions, tolerance, task.results, scale))
+                    readings.append(reading(sample.step, captured, tolerance, task.results, scale))
                     continue
                 except Exception as problem:
                     error = format_error(problem)

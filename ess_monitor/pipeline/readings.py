@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import Literal
 
 import torch
 
@@ -12,6 +14,7 @@ from ess_monitor.capture import Captured
 from ess_monitor.capture.causality.claims import claim_name
 from ess_monitor.ess import (
     JacobianOperator,
+    Operator,
     ToleranceScale,
     ess_bounds,
     far_share,
@@ -20,6 +23,7 @@ from ess_monitor.ess import (
     operator_positions,
     tolerance_ess,
 )
+from ess_monitor.ess.linalg import index_tensor
 from ess_monitor.records import Reading, Status
 
 SPECTRUM_VALUES = 32
@@ -38,45 +42,105 @@ _FAR = 8
 
 Results = dict[str, torch.Tensor]
 
+_SUMS = ("far_squared", "total_squared", "products")
+"""Results that are sums over all operators. The others have an entry for each sample."""
 
-def compute(
-    captured: Captured, positions: tuple[int, ...], tolerance: float, scale: ToleranceScale = "absolute"
-) -> Results:
-    """Compute everything that is measured of one operator, as tensors on its device, without waiting for the device."""
-    operator = captured.operator
+
+Positions = Literal["midpoint", "all"] | int | tuple[int, ...]
+"""How positions are placed in a sequence, as in `operator_positions`, or where they are in every one."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """The operator of one segment of some samples, and the positions at which it is measured."""
+
+    operator: Operator
+    positions: tuple[int, ...]
+
+
+def compute(captured: Captured, positions: Positions, tolerance: float, scale: ToleranceScale = "absolute") -> Results:
+    """Compute everything that is measured of one operator, as tensors on its device.
+
+    Padding counts for nothing, and of packed sequences the longest is measured. Waits for the device only where it has
+    to know which tokens are real.
+
+    Raises:
+        OperatorError: It is not known which tokens are real.
+    """
+    with torch.no_grad():
+        claims = {claim_name(k): claim.holds for k, claim in enumerate(getattr(captured, "claims", ()))}
+        parts = captured.operator.longest_segments()
+        placed = _placed([part for part in parts if part.length > 1], positions)
+        if not placed:
+            longest = max((part.length for part in parts), default=0)
+            return {**claims, "lengths": index_tensor([longest], captured.operator.device)}
+        shortest = min(placed, key=lambda part: part.operator.length)
+        measured = [_measured(part, tolerance, scale) for part in placed]
+        spectra = [one.pop("middle_values") for one in measured]
+        results: Results = {}
+        for name in measured[0]:
+            each = [one[name] for one in measured if name in one]
+            if len(each) == len(measured):
+                results[name] = torch.stack(each).sum(0) if name in _SUMS else torch.cat(each)
+        # Beyond the smaller side of H_i there is only padding.
+        middle = midpoint_index(shortest.positions, shortest.operator.length)
+        place = shortest.positions[middle]
+        side = shortest.operator.block_size * min(place, shortest.operator.length - place)
+        last = min(side, *(values.shape[2] for values in spectra))
+        spectrum = mean_spectrum(torch.cat([values[:, :, :last] for values in spectra]), tolerance)
+        ranks = _thinned(spectrum.shape[0], spectrum.device)
+        return {**results, **claims, "spectrum": spectrum[ranks], "spectrum_ranks": ranks + 1}
+
+
+def _placed(parts: Sequence[Operator], positions: Positions) -> list[_Placed]:
+    """Place as many positions in each segment, at the same shares of it; leave out segments too short for so many."""
+    if not parts:
+        return []
+    longest = max(part.length for part in parts)
+    if isinstance(positions, tuple):
+        return [_Placed(part, positions) for part in parts]
+    if positions == "midpoint":
+        return [_Placed(part, operator_positions(part.length, "midpoint")) for part in parts]
+    if positions == "all":
+        # All of the shortest, once those are left out whose number of positions says little of the others.
+        parts = [part for part in parts if 2 * part.length > longest]
+        number = min(part.length for part in parts) - 1
+    else:
+        number = len(operator_positions(longest, positions))
+    return [_Placed(part, operator_positions(part.length, number)) for part in parts if part.length > number]
+
+
+def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results:
+    operator, positions = part.operator, part.positions
     if isinstance(operator, JacobianOperator):
         operator = replace(operator, tolerance=tolerance)
-    with torch.no_grad():
-        measured = measure(operator, positions, tolerance=tolerance, tolerance_scale=scale)
-        results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
-        values = results.pop("singular_values")
-        if positions:
-            weights = _weights_of_between(positions).to(measured.tolerance_ess)
-            results["mean_between"] = (measured.tolerance_ess * weights).sum(-1)
-            sizes = [tolerance_ess(values, each).mean() for each in _tolerances(tolerance)]
-            results["sizes"] = torch.stack(sizes)
-            middle = midpoint_index(positions, operator.length)
-            # Beyond the smaller side of H_i there is only padding.
-            last = operator.block_size * min(positions[middle], operator.length - positions[middle])
-            spectrum = mean_spectrum(values[:, :, middle, :last], tolerance)
-            ranks = _thinned(spectrum.shape[0], spectrum.device)
-            results["spectrum"], results["spectrum_ranks"] = spectrum[ranks], ranks + 1
-            distance = operator.length // _FAR
-            if isinstance(operator, JacobianOperator):
-                results["at_most"] = torch.stack([operator.found[i].at_most(tolerance) for i in positions])
-                results["products"] = torch.full((), operator.products[0].count, device=operator.device)
-            elif 0 < distance < operator.length - positions[middle]:
-                share = far_share(operator, positions[middle], distance)
-                results["far_squared"], results["total_squared"] = share.far_squared.sum(), share.total_squared.sum()
-        if positions and not operator.capacity_grows:
-            capacity = measured.state_capacity.max()
-            bounds = ess_bounds(positions, measured.tolerance_ess, operator.length, capacity=capacity)
-            # Between the first and the last measured position: near the ends of the sequence H_i is small whatever the
-            # layer does, and a mean over those would not be comparable with that of the measured positions.
-            between = slice(positions[0] - 1, positions[-1])
-            results["mean_lower"] = bounds.lower[..., between].mean(-1)
-            results["mean_upper"] = bounds.upper[..., between].mean(-1)
-    return results | {claim_name(k): claim.holds for k, claim in enumerate(captured.claims)}
+    length, batch = operator.length, operator.batch
+    measured = measure(operator, positions, tolerance=tolerance, tolerance_scale=scale)
+    results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
+    middle = midpoint_index(positions, length)
+    values = results.pop("singular_values")
+    results["middle_values"] = values[:, :, middle]
+    results["sizes"] = torch.stack([tolerance_ess(values, each).mean(-1) for each in _tolerances(tolerance)], dim=-1)
+    results["mean_between"] = measured.tolerance_ess @ _weights_of_between(positions).to(measured.tolerance_ess)
+    results["state_capacity"] = measured.state_capacity.expand(batch, -1)
+    results["positions"] = index_tensor(positions, operator.device).expand(batch, -1)
+    results["lengths"] = index_tensor([length], operator.device).expand(batch)
+    distance = length // _FAR
+    if isinstance(operator, JacobianOperator):
+        results["at_most"] = torch.stack([operator.found[i].at_most(tolerance) for i in positions], dim=-1)
+        results["products"] = torch.full((), operator.products[0].count, device=operator.device)
+    elif 0 < distance < length - positions[middle]:
+        share = far_share(operator, positions[middle], distance)
+        results["far_squared"], results["total_squared"] = share.far_squared.sum(), share.total_squared.sum()
+    if not operator.capacity_grows:
+        capacity = measured.state_capacity.max()
+        bounds = ess_bounds(positions, measured.tolerance_ess, length, capacity=capacity)
+        # Between the first and the last measured position: near the ends of the sequence H_i is small whatever the
+        # layer does, and a mean over those would not be comparable with that of the measured positions.
+        between = slice(positions[0] - 1, positions[-1])
+        results["mean_lower"] = bounds.lower[..., between].mean(-1)
+        results["mean_upper"] = bounds.upper[..., between].mean(-1)
+    return results
 
 
 def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor:
@@ -134,29 +198,23 @@ def _tolerances(tolerance: float) -> tuple[float, ...]:
     return tuple(dict.fromkeys(float(f"{tolerance * 10**power:.6g}") for power in range(-2, 3)))
 
 
-def positions_of(captured: Captured, positions: str | int) -> tuple[int, ...]:
-    """Return the configured positions for this operator's length."""
-    return operator_positions(captured.operator.length, positions)  # type: ignore[arg-type]
-
-
 def lost_reading(step: int, layer: str, status: Status, message: str) -> Reading:
     """Build a reading without sizes."""
     return Reading(step=step, layer=layer, status=status, message=message)
 
 
 def reading(
-    step: int,
-    captured: Captured,
-    positions: tuple[int, ...],
-    tolerance: float,
-    results: Results,
-    scale: ToleranceScale = "absolute",
+    step: int, captured: Captured, tolerance: float, results: Results, scale: ToleranceScale = "absolute"
 ) -> Reading:
     """Build a layer's reading: averages of its results, which are on the host by now."""
-    name, length = captured.layer.name, captured.operator.length
-    if not positions:
-        message = f"a sequence of {length} token(s) has no past to remember; ESS needs at least 2"
+    name, lengths, row = captured.layer.name, results["lengths"].tolist(), captured.operator.length
+    length = min(lengths)
+    if "positions" not in results:
+        inside = "" if captured.operator.segments is None else f" (the longest in rows of {row}, without padding)"
+        message = f"a sequence of {length} token(s){inside} has no past to remember; ESS needs at least 2"
         return Reading(step=step, layer=name, status="too_short", message=message, length=length)
+    placed = results["positions"].tolist()
+    positions = tuple(placed[lengths.index(length)])
     sizes, finite = results["tolerance_ess"].double(), results["finite"]
     common = {
         "basis": "jacobian" if "products" in results else "operator",
@@ -164,6 +222,7 @@ def reading(
         "layer": name,
         "operators": finite.numel(),
         "length": length,
+        "calls": captured.calls,
         "positions": positions,
         "tolerance": tolerance,
         "tolerance_scale": scale,
@@ -173,9 +232,13 @@ def reading(
     if not bool(finite.all()) or not bool(sizes.isfinite().all()):
         bad = int((~(finite & sizes.isfinite().all(-1))).sum())
         message = f"{bad} of {finite.numel()} operators hold NaN or Inf, or their spectrum did not converge"
-        return Reading(status="nonfinite", message=message, **common)  # type: ignore[arg-type]
+        return Reading(status="nonfinite", message=message, **common)
     capacity = results["state_capacity"].double()
-    reachable = [min(float(c), i, length - i) for c, i in zip(capacity.tolist(), positions, strict=True)]
+    reachable = [
+        min(held, i, tokens - i)
+        for tokens, holds, places in zip(lengths, capacity.tolist(), placed, strict=True)
+        for held, i in zip(holds, places, strict=True)
+    ]
     effective, mean_capacity = float(sizes.mean()), float(capacity.mean())
     middle = min(range(len(positions)), key=lambda p: abs(positions[p] - length / 2))
     undecayed = results.get("undecayed_ess")
@@ -188,7 +251,9 @@ def reading(
         total_effective_size=effective * captured.channels,
         total_state_capacity=mean_capacity * captured.channels,
         minimum_effective_size=float(sizes[..., middle].min()),
-        effective_size_at=tuple(zip(_tolerances(tolerance), results["sizes"].tolist(), strict=True)),
+        effective_size_at=tuple(
+            zip(_tolerances(tolerance), results["sizes"].double().mean((0, 1)).tolist(), strict=True)
+        ),
         effective_size_between=_mean(results["mean_between"]),
         effective_size_lower=_mean(results.get("mean_lower")),
         effective_size_upper=_mean(results.get("mean_upper")),
@@ -201,7 +266,7 @@ def reading(
         per_position=tuple(sizes.mean((0, 1)).tolist()),
         spectrum=tuple(float(f"{value:.5g}") for value in results["spectrum"].tolist()),
         spectrum_ranks=tuple(results["spectrum_ranks"].tolist()),
-        **common,  # type: ignore[arg-type]
+        **common,
     )
     return measured if measured.basis == "operator" else _of_jacobian(measured, sizes, results)
 
@@ -209,7 +274,7 @@ def reading(
 def _of_jacobian(measured: Reading, sizes: torch.Tensor, results: Results) -> Reading:
     """Return the reading without what is not known of a Jacobian: TSS, and singular values below the tolerance."""
     unknown = ("state_capacity", "attainable_size", "total_state_capacity", "utilization_ratio", "entropy_size")
-    certain = bool((sizes[:, 0] == results["at_most"].T).all())
+    certain = bool((sizes[:, 0] == results["at_most"]).all())
     changes: dict[str, object] = dict.fromkeys(unknown)
     changes["message"] = "rank of d y[i:] / d u[:i], the layer linearized at this input, all channels together"
     changes["effective_size_at"] = tuple(pair for pair in measured.effective_size_at if pair[0] >= measured.tolerance)

@@ -57,9 +57,14 @@ class Reading(Record):
     operators: int = 0
     """How many operators (samples x heads or channels) were averaged."""
     length: int = 0
-    """Tokens per sequence after the length crop."""
+    """Tokens of a sequence after the length crop, without padding and without other sequences packed into the same row.
+    Where lengths differ, those of the shortest sequence that was measured."""
+    calls: int = 1
+    """How often the layer was called in the forward pass (a block that is used several times). The first call is
+    measured."""
     positions: tuple[int, ...] = ()
-    """Positions i at which H_i = T[i:, :i] was measured."""
+    """Positions i at which H_i = T[i:, :i] was measured, counted from the first token of the sequence. Where lengths
+    differ, those in the shortest; in a longer one they are at the same shares of its length."""
     tolerance: float = 1e-3
     """tau of the tolerance-ESS."""
     tolerance_scale: Literal["absolute", "output"] = "absolute"
@@ -70,7 +75,7 @@ class Reading(Record):
     capacity_grows: bool = False
     """True where TSS is not a design choice but grows with the position (softmax attention)."""
     attainable_size: float | None = None
-    """Mean over positions of min(TSS, i, length - i): what the geometry of H_i allows at most."""
+    """Mean over sequences and positions of min(TSS, i, length - i): what the geometry of H_i allows at most."""
     effective_size: float | None = None
     """Tolerance-ESS per channel, a mean over `positions`."""
     effective_size_at: tuple[tuple[float, float], ...] = ()

@@ -75,7 +75,7 @@ def across_channels(call: Call) -> LazyOperator | None:
             T.diagonal(-lag, 1, 3).copy_(response[..., lag, None])
         return DenseOperator(T.flatten(3, 4).flatten(1, 2), size)
 
-    return LazyOperator(1, groups, length, form)
+    return LazyOperator(1, groups, length, form, shift_invariant=True)
 
 
 def _called(call: Call) -> tuple[nn.Conv1d, int]:

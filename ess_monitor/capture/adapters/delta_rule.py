@@ -6,8 +6,7 @@ head, KDA one per state dimension. RWKV-7: A_t = diag(exp w_t) + b_t a_t^T, inpu
 key. Flags of an op say whether it is given raw gates and keys, and applies their activations itself.
 
 In transformers: Qwen3-Next, Qwen3.5, OLMo-Hybrid (one decay per head), Kimi Linear (one per state dimension). Their ops
-have other names for the same arguments, with the activations of decay and beta applied. Padding has keys of 0, because
-the layers set its input to 0 in front of a convolution without bias: it is in no T.
+have other names for the same arguments, with the activations of decay and beta applied.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ess_monitor.capture.adapters.gated_linear import (
     scale_of,
     selection,
 )
-from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step
 from ess_monitor.capture.handles import (
     AlphaHandle,
     DecayHandle,
@@ -86,7 +85,6 @@ def rwkv7(call: Call) -> LazyOperator | None:
         return None
     refuse_options(call, "reverse", "cp_context")
     scale = scale_of(call, r)
-    real = real_tokens(call, batch, total) if call.kwargs.get("cu_seqlens") is None else None
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
         select = selection(samples, chosen, length, heads)
@@ -94,9 +92,8 @@ def rwkv7(call: Call) -> LazyOperator | None:
         left, right = _rank_one(call.op, *(select(call.kwargs[name]) for name in _RANK_ONE[call.op]))
         if first is not None:
             right = right.masked_fill(first[:, None], 0.0)
-        b = select(k) if real is None else select(k) * real[samples, None, :length, None]
         c = precise(select(r)) * scale
-        return DeltaRecurrence.diagonal_plus_rank_one(forget_at(first, select(w)), left, right, b, c)
+        return DeltaRecurrence.diagonal_plus_rank_one(forget_at(first, select(w)), left, right, select(k), c)
 
     return LazyOperator(batch, heads, total, form)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step
 from ess_monitor.capture.handles import (
     AlphaHandle,
     DecayHandle,
@@ -100,7 +100,6 @@ def _recurrence(
     *,
     query: str = "q",
     kind: type[DiagonalRecurrence] = DiagonalRecurrence,
-    masked: bool = False,
 ) -> LazyOperator | None:
     q, k, v = call.kwargs[query], call.kwargs["k"], call.kwargs["v"]
     batch, total, heads = v.shape[:3]
@@ -108,14 +107,11 @@ def _recurrence(
         return None
     refuse_options(call, "gv", "reverse")
     scale, normalized = scale_of(call, q), bool(call.kwargs.get("normalize"))
-    real = real_tokens(call, batch, total) if masked and call.kwargs.get("cu_seqlens") is None else None
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
         select = selection(samples, chosen, length, heads)
         first = first_tokens(call, length)
         b, c = select(k), precise(select(q)) * scale
-        if real is not None:
-            b = b * real[samples, None, :length, None]
         if normalized:
             c = c / (_row_sums(b, c, first) + _NORMALIZER_EPSILON)
         return kind(forget_at(first, log_decay(select, chosen)), b, c)
@@ -150,7 +146,7 @@ def simple_gla(call: Call) -> LazyOperator | None:
             fixed = take(constant.reshape(1, -1, 1, 1), 1, heads)
         return fixed if gate is None else fixed + select(gate)[..., None]
 
-    return _recurrence(call, log_decay, masked=True)
+    return _recurrence(call, log_decay)
 
 
 def retention(call: Call) -> LazyOperator | None:
@@ -171,9 +167,7 @@ def linear_attention(call: Call) -> LazyOperator | None:
 
 def rwkv6(call: Call) -> LazyOperator | None:
     """Read `*_rwkv6(r, k, v, w, u, ...)`: read before the update; the bonus u lies on T's diagonal."""
-    return _recurrence(
-        call, lambda select, heads: select(call.kwargs["w"]), query="r", kind=ReadFirstRecurrence, masked=True
-    )
+    return _recurrence(call, lambda select, heads: select(call.kwargs["w"]), query="r", kind=ReadFirstRecurrence)
 
 
 _KERNELS = ("chunk", "fused_chunk", "fused_recurrent", "parallel")

@@ -35,11 +35,10 @@ def is_decoding_step(call: Call, length: int) -> bool:
     return length == 1 or any(call.kwargs.get(name) is not None for name in _STATES)
 
 
-def real_tokens(call: Call, batch: int, length: int) -> Tensor | None:
-    """Return the mask that the layer was given, (batch, length), False for padding; None without one.
+def zeroed_by_mask(call: Call, batch: int, length: int) -> Tensor | None:
+    """Return the mask, (batch, length), by which the layer sets inputs of a convolution to 0; None without one.
 
-    Layers set the input of padding to 0. Leaving it out of T as well changes no output, and keeps tokens that carry
-    nothing from counting as memory.
+    For adapters that compute this convolution again. Which tokens are real is derived in `capture/hooks/given_tokens`.
     """
     mask = call.layer_kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == (batch, length):

@@ -17,7 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, zeroed_by_mask
 from ess_monitor.capture.adapters.selective_scan import (
     alpha_of_a_log,
     scan_operator,
@@ -54,12 +54,10 @@ def scan(call: Call) -> LazyOperator | None:
     if is_decoding_step(call, length):
         return None
     bias, softplus = call.kwargs["delta_bias"], bool(call.kwargs["delta_softplus"])
-    mask = real_tokens(call, batch, length)
 
     def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
         b, c = (_by_state(t, samples, heads, length, channels) for t in (B, C))
-        real = None if mask is None else mask[samples, :length]
-        return scan_operator(heads, dt[samples, :, :length], A, bias, b, c, softplus=softplus, real=real)
+        return scan_operator(heads, dt[samples, :, :length], A, bias, b, c, softplus=softplus)
 
     return LazyOperator(batch, channels, length, form)
 
@@ -200,7 +198,7 @@ def zamba(call: Call) -> LazyOperator | None:
     batch, length, channels = projected.shape[0], projected.shape[1], projected.shape[2] // 2
     if length == 1:
         return None
-    mask = real_tokens(call, batch, length)
+    mask = zeroed_by_mask(call, batch, length)
 
     def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
         real = None if mask is None else mask[samples, :length]
@@ -214,7 +212,7 @@ def zamba(call: Call) -> LazyOperator | None:
         dt, *others = _zamba_inner(x if real is None else x * real[:, None], exact)
         b, c = (_by_state(t, slice(None), heads, length, channels) for t in others)
         A, bias = (-exact["A_log"].exp()).flatten(0, 1), exact["dt_proj_bias"].flatten()
-        return scan_operator(heads, dt, A, bias, b, c, real=real)
+        return scan_operator(heads, dt, A, bias, b, c)
 
     return LazyOperator(batch, channels, length, form)
 
@@ -265,7 +263,7 @@ def _zamba_decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
         inputs |= {
             "weight": (weight, None),
             "bias": (bias, None),
-            "real": (real_tokens(call, x.shape[0], x.shape[2]), 1),
+            "real": (zeroed_by_mask(call, x.shape[0], x.shape[2]), 1),
         }
         return named_inputs(inputs, transition)
 

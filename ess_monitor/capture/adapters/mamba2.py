@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, real_tokens
+from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, zeroed_by_mask
 from ess_monitor.capture.adapters.selective_scan import (
     alpha_of_a_log,
     scan_operator,
@@ -92,13 +92,13 @@ def chunk_scan(call: Call) -> LazyOperator | None:
     if is_decoding_step(call, length):
         return None
     softplus, limits = bool(call.kwargs["dt_softplus"]), call.kwargs["dt_limit"]
-    mask, sequences = real_tokens(call, batch, length), call.kwargs.get("seq_idx")
+    sequences = call.kwargs.get("seq_idx")
 
     def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
         b, c = (_by_head(tensor[samples, :length], heads, channels) for tensor in (B, C))
-        real, segments = (None if t is None else t[samples, :length] for t in (mask, sequences))
+        segments = None if sequences is None else sequences[samples, :length]
         few = dt[samples, :length].mT
-        return scan_operator(heads, few, A, bias, b, c, softplus=softplus, limits=limits, real=real, segments=segments)
+        return scan_operator(heads, few, A, bias, b, c, softplus=softplus, limits=limits, segments=segments)
 
     return LazyOperator(batch, channels, length, form)
 
@@ -212,7 +212,7 @@ def fla_projection(call: Call) -> LazyOperator | None:
         return None
     projection = _Projection(layer.intermediate_size, layer.n_groups, layer.ssm_state_size, layer.num_heads)
     activation = F.silu if layer.activation in ("silu", "swish") else layer.act
-    mask = real_tokens(call, batch, length)
+    mask = zeroed_by_mask(call, batch, length)
 
     def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
         few, real = projected[samples, :length], None if mask is None else mask[samples, :length]
@@ -220,7 +220,7 @@ def fla_projection(call: Call) -> LazyOperator | None:
         # This code of fla's gives neighboring heads different groups; its kernels give them the same.
         b, c = (_by_head(tensor, heads, projection.heads, tiled=True) for tensor in both)
         A = -layer.A_log.double().exp()
-        return scan_operator(heads, projection.dt(few), A, layer.dt_bias, b, c, limits=layer.dt_limit, real=real)
+        return scan_operator(heads, projection.dt(few), A, layer.dt_bias, b, c, limits=layer.dt_limit)
 
     return LazyOperator(batch, projection.heads, length, form)
 

@@ -40,20 +40,17 @@ def scan_operator(
     *,
     softplus: bool = True,
     limits: tuple[float, float] | None = None,
-    real: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> Operator:
     """Build the operator of some heads (Mamba-2) or channels (Mamba) of a selective scan, in float64.
 
     dt (batch, heads, length), A (heads,) or (heads, state) and the bias of dt (heads,) are those of all heads; b and c
-    (batch, heads|1, length, state) those of the selected ones. `limits` are the bounds of Delta. `real` is False for
-    padding, and `segments` the number of a token's packed sequence, both (batch, length).
+    (batch, heads|1, length, state) those of the selected ones. `limits` are the bounds of Delta, and `segments` (batch,
+    length) the number of a token's packed sequence, at whose begin the op forgets everything.
     """
     few_bias = None if bias is None else take(bias, 0, heads).double()
     delta = step_size(take(dt, 1, heads).double(), few_bias, softplus, limits)
     b = b * delta
-    if real is not None:
-        b = b * real[:, None, :, None]
     starts = None if segments is None else segment_starts(segments)
     return DiagonalRecurrence(_log_decay(delta, take(A, 0, heads).double(), starts), b, c)
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.adapters.transformers_attention import (
-    HIDDEN_LOGIT,
     NOT_CAUSAL,
     causal_attention,
     part,
@@ -32,6 +31,7 @@ from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.errors import CaptureError, NotCausalError
 from ess_monitor.ess import Operator
 from ess_monitor.ess.operators.fields import take
+from ess_monitor.ess.segments import HIDDEN_LOGIT
 
 _SIGNATURE = inspect.signature(
     lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, **more: None

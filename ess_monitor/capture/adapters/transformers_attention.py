@@ -21,14 +21,12 @@ from ess_monitor.capture.hooks.function_patch import function_stand_in
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.errors import CaptureError, NotCausalError
-from ess_monitor.ess import Operator, SoftmaxAttention
+from ess_monitor.ess import Operator, SoftmaxAttention, segments
 from ess_monitor.ess.operators.fields import first
 
 _KEYS_FROM_ELSEWHERE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 _DENSE_KERNELS = ("eager", "sdpa", "flex_attention")
 """Kernels whose mask is complete. The others (flash) take padding, window and packing as options."""
-HIDDEN_LOGIT = -1000.0
-"""An additive mask below this leaves no weight: exp(-745) is already 0 in float64."""
 
 
 class WatchedInterface:
@@ -99,7 +97,7 @@ def causal_attention(
     if not causal:
         if mask is None:
             raise NotCausalError(f"the call was made without a mask and without is_causal=True: {NOT_CAUSAL}")
-        keep = mask if mask.dtype == torch.bool else mask > HIDDEN_LOGIT
+        keep = segments.kept_by(mask)
         later = keep.expand(*keep.shape[:2], length, keep.shape[3]).triu(1).any()
         require(~later, f"the mask lets tokens attend to later ones: {NOT_CAUSAL}")
     return SoftmaxAttention(q, k, scale, first(mask, 3, length) if mask is not None else None, softcap, sinks)
@@ -203,9 +201,9 @@ def _segments(options: dict[str, Any], batch: int, position: Tensor) -> Tensor |
     """Return the packed sequence of each token, (1, length). Packed batches have one row; the host reads no value."""
     ends, position_ids = options.get("cu_seq_lens_q"), options.get("position_ids")
     if isinstance(ends, Tensor):
-        return torch.bucketize(position, ends.to(position.dtype), right=True)[None]
+        return segments.of_ends(ends, len(position))
     if isinstance(position_ids, Tensor) and batch == 1 and position_ids.dim() == 2:
-        return (position_ids[:1, : len(position)] == 0).cumsum(-1)
+        return segments.of_positions(position_ids[:1, : len(position)])
     return None
 
 

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.linalg import result_dtype, singular_values_, slabs, working_dtype
+from ess_monitor.ess.linalg import index_tensor, result_dtype, singular_values_, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import (
     all_finite,
     check_broadcast,
     check_floating,
     check_same_device,
-    first,
     narrowed,
     pairs,
     per_head,
+    window,
 )
+from ess_monitor.ess.segments import kept_by
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 class SoftmaxAttention(Operator):
     """Computes T = softmax(cap(scale q k^T) + mask) over the tokens up to and including the row's own.
 
-    Attention keeps every key and value, so TSS at position i is i (B.2.5 of the paper). T[i:, :i] is formed for one
-    position at a time; T as a whole never is. A row in which every key is masked is a row of zeros.
+    Attention keeps every key and value, so TSS at position i is i (B.2.5 of the paper). With a mask it is the number of
+    them that a token from i on may still attend to: w - 1 in a window of w tokens. T[i:, :i] is formed for one position
+    at a time; T as a whole never is. A row in which every key is masked is a row of zeros.
 
     Args:
         q: (batch, heads, length, dim), after rotary embeddings and norms: what the layer multiplies.
@@ -92,6 +94,7 @@ class SoftmaxAttention(Operator):
             check_floating("sinks", self.sinks, "(batch|1, heads|1, length|1)", 3)
             _broadcasting("sinks", self.sinks, (batch, heads, length))
         check_same_device(q=self.q, k=self.k, mask=self.mask, sinks=self.sinks)
+        self._check_segments()
 
     norm = 1  # not annotated, so not a field
     """Of which norm every row of T is 1: the sum of its entries, unless they are given unit Euclidean norm."""
@@ -107,6 +110,19 @@ class SoftmaxAttention(Operator):
     def _capacity_at(self, position: int) -> int:
         return position
 
+    def _capacities(self, positions: Sequence[int]) -> Tensor:
+        if self.mask is None:
+            return super()._capacities(positions)
+        token = torch.arange(self.length, device=self.device)
+        keep = kept_by(self.mask).expand(-1, -1, -1, self.length)
+        if keep.shape[2] == 1:
+            last_reader = torch.where(keep[:, :, 0], self.length - 1, -1)
+        else:
+            last_reader = torch.where(keep.tril(), token[:, None].int(), -1).amax(2)
+        place = index_tensor(positions, self.device)[:, None]
+        held = (last_reader[:, :, None] >= place) & (token < place)
+        return held.sum(3, dtype=torch.float32).mean((0, 1))
+
     def finite(self) -> Tensor:
         finite = all_finite(self.q) & self._per_head(all_finite(self.k))
         for bias in (self.mask, self.sinks):
@@ -115,7 +131,7 @@ class SoftmaxAttention(Operator):
         return finite.expand(self.batch, self.heads)
 
     @torch.no_grad()
-    def materialize(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         rows = _Rows(self, slice(0, self.batch * self.heads))
         logits = rows.causal_logits(0, self.length)
         weights = (logits - rows.log_total(logits, 0)).exp()
@@ -151,15 +167,46 @@ class SoftmaxAttention(Operator):
     def _unit_rows(self) -> SoftmaxAttention:
         return _UnitRowAttention(self.q, self.k, self.scale, self.mask, self.softcap)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+        if tokens is not None and tokens.start > 0:
+            few = self._narrow(samples, heads, None)
+            return dataclasses.replace(few, sinks=few._weight_before(tokens))._narrow_tokens(tokens)
         key_heads = None if heads is None else _key_heads(heads, self.heads // self.k.shape[1])
+        few = dataclasses.replace(
+            self,
+            q=narrowed(self.q, samples, heads, None),
+            k=narrowed(self.k, samples, key_heads, None),
+            mask=None if self.mask is None else narrowed(self.mask, samples, heads, None),
+            sinks=None if self.sinks is None else narrowed(self.sinks, samples, heads, None),
+            segments=None if self.segments is None else narrowed(self.segments, samples, None, None),
+        )
+        return few if tokens is None else few._narrow_tokens(tokens)
+
+    def _narrow_tokens(self, tokens: slice) -> Self:
+        """Return the operator of some neighboring tokens, whose rows see no other keys than theirs and the sinks."""
+        mask = None if self.mask is None else window(window(self.mask, 2, tokens), 3, tokens)
         return dataclasses.replace(
             self,
-            q=narrowed(self.q, samples, heads, length),
-            k=narrowed(self.k, samples, key_heads, length),
-            mask=None if self.mask is None else first(narrowed(self.mask, samples, heads, length), 3, length),
-            sinks=None if self.sinks is None else narrowed(self.sinks, samples, heads, length),
+            q=window(self.q, 2, tokens),
+            k=window(self.k, 2, tokens),
+            mask=mask,
+            sinks=None if self.sinks is None else window(self.sinks, 2, tokens),
+            segments=None if self.segments is None else window(self.segments, 2, tokens),
         )
+
+    def _weight_before(self, tokens: slice) -> Tensor:
+        """Return the sinks of all rows, where those of `tokens` also hold what the rows give to the keys before.
+
+        So the rows stay as they are when these keys are left out.
+        """
+        members, count = self.batch * self.heads, tokens.stop - tokens.start
+        sinks = torch.full((members, self.length), -torch.inf, dtype=working_dtype(self.device), device=self.device)
+        if self.sinks is not None:
+            sinks = pairs(self.sinks.expand(-1, -1, self.length), self.batch, self.heads).to(sinks.dtype).clone()
+        for slab in slabs(members, count * tokens.start):
+            before = _Rows(self, slab).logits(tokens.start, tokens.stop, tokens.start).logsumexp(-1)
+            sinks[slab, tokens] = torch.logaddexp(sinks[slab, tokens], before)
+        return per_head(sinks, self.batch, self.heads).to(self.result_dtype)
 
     def _per_head(self, k: Tensor) -> Tensor:
         """Repeat key heads for the query heads that read them: (., key heads, ...) -> (., heads, ...)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor, result_dtype
-from ess_monitor.ess.operators.fields import all_finite, narrowed
+from ess_monitor.ess.operators.fields import all_finite, check_same_device, narrowed
 from ess_monitor.ess.positions import check_positions
+from ess_monitor.ess.segments import UNKNOWN, spans
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,8 +33,15 @@ class Operator(ABC):
 
     Subclasses are frozen dataclasses whose fields are tensors or plain values. The first two dimensions of every tensor
     are batch and heads, or 1 where the tensor is shared. Every method runs without gradients and without reading device
-    values on the host.
+    values on the host, which only `segments` are.
+
+    Args:
+        segments: (batch|1, 1, length), whole numbers, an argument of every class: which segment of its row a token
+            belongs to; neighbors with the same number belong together, and -1 is padding. T is 0 in rows and columns of
+            padding, and between segments. None: every row is one segment.
     """
+
+    segments: Tensor | None = dataclasses.field(default=None, kw_only=True)
 
     block_size = 1  # not annotated, so not a field: a constant of every operator but the dense one
     """Rows and columns of T per token, d: 1 unless channels mix inside the operator."""
@@ -78,9 +86,40 @@ class Operator(ABC):
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    @abstractmethod
+    @torch.no_grad()
     def materialize(self) -> Tensor:
         """Return T: (batch, heads, d L, d L), float64 for float64 inputs and float32 otherwise. For tests and plots."""
+        T = self._materialize()
+        if self.segments is None:
+            return T
+        rows, columns = (self.segments.repeat_interleave(size // self.length, 2) for size in T.shape[2:])
+        together = (rows[..., :, None] == columns[..., None, :]) & (rows[..., None] >= 0)
+        return torch.where(together, T, 0.0)
+
+    def longest_segments(self) -> list[Self]:
+        """Return the operator of the longest segment of each row, or of each of them where several are equally long.
+
+        They have no `segments`. Samples whose segments lie at the same tokens are in one operator; rows without a real
+        token are in none. Reads `segments` on the host.
+
+        Raises:
+            OperatorError: It is not known which tokens of a row are padding.
+
+        Example:
+            >>> from ess_monitor.ess import DenseOperator
+            >>> padded = DenseOperator(torch.ones(4, 4).tril(), segments=torch.tensor([[[0, 0, 0, -1]]]))
+            >>> [operator.length for operator in padded.longest_segments()]
+            [3]
+        """
+        if self.segments is None:
+            return [self]
+        places: dict[tuple[int, int], list[int]] = {}
+        for row, found in enumerate(self._spans()):
+            longest = max((stop - start for start, stop in found), default=0)
+            for start, stop in found:
+                if stop - start == longest:
+                    places.setdefault((start, stop), []).append(row)
+        return [self._segment(rows, *place) for place, rows in places.items()]
 
     def without_decay(self) -> Operator | None:
         """Return the operator with every transition matrix A replaced by I. None where there is no A.
@@ -104,7 +143,11 @@ class Operator(ABC):
             tensor([[[[0.0000, 0.0000],
                       [0.6000, 0.8000]]]], dtype=torch.float64)
         """
-        return self._unit_rows()
+        if self.segments is None:
+            return self._unit_rows()
+        from ess_monitor.ess.operators.dense import DenseOperator  # it is an operator itself
+
+        return DenseOperator(self.materialize(), self.block_size)._unit_rows()
 
     def finite(self) -> Tensor:
         """Return (batch, heads) bool: False where an input that T depends on is NaN or infinite."""
@@ -117,8 +160,14 @@ class Operator(ABC):
         Raises:
             OperatorError: A position is outside 1..L-1.
         """
-        capacity = [float(self._capacity_at(i)) for i in check_positions(positions, self.length)]
-        return torch.tensor(capacity, dtype=torch.float32).to(self.device, non_blocking=True)
+        checked = check_positions(positions, self.length)
+        if self.segments is None:
+            return self._capacities(checked)
+        capacity = torch.zeros(len(checked), device=self.device)
+        for rows, start, inside, part in self._parts(checked):
+            share = len(rows) / self.segments.shape[0]
+            capacity[inside] += share * part._capacities([checked[p] - start for p in inside])
+        return capacity
 
     @torch.no_grad()
     def singular_values(self, positions: Sequence[int]) -> Tensor:
@@ -143,6 +192,8 @@ class Operator(ABC):
         checked = check_positions(positions, self.length)
         if not checked:
             return torch.zeros((self.batch, self.heads, 0, 0), dtype=self.result_dtype, device=self.device)
+        if self.segments is not None:
+            return self._singular_values_of_segments(checked)
         values = self._raw_singular_values(checked)
         # Beyond the smaller side of H_i there is nothing: what a factorization leaves there is rounding.
         side = [self.block_size * min(i, self.length - i) for i in checked]
@@ -157,7 +208,10 @@ class Operator(ABC):
             OperatorError: `function` is not a function, or its results do not form the operator.
         """
         validation.function("function", function, error=OperatorError)
-        return dataclasses.replace(self, **{name: function(value) for name, value in self._tensor_fields.items()})
+        changed = {name: function(value) for name, value in self._tensor_fields.items()}
+        if self.segments is not None and changed["segments"].is_floating_point():
+            changed["segments"] = changed["segments"].long()  # a change of dtype, meant for the others
+        return dataclasses.replace(self, **changed)
 
     def select(
         self,
@@ -176,11 +230,21 @@ class Operator(ABC):
         if length is not None:
             hint = "the tokens that the operator has"
             length = validation.whole("length", length, 1, self.length, hint=hint, error=OperatorError)
-        return self._narrow(_chosen("samples", samples, self.batch), _chosen("heads", heads, self.heads), length)
+        tokens = None if length is None else slice(0, length)
+        return self._narrow(_chosen("samples", samples, self.batch), _chosen("heads", heads, self.heads), tokens)
+
+    @abstractmethod
+    def _materialize(self) -> Tensor:
+        """Return `materialize` without regard to segments; any batch and heads may be 1."""
 
     @abstractmethod
     def _capacity_at(self, position: int) -> int:
         """Return TSS per channel at a checked position."""
+
+    def _capacities(self, positions: Sequence[int]) -> Tensor:
+        """Return `state_capacity` at checked positions, without regard to segments."""
+        capacity = [float(self._capacity_at(i)) for i in positions]
+        return torch.tensor(capacity, dtype=torch.float32).to(self.device, non_blocking=True)
 
     @abstractmethod
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
@@ -209,9 +273,71 @@ class Operator(ABC):
         scale = row_squares.rsqrt().masked_fill_(row_squares == 0, 0.0).expand(self.batch, self.heads, self.length)
         return scale.masked_fill(~self.finite()[..., None], torch.nan)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        """Return `select` with checked arguments."""
-        return self.map(lambda tensor: narrowed(tensor, samples, heads, length))
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+        """Return the operator of some samples, heads and neighboring tokens, all of them checked."""
+        return self.map(lambda tensor: narrowed(tensor, samples, heads, tokens))
+
+    def _check_segments(self) -> None:
+        """Raise `OperatorError` unless `segments` have an entry for every token. Call it after all other checks."""
+        given: object = self.segments
+        if given is None:
+            return
+        others = [tensor for name, tensor in self._tensor_fields.items() if name != "segments"]
+        batch = max(tensor.shape[0] for tensor in others)
+        is_whole = isinstance(given, Tensor) and not (given.is_floating_point() or given.is_complex())
+        if not (
+            isinstance(given, Tensor)
+            and is_whole
+            and given.dtype != torch.bool
+            and given.dim() == 3
+            and given.shape[1:] == (1, self.length)
+            and (given.shape[0] == 1 or batch in (1, given.shape[0]))
+        ):
+            raise OperatorError(
+                f"segments is {validation.shown(given)}; pass whole numbers of shape (batch|1, 1, {self.length}), one "
+                "for every token, or None."
+            )
+        check_same_device(segments=given, others=others[0])
+
+    def _spans(self) -> list[list[tuple[int, int]]]:
+        """Return the segments of each row of `segments`."""
+        assert self.segments is not None
+        if bool((self.segments == UNKNOWN).any()):
+            raise OperatorError(
+                "padding is given that cannot be assigned to the tokens of this operator: the mask has another number "
+                "of rows or tokens. Give the layer a mask of its own tokens, or leave it out with `layers`."
+            )
+        return spans(self.segments[:, 0])
+
+    def _segment(self, rows: Sequence[int], start: int, stop: int) -> Self:
+        """Return the operator of the tokens of one segment, in some rows of `segments`."""
+        assert self.segments is not None
+        samples = rows if self.segments.shape[0] > 1 else None
+        return dataclasses.replace(self, segments=None)._narrow(samples, None, slice(start, stop))
+
+    def _parts(self, positions: Sequence[int]) -> Iterator[tuple[list[int], int, list[int], Self]]:
+        """Yield each segment with positions inside: its rows, its first token, indices of positions, its operator."""
+        places: dict[tuple[int, int], list[int]] = {}
+        for row, found in enumerate(self._spans()):
+            for place in found:
+                places.setdefault(place, []).append(row)
+        for (start, stop), rows in places.items():
+            inside = [p for p, position in enumerate(positions) if start < position < stop]
+            if inside:
+                yield rows, start, inside, self._segment(rows, start, stop)
+
+    def _singular_values_of_segments(self, positions: Sequence[int]) -> Tensor:
+        assert self.segments is not None
+        rank = self.block_size * max(min(i, self.length - i) for i in positions)
+        shape = (self.batch, self.heads, len(positions), rank)
+        out = torch.zeros(shape, dtype=self.result_dtype, device=self.device)
+        for rows, start, inside, part in self._parts(positions):
+            values = part.singular_values([positions[p] - start for p in inside])
+            samples = rows if self.segments.shape[0] > 1 else list(range(self.batch))
+            for row, sample in enumerate(samples):
+                out[sample][:, inside, : values.shape[-1]] = values[row if values.shape[0] > 1 else 0]
+        largest = max(int((out != 0).any(0).any(0).any(0).sum()), 1)
+        return out[..., :largest]
 
 
 def _chosen(name: str, selection: slice | Sequence[int] | None, size: int) -> Sequence[int] | None:

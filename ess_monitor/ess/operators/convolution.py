@@ -9,6 +9,7 @@ Shapes: G (sample, head) pairs, L length, K taps, P positions, R x M the block.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from ess_monitor.ess.operators.fields import (
     check_floating,
     check_same_device,
     check_state_size,
+    first,
     narrowed,
     pairs,
     per_head,
@@ -71,6 +73,7 @@ class Convolution(Operator):
         hint = "0 stands for the number of taps"
         length = validation.whole("length", self.length, 0, LONGEST, hint=hint, error=OperatorError)
         object.__setattr__(self, "length", length or self.kernel.shape[2])
+        self._check_segments()
 
     @property
     def capacity_grows(self) -> bool:
@@ -80,7 +83,7 @@ class Convolution(Operator):
         return _capacity(self.state_size, position, self.kernel.shape[2])
 
     @torch.no_grad()
-    def materialize(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         return _toeplitz(self.kernel.to(self.result_dtype), self.length)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
@@ -103,9 +106,11 @@ class Convolution(Operator):
         scale = self._inverse(squares[..., lags])
         return GatedConvolution(scale.new_ones((1, 1, self.length)), self.kernel, scale)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        kernel = narrowed(self.kernel, samples, heads, length)
-        return type(self)(kernel, self.length if length is None else length, self.state_size)
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+        kernel = _used_taps(narrowed(self.kernel, samples, heads, None), tokens)
+        segments = None if self.segments is None else narrowed(self.segments, samples, None, tokens)
+        length = self.length if tokens is None else tokens.stop - tokens.start
+        return dataclasses.replace(self, kernel=kernel, length=length, segments=segments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +147,7 @@ class GatedConvolution(Operator):
         if self.b.shape[2] != self.c.shape[2]:
             raise OperatorError(f"b has length {self.b.shape[2]} and c {self.c.shape[2]}; they must be equal.")
         check_batch_and_heads(b=self.b, kernel=self.kernel, c=self.c)
+        self._check_segments()
 
     @property
     def length(self) -> int:
@@ -155,7 +161,7 @@ class GatedConvolution(Operator):
         return _capacity(self.state_size, position, self.kernel.shape[2])
 
     @torch.no_grad()
-    def materialize(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         dtype = self.result_dtype
         operator = self.c.to(dtype)[..., :, None] * _toeplitz(self.kernel.to(dtype), self.length)
         return operator * self.b.to(dtype)[..., None, :]
@@ -194,6 +200,17 @@ class GatedConvolution(Operator):
             heads = range(self.heads)[group]
             each.append(squares.select(heads=heads).materialize().sum(-1))
         return replace(self, c=self.c * self._inverse(torch.cat(each, dim=1)))
+
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+        b, c = (narrowed(gate, samples, heads, tokens) for gate in (self.b, self.c))
+        kernel = _used_taps(narrowed(self.kernel, samples, heads, None), tokens)
+        segments = None if self.segments is None else narrowed(self.segments, samples, None, tokens)
+        return dataclasses.replace(self, b=b, kernel=kernel, c=c, segments=segments)
+
+
+def _used_taps(kernel: Tensor, tokens: slice | None) -> Tensor:
+    """Return the taps that reach no farther back than there are tokens."""
+    return kernel if tokens is None else first(kernel, 2, tokens.stop - tokens.start)
 
 
 def _capacity(state_size: int | None, position: int, taps: int) -> int:

@@ -100,10 +100,11 @@ class DeltaRecurrence(Recurrence):
     def without_decay(self) -> DiagonalRecurrence:
         """Return the operator with A := I: nothing decays, and nothing is erased either."""
         dtype = result_dtype(self.beta.dtype, self.k.dtype)
-        return DiagonalRecurrence(resets(self.log_decay), self.beta[..., None].to(dtype) * self.k.to(dtype), self.q)
+        b = self.beta[..., None].to(dtype) * self.k.to(dtype)
+        return DiagonalRecurrence(resets(self.log_decay), b, self.q, segments=self.segments)
 
     @torch.no_grad()
-    def materialize(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         size = (self.batch, self.heads, self.length)
         steps = self.transitions.steps(lambda tensor: tensor)
         decay = steps.decay.expand(-1, -1, self.length, -1)

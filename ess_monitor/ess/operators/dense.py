@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import singular_values_, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
-from ess_monitor.ess.operators.fields import check_floating, check_state_size, first, narrowed, pairs, per_head
+from ess_monitor.ess.operators.fields import check_floating, check_state_size, narrowed, pairs, per_head, window
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,6 +59,7 @@ class DenseOperator(Operator):
                 f"T has {rows} x {columns} entries and block_size={self.block_size}; T must be square and block_size a "
                 "divisor of its size, from 1 up."
             )
+        self._check_segments()
 
     @property
     def length(self) -> int:
@@ -74,7 +76,7 @@ class DenseOperator(Operator):
         # What lies above the diagonal is never read, so it may hold anything.
         return torch.isfinite(self.T.tril(-1)).flatten(2).all(-1)
 
-    def materialize(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         return self.T.detach().to(self.result_dtype)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
@@ -112,7 +114,9 @@ class DenseOperator(Operator):
         scale = self._inverse(squares.mean(-1)).repeat_interleave(self.block_size, 2)
         return DenseOperator(self.T * scale[..., None], self.block_size)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Self:
-        size = None if length is None else length * self.block_size
-        T = first(narrowed(self.T, samples, heads, size), 3, size)
-        return type(self)(T, self.block_size, self.state_size)
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+        d = self.block_size
+        rows = None if tokens is None else slice(d * tokens.start, d * tokens.stop)
+        T = window(narrowed(self.T, samples, heads, rows), 3, rows)
+        segments = None if self.segments is None else narrowed(self.segments, samples, None, tokens)
+        return dataclasses.replace(self, T=T, segments=segments)

@@ -61,9 +61,18 @@ def first(tensor: Tensor, dimension: int, length: int | None) -> Tensor:
     return tensor.narrow(dimension, 0, length)
 
 
-def narrowed(tensor: Tensor, samples: Sequence[int] | None, heads: Sequence[int] | None, length: int | None) -> Tensor:
-    """Return some samples (dimension 0) and heads (1), and the first `length` entries of dimension 2."""
-    return first(take(take(tensor, 0, samples), 1, heads), 2, length)
+def window(tensor: Tensor, dimension: int, tokens: slice | None) -> Tensor:
+    """Return the entries of some neighboring tokens in one dimension, as a view; a broadcast dimension stays."""
+    if tokens is None or tensor.shape[dimension] == 1:
+        return tensor
+    return tensor.narrow(dimension, tokens.start, tokens.stop - tokens.start)
+
+
+def narrowed(
+    tensor: Tensor, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None
+) -> Tensor:
+    """Return some samples (dimension 0) and heads (1), and some neighboring tokens (2)."""
+    return window(take(take(tensor, 0, samples), 1, heads), 2, tokens)
 
 
 def all_finite(tensor: Tensor, *, allows_minus_infinity: bool = False) -> Tensor:

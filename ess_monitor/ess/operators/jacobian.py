@@ -71,6 +71,7 @@ class JacobianOperator(Operator):
         validation.function("function", self.function, hint="(batch, length, D) -> outputs", error=OperatorError)
         validation.real("tolerance", self.tolerance, low=0, error=OperatorError)
         validation.whole("largest", self.largest, 1, error=OperatorError)
+        self._check_segments()
 
     @property
     def length(self) -> int:
@@ -88,7 +89,7 @@ class JacobianOperator(Operator):
     def _capacity_at(self, position: int) -> int:
         return self.block_size * position
 
-    def materialize(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         """Return J: (batch, 1, E L, D L). Costs E L products."""
         products = JacobianProducts(self.function, self.inputs[:, 0])
         batch, length, channels = products.outputs.shape

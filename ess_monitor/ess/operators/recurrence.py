@@ -55,9 +55,10 @@ class Recurrence(Operator):
         vectors = self._vectors
         for name, tensor in {"log_decay": self.log_decay, **vectors}.items():
             check_floating(name, tensor, VECTOR_SHAPE, 4)
-        check_same_device(**self._tensor_fields)
+        given = {name: tensor for name, tensor in self._tensor_fields.items() if name != "segments"}
+        check_same_device(**given)
         full_name, full = next(iter(vectors.items()))
-        for name, tensor in self._tensor_fields.items():
+        for name, tensor in given.items():
             if name in vectors and tensor.shape[2:] != full.shape[2:]:
                 raise OperatorError(
                     f"{name} has shape {tuple(tensor.shape)} and {full_name} {tuple(full.shape)}; both must be "
@@ -69,7 +70,8 @@ class Recurrence(Operator):
                         f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to {full_name}'s "
                         f"{tuple(full.shape)}: dimension {dimension} must be 1 or {full.shape[dimension]}."
                     )
-        check_batch_and_heads(**self._tensor_fields)
+        check_batch_and_heads(**given)
+        self._check_segments()
 
     @property
     def length(self) -> int:
@@ -124,10 +126,10 @@ class DiagonalRecurrence(Recurrence):
         return {"b": self.b, "c": self.c}
 
     def without_decay(self) -> DiagonalRecurrence:
-        return DiagonalRecurrence(resets(self.log_decay), self.b, self.c)
+        return DiagonalRecurrence(resets(self.log_decay), self.b, self.c, segments=self.segments)
 
     @torch.no_grad()
-    def materialize(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         size = (self.batch, self.heads, self.length)
         dtype = working_dtype(self.device)
         decay = self.log_decay.to(dtype).exp().expand(-1, -1, self.length, -1)
@@ -190,8 +192,8 @@ class ReadFirstRecurrence(DiagonalRecurrence):
         return DiagonalRecurrence(log_decay.masked_fill(separates, -math.inf), self.b, c)
 
     @torch.no_grad()
-    def materialize(self) -> Tensor:
-        return self._updated_first().materialize().tril(-1).to(self.result_dtype)
+    def _materialize(self) -> Tensor:
+        return self._updated_first()._materialize().tril(-1).to(self.result_dtype)
 
     def _windows(self, longest: int, *, present: bool = False) -> Windows:
         return self._updated_first()._windows(longest, present=present)
