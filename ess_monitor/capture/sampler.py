@@ -371,7 +371,7 @@ class Sampler:
             whole.heads,
             self._tokens.calls,
             whole.length,
-            (*claims.pending, *(known or ())),
+            (*claims.pending, *(claim for claim in known or () if claim.holds.device == operator.device)),
             claims.unproven if known is None else "",
         )
         if self._on_operator is not None:

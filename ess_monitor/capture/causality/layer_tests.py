@@ -113,7 +113,10 @@ class LayerTests:
         self._waiting.remove(waiting)
         name = waiting.layer.name
         what = "the layer" if module is waiting.layer.module else f"{type(module).__name__}, which it is a part of"
-        self._claims[name] = () if holds is None else (Claim(holds, _NOT_CAUSAL.format(what)),)
+        if holds is None or (holds.device.type == "cpu" and bool(holds)):
+            self._claims[name] = ()
+        else:
+            self._claims[name] = (Claim(holds, _NOT_CAUSAL.format(what)),)
         result = waiting.candidate.result
         if hasattr(result, "claims"):
             waiting.candidate.result = replace(result, claims=(*result.claims, *self._claims[name]), unproven="")
