@@ -232,3 +232,21 @@ def test_every_argument_is_asked_by_itself() -> None:
     assert probe.found["close"].is_pointwise
     assert (bool(probe.found["scores"].past), bool(probe.found["scores"].future)) == (True, False)
     assert [info.name for info in describe(net, torch.randn(2, 6, WIDTH)).layers] == ["gla", "scores"]
+
+
+class Padded(nn.Module):
+    """A causal convolution across channels, padded on both sides and cropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.mT)[..., : x.shape[1]].mT
+
+
+def test_channels_that_mix_are_not_taken_for_tokens() -> None:
+    found = describe(Padded(), torch.randn(2, 6, WIDTH)).layers
+    assert [(info.name, info.supported) for info in found] == [("conv", True)]
+    channels_first = nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 3, padding=1))
+    assert not describe(channels_first, torch.randn(2, WIDTH, 6)).supported

@@ -133,7 +133,7 @@ class MixingProbe:
         tracked = [x for x in given if isinstance(x, Tensor) and x.requires_grad and x is not y]
         if self._in_training and (len(tracked) != 1 or _keeps_statistics(module) or not _is_plain(y, tracked[0])):
             return  # of several the first may have been computed from the second
-        axes = {k: axis for k, x in enumerate(tracked) if (axis := _token_axis(x, y, self._length)) is not None}
+        axes = {k: axis for k, x in enumerate(tracked) if (axis := _token_axis(module, x, y, self._length)) is not None}
         if type(module) in _POINTWISE:
             axes = {k: axis for k, axis in axes.items() if axis == tracked[k].dim() - 1}
         if not axes:
@@ -236,19 +236,21 @@ def _with_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return tuple(map(tracked, args)), {name: tracked(value) for name, value in kwargs.items()}
 
 
-def _token_axis(x: Tensor, y: Tensor, length: int | None) -> int | None:
-    """Return the axis of tokens of both; None where they have none in common.
+def _token_axis(module: nn.Module, x: Tensor, y: Tensor, length: int | None) -> int | None:
+    """Return the axis of tokens of both; None where they have none in common. A convolution has them on its last one.
 
-    >>> _token_axis(torch.zeros(2, 6, 4), torch.zeros(2, 6, 8), length=6)
+    >>> _token_axis(nn.Identity(), torch.zeros(2, 6, 4), torch.zeros(2, 6, 8), length=6)
     1
-    >>> _token_axis(torch.zeros(2, 4, 6), torch.zeros(2, 4, 6), length=6)
-    2
+    >>> _token_axis(nn.Conv1d(6, 6, 2), torch.zeros(2, 6, 4), torch.zeros(2, 6, 3), length=4) is None
+    True
     """
     if x.dim() != y.dim() or x.dim() < 3:
         return None
     axes = [axis for axis in range(1, x.dim()) if x.shape[axis] == y.shape[axis] > 2]
-    if length in [x.shape[axis] for axis in axes]:
-        return next(axis for axis in axes if x.shape[axis] == length)
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        return 2 if 2 in axes else None
+    if length is not None:
+        return next((axis for axis in axes if x.shape[axis] == length), None)
     return 1 if x.dim() == 3 and 1 in axes else None
 
 
