@@ -24,7 +24,7 @@ from ess_monitor.evidence import EvidenceConfig
 from ess_monitor.inspection import Description, Profile, describe, profile
 from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.monitor import Monitor
-from ess_monitor.records import Action, Evidence, Finding, LayerInfo, Measurement, Reading
+from ess_monitor.records import Action, Evidence, Finding, LayerInfo, Measurement, Reading, StateEvidence
 from ess_monitor.runtime import RuntimeConfig
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "Profile",
     "Reading",
     "RuntimeConfig",
+    "StateEvidence",
     "capture_operators",
     "check_capture",
     "describe",

@@ -60,6 +60,7 @@ PUBLIC_NAMES = {
     "Profile",
     "Reading",
     "RuntimeConfig",
+    "StateEvidence",
     "capture_operators",
     "check_capture",
     "describe",

@@ -5,30 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle
+from ess_monitor.capture.handles import AlphaHandle
 from ess_monitor.capture.hooks.call_site import Arguments, Call, HookHandle, ModuleHook
+from ess_monitor.capture.hooks.changed_calls import ChangedCalls, change_arguments
 from ess_monitor.capture.layers import Layer
 from ess_monitor.errors import CaptureError
-
-
-@dataclass
-class RaisedCalls:
-    """Counts the calls of a layer inside `decay_raised`.
-
-    The forward pass ran with A^power only if `calls` is above 0 and `unchanged` is 0. Compiled code shows no calls.
-    """
-
-    calls: int = 0
-    """Calls that were made with A^power."""
-    unchanged: int = 0
-    """Calls without a decay that could be changed, such as steps of cached decoding."""
 
 
 def can_raise(layer: Layer) -> str:
@@ -49,7 +36,7 @@ def can_raise(layer: Layer) -> str:
 
 
 @contextmanager
-def decay_raised(layer: Layer, power: float) -> Iterator[RaisedCalls]:
+def decay_raised(layer: Layer, power: float) -> Iterator[ChangedCalls]:
     """Let the layer compute with A^power in place of A inside the block: log A times `power`.
 
     The arguments of the layer's op are changed (`DecayHandle.raised`). Where the layer computes A from its parameters,
@@ -87,9 +74,13 @@ def decay_raised(layer: Layer, power: float) -> Iterator[RaisedCalls]:
     reason = can_raise(layer)
     if reason:
         raise CaptureError(f"layer {layer.name}: {reason}; find_layers(model)[i].spec has its handles")
-    counts, decay, alpha = RaisedCalls(), layer.spec.decay, layer.spec.alpha
-    if decay is not None and decay.raised is not None:
-        watch = _raise_arguments(layer.module, decay, power, counts)
+    counts, decay, alpha = ChangedCalls(), layer.spec.decay, layer.spec.alpha
+    if decay is not None and (raised := decay.raised) is not None:
+
+        def change(call: Call) -> Arguments | None:
+            return raised(call, power)
+
+        watch = change_arguments(decay.site, layer.module, change, counts, count_only=power == 1)
     else:
         assert alpha is not None
         watch = _raise_alpha(layer.module, alpha, power, counts)
@@ -99,32 +90,7 @@ def decay_raised(layer: Layer, power: float) -> Iterator[RaisedCalls]:
         watch.remove()
 
 
-def _raise_arguments(layer: nn.Module, decay: DecayHandle, power: float, counts: RaisedCalls) -> HookHandle:
-    raised = decay.raised
-    assert raised is not None
-    running: Call | None = None
-
-    def before(call: Call) -> Arguments | None:
-        nonlocal running
-        if running is not None and call.forward_number and call.forward_number == running.forward_number:
-            return None  # an op that the changed op calls: its arguments follow from the changed ones
-        changed = raised(call, power)
-        if changed is None:
-            counts.unchanged += 1
-            return None
-        counts.calls += 1
-        running = call
-        return None if power == 1 else changed
-
-    def after(call: Call) -> None:
-        nonlocal running
-        if running is not None and call.start_number == running.start_number:
-            running = None
-
-    return decay.site.watch(layer, before=before, after=after)
-
-
-def _raise_alpha(layer: nn.Module, alpha: AlphaHandle, power: float, counts: RaisedCalls) -> HookHandle:
+def _raise_alpha(layer: nn.Module, alpha: AlphaHandle, power: float, counts: ChangedCalls) -> HookHandle:
     """Change alpha at the beginning of each forward call, and restore it at its end.
 
     FSDP has the whole parameter in place only during the call, and a shared parameter serves others outside of it.

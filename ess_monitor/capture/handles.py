@@ -1,11 +1,11 @@
-"""Handles on a layer's decay: where an intervention can act. Capture finds them, interventions use them."""
+"""Handles on a layer: where an intervention can act on its decay, and where its state can be made smaller."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -130,6 +130,42 @@ class AlphaHandle:
         return self.sign * (self.sign * tensor).clamp(min=math.log(rate) if self.form == "exp" else rate)
 
 
+@dataclass(frozen=True)
+class StateHandle:
+    """The call that everything passes through which enters a layer's state."""
+
+    site: CallSite
+    """The call that takes it as arguments."""
+    reduced: Callable[[Call, float], Arguments | None]
+    """The arguments of the call without a share of each head's state dimensions: nothing is written to these. None for
+    a call of which no operator is read, such as a step of cached decoding."""
+
+
+class Axes(NamedTuple):
+    """Where a tensor has its state dimensions and, in front of them, its heads."""
+
+    state: int
+    heads: int | None = None
+    """None: all heads share the tensor."""
+
+    def usage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the root mean square over the other dimensions, (heads | 1, state)."""
+        kept = [dim % tensor.dim() for dim in (self.state, self.heads) if dim is not None]
+        exact = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+        others = [dim for dim in range(tensor.dim()) if dim not in kept]
+        mean = exact.square().mean(others, keepdim=True).sqrt() if others else exact.abs()
+        by_head = mean.movedim(self.state, -1)
+        return by_head.reshape(-1, tensor.shape[self.state])
+
+    def without(self, tensor: torch.Tensor, left_out: torch.Tensor) -> torch.Tensor:
+        """Return the tensor with 0 where `left_out`, (heads | 1, state), is true."""
+        shape = [1] * tensor.dim()
+        if self.heads is not None:
+            shape[self.heads] = left_out.shape[0]
+        shape[self.state] = left_out.shape[1]
+        return tensor.masked_fill(left_out.reshape(shape), 0.0)
+
+
 def raised_log_decay(log_decay: torch.Tensor, power: float) -> torch.Tensor:
     """Return the log decay of A^power. Where A is 0 already, at the start of a packed sequence, it stays -inf."""
     return log_decay.clamp(max=STRONGEST_LOG_DECAY) if math.isinf(power) else log_decay * power
@@ -187,3 +223,47 @@ def raise_arguments(
         return (call.args, {**call.kwargs, **changed}) if changed else None
 
     return raised
+
+
+def least_used(written: torch.Tensor, read: torch.Tensor, share: float) -> torch.Tensor:
+    """Return which state dimensions of each head are the least used, (heads | 1, state), true for `share` of them.
+
+    Where the two have different numbers of heads, as with grouped queries, it is the same for all heads.
+
+    Args:
+        written: usage of each dimension by what writes to it, (heads | 1, state).
+        read: usage by what reads it.
+        share: rounded up to whole dimensions.
+
+    Example:
+        >>> least_used(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[9.0, 1.0, 1.0, 0.1]]), 0.5)
+        tensor([[False,  True, False,  True]])
+    """
+    if written.shape != read.shape:
+        written, read = (usage.square().mean(0, keepdim=True).sqrt() for usage in (written, read))
+    size = written.shape[1]
+    order = (written * read).argsort(dim=-1, stable=True)[:, : math.ceil(share * size)]
+    return torch.zeros_like(written, dtype=torch.bool).scatter(-1, order, True)
+
+
+def reduce_arguments(
+    is_meant: Callable[[Call], bool], written: Mapping[str, Axes], read: str, axes: Axes
+) -> Callable[[Call, float], Arguments | None]:
+    """Build a `StateHandle.reduced` of an op.
+
+    Args:
+        is_meant: whether an operator is read of a call.
+        written: the arguments that write to the state. The first of them says how much each dimension is used.
+        read: the argument that reads it.
+        axes: of that argument.
+    """
+
+    def reduced(call: Call, share: float) -> Arguments | None:
+        if not is_meant(call):
+            return None
+        first = next(iter(written))
+        left_out = least_used(written[first].usage(call.kwargs[first]), axes.usage(call.kwargs[read]), share)
+        changed: dict[str, Any] = {name: each.without(call.kwargs[name], left_out) for name, each in written.items()}
+        return call.args, {**call.kwargs, **changed}
+
+    return reduced

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, StateHandle
 from ess_monitor.capture.hooks.call_site import CallSite, Op
 from ess_monitor.capture.hooks.function_patch import StandIn, function_stand_in
 from ess_monitor.capture.hooks.global_names import names_used
@@ -41,6 +41,8 @@ class LayerAdapter:
     decay: Callable[[Any, CallSite], DecayHandle | None] = lambda layer, site: None
     """The decay handle, given the site at which the layer is read."""
     alpha: Callable[[Any], AlphaHandle | None] = unknown
+    state: Callable[[Any, CallSite], StateHandle | None] = lambda layer, site: None
+    """The handle on the state's dimensions, given the same site."""
     uninformative: Callable[[Any], str] = lambda layer: ""
     is_member: Callable[[Any], bool] = lambda layer: True
     """Narrows the family where its ops or classes are more common than its layers. Other layers are ignored."""
@@ -78,5 +80,6 @@ class LayerAdapter:
             channels=self.channels,
             decay=self.decay(layer, site),
             alpha=self.alpha(layer),
+            state=self.state(layer, site),
             uninformative=self.uninformative(layer),
         )

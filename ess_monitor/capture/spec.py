@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, StateHandle
 from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.ess import Operator
 
@@ -66,6 +66,8 @@ class CaptureSpec:
     """Where the decay can be pulled; None where the layer has none, or a fixed one."""
     alpha: AlphaHandle | None = None
     """Where the decay can be rescaled as a whole."""
+    state: StateHandle | None = None
+    """Where the state can be made smaller; None where no argument of a call has its dimensions, or there is one."""
     mixed: Callable[[Call], tuple[Tensor, Tensor]] | None = None
     """Returns u and y of a call, both (batch, heads, length, channels), for `check_capture`."""
     is_taught: bool = False

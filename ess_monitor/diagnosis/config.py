@@ -75,6 +75,16 @@ class DiagnosisConfig(BaseModel):
     """Utilization from which a memory counts as full (section 3.2: utilization near 1). WLA states of 2 and 4 that fail
     MQAR are at 1.0; a state of 8 that solves it stops at .90-.96."""
 
+    full_above: float = Field(default=0.92, gt=0.0, le=1.0)
+    """Utilization from which a memory counts as full where batches are run again with a smaller state. The evidence
+    decides then, so that the line may be lower than `saturated_above`: linear attention with 16 dimensions that are too
+    few for MQAR was at .89 to .96. It is above `saturated_recovers_below`."""
+
+    saturated_spectrum_end: float = Field(default=0.02, ge=0.0, lt=1.0)
+    """Last singular value of a full memory, as a share of the largest, from which its last state dimension is in use.
+    Saturated layers of the seen half of `benchmarks.saturation` are at .17 to .9, a saturated layer on MQAR at .04;
+    states whose last dimension the loss does not need are at .017 to .5: this line alone decides little."""
+
     saturated_recovers_below: float = Field(default=0.9, gt=0.0, lt=1.0)
     """Utilization below which a saturated layer has room again: the lower end of the state of 8 that solves the
     task."""
@@ -90,18 +100,19 @@ class DiagnosisConfig(BaseModel):
     trend need not be flat in all five, only in the last: it is a mean over `trend_window` measurements already."""
 
     saturated_patience: int = Field(default=10, ge=1, le=10_000)
-    """Consecutive measurements that must agree before a layer is called saturated: twice `patience`. A small state is
-    full in every run, so time on the plateau is the whole evidence. The finding is advice and treats nothing: late
-    costs little, and a false one makes somebody rebuild a model that was about to learn."""
+    """Consecutive measurements that must agree before a layer is called saturated without evidence: twice `patience`. A
+    small state is full in every run, so time on the plateau is all there is. The finding is advice and treats nothing:
+    late costs little, and a false one makes somebody rebuild a model that was about to learn."""
 
     trend_window: int = Field(default=10, ge=4, le=10_000)
     """Measurements over which a trend is taken: the mean of the newer half against the mean of the older half. Ten at a
     cadence of 100 steps span 1000, the time a rescued run takes (1000-1500), so that a layer on its way up is seen."""
 
     plateau_window: int = Field(default=20, ge=4, le=10_000)
-    """Measurements over which the task metric must have stood still before a full memory is called saturated: twice the
-    trend window, so that a run which closes a tenth of its distance half as fast still counts as learning (WLA with a
-    state of 2 crept from .16 to .30 in 400 steps on its way to .99)."""
+    """Measurements over which the task metric must have stood still before a full memory is called saturated without
+    evidence; with it `trend_window` is enough. Twice the trend window, so that a run which closes a tenth of its
+    distance half as fast still counts as learning (WLA with a state of 2 crept from .16 to .30 in 400 steps on its way
+    to .99)."""
 
     rising_ratio: float = Field(default=0.1, ge=0.0, lt=10.0)
     """Relative rise over the trend window from which utilization is on its way up. State collapse is ESS that *fails to
@@ -147,6 +158,7 @@ class DiagnosisConfig(BaseModel):
         _require_below(self, "saturated_recovers_below", "saturated_above", "the gap is what prevents flapping")
         _require_below(self, "retention_below", "retention_recovers_above", "the gap is what prevents flapping")
         _require_below(self, "starved_below", "starved_recovers_above", "the gap is what prevents flapping")
+        _require_below(self, "saturated_recovers_below", "full_above", "the gap is what prevents flapping")
         _require_below(self, "collapsed_recovers_above", "saturated_above", "no utilization is both low and full")
         _require_below(self, "starved_recovers_above", "saturated_above", "no utilization is both low and full")
         return self

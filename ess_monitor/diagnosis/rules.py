@@ -25,11 +25,14 @@ flat trends in a row would wait twice for the same thing.
 Saturated (section 3.2: too little TSS for the task, ESS near TSS) is
 
     utilization >= saturated_above where the sequence could fill the state  and
+        the spectrum of H_i ends at saturated_spectrum_end or above  and
         the task metric is unsolved and does not improve over plateau_window
 
 and is never said without a task metric. A full state is necessary for saturation and not sufficient: linear attention
 fills a small state by construction, and a WLA of TSS 4 solved MQAR at utilization 1.0. Whether more memory would help
-is a fact about the task that the operator does not show.
+is a fact about the task that the operator does not show. What a smaller state costs the loss says more. Where it can be
+seen (`Context.is_examined`) the rule only proposes: from `full_above` on, after `patience`, where the metric stands
+still over trend_window. The evidence decides. An upward trend forbids the finding and does not restart the patience.
 
 A layer whose TSS grows with the position (softmax attention) is not judged: its TSS is not a design choice.
 
@@ -61,6 +64,9 @@ class Verdict:
     """The condition that this reading shows, while an upward trend still forbids calling the layer so."""
     patience: int | None = None
     """Consecutive measurements that must agree before the condition changes; None: `config.patience`."""
+    is_full: bool = False
+    """Whether the state is full, the task unsolved, and evidence can be had. Such readings count towards the patience
+    of a saturation, also while an upward trend still forbids it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class Context:
     `metrics` is new."""
     new_in_plateau: tuple[float, ...] | None = None
     """The same for the plateau window."""
+    is_examined: bool = False
+    """True where batches are run again with a smaller state before the layer is called saturated."""
     first_of_several: bool = False
     """True for the first layer of a model with more than one."""
 
@@ -150,23 +158,34 @@ def solved(reading: Reading, utilization: float, context: Context, config: Diagn
 
 
 def saturated(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
-    """Return saturated where the state is full and the unsolved task stands still."""
+    """Return saturated where the state is full to the last dimension and the unsolved task stands still."""
     full_utilization = full_state_utilization(reading)
     if not context.metrics or full_utilization is None:
         return None
+    # A collapsed layer has to leave its condition first.
+    is_examined = context.is_examined and context.previous != "collapsed"
     if context.previous == "saturated":
         bound, stands = config.saturated_recovers_below, True
     else:
-        bound = config.saturated_above
-        stands = task_stands_still(context.metrics, context.new_in_plateau, config, config.plateau_window)
-    if full_utilization < bound or not stands:
+        bound, new, window = config.saturated_above, context.new_in_plateau, config.plateau_window
+        if is_examined:
+            bound, new, window = config.full_above, context.new_in_trend, config.trend_window
+        stands = task_stands_still(context.metrics, new, config, window)
+    if full_utilization < bound or not (stands or is_examined):
         return None
+    facts = f"utilization {full_utilization:.2f} is at or above {bound:g} and {_unsolved(context, config)}"
+    end, line = reading.spectrum_end_ratio, config.saturated_spectrum_end
+    if end is not None and end < line and context.previous != "saturated":
+        return Verdict("healthy", f"{facts}, but the last singular value is {end:.2g} of the largest, below {line:g}")
+    if not stands:
+        return Verdict("healthy", f"{facts}, and the task may be on its way up", is_full=True)
     return Verdict(
         "saturated",
-        f"utilization {full_utilization:.2f} is at or above {bound:g} and {_unsolved(context, config)}",
+        facts,
         f"the memory is full: raise the state size (now {reading.state_capacity:g} per channel) "
         "or ask for less to be remembered; no change of the decay adds room",
-        patience=config.saturated_patience,
+        patience=None if is_examined else config.saturated_patience,
+        is_full=is_examined,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,13 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
+from ess_monitor.diagnosis.layer_history import LayerHistory, LayerState, Suspicion
 from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge, task_solved
 from ess_monitor.diagnosis.task_metric import TaskMetric, TaskMetricState
 from ess_monitor.diagnosis.utilization import attainable_utilization
 from ess_monitor.errors import CheckpointError
-from ess_monitor.records import CONDITION_INFO, Condition, Evidence, Finding, Reading, layer_title
-
-logger = logging.getLogger("ess_monitor")
+from ess_monitor.records import CONDITION_INFO, Condition, Evidence, Finding, Reading, StateEvidence
 
 STATE_VERSION = 1
 """Version of `Tracker.state_dict`; raised when its fields change."""
@@ -39,12 +36,17 @@ class Tracker:
     of `suspects`, and the evidence on it decides between collapsed and forgets_by_choice. Where none can be had, a task
     metric that stays unsolved must do; without one nothing is said.
 
+    A layer is called saturated on evidence where it can be had: one of `full_suspects` is examined likewise, and the
+    evidence decides between saturated and healthy. Where none can be had, the rule asks for more of the readings.
+
     Args:
         config: thresholds.
         rules: what is tried on every reading, in order; the first verdict counts. A rule of your own comes before or
             after those in `rules.RULES`.
-        examined: layers that need evidence, with the reason why none can be had, empty where it can.
-        recheck_measurements: measurements after which a layer that forgets by choice is asked again.
+        examined: layers that need evidence of a collapse, with the reason why none can be had, empty where it can.
+        examined_states: layers that are called saturated on evidence, with the same reasons.
+        recheck_measurements: measurements after which a layer is asked again, where the evidence did not support the
+            rules.
 
     Example:
         >>> reading = Reading(step=0, layer="mixer", status="ok", length=64, state_capacity=16, attainable_size=16,
@@ -62,15 +64,15 @@ class Tracker:
         rules: Sequence[Rule] = RULES,
         *,
         examined: Mapping[str, str] | None = None,
+        examined_states: Mapping[str, str] | None = None,
         recheck_measurements: int = 20,
     ) -> None:
         self.config = validation.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
         self._rules = check_rules(rules)
-        examined = {} if examined is None else examined
-        validation.instance("examined", examined, Mapping, hint="layer -> why it cannot be examined, or an empty text")
-        self._examined = dict(examined)
+        self._examined = _reasons("examined", examined)
+        self._examined_states = _reasons("examined_states", examined_states)
         self._recheck = validation.whole("recheck_measurements", recheck_measurements, 1)
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, LayerHistory] = {}
         self._task = TaskMetric(self.config)
 
     @property
@@ -86,7 +88,12 @@ class Tracker:
     @property
     def suspects(self) -> tuple[str, ...]:
         """Layers that will be called collapsed at the next reading like the last one, if the evidence supports it."""
-        return tuple(name for name, layer in self._layers.items() if layer.is_suspect)
+        return self._suspected_of("collapsed")
+
+    @property
+    def full_suspects(self) -> tuple[str, ...]:
+        """Layers that will be called saturated at the next reading like the last one, if the evidence supports it."""
+        return self._suspected_of("saturated")
 
     @property
     def task_solved(self) -> bool:
@@ -95,15 +102,20 @@ class Tracker:
 
     @property
     def evidence(self) -> dict[str, Evidence]:
-        """Latest evidence on each layer that has been examined."""
-        return {name: layer.evidence for name, layer in self._layers.items() if layer.evidence is not None}
+        """Latest evidence on each layer whose decay has been examined."""
+        return {name: layer.decay.found for name, layer in self._layers.items() if layer.decay.found is not None}
+
+    @property
+    def state_evidence(self) -> dict[str, StateEvidence]:
+        """Latest evidence on each layer the size of whose state has been examined."""
+        return {name: layer.state.found for name, layer in self._layers.items() if layer.state.found is not None}
 
     def observe(
         self,
         readings: Iterable[Reading],
         metrics: Mapping[str, float],
         step: int,
-        evidence: Mapping[str, Evidence | str] | None = None,
+        evidence: Mapping[str, Evidence | StateEvidence | str] | None = None,
     ) -> tuple[Finding, ...]:
         """Judge one measurement, and return the conditions that changed with it.
 
@@ -117,9 +129,9 @@ class Tracker:
         validation.instance("metrics", metrics, Mapping, hint="metric name -> number")
         step = validation.whole("step", step, 0)
         evidence = {} if evidence is None else evidence
-        validation.instance("evidence", evidence, Mapping, hint="layer -> Evidence, or why there is none")
+        validation.instance("evidence", evidence, Mapping, hint="layer -> evidence, or why there is none")
         for reading in readings:
-            layer = self._layers.setdefault(reading.layer, _Layer(self.config.trend_window))
+            layer = self._layers.setdefault(reading.layer, LayerHistory(self.config.trend_window))
             layer.take_evidence(evidence.get(reading.layer), self._recheck)
         self._task.observe(metrics)
         findings = (self._follow(reading, step) for reading in readings)
@@ -160,9 +172,9 @@ class Tracker:
         self._task = (
             TaskMetric.load(self.config, parsed.metrics, parsed.task) if same_metric else TaskMetric(self.config)
         )
-        self._layers = {layer.name: _Layer.from_state(layer, self.config.trend_window) for layer in parsed.layers}
+        self._layers = {layer.name: LayerHistory.from_state(layer, self.config.trend_window) for layer in parsed.layers}
 
-    def _metrics_for(self, layer: _Layer) -> tuple[float, ...]:
+    def _metrics_for(self, layer: LayerHistory) -> tuple[float, ...]:
         """Return the known task metric; none where it has not been given for long.
 
         A finding stands with the metric that it was made with, and a task that was solved stays solved.
@@ -185,6 +197,7 @@ class Tracker:
             new_in_trend=self._task.new_over(self.config.trend_window),
             new_in_plateau=self._task.new_over(self.config.plateau_window),
             first_of_several=len(self._layers) > 1 and reading.layer == next(iter(self._layers)),
+            is_examined=not self._why_no_state_evidence(reading.layer),
         )
         verdict = judge(reading, context, self.config, self._rules)
         if verdict is None:
@@ -192,7 +205,9 @@ class Tracker:
         patience = self.config.patience if verdict.patience is None else verdict.patience
         verdict = self._supported(verdict, reading, layer, patience, with_metric=bool(context.metrics))
         previous = layer.condition
-        if not layer.settles_on(verdict, patience) or {previous, verdict.condition} <= {"unknown", "healthy"}:
+        counted = verdict.is_full and verdict.condition == "saturated"  # by `full_streak`
+        settles = layer.settles_on(verdict, 1 if counted else patience)
+        if not settles or {previous, verdict.condition} <= {"unknown", "healthy"}:
             return None
         return Finding(
             step=step,
@@ -204,28 +219,36 @@ class Tracker:
             utilization_ratio=reading.utilization_ratio,
             retention_ratio=reading.retention_ratio,
             metric=context.metrics[-1] if context.metrics else None,
-            evidence=layer.evidence if verdict.condition in ("collapsed", "forgets_by_choice") else None,
+            evidence=layer.state.found if verdict.condition == "saturated" else _decay_evidence(layer, verdict),
         )
 
+    def _suspected_of(self, condition: Suspicion) -> tuple[str, ...]:
+        return tuple(name for name, layer in self._layers.items() if layer.suspected == condition)
+
+    def _why_no_state_evidence(self, name: str) -> str:
+        """Return why there is no evidence on the size of a layer's state, or an empty string."""
+        return self._examined_states.get(name, "none is asked for") or self._layers[name].state.obstacle
+
     def _supported(
-        self, verdict: Verdict, reading: Reading, layer: _Layer, patience: int, *, with_metric: bool
+        self, verdict: Verdict, reading: Reading, layer: LayerHistory, patience: int, *, with_metric: bool
     ) -> Verdict:
-        """Return the verdict as far as evidence supports it. Only a new collapse of a layer with a decay needs any."""
-        layer.is_suspect = False
+        """Return the verdict as far as evidence supports it. Only a new collapse or saturation needs any."""
+        layer.suspected = None
+        layer.full_streak = layer.full_streak + 1 if verdict.is_full else 0
         proposed, name = verdict.suspected or verdict.condition, reading.layer
-        needs_evidence = name in self._examined and reading.retention_ratio is not None
-        if proposed != "collapsed" or layer.condition == "collapsed" or not needs_evidence:
+        if proposed == layer.condition:
             return verdict
-        found = layer.evidence
-        if found is not None:
-            is_collapse = found.outcome in ("loud", "silent")
-            # A choice is asked about again from time to time, a collapse is not called on an old suspicion.
-            if layer.evidence_age <= (min(self.config.patience, self._recheck) if is_collapse else self._recheck):
-                return layer.weighs(name, verdict, found, with_metric=with_metric)
-        why_not = self._examined[name] or layer.obstacle
+        if proposed == "saturated":
+            return self._supported_saturation(verdict, name, layer, patience)
+        if proposed != "collapsed" or name not in self._examined or reading.retention_ratio is None:
+            return verdict
+        found = layer.decay.found
+        if found is not None and self._holds(layer.decay.age, supports=found.outcome in ("loud", "silent")):
+            return layer.weigh_collapse(name, verdict, found, with_metric=with_metric)
+        why_not = self._examined[name] or layer.decay.obstacle
         if not why_not:
             # One measurement ahead, so that the evidence is there when the streak is complete.
-            layer.is_suspect = layer.streak_of("collapsed") + 1 >= patience - 1
+            layer.suspected = "collapsed" if layer.streak_of("collapsed") + 1 >= patience - 1 else None
             return replace(verdict, suspected="collapsed")
         if with_metric:
             return replace(verdict, reason=f"{verdict.reason}; batches could not be run again ({why_not})")
@@ -233,132 +256,50 @@ class Tracker:
         layer.report_doubt(name, verdict.reason, f"there is no evidence: {why_not}", advice)
         return Verdict("unknown", f"{verdict.reason}; without evidence ({why_not}) nothing is said")
 
+    def _supported_saturation(self, verdict: Verdict, name: str, layer: LayerHistory, patience: int) -> Verdict:
+        """Return the verdict where the evidence supports it, otherwise healthy. It is asked for while the task stands
+        still, one measurement ahead."""
+        why_not, found = self._why_no_state_evidence(name), layer.state.found
+        if why_not:
+            return replace(verdict, reason=f"{verdict.reason}, without evidence ({why_not})")
+        if found is None or not self._holds(layer.state.age, supports=found.outcome == "needed"):
+            layer.suspected = "saturated" if layer.full_streak >= patience - 1 else None
+            return Verdict("healthy", f"{verdict.reason}; what the loss says of a smaller state is not known yet")
+        if found.outcome == "spare":
+            return Verdict("healthy", f"{verdict.reason}, but {found.reason}")
+        if layer.full_streak < patience:
+            return Verdict("healthy", verdict.reason)
+        return replace(verdict, reason=f"{verdict.reason}; {found.reason}")
 
-class _Layer:
-    """Holds condition, streak and window of one layer."""
+    def _holds(self, age: int, *, supports: bool) -> bool:
+        """Return whether evidence still counts.
 
-    def __init__(self, window: int) -> None:
-        self.condition: Condition = "unknown"
-        self.candidate: Condition = "unknown"
-        self.streak = 0
-        self.utilizations: deque[float] = deque(maxlen=window)
-        self.evidence: Evidence | None = None
-        self.evidence_age = 0
-        """Measurements since the evidence, or since the obstacle."""
-        self.obstacle = ""
-        """Why the layer could not be examined when it was asked."""
-        self.is_suspect = False
-        self._is_reported = False
-
-    def take_evidence(self, found: Evidence | str | None, recheck: int) -> None:
-        """Note what was found on the layer, or why nothing was, at a measurement."""
-        if self.evidence is not None or self.obstacle:
-            self.evidence_age = min(self.evidence_age + 1, recheck + 1)
-        if isinstance(found, str):
-            self.obstacle, self.evidence_age = found, 0
-        elif found is not None:
-            self.evidence, self.obstacle, self.evidence_age = found, "", 0
-        elif self.evidence_age > recheck:
-            self.obstacle = ""
-
-    def weighs(self, name: str, verdict: Verdict, found: Evidence, *, with_metric: bool) -> Verdict:
-        """Return what the evidence makes of a verdict of collapsed. The readings so far count for it.
-
-        A task that needs no past at all looks like a silent collapse. Only a task metric tells them apart.
+        Where it did not support the rules it is asked for again from time to time. No finding is made on an old one.
         """
-        if found.outcome == "loud" or (found.outcome == "silent" and with_metric):
-            return replace(verdict, reason=f"{verdict.reason}; {found.reason}")
-        if found.outcome == "by_choice":
-            advice = "nothing to do: this task needs little memory, or another layer has it"
-            weighed = Verdict("forgets_by_choice", f"{verdict.reason}, but {found.reason}", advice)
-        elif found.outcome == "silent":
-            why_not = f"{found.reason}, and no task metric says whether the past would help"
-            self.report_doubt(name, verdict.reason, why_not, "Give the diagnosis a task metric.")
-            weighed = Verdict("unknown", f"{verdict.reason}; {why_not}")
-        else:
-            weighed = Verdict("unknown", f"{verdict.reason}, but {found.reason}")
-        if self.candidate == "collapsed":
-            self.candidate = weighed.condition
-        return weighed
-
-    def streak_of(self, condition: Condition) -> int:
-        """Return how many readings in a row have spoken for a condition that the layer is not in."""
-        return self.streak if self.candidate == condition else 0
-
-    def report_doubt(self, name: str, reason: str, why_not: str, next_action: str) -> None:
-        """Log once that a layer might have collapsed."""
-        if not self._is_reported:
-            logger.warning(
-                "ess_monitor: layer %s might have collapsed (%s), but it is not called so: %s. %s",
-                layer_title(name),
-                reason,
-                why_not,
-                next_action,
-            )
-        self._is_reported = True
-
-    def settles_on(self, verdict: Verdict, patience: int) -> bool:
-        """Count one reading for what it shows, and return whether the layer's condition changes with it."""
-        condition = verdict.suspected or verdict.condition
-        if condition == self.condition:
-            self.candidate, self.streak = condition, 0
-            return False
-        self.streak = self.streak + 1 if condition == self.candidate else 1
-        self.candidate = condition
-        if self.streak < patience or verdict.suspected is not None:
-            return False
-        self.condition, self.streak = condition, 0
-        return True
-
-    def to_state(self, name: str) -> _LayerState:
-        return _LayerState(
-            name=name,
-            condition=self.condition,
-            candidate=self.candidate,
-            streak=self.streak,
-            utilizations=list(self.utilizations),
-            evidence=self.evidence,
-            evidence_age=self.evidence_age,
-            obstacle=self.obstacle,
-            is_suspect=self.is_suspect,
-        )
-
-    @classmethod
-    def from_state(cls, state: _LayerState, window: int) -> _Layer:
-        layer = cls(window)
-        layer.condition, layer.candidate, layer.streak = state.condition, state.candidate, state.streak
-        layer.utilizations.extend(state.utilizations)
-        layer.evidence, layer.evidence_age = state.evidence, state.evidence_age
-        layer.obstacle, layer.is_suspect = state.obstacle, state.is_suspect
-        return layer
+        return age <= (min(self.config.patience, self._recheck) if supports else self._recheck)
 
 
-class _DiagnosisState(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class _LayerState(_DiagnosisState):
-    name: str
-    condition: Condition
-    candidate: Condition
-    streak: int = Field(ge=0, le=2**63 - 1)
-    utilizations: list[float]
-    evidence: Evidence | None = None
-    evidence_age: int = Field(default=0, ge=0, le=2**63 - 1)
-    obstacle: str = ""
-    is_suspect: bool = False
-
-
-class TrackerState(_DiagnosisState):
+class TrackerState(BaseModel):
     """Validates `Tracker.state_dict`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     version: int = Field(ge=-(2**63), le=2**63 - 1)
     metric: str | None
     metrics: list[float]
     task: TaskMetricState | None = None
     """None: saved by 0.1."""
-    layers: list[_LayerState]
+    layers: list[LayerState]
     """A list, so that the model order survives writers that sort keys."""
+
+
+def _decay_evidence(layer: LayerHistory, verdict: Verdict) -> Evidence | None:
+    return layer.decay.found if verdict.condition in ("collapsed", "forgets_by_choice") else None
+
+
+def _reasons(name: str, given: Mapping[str, str] | None) -> dict[str, str]:
+    given = {} if given is None else given
+    return dict(validation.instance(name, given, Mapping, hint="layer -> why it cannot be examined, or an empty text"))
 
 
 def _first_problem(error: Exception) -> str:

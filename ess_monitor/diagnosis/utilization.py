@@ -16,12 +16,14 @@ def attainable_utilization(reading: Reading) -> float | None:
 def full_state_utilization(reading: Reading) -> float | None:
     """ESS / TSS over the positions at which the state could be full, i >= TSS and length - i >= TSS; None without any.
 
-    Elsewhere the geometry of H_i = T[i:, :i] caps the rank, and a rank at its cap says nothing of the state.
+    Elsewhere the geometry of H_i = T[i:, :i] caps the rank, and a rank at its cap says nothing of the state. Ranks that
+    decide together have exchanged means over all positions alone: then every position must be of this kind.
     """
     capacity = reading.state_capacity
     if not capacity or reading.effective_size is None:
         return None
-    if len(reading.per_position) == len(reading.positions) > 0:
+    is_own = reading.utilization_min_ratio is None
+    if is_own and len(reading.per_position) == len(reading.positions) > 0:
         sizes = [
             size
             for position, size in zip(reading.positions, reading.per_position, strict=True)

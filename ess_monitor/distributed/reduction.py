@@ -28,6 +28,7 @@ _QUANTITIES = (
     "utilization_ratio",
     "retention_ratio",
     "mean_decay",
+    "spectrum_end_ratio",
     "far_share_ratio",
 )
 """Fields of a reading that become means over the ranks. Diagnosis, evidence and autopilot decide on these."""

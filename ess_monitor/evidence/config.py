@@ -39,6 +39,13 @@ class EvidenceConfig(BaseModel):
     """As `m50_share`, by KL of the outputs: collapsed layers are at .0006 to .015, healthy ones at .047 to 2.5."""
     kl_silent: float = Field(default=0.003, gt=0.0)
     """KL of the outputs with A^0.1, in nats, below which a layer counts as silent."""
+    state_ratio: float = Field(default=0.12, gt=0.0)
+    """Change of the loss without a quarter of the state dimensions, as a share of the loss, from which a full state
+    counts as too small. Of the seen half of `benchmarks.saturation`, states of which twice as much gains something are
+    at .14 to 5 at the end of their training, others at -.003 to .10."""
+    state_kl: float = Field(default=0.05, gt=0.0)
+    """The same by KL of the outputs, in nats. No labeled run was judged by it: it is what `state_ratio` is for a loss
+    of about half a nat."""
     recheck_measurements: int = Field(default=20, ge=1)
     """Measurements after which a layer that forgets by choice is asked again, if the rules still propose a collapse: a
     curriculum or a change of the data can turn the choice into a fault."""

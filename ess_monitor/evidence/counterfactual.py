@@ -1,29 +1,34 @@
-"""Run a batch again with something else in a layer, and compare: what would the loss be if it remembered more?
+"""Run a batch again with something else in a layer, and compare: what if it remembered more, or had room for less?
 
-A^0.5 and A^0.1 remember more, A = 0 nothing; a gate from before a treatment remembers as it did. All forward passes of
-a batch begin with the same random generators and buffers, so that dropout and batch statistics are the same in each.
+A^0.5 and A^0.1 remember more, A = 0 nothing. A smaller state has room for less. A gate from before a treatment
+remembers as it did. All forward passes of a batch begin with the same random generators and buffers, so that dropout
+and batch statistics are the same in each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from ess_monitor.capture import Layer
 from ess_monitor.capture.decay_power import decay_raised
+from ess_monitor.capture.hooks.changed_calls import ChangedCalls
 from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.outputs import kl_divergence, logits_of, loss_of
+from ess_monitor.evidence.state_reduction import state_reduced
 from ess_monitor.evidence.undisturbed import Undisturbed
 from ess_monitor.records import ChangeKind, Changes
 
 POWERS = (0.5, 0.1, math.inf)
 """Of A in the passes that are compared with the present one: those of `m50`, `m90` and `cut`."""
+SHARES = (0.25, 0.5, 1.0)
+"""Of the state dimensions that are left out: those of `quarter`, `half` and `whole`."""
 
 Replay = Callable[[], Any]
 """Runs a batch again: returns its loss, or the model's output."""
@@ -31,24 +36,46 @@ Alternative = Callable[[], AbstractContextManager[object]]
 """Puts something else into a layer, for the time of a with-block."""
 
 
-def other_decays(layer: Layer) -> tuple[Alternative, ...]:
+class Counterfactual(NamedTuple):
+    """What is put into a layer in the passes that are compared with the present one."""
+
+    kind: Literal["decay", "state", "trial"]
+    """trial: the gate from before a treatment."""
+    alternatives: tuple[Alternative, ...]
+
+    def changes(self, *, by_outputs: bool = False) -> Changes:
+        """Return sums over no batches yet."""
+        kinds: dict[str, tuple[ChangeKind, ChangeKind]] = {
+            "decay": ("loss", "outputs"),
+            "state": ("state_loss", "state_outputs"),
+            "trial": ("trial", "outputs"),
+        }
+        return Changes(kind=kinds[self.kind][by_outputs])
+
+
+def other_decays(layer: Layer) -> Counterfactual:
     """Return what puts each of `POWERS` of A in the place of A."""
-    return tuple(partial(_with_power, layer, power) for power in POWERS)
+    return Counterfactual("decay", tuple(partial(_with_power, layer, power) for power in POWERS))
+
+
+def smaller_states(layer: Layer) -> Counterfactual:
+    """Return what leaves out each of `SHARES` of the layer's state dimensions."""
+    return Counterfactual("state", tuple(partial(_with_smaller_state, layer, share) for share in SHARES))
 
 
 def changes_of_batch(
     model: nn.Module,
-    alternatives: Mapping[str, Sequence[Alternative]],
+    counterfactuals: Mapping[str, Counterfactual],
     replay: Replay,
     *,
     gives_loss: bool,
     alone: bool = False,
 ) -> Iterator[tuple[str, Changes]]:
-    """Run one batch again, as it is and with each of the alternatives. The training is left as it was, bit for bit.
+    """Run one batch again, as it is and with something else in each layer. The training is left as it was bit for bit.
 
     Args:
         model: the watched model.
-        alternatives: by layer, those of `other_decays`, or a single one (of a trial).
+        counterfactuals: by layer.
         replay: runs the batch.
         gives_loss: whether it returns the loss. Otherwise the loss is looked for in the model's output, and outputs
             are compared where they have none.
@@ -66,9 +93,9 @@ def changes_of_batch(
     with Undisturbed(model, alone=alone) as state:
         state.rewind()
         base = _Outcome(replay(), gives_loss)
-        for name, others in alternatives.items():
+        for name, counterfactual in counterfactuals.items():
             moved = []
-            for other in others:
+            for other in counterfactual.alternatives:
                 state.rewind()
                 try:
                     with other():
@@ -76,15 +103,15 @@ def changes_of_batch(
                     moved.append(base.change_to(_Outcome(given, gives_loss)))
                 except CaptureError as error:
                     failures.append(error)
-            if len(moved) < len(others):
+            if len(moved) < len(counterfactual.alternatives):
                 continue
-            m50, m90, cut = (*torch.stack(moved).tolist(), 0.0, 0.0)[:3]
+            first, second, third = (*torch.stack(moved).tolist(), 0.0, 0.0)[:3]
             level = 0.0 if base.loss is None else float(base.loss)
-            if not all(map(math.isfinite, (level, m50, m90, cut))):
+            if not all(map(math.isfinite, (level, first, second, third))):
                 failures.append(CaptureError(f"layer {name}: the loss of a batch that was run again is not finite"))
                 continue
-            kind: ChangeKind = "outputs" if base.loss is None else "trial" if len(others) == 1 else "loss"
-            yield name, Changes(1, level, m50, m90, cut, m50 * m50, kind)
+            kind = counterfactual.changes(by_outputs=base.loss is None).kind
+            yield name, Changes(1, level, first, second, third, first * first, kind)
     if failures:
         raise failures[0]
 
@@ -93,8 +120,19 @@ def changes_of_batch(
 def _with_power(layer: Layer, power: float) -> Iterator[None]:
     with decay_raised(layer, power) as raised:
         yield
-    if raised.calls == 0 or raised.unchanged:
-        raise CaptureError(f"layer {layer.name}: a batch that was run again did not call it with another decay")
+    _check(raised, layer, "another decay")
+
+
+@contextmanager
+def _with_smaller_state(layer: Layer, share: float) -> Iterator[None]:
+    with state_reduced(layer, share) as reduced:
+        yield
+    _check(reduced, layer, "a smaller state")
+
+
+def _check(changed: ChangedCalls, layer: Layer, what: str) -> None:
+    if changed.calls == 0 or changed.unchanged:
+        raise CaptureError(f"layer {layer.name}: a batch that was run again did not call it with {what}")
 
 
 class _Outcome:

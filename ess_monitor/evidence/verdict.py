@@ -1,8 +1,12 @@
-"""From the changes of the loss to an outcome: is a layer that remembers little treatable, or does the loss want it so?
+"""From the changes of the loss to an outcome.
 
-Two kinds of collapse are seen. A loud one squeezes the past through few slow states: without the past the loss rises,
-and remembering more costs nothing. A silent one lets nothing of the past through: neither change reaches the loss. A
-task that needs no past looks the same, so that the diagnosis calls it a collapse only where the task is unsolved.
+Is a layer that remembers little treatable, or does the loss want it so? Two kinds of collapse are seen. A loud one
+squeezes the past through few slow states: without the past the loss rises, and remembering more costs nothing. A silent
+one lets nothing of the past through: neither change reaches the loss. A task that needs no past looks the same, so that
+the diagnosis calls it a collapse only where the task is unsolved.
+
+Is a full state too small, or does the loss need no more? What a larger state would gain is not seen without training
+one. What the last dimensions of the present one are worth is: where their loss costs little, more of them gain little.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import math
 from typing import Literal
 
 from ess_monitor.evidence.config import EvidenceConfig
-from ess_monitor.records import Changes, Evidence
+from ess_monitor.records import Changes, Evidence, StateEvidence
 
 
 def add_changes(one: Changes, other: Changes) -> Changes:
@@ -43,31 +47,82 @@ def weigh(
         far_share_ratio: of the layer's reading.
 
     Example:
-        >>> changes = Changes(batches=4, base=8.0, m50=0.004, m90=0.04, cut=0.8, m50_squared=1e-5)
+        >>> changes = Changes(batches=4, base=8.0, first=0.004, second=0.04, third=0.8)
         >>> weigh("mixer", 1500, changes, EvidenceConfig()).outcome
         'loud'
-        >>> weigh("mixer", 1500, Changes(4, 8.0, m50=0.2, m90=0.9, cut=0.8), EvidenceConfig()).outcome
+        >>> weigh("mixer", 1500, Changes(4, 8.0, first=0.2, second=0.9, third=0.8), EvidenceConfig()).outcome
         'by_choice'
     """
-    count = changes.batches
-    base, m50, m90, cut = (total / count for total in (changes.base, changes.m50, changes.m90, changes.cut))
-    variance = max(0.0, changes.m50_squared / count - m50 * m50)
+    base, m50, m90, cut, error = _means(changes)
     is_kl = changes.kind == "outputs"
     outcome, reason = (_by_kl if is_kl else _by_loss)(config, base, m50, m90, cut)
     return Evidence(
         step=step,
         layer=layer,
         basis="kl" if is_kl else "loss",
-        batches=count,
+        batches=changes.batches,
         base=None if is_kl else base,
         m50=m50,
         m90=m90,
         cut=cut,
-        m50_error=math.sqrt(variance / (count - 1)) if count > 1 else 0.0,
+        m50_error=error,
         far_share_ratio=far_share_ratio,
         outcome=outcome,
-        reason=f"{reason} ({count} batches run again)",
+        reason=f"{reason} ({changes.batches} batches run again)",
     )
+
+
+def weigh_state(
+    layer: str, step: int, changes: Changes, config: EvidenceConfig, spectrum_end_ratio: float | None = None
+) -> StateEvidence:
+    """Return the evidence on the size of one layer's state.
+
+    Args:
+        layer: its name.
+        step: of the sample that came with it.
+        changes: sums over one batch at least, with a smaller state.
+        config: thresholds.
+        spectrum_end_ratio: of the layer's reading.
+
+    Example:
+        >>> changes = Changes(batches=4, base=8.0, first=1.2, second=3.0, third=9.0, kind="state_loss")
+        >>> weigh_state("mixer", 1500, changes, EvidenceConfig()).outcome
+        'needed'
+        >>> changes = Changes(batches=4, base=8.0, first=0.01, second=0.4, third=9.0, kind="state_loss")
+        >>> weigh_state("mixer", 1500, changes, EvidenceConfig()).outcome
+        'spare'
+    """
+    base, quarter, half, whole, error = _means(changes)
+    is_kl = changes.kind == "state_outputs"
+    line = config.state_kl if is_kl else config.state_ratio * abs(base)
+    needed = quarter >= line and quarter > 0
+    if is_kl:
+        seen = f"the outputs move by {quarter:.3g} nats without a quarter of the state dimensions"
+    else:
+        seen = f"the loss of {base:.4g} changes by {quarter:+.3g} without a quarter of the state dimensions"
+    side, meaning = ("at or above", "needs them all") if needed else ("below", "needs no more of them")
+    return StateEvidence(
+        step=step,
+        layer=layer,
+        basis="kl" if is_kl else "loss",
+        batches=changes.batches,
+        base=None if is_kl else base,
+        quarter=quarter,
+        half=half,
+        whole=whole,
+        quarter_error=error,
+        spectrum_end_ratio=spectrum_end_ratio,
+        outcome="needed" if needed else "spare",
+        reason=f"{seen}, {side} {line:.3g}: the layer {meaning} ({changes.batches} batches run again)",
+    )
+
+
+def _means(changes: Changes) -> tuple[float, float, float, float, float]:
+    """Return the means of base, first, second and third change, and the standard error of the first."""
+    count, first = changes.batches, changes.first / changes.batches
+    variance = max(0.0, changes.first_squared / count - first * first)
+    error = math.sqrt(variance / (count - 1)) if count > 1 else 0.0
+    return changes.base / count, first, changes.second / count, changes.third / count, error
 
 
 _Outcome = Literal["loud", "silent", "by_choice", "unclear"]

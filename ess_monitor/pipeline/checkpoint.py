@@ -62,10 +62,10 @@ class _CountersState(_StatePart):
 class _ChangesState(_StatePart):
     batches: _Count
     base: FiniteFloat
-    m50: FiniteFloat
-    m90: FiniteFloat
-    cut: FiniteFloat
-    m50_squared: FiniteFloat
+    first: FiniteFloat
+    second: FiniteFloat
+    third: FiniteFloat
+    first_squared: FiniteFloat
     kind: ChangeKind
 
 

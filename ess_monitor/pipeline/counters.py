@@ -31,6 +31,7 @@ from ess_monitor.records import (
     Reading,
     RunStatus,
     Snapshot,
+    StateEvidence,
 )
 
 _STEP_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -88,6 +89,7 @@ class RunCounters:
         self._readings: dict[str, Reading] = {}
         self._conditions: dict[str, Condition] = dict.fromkeys(names, "unknown")
         self._evidence: dict[str, Evidence] = {}
+        self._state_evidence: dict[str, StateEvidence] = {}
         self._changes: dict[Condition, int] = dict.fromkeys(CONDITIONS, 0)
         self._nonfinite: dict[str, int] = dict.fromkeys(names, 0)
         self._interventions: dict[ActionKind, dict[ActionOutcome, int]] = {
@@ -132,6 +134,7 @@ class RunCounters:
         findings: Iterable[Finding] = (),
         conditions: Mapping[str, Condition] | None = None,
         evidence: Mapping[str, Evidence] | None = None,
+        state_evidence: Mapping[str, StateEvidence] | None = None,
     ) -> None:
         """Count a sample that has come to its end; conditions and evidence are those of the diagnosis after it."""
         now = self._wall_clock()
@@ -147,6 +150,7 @@ class RunCounters:
                 self._changes[finding.condition] += 1
             self._conditions.update(conditions or {})
             self._evidence.update(evidence or {})
+            self._state_evidence.update(state_evidence or {})
 
     def autopilot(self, actions: Iterable[Action], active: Iterable[ActionKind], budget: int, enabled: bool) -> None:
         """Count what the autopilot did at this measurement, and set where it stands."""
@@ -184,6 +188,7 @@ class RunCounters:
                 readings=dict(self._readings),
                 conditions=dict(self._conditions),
                 evidence=dict(self._evidence),
+                state_evidence=dict(self._state_evidence),
                 condition_changes_total=dict(self._changes),
                 nonfinite_total=dict(self._nonfinite),
                 interventions_total={kind: dict(counts) for kind, counts in self._interventions.items()},

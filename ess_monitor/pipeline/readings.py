@@ -89,6 +89,8 @@ def compute(captured: Captured, positions: Positions, tolerance: float, scale: T
         last = min(side, *(values.shape[2] for values in spectra))
         spectrum = mean_spectrum(torch.cat([values[:, :, :last] for values in spectra]), tolerance)
         ranks = _thinned(spectrum.shape[0], spectrum.device)
+        if not shortest.operator.capacity_grows:
+            results["spectrum_end"] = _end(spectrum, results["state_capacity"][:, middle].amax())
         return {**results, **claims, "spectrum": spectrum[ranks], "spectrum_ranks": ranks + 1}
 
 
@@ -167,6 +169,13 @@ def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor
         floor = floor.clamp(max=_FAR_BELOW * tolerance)
     mean = values.clamp(min=floor).log().mean((0, 1)).exp()
     return torch.where((values > floor).any(0).any(0), mean, 0.0)
+
+
+def _end(spectrum: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
+    """Return the singular value number `capacity` over the largest; NaN where there are fewer, or all are 0."""
+    index = capacity.long() - 1
+    end = spectrum.take(index.clamp(0, len(spectrum) - 1)) / spectrum[0]
+    return torch.where(index < len(spectrum), end, math.nan)
 
 
 def _thinned(count: int, device: torch.device) -> torch.Tensor:
@@ -261,6 +270,7 @@ def reading(
         retention_ratio=None if undecayed is None else _ratio(effective, _mean(undecayed)),
         mean_decay=_mean(results.get("mean_decay")),
         decay_product_norm=_mean(results.get("decay_product_norm")),
+        spectrum_end_ratio=_finite(results.get("spectrum_end")),
         far_share_ratio=_root_share(results.get("far_squared"), results.get("total_squared")),
         per_head=tuple(sizes.mean((0, 2)).tolist()),
         per_position=tuple(sizes.mean((0, 1)).tolist()),
@@ -273,7 +283,8 @@ def reading(
 
 def _of_jacobian(measured: Reading, sizes: torch.Tensor, results: Results) -> Reading:
     """Return the reading without what is not known of a Jacobian: TSS, and singular values below the tolerance."""
-    unknown = ("state_capacity", "attainable_size", "total_state_capacity", "utilization_ratio", "entropy_size")
+    sizes_of_state = ("state_capacity", "attainable_size", "total_state_capacity", "utilization_ratio")
+    unknown = (*sizes_of_state, "entropy_size", "spectrum_end_ratio")
     certain = bool((sizes[:, 0] == results["at_most"]).all())
     changes: dict[str, object] = dict.fromkeys(unknown)
     changes["message"] = "rank of d y[i:] / d u[:i], the layer linearized at this input, all channels together"
@@ -294,6 +305,10 @@ def _ratio(effective: float, undecayed: float | None) -> float | None:
     if undecayed is None:
         return None
     return effective / undecayed if undecayed > 0 else 1.0
+
+
+def _finite(number: torch.Tensor | None) -> float | None:
+    return float(number) if number is not None and math.isfinite(number) else None
 
 
 def _root_share(part: torch.Tensor | None, whole: torch.Tensor | None) -> float | None:

@@ -10,7 +10,7 @@ from ess_monitor.diagnosis.absent_metric import AbsentMetric
 from ess_monitor.diagnosis.config import contradiction
 from ess_monitor.errors import CheckpointError
 from ess_monitor.evidence.counterfactual import Alternative
-from ess_monitor.evidence.verdict import weigh
+from ess_monitor.evidence.verdict import weigh, weigh_state
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale
@@ -25,6 +25,7 @@ from ess_monitor.records import (
     Outcome,
     Reading,
     SampleResult,
+    StateEvidence,
 )
 from ess_monitor.runtime.guard import logger
 
@@ -41,7 +42,8 @@ class ResultHandler:
         context: of the run.
         grad_scale: what the loss is multiplied with before backward.
         export: takes each measurement to the sinks.
-        obstacles: layers that cannot be examined by running batches again, and why.
+        obstacles: layers of whose decay batches that are run again can say nothing, and why.
+        state_obstacles: the same of the size of their state.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class ResultHandler:
         grad_scale: GradScale,
         export: Callable[[Measurement], None],
         obstacles: Mapping[str, str],
+        state_obstacles: Mapping[str, str],
     ) -> None:
         config, evidence = context.config.diagnosis, context.config.evidence
         self.readings: dict[str, Reading] = {}
@@ -68,6 +71,7 @@ class ResultHandler:
         self._tracker = Tracker(
             config,
             examined={name: obstacles.get(name, "") for name in examined},
+            examined_states={name: state_obstacles.get(name, "") for name in examined},
             recheck_measurements=evidence.recheck_measurements,
         )
         self._absent = AbsentMetric(config)
@@ -85,7 +89,9 @@ class ResultHandler:
         known = self._tracker.conditions
         return {name: known.get(name, "unknown") for name in self._context.layer_names}
 
-    def examinations(self, step: int, *, resumed: bool = False) -> tuple[tuple[str, ...], dict[str, Alternative], int]:
+    def examinations(
+        self, step: int, *, resumed: bool = False
+    ) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Alternative], int]:
         """Return what is to be learned from batches that are run again: the arguments of `Replays.ask`.
 
         Args:
@@ -96,8 +102,11 @@ class ResultHandler:
         comparisons = self.autopilot.comparisons(step, within)
         delay = max((delay for delay, _ in comparisons.values()), default=0)
         trials = {name: trial for name, (_, trial) in comparisons.items()}
-        suspects = tuple(name for name in self._tracker.suspects if name not in trials)
-        return suspects, trials, step + 1 + delay
+        suspects, full = (
+            tuple(name for name in names if name not in trials)
+            for names in (self._tracker.suspects, self._tracker.full_suspects)
+        )
+        return suspects, full, trials, step + 1 + delay
 
     def handle(self, result: SampleResult, step: int, optimizer: Optimizers, *, may_act: bool) -> None:
         """Draw all consequences of one sample.
@@ -173,18 +182,34 @@ class ResultHandler:
         outcome: Outcome = "failed" if result.readings else "skipped"
         if any(reading.status in MEASURED for reading in result.readings):
             outcome = "ok"
-        evidence = self._tracker.evidence
-        self._context.counters.measured(outcome, result.readings, findings, self.conditions, evidence)
+        self._context.counters.measured(
+            outcome,
+            result.readings,
+            findings,
+            self.conditions,
+            self._tracker.evidence,
+            self._tracker.state_evidence,
+        )
         return findings
 
-    def _weigh(self, result: SampleResult) -> dict[str, Evidence | str]:
-        config, far = self._context.config.evidence, {r.layer: r.far_share_ratio for r in result.readings}
-        nothing = "none of the batches of the last steps could be run again, on any rank; the log has the reason"
-        return {
-            layer: weigh(layer, result.step, sums, config, far.get(layer)) if sums.batches else nothing
-            for layer, sums in result.changes.items()
-            if sums.kind != "trial"
-        }
+    def _weigh(self, result: SampleResult) -> dict[str, Evidence | StateEvidence | str]:
+        config, readings = self._context.config.evidence, {reading.layer: reading for reading in result.readings}
+        weighed: dict[str, Evidence | StateEvidence | str] = {}
+        for layer, sums in result.changes.items():
+            reading = readings.get(layer)
+            if sums.kind == "trial":
+                continue
+            if not sums.batches:
+                weighed[layer] = (
+                    "none of the batches of the last steps could be run again, on any rank; the log has the reason"
+                )
+            elif sums.kind in ("state_loss", "state_outputs"):
+                end = None if reading is None else reading.spectrum_end_ratio
+                weighed[layer] = weigh_state(layer, result.step, sums, config, end)
+            else:
+                far = None if reading is None else reading.far_share_ratio
+                weighed[layer] = weigh(layer, result.step, sums, config, far)
+        return weighed
 
     def _intervene(
         self, result: SampleResult, findings: tuple[Finding, ...], step: int, optimizer: Optimizers, may_act: bool

@@ -66,5 +66,5 @@ def build_stages(
         alone=lambda: world_size > 1 and not schedule.exchanges,
         together=lambda: schedule.exchanges,
     )
-    results = ResultHandler(context, grad_scale, export, replays.obstacles)
+    results = ResultHandler(context, grad_scale, export, replays.obstacles, replays.state_obstacles)
     return Stages(SampleTrigger(model, context), queue, schedule, replays, results)

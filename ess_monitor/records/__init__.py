@@ -10,7 +10,7 @@ Units: sizes (`state_capacity`, `effective_size`, ...) are state dimensions; `_r
 
 from __future__ import annotations
 
-from ess_monitor.records.evidence import CHANGE_KINDS, ChangeKind, Changes, Evidence
+from ess_monitor.records.evidence import CHANGE_KINDS, ChangeKind, Changes, Evidence, StateEvidence
 from ess_monitor.records.layers import LayerInfo, Reading, Record, layer_title
 from ess_monitor.records.runs import HealthData, HistogramData, RunInfo, Snapshot
 from ess_monitor.records.samples import Action, Finding, Measurement, SampleResult
@@ -73,6 +73,7 @@ __all__ = [
     "RunStatus",
     "SampleResult",
     "Snapshot",
+    "StateEvidence",
     "Status",
     "condition_title",
     "layer_title",

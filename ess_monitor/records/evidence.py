@@ -40,21 +40,57 @@ class Evidence(Record):
     """The outcome in plain words, with the numbers and thresholds."""
 
 
-ChangeKind = Literal["loss", "outputs", "trial"]
-"""What changes are of. loss, outputs: of these, with another decay. trial: of the loss, with the gate from before a
-treatment; only `m50` is used."""
+class StateEvidence(Record):
+    """What the state dimensions of one layer are worth to the loss: the same batches, run again with a smaller state.
+
+    A change is `loss(with a smaller state) - loss(with the whole one)`, a mean over batches and ranks. Where there is
+    no loss to replay, the change is KL(outputs with the whole state || outputs with a smaller one), in nats per output.
+    Left out are the state dimensions of each head that are least used.
+    """
+
+    step: int
+    """Of the sample that came with it: the first one after the last of the batches."""
+    layer: str
+    basis: Literal["loss", "kl"]
+    """What was compared."""
+    batches: int
+    """Batches run again, on all ranks together."""
+    base: float | None = None
+    """Loss with the whole state; None by KL."""
+    quarter: float
+    """Change without a quarter of the state dimensions, one at least."""
+    half: float
+    """Change without half of them, one at least."""
+    whole: float
+    """Change without any: the layer's output is 0."""
+    quarter_error: float = 0.0
+    """Standard error of `quarter` over the batches."""
+    spectrum_end_ratio: float | None = None
+    """`Reading.spectrum_end_ratio` of the measurement that asked for the evidence."""
+    outcome: Literal["needed", "spare"]
+    """needed: the last state dimensions are worth much, and more of them should be as well. spare: they are not."""
+    reason: str
+    """The outcome in plain words, with the numbers and thresholds."""
+
+
+ChangeKind = Literal["loss", "outputs", "trial", "state_loss", "state_outputs"]
+"""What changes are of. loss, outputs: of these, with another decay. state_loss, state_outputs: of these, with a smaller
+state. trial: of the loss, with the gate from before a treatment; only `first` is used."""
 CHANGE_KINDS: tuple[ChangeKind, ...] = get_args(ChangeKind)
 
 
 class Changes(NamedTuple):
-    """Holds sums over batches that were run again with another decay of one layer; the terms of `Evidence`."""
+    """Holds sums over batches that were run again with something else in one layer."""
 
     batches: int = 0
     """0: none could be run again."""
     base: float = 0.0
-    m50: float = 0.0
-    m90: float = 0.0
-    cut: float = 0.0
-    m50_squared: float = 0.0
-    """Sum of the squares of each batch's `m50`."""
+    first: float = 0.0
+    """With A^0.5 (`Evidence.m50`), or without a quarter of the state (`StateEvidence.quarter`)."""
+    second: float = 0.0
+    """With A^0.1 (`m90`), or without half of the state."""
+    third: float = 0.0
+    """With A = 0 (`cut`), or without the state."""
+    first_squared: float = 0.0
+    """Sum of the squares of each batch's `first`."""
     kind: ChangeKind = "loss"

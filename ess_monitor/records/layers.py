@@ -105,6 +105,9 @@ class Reading(Record):
     """Mean of A's diagonal, 0..1 for a stable recurrence. None where there is no A."""
     decay_product_norm: float | None = None
     """Frobenius norm of the product of A over the sequence. None where there is no A."""
+    spectrum_end_ratio: float | None = None
+    """Singular value number TSS of H_i over the largest, at the position nearest the middle: the geometric mean over
+    samples and heads, 0..1. Near 0 the last state dimension hardly counts. None where H_i has fewer rows or columns."""
     far_share_ratio: float | None = None
     """Share of a token's output that comes from afar: ||T[p+d:, :p]||_F / ||T[p+d:, :]||_F at the position p nearest
     the middle, with d = length // 8, over all measured operators; 0..1. None where d is 0 or no row is left."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ess_monitor.records.evidence import Evidence
+from ess_monitor.records.evidence import Evidence, StateEvidence
 from ess_monitor.records.layers import LayerInfo, Reading, Record
 from ess_monitor.records.terms import ActionKind, ActionOutcome, Condition, Outcome, Part, Phase, RunStatus
 
@@ -66,6 +66,8 @@ class Snapshot(Record):
     conditions: dict[str, Condition]
     evidence: dict[str, Evidence] = {}
     """Latest evidence, per layer; a layer that was never examined is absent. Empty in logs of before it was written."""
+    state_evidence: dict[str, StateEvidence] = {}
+    """The same of the size of the state."""
     condition_changes_total: dict[Condition, int]
     nonfinite_total: dict[str, int]
     interventions_total: dict[ActionKind, dict[ActionOutcome, int]]

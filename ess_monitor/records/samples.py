@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ess_monitor.records.evidence import Changes, Evidence
+from ess_monitor.records.evidence import Changes, Evidence, StateEvidence
 from ess_monitor.records.layers import Reading, Record
 from ess_monitor.records.terms import ActionKind, ActionOutcome, Condition
 
@@ -24,8 +24,8 @@ class Finding(Record):
     retention_ratio: float | None = None
     metric: float | None = None
     """Task metric at that step, when one is given."""
-    evidence: Evidence | None = None
-    """What the loss says of the layer's forgetting, where it was asked."""
+    evidence: Evidence | StateEvidence | None = None
+    """What the loss says of the layer's forgetting, or of the size of its state, where it was asked."""
 
 
 class Action(Record):

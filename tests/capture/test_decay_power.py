@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ess_monitor import CaptureError, ConfigError, register_capture
 from ess_monitor.capture import AlphaHandle, CaptureSpec, DecayHandle, Layer, Transition, find_layers
 from ess_monitor.capture.adapters.mamba2 import ADAPTERS as MAMBA2
-from ess_monitor.capture.decay_power import RaisedCalls, can_raise, decay_raised
+from ess_monitor.capture.decay_power import can_raise, decay_raised
 from ess_monitor.capture.handles import STRONGEST_RATE, DecayInputs, raise_arguments, raised_log_decay
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite, Op
+from ess_monitor.capture.hooks.changed_calls import ChangedCalls
 from ess_monitor.ess import DiagonalRecurrence
 from ess_monitor.featurizers import GLA, LA, S6, SA
 
@@ -49,7 +50,7 @@ def test_both_ways_compute_what_another_rate_would(way: Any, power: float) -> No
     with torch.no_grad(), decay_raised(layer, power) as raised:
         found = layer.module(X)
         twice = layer.module(X)
-    assert raised == RaisedCalls(calls=2)
+    assert raised == ChangedCalls(calls=2)
     assert torch.equal(found, twice)
     assert torch.equal(layer.module(X), before)
     if power == 1:
@@ -125,18 +126,18 @@ def test_the_graph_of_a_forward_pass_before_is_still_good_afterwards() -> None:
 def test_the_calls_that_were_seen_are_told() -> None:
     layer = s6()
     with decay_raised(layer, 0.5) as raised:
-        assert raised == RaisedCalls(0, 0)
+        assert raised == ChangedCalls(0, 0)
     layer.module(X)
-    assert raised == RaisedCalls(0, 0)
+    assert raised == ChangedCalls(0, 0)
 
     transformers = pytest.importorskip("transformers")
     config = transformers.RwkvConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2)
     attention = transformers.RwkvModel(config).blocks[0].attention
     with torch.no_grad(), decay_raised(only(attention), 0.5) as raised:
         attention(X)
-        assert raised == RaisedCalls(calls=1, unchanged=0)
+        assert raised == ChangedCalls(calls=1, unchanged=0)
         attention(X[:, :1])  # as a step of decoding
-    assert raised == RaisedCalls(calls=1, unchanged=1)
+    assert raised == ChangedCalls(calls=1, unchanged=1)
 
 
 # ops that call ops
@@ -176,7 +177,7 @@ def test_an_op_that_calls_another_is_raised_once_and_every_op_of_the_layer_is() 
     with decay_raised(with_op_decay(net), 0.5) as raised:
         found = net(X)
     assert torch.equal(found, X)
-    assert raised == RaisedCalls(calls=2)
+    assert raised == ChangedCalls(calls=2)
     assert torch.equal(net(X), 2 * X)
 
 
@@ -216,7 +217,7 @@ def test_a_layer_of_the_user_is_refused_unless_it_has_an_alpha(ema: Layer) -> No
     assert can_raise(alpha) == ""
     with torch.no_grad(), decay_raised(alpha, math.inf) as raised:
         torch.testing.assert_close(ema.module(X), X)
-    assert raised == RaisedCalls(calls=1)
+    assert raised == ChangedCalls(calls=1)
 
 
 def test_what_a_decay_without_a_power_follows_from_is_named() -> None:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ess_monitor.interventions.gate import gate_tensors
 from tests.evidence.ranks import within_group
-from tests.pipeline.replaying import ALL_COLLAPSED, LAST, Loop, batch, by_outputs, loss_of, settings_of
+from tests.pipeline.replaying import ALL_COLLAPSED, FULL, LAST, Loop, batch, by_outputs, loss_of, settings_of
 
 
 def fsdp2(model: Any) -> Any:
@@ -61,7 +61,7 @@ def told(loop: Loop) -> dict[str, Any]:
     health = monitor.snapshot().health
     return {
         "findings": [f.model_dump(mode="json") for f in monitor.findings],
-        "evidence": [e.model_dump(mode="json") for e in loop.evidence],
+        "evidence": [e.model_dump(mode="json") for e in [*loop.evidence, *loop.state_evidence]],
         "actions": [a.model_dump(mode="json") for a in monitor.actions],
         "conditions": dict(monitor.conditions),
         "failures": health.part_failures_total["replay"],
@@ -116,6 +116,7 @@ def under_ddp(rank: int, folder: str, count: int) -> None:
             "bare": run(rank, "ddp", None),
             "all": run(rank, "ddp", settings_of("advise", ranks="all")),
             "all by outputs": run(rank, "ddp", settings_of("advise", ranks="all"), replays=by_outputs),
+            "full": run(rank, "ddp", settings_of("advise", ranks="all", diagnosis=FULL)),
             "alone": run(rank, "ddp", settings_of("advise")),
             "alone by outputs": run(rank, "ddp", settings_of("advise"), replays=by_outputs),
             "auto": run(rank, "ddp", settings_of("auto", evidence=collapsed), steps=20),

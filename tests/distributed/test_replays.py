@@ -10,6 +10,7 @@ from tests.distributed.replaying_ranks import sharded, under_ddp
 from tests.pipeline.replaying import LAST
 from tests.ranks import saved_by_ranks
 
+FIRST = LAST.replace("1", "0")
 TOLD = ("findings", "evidence", "actions", "conditions")
 
 
@@ -41,6 +42,19 @@ def test_evidence_is_that_of_the_batches_of_all_ranks(ddp: list[dict[str, Any]],
     for rank in ddp:
         assert rank[run]["training"] == rank["bare"]["training"]
         assert rank[run]["failures"] == 0
+
+
+def test_evidence_on_the_size_of_a_state_is_that_of_the_batches_of_all_ranks(ddp: list[dict[str, Any]]) -> None:
+    found = told_alike(ddp, "full")["evidence"]
+    assert [(each["layer"], each["basis"], each["batches"]) for each in found] == [
+        (FIRST, "loss", 6),
+        (LAST, "loss", 6),
+    ]
+    losses = [loss for rank in ddp for loss in rank["full"]["losses"]]
+    assert [each["base"] for each in found] == pytest.approx([sum(losses) / 6] * 2, rel=1e-6)
+    for rank in ddp:
+        assert rank["full"]["training"] == rank["bare"]["training"]
+        assert rank["full"]["failures"] == 0
 
 
 @pytest.mark.parametrize(("run", "basis"), [("alone", "loss"), ("alone by outputs", "kl")])

@@ -10,7 +10,7 @@ from torch import nn
 from ess_monitor import Finding, LayerInfo, Measurement, Reading
 from ess_monitor.ess import DiagonalRecurrence
 from ess_monitor.featurizers import GLA, GLAS6
-from ess_monitor.records import Evidence, RunInfo
+from ess_monitor.records import Evidence, RunInfo, StateEvidence
 from ess_monitor.report import RunHistory
 
 READING = Reading(
@@ -18,6 +18,18 @@ READING = Reading(
 )
 EVIDENCE = Evidence(
     step=1, layer="a", basis="loss", batches=8, base=2.0, m50=0.0, m90=0.1, cut=0.5, outcome="loud", reason="seen"
+)
+STATE_EVIDENCE = StateEvidence(
+    step=1,
+    layer="a",
+    basis="loss",
+    batches=8,
+    base=2.0,
+    quarter=0.5,
+    half=1.0,
+    whole=2.0,
+    outcome="needed",
+    reason="seen",
 )
 FINDING = Finding(step=1, layer="a", condition="collapsed", previous="unknown", reason="low")
 MEASUREMENT = Measurement(

@@ -13,7 +13,18 @@ from ess_monitor import Monitor, capture, diagnosis, distributed, interventions,
 from ess_monitor.capture import find_layers
 from ess_monitor.diagnosis import DiagnosisConfig
 from tests.honesty.case import Case
-from tests.honesty.data import EVIDENCE, FINDING, MEASUREMENT, READING, RUN, floats, layer_with_alpha, model, sgd
+from tests.honesty.data import (
+    EVIDENCE,
+    FINDING,
+    MEASUREMENT,
+    READING,
+    RUN,
+    STATE_EVIDENCE,
+    floats,
+    layer_with_alpha,
+    model,
+    sgd,
+)
 
 OF_THE_MODEL = "belongs to the model's own forward, whose errors are passed on"
 
@@ -72,6 +83,7 @@ PACKAGE: dict[str, Case] = {
         },
     ),
     "Evidence": Case(ess_monitor.Evidence, EVIDENCE.model_dump),
+    "StateEvidence": Case(ess_monitor.StateEvidence, STATE_EVIDENCE.model_dump),
     "Finding": Case(ess_monitor.Finding, FINDING.model_dump),
     "LayerInfo": Case(ess_monitor.LayerInfo, RUN.layers[0].model_dump),
     "Measurement": Case(ess_monitor.Measurement, MEASUREMENT.model_dump),

@@ -12,11 +12,11 @@ from ess_monitor.interventions.gate import gate_tensors
 from ess_monitor.records import Action, Changes, Evidence
 from tests.interventions.pilots import FIRST, LAST, Run, reading
 
-HARM = Changes(8, 16.0, -0.8, m50_squared=0.081, kind="trial")
+HARM = Changes(8, 16.0, -0.8, first_squared=0.081, kind="trial")
 """The gate from before is 5 % better, in every batch."""
-GAIN = Changes(8, 16.0, 4.0, m50_squared=2.01, kind="trial")
-NOTHING = Changes(8, 16.0, 1e-6, m50_squared=1e-12, kind="trial")
-NOISE = Changes(8, 16.0, -0.8, m50_squared=20.0, kind="trial")
+GAIN = Changes(8, 16.0, 4.0, first_squared=2.01, kind="trial")
+NOTHING = Changes(8, 16.0, 1e-6, first_squared=1e-12, kind="trial")
+NOISE = Changes(8, 16.0, -0.8, first_squared=20.0, kind="trial")
 UNSEEN = Changes(kind="trial")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.featurizers import Backbone, BackboneConfig
-from ess_monitor.records import Evidence
+from ess_monitor.records import Evidence, StateEvidence
 from tests.eager import EAGER_DIAGNOSIS
 
 LAST = "backbone.blocks.1.mixer"
@@ -20,6 +20,17 @@ LAST = "backbone.blocks.1.mixer"
 
 ALL_COLLAPSED: dict[str, Any] = {"cut_ratio": 0.99, "silent_ratio": 0.99, "kl_silent": 1e9}
 """Settings `evidence` under which whatever is found supports a collapse."""
+
+FULL: dict[str, Any] = {
+    "collapsed_below": 0.01,
+    "collapsed_recovers_above": 0.02,
+    "starved_below": 0.03,
+    "starved_recovers_above": 0.04,
+    "saturated_recovers_below": 0.05,
+    "full_above": 0.06,
+    "saturated_spectrum_end": 0.0,
+}
+"""Settings `diagnosis` under which every layer is full."""
 
 QUICK_TRIAL: dict[str, Any] = {"checks": (4, 13), "harm_ratio": 1e3, "gain_ratio": 1e3}
 """Two comparisons, of which nothing follows."""
@@ -156,6 +167,12 @@ class Loop:
         """The latest on each layer that was examined."""
         assert self.monitor is not None
         return list(self.monitor._results._tracker.evidence.values())
+
+    @property
+    def state_evidence(self) -> list[StateEvidence]:
+        """The latest on each layer whose state was made smaller."""
+        assert self.monitor is not None
+        return list(self.monitor._results._tracker.state_evidence.values())
 
 
 def bits(value: Any) -> Any:

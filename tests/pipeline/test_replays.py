@@ -344,12 +344,12 @@ def test_a_layer_without_usable_numbers_keeps_the_others_from_nothing() -> None:
         passes.append(loss_of(loop.model, batch(0)))
         return passes[-1] * (math.nan if len(passes) == 3 else 1.0)
 
-    alternatives = {layer.name: other_decays(layer) for layer in layers}
+    counterfactuals = {layer.name: other_decays(layer) for layer in layers}
     found: list[str] = []
     with pytest.raises(CaptureError, match=r"layer backbone\.blocks\.0\.mixer: .* is not finite"):
-        found.extend(name for name, _ in changes_of_batch(loop.model, alternatives, replay, gives_loss=True))
+        found.extend(name for name, _ in changes_of_batch(loop.model, counterfactuals, replay, gives_loss=True))
     assert found == [LAST]
     assert len(passes) == 7
-    for name, changes in changes_of_batch(loop.model, alternatives, replay, gives_loss=True):
+    for name, changes in changes_of_batch(loop.model, counterfactuals, replay, gives_loss=True):
         assert changes.batches == 1, name
     assert len(passes) == 14

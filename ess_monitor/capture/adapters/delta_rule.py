@@ -21,24 +21,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.gated_linear import (
+    AXES,
     Select,
     first_tokens,
     forget_at,
+    is_whole_sequence,
     no_decay,
     precise,
     refuse_options,
     scale_of,
     selection,
+    state_of,
 )
 from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step
 from ess_monitor.capture.handles import (
     AlphaHandle,
     DecayHandle,
     DecayInputs,
+    StateHandle,
     Transition,
     named_inputs,
     raise_arguments,
     raised_log_decay,
+    reduce_arguments,
     write_arguments,
 )
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
@@ -269,6 +274,13 @@ def _rwkv7_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
     return DecayHandle(parameters, site, read, write_arguments(names), raised)
 
 
+def _rwkv7_state(layer: nn.Module, site: CallSite) -> StateHandle:
+    """Build the handle on the state: k and the left factor of the rank-one part write to it."""
+    left = {"chunk_rwkv7": "b", "fused_mul_recurrent_rwkv7": "kk"}
+    by_op = {op: reduce_arguments(is_whole_sequence, {"k": AXES, name: AXES}, "r", AXES) for op, name in left.items()}
+    return StateHandle(site, lambda call, share: by_op[call.op](call, share))
+
+
 def _refusal(layer: nn.Module) -> str | None:
     if "chunk_gated_delta_product" in names_used(type(layer)):
         return "it makes several steps of the delta rule per token, so that its op sees another sequence than the layer"
@@ -300,6 +312,7 @@ ADAPTERS = (
         channels=int_attribute("num_v_heads", "num_heads"),
         decay=_decay,
         alpha=_alpha,
+        state=state_of("k", "q"),
         refusal=_refusal,
     ),
     LayerAdapter(
@@ -308,6 +321,7 @@ ADAPTERS = (
         state_capacity=int_attribute("head_dim"),
         channels=int_attribute("num_heads"),
         decay=_rwkv7_decay,
+        state=_rwkv7_state,
     ),
     LayerAdapter(
         operator="DeltaRecurrence",
@@ -321,5 +335,6 @@ ADAPTERS = (
         channels=int_attribute("num_v_heads", "num_heads"),
         decay=_transformers_decay,
         alpha=_transformers_alpha,
+        state=state_of("key", "query"),
     ),
 )

@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 from ess_monitor.capture.adapters.layer_attributes import int_attribute
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, raised_log_decay
+from ess_monitor.capture.handles import (
+    AlphaHandle,
+    Axes,
+    DecayHandle,
+    DecayInputs,
+    StateHandle,
+    Transition,
+    least_used,
+    raised_log_decay,
+)
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.ess import DiagonalRecurrence, Operator, SoftmaxAttention
@@ -44,6 +53,15 @@ def _decay(*parameters: str) -> DecayHandle:
     return DecayHandle(parameters, _CORE, read, write, raised)
 
 
+_AXES = Axes(state=3, heads=1)
+
+
+def _reduced(call: Call, share: float) -> Arguments:
+    """Return the arguments of `core(q, k, v, log_decay)` without the least used state dimensions of k."""
+    q, k, *others = call.args
+    return (q, _AXES.without(k, least_used(_AXES.usage(k), _AXES.usage(q), share)), *others), call.kwargs
+
+
 _HANDLES: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] = {
     LA: (None, None),
     SA: (None, None),
@@ -63,6 +81,7 @@ SPECS: dict[type[nn.Module], CaptureSpec] = {
         channels=int_attribute("num_heads"),
         decay=decay,
         alpha=alpha,
+        state=None if layer is SA else StateHandle(_CORE, _reduced),
     )
     for layer, (decay, alpha) in _HANDLES.items()
 }

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step
 from ess_monitor.capture.handles import (
     AlphaHandle,
+    Axes,
     DecayHandle,
     DecayInputs,
+    StateHandle,
     Transition,
     raise_arguments,
     raised_log_decay,
+    reduce_arguments,
     write_arguments,
 )
 from ess_monitor.capture.hooks.call_site import Call, CallSite
@@ -245,6 +248,21 @@ def _decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
     return DecayHandle(parameters, gated, read, write_arguments(lambda call: (_GATES[call.op],)), raised)
 
 
+AXES = Axes(state=3, heads=2)
+"""Of keys and queries."""
+
+
+def is_whole_sequence(call: Call) -> bool:
+    """Return whether an operator is read of a call of these ops."""
+    values = call.kwargs["v"] if "v" in call.kwargs else call.kwargs["value"]
+    return not is_decoding_step(call, values.shape[1])
+
+
+def state_of(key: str, query: str) -> Callable[[nn.Module, CallSite], StateHandle]:
+    """Build the handle on the state of ops with these names for keys and queries."""
+    return lambda layer, site: StateHandle(site, reduce_arguments(is_whole_sequence, {key: AXES}, query, AXES))
+
+
 def _last_bias(layer: nn.Module) -> AlphaHandle | None:
     """Return the alpha of log A = -exp(w): the last bias of w shifts it as a whole."""
     bias = "w_proj.linear.lora.2.bias"
@@ -269,6 +287,7 @@ ADAPTERS = (
         channels=int_attribute("num_heads"),
         decay=_decay,
         alpha=_normalizer,
+        state=state_of("k", "q"),
         refusal=_refusal,
     ),
     LayerAdapter(
@@ -278,5 +297,6 @@ ADAPTERS = (
         channels=int_attribute("num_heads"),
         decay=_decay,
         alpha=_last_bias,
+        state=state_of("k", "r"),
     ),
 )

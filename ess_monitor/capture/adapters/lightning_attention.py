@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.layer_attributes import int_attribute
-from ess_monitor.capture.hooks.call_site import Call
+from ess_monitor.capture.handles import Axes, StateHandle, least_used
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import DiagonalRecurrence, Operator
@@ -38,6 +40,21 @@ def masked_qkv(call: Call) -> LazyOperator | None:
     return LazyOperator(qkv.shape[0], heads, qkv.shape[1], form)
 
 
+def _state(layer: nn.Module, site: CallSite) -> StateHandle:
+    """Build the handle on the keys, before padding is masked."""
+    axes = Axes(state=3, heads=2)
+
+    def reduced(call: Call, share: float) -> Arguments | None:
+        name, qkv = next(iter(call.kwargs.items()))
+        if qkv.shape[1] == 1:
+            return None
+        q, k, v = qkv.reshape(*qkv.shape[:2], _heads(layer) or 1, 3, -1).unbind(3)
+        k = axes.without(k, least_used(axes.usage(k), axes.usage(q), share))
+        return call.args, {**call.kwargs, name: torch.stack((q, k, v), 3).reshape(qkv.shape)}
+
+    return StateHandle(site, reduced)
+
+
 ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
@@ -45,5 +62,6 @@ ADAPTERS = (
         is_member=lambda layer: hasattr(layer, "slope_rate") and hasattr(layer, "qkv_proj"),
         state_capacity=int_attribute("head_dim"),
         channels=_heads,
+        state=_state,
     ),
 )

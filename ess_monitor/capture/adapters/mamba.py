@@ -28,9 +28,12 @@ from ess_monitor.capture.adapters.selective_scan import (
     without_placeholders,
 )
 from ess_monitor.capture.handles import (
+    Axes,
     DecayHandle,
     DecayInputs,
+    StateHandle,
     Transition,
+    least_used,
     named_inputs,
     raise_arguments,
     raised_rate,
@@ -192,6 +195,54 @@ def _fused_inputs(call: Call) -> DecayInputs | None:
     return named_inputs({**weights, **{name: (tap, 2) for name, tap in taps.items()}}, transition)
 
 
+_FEW = 4
+"""Sequences of which B and C are computed to see how much a state dimension is used."""
+
+
+def _axes(tensor: Tensor) -> Axes:
+    """Return the axes of B or C, in the shapes of `_by_state`."""
+    return Axes(state=-1) if tensor.dim() == 2 else Axes(state=-2, heads=1 if tensor.dim() == 4 else None)
+
+
+def _least_used(B: Tensor, C: Tensor, share: float) -> Tensor:
+    return least_used(_axes(B).usage(B), _axes(C).usage(C), share)
+
+
+def _state(layer: nn.Module, site: CallSite) -> StateHandle:
+    """Build the handle on B, which writes to the state; the fused op gets the weights that give no B."""
+
+    def reduced(call: Call, share: float) -> Arguments | None:
+        k = call.kwargs
+        if call.op == _FUSED:
+            return None if k["xz"].shape[2] == 1 else (call.args, {**k, **_fused_without_b(k, share)})
+        B, C = k["B"], k["C"]
+        if is_decoding_step(call, k[_name_of_dt(call)].shape[2]):
+            return None
+        return call.args, {**k, "B": _axes(B).without(B, _least_used(B, C, share))}
+
+    return StateHandle(without_placeholders(site, _FUSED), reduced)
+
+
+def _fused_without_b(k: Mapping[str, Any], share: float) -> dict[str, Tensor]:
+    """Return the arguments of the fused op that decide on B, with 0 where a state dimension is left out."""
+    given = {name: value.float() if isinstance(value, Tensor) else value for name, value in k.items() if name != "xz"}
+    channels, state = k["A"].shape
+    x = _convolved(shifted(k["xz"][:_FEW, :channels].float(), k["conv1d_weight"].shape[-1]), given)
+    B, C = _fused_b_and_c(x, given).values()
+    left_out = _least_used(B, C, share)
+    last = Axes(state=-1)
+    if k["B"] is not None:
+        return {"B": _axes(k["B"]).without(k["B"], left_out)}
+    if k.get("b_rms_weight") is not None:
+        return {"b_rms_weight": last.without(k["b_rms_weight"], left_out)}
+    weight, rank = k["x_proj_weight"], k["delta_proj_weight"].shape[1]
+    rows = F.pad(left_out[0], (rank, weight.shape[0] - rank - state), value=False)
+    changed = {"x_proj_weight": weight.masked_fill(rows[:, None], 0.0)}
+    if k.get("B_proj_bias") is not None:
+        changed["B_proj_bias"] = last.without(k["B_proj_bias"], left_out)
+    return changed
+
+
 def zamba(call: Call) -> LazyOperator | None:
     """Read Zamba's `in_proj`, whose output (batch, length, 2 channels) has x and gate of every channel side by side."""
     layer, projected = call.layer, call.output
@@ -295,6 +346,7 @@ ADAPTERS = (
         channels=_CHANNELS,
         decay=_decay,
         alpha=alpha_of_a_log,
+        state=_state,
         refusal=lambda layer: why_without_kernels(layer, *_OPS),
     ),
 )

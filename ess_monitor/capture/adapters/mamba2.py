@@ -34,9 +34,12 @@ from ess_monitor.capture.adapters.selective_scan import (
 )
 from ess_monitor.capture.handles import (
     STRONGEST_RATE,
+    Axes,
     DecayHandle,
     DecayInputs,
+    StateHandle,
     Transition,
+    least_used,
     named_inputs,
     raised_rate,
     write_arguments,
@@ -203,6 +206,37 @@ def _name_of_dt(call: Call) -> str:
     return next(iter(call.kwargs)) if call.op in _FUSED else "dt"
 
 
+_AXES = Axes(state=3, heads=2)
+_FEW = 4
+"""Sequences of which B and C are computed to see how much a state dimension is used."""
+
+
+def _state(layer: nn.Module, site: CallSite) -> StateHandle:
+    """Build the handle on B, which writes to the state; the fused op convolves no B."""
+
+    def reduced(call: Call, share: float) -> Arguments | None:
+        k = call.kwargs
+        if is_decoding_step(call, k[_name_of_dt(call)].shape[1]):
+            return None
+        if call.op not in _FUSED:
+            left_out = least_used(_AXES.usage(k["B"]), _AXES.usage(k["C"]), share)
+            return call.args, {**k, "B": _AXES.without(k["B"], left_out)}
+        projected, *names = list(k)[:3]
+        weight, bias = (k[name] for name in names)
+        projection, activation = _fused_projection(call), None if k["activation"] is None else F.silu
+        B, C = projection.b_and_c(k[projected][:_FEW], weight, bias, activation)
+        left_out = least_used(_AXES.usage(B), _AXES.usage(C), share).flatten()
+        rows = F.pad(left_out, (projection.inner, len(left_out)), value=False)
+        changed = {
+            name: k[name].masked_fill(rows.reshape(-1, *[1] * (k[name].dim() - 1)), 0.0)
+            for name in names
+            if k[name] is not None
+        }
+        return call.args, {**k, **changed}
+
+    return StateHandle(without_placeholders(site, *_FUSED), reduced)
+
+
 def fla_projection(call: Call) -> LazyOperator | None:
     """Read fla's `in_proj`, whose output is (batch, length, [feed-forward | gate | x, B, C | dt])."""
     layer: Any = call.layer
@@ -273,6 +307,7 @@ ADAPTERS = (
         channels=_CHANNELS,
         decay=_decay,
         alpha=alpha_of_a_log,
+        state=_state,
         refusal=lambda layer: why_without_kernels(layer, *_OPS),
     ),
     LayerAdapter(

@@ -21,7 +21,7 @@ from prometheus_client.core import (
     Metric,
 )
 
-from ess_monitor.exporters.evidence import evidence_ratios
+from ess_monitor.exporters.evidence import AnyEvidence, evidence_ratios
 from ess_monitor.records import (
     ACTION_OUTCOMES,
     ACTIONS,
@@ -52,6 +52,7 @@ _EVIDENCE_GAUGES = (
         "Change of the loss with half the decay of a layer over that loss, in the latest evidence by the loss.",
     ),
     ("cut_ratio", "The same without what the layer remembers of the past."),
+    ("quarter_ratio", "The same without a quarter of the layer's state dimensions."),
 )
 _EPOCH = "in seconds since the epoch"
 _EPOCH_OR_NONE = f"{_EPOCH}; absent before the first"
@@ -113,9 +114,10 @@ def _layer_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     shares = {layer_title(name): now.readings[name].far_share_ratio for name in names if name in now.readings}
     yield gauge("layer_far_share_ratio", "Share of a layer's output that comes from afar, 0 to 1.", shares, "layer")
     yield gauge("layer_condition", "1 for the condition a layer is in.", conditions, "layer", "condition")
-    changes_of = {name: evidence_ratios(now.evidence[name]) for name in names if name in now.evidence}
+    found: list[AnyEvidence] = [*now.evidence.values(), *now.state_evidence.values()]
+    changes_of = [(layer_title(each.layer), evidence_ratios(each)) for each in found if each.layer in names]
     for quantity, documentation in _EVIDENCE_GAUGES:
-        ratios = {layer_title(name): share.get(quantity) for name, share in changes_of.items()}
+        ratios = {layer: shares[quantity] for layer, shares in changes_of if quantity in shares}
         yield gauge(f"layer_evidence_{quantity}", documentation, ratios, "layer")
     changes = _by_name(CONDITIONS, now.condition_changes_total)
     yield counter("condition_changes", "How often a layer entered a condition.", changes, "condition")

@@ -90,8 +90,9 @@ def benchmark_limits(diagnosis: Mapping[str, object]) -> str:
         "tokens), judged with their accuracy as task metric and a warm-up of a seventh of the run. None of the eight "
         "healthy ones was called collapsed or saturated. A false alarm in another model is still possible, and the "
         "figures on saturated states rest on two runs. All figures are those of the rules alone. On other tasks the "
-        "rules alone raise false alarms, and where batches can be run again a layer with a decay is therefore called "
-        "collapsed only if the evidence supports it. How good rules and evidence are together is not shown here."
+        "rules alone raise false alarms. Where batches can be run again, a layer with a decay is therefore called "
+        "collapsed, and a full one saturated, only if the evidence supports it. How good rules and evidence are "
+        "together is not shown here."
     )
     if diagnosis.get("metric") is None:
         text += " This run gave the diagnosis no task metric; how good the rules are without one was not measured."

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from benchmarks.layers import CASES
 from benchmarks.layers.case import Case, Mixed
-from ess_monitor.capture.decay_power import RaisedCalls, can_raise, decay_raised
+from ess_monitor.capture.decay_power import can_raise, decay_raised
 from ess_monitor.capture.hooks.call_site import Call
+from ess_monitor.capture.hooks.changed_calls import ChangedCalls
 from ess_monitor.ess import DeltaRecurrence, Operator, ReadFirstRecurrence
 from ess_monitor.featurizers import GLA, GLAS6, S6, WLA
 from tests.capture.adapters.helpers import captured_in, exact
@@ -80,7 +81,7 @@ class Run(NamedTuple):
     """The same from the captured operator."""
     output: Tensor
     """Of the model."""
-    counts: RaisedCalls | None
+    counts: ChangedCalls | None
 
 
 class Model:
@@ -193,7 +194,7 @@ def test_the_layer_applies_the_raised_decay_and_is_as_before_afterwards(
     for run in (before, half, cut):
         assert relative(run.product, run.y) < case.tolerance
         assert run.output.isfinite().all()
-    assert half.counts == cut.counts == RaisedCalls(calls=1)
+    assert half.counts == cut.counts == ChangedCalls(calls=1)
     assert relative(half.y, before.y) > 1e-4
 
     assert torch.equal(after.output, before.output)
