@@ -23,6 +23,13 @@ from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.runtime import RuntimeConfig
 
 ENVIRONMENT_PREFIX = "ESS_MONITOR_"
+_OTHER_VARIABLES = re.compile(
+    r"(?:.+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_.+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)|TARGETS",
+    re.IGNORECASE,
+)
+"""What follows the prefix in variables that are no settings: Kubernetes sets such for a Service whose name begins with
+ess-monitor, and the compose file of the dashboards reads the last one."""
+_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://")
 _MAX_PROBLEMS = 10
 
 
@@ -171,8 +178,10 @@ def _read_environment() -> dict[str, Any]:
     for name in os.environ:
         if not name.upper().startswith(ENVIRONMENT_PREFIX):
             continue
-        setting = name[len(ENVIRONMENT_PREFIX) :].lower().split("__")[0]
-        if setting not in MonitorConfig.model_fields:
+        after = name[len(ENVIRONMENT_PREFIX) :]
+        if _OTHER_VARIABLES.fullmatch(after) or (after.upper().endswith("PORT") and _ADDRESS.match(os.environ[name])):
+            continue
+        if after.lower().split("__")[0] not in MonitorConfig.model_fields:
             known = ", ".join(sorted(MonitorConfig.model_fields))
             raise ConfigError(f"environment: {name} is not a setting; after {ENVIRONMENT_PREFIX} comes one of {known}")
     try:

@@ -80,6 +80,7 @@ def test_a_wrong_setting_is_named_with_value_and_range(settings: dict[str, objec
     ("name", "value", "message"),
     [
         ("ESS_MONITOR_EVERY_N_STEP", "3", r"ESS_MONITOR_EVERY_N_STEP is not a setting"),
+        ("ESS_MONITOR_PORT", "9464", r"ESS_MONITOR_PORT is not a setting"),
         ("ESS_MONITOR_CAPTURE__SAMPLE", "3", r"capture\.sample: unknown setting"),
         ("ESS_MONITOR_EXPORTERS", "[prometheus", r"environment"),
     ],
@@ -90,6 +91,37 @@ def test_a_wrong_variable_is_an_error_and_not_ignored(
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         MonitorConfig.load()
+
+
+def kubernetes(service: str, port: int, protocol: str, port_name: str) -> dict[str, str]:
+    """Return the variables that every pod gets of a Service in its namespace."""
+    prefix, address = service.upper().replace("-", "_"), "10.96.0.7"
+    of_port = f"{prefix}_PORT_{port}_{protocol.upper()}"
+    return {
+        f"{prefix}_SERVICE_HOST": address,
+        f"{prefix}_SERVICE_PORT": str(port),
+        f"{prefix}_SERVICE_PORT_{port_name.upper()}": str(port),
+        f"{prefix}_PORT": f"{protocol}://{address}:{port}",
+        of_port: f"{protocol}://{address}:{port}",
+        f"{of_port}_PROTO": protocol,
+        f"{of_port}_PORT": str(port),
+        f"{of_port}_ADDR": address,
+    }
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        kubernetes("ess-monitor", 9464, "tcp", "metrics"),
+        kubernetes("ess-monitor-gateway", 53, "udp", "dns"),
+        {"ESS_MONITOR_TARGETS": "/var/tmp/targets"},
+    ],
+    ids=["service", "another service", "compose file"],
+)
+def test_variables_that_others_set_are_none_of_ours(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**variables, "ESS_MONITOR_EVERY_N_STEPS": "7"}.items():
+        monkeypatch.setenv(name, value)
+    assert MonitorConfig.load() == MonitorConfig(every_n_steps=7)
 
 
 @pytest.mark.parametrize(
