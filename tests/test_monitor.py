@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -185,7 +186,7 @@ class TestTrainingIsSacred:
         "submit": lambda m: m.setattr("ess_monitor.runtime.Executor.submit", _explode),
         "poll": lambda m: m.setattr("ess_monitor.runtime.Executor.poll", _explode),
         "hub": lambda m: m.setattr("ess_monitor.exporters.ExporterHub.export", _explode),
-        "metrics": lambda m: m.setattr(measuring, "split_metrics", _explode),
+        "metrics": lambda m: m.setattr("ess_monitor.runtime.MetricReader.read", _explode),
         "cadence": lambda m: m.setattr("ess_monitor.runtime.Cadence.sampled", _explode),
     }
 
@@ -226,6 +227,20 @@ class TestTrainingIsSacred:
             train(model, 6, monitor)
             monitor.flush()
         assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestMetrics:
+    @pytest.mark.parametrize(
+        "odd", [1j, 10**400, "high", torch.eye(2).to_sparse()], ids=["complex", "huge", "text", "sparse"]
+    )
+    def test_an_odd_metric_costs_nothing_else(self, odd: object, caplog: pytest.LogCaptureFixture) -> None:
+        sink, metrics = Collecting(), {"odd": odd, 3: 1.0, "accuracy": np.float32(0.5), "loss": torch.tensor(2.0)}
+        with Monitor(backbone(), CONFIG, exporters=[sink]) as monitor:
+            with monitor.sample(metrics):
+                monitor.model(torch.zeros(1, 16, dtype=torch.long))
+            assert {r.status for r in monitor.flush()} == {"ok"}
+        assert [m.metrics for m in sink.measurements] == [{"accuracy": 0.5, "loss": 2.0}]
+        assert sum("is left out" in record.getMessage() for record in caplog.records) == 2
 
 
 class TestLife:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
 from ess_monitor import validation
@@ -20,8 +19,8 @@ from ess_monitor.pipeline.health import Health
 from ess_monitor.records import RUN_STATUSES, Changes, Part, Phase, RunStatus
 from ess_monitor.runtime import Cadence, Guard, Job
 
-Metrics = Mapping[str, "float | torch.Tensor"]
-"""What the training loop knows of a step, by name: numbers, or tensors of one element."""
+Metrics = Mapping[str, Any]
+"""What the training loop knows of a step, by name: numbers of Python or NumPy, arrays or tensors of one element."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class RunContext:
 class Sample(Job):
     """Holds what was captured in one sampled forward pass, and the tasks that measure it.
 
-    There is a task for each captured layer, in order, and one more for metrics that are tensors.
+    There is a task for each captured layer, in order, and one more for each device that has metrics.
     """
 
     step: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -15,7 +15,7 @@ from ess_monitor.errors import format_error
 from ess_monitor.pipeline.context import Metrics, RunContext, Sample
 from ess_monitor.pipeline.readings import compute, lost_reading, reading
 from ess_monitor.records import MEASURED, SampleResult
-from ess_monitor.runtime import ComputeBackend, Executor, Task, backend_for, is_out_of_memory
+from ess_monitor.runtime import ComputeBackend, Executor, MetricReader, Task, backend_for, is_out_of_memory
 
 
 class MeasurementQueue:
@@ -32,6 +32,7 @@ class MeasurementQueue:
         threads = context.config.runtime.threads
         self._backend_of = cache(backends or (lambda device: backend_for(device, threads=threads)))
         self._executor: Executor[Sample] = Executor(context.config.runtime)
+        self._metrics = MetricReader()
         self._timeouts_in_a_row = 0
 
     def __len__(self) -> int:
@@ -45,10 +46,9 @@ class MeasurementQueue:
             if failure.status != "skipped":
                 self._guards["capture"].count(f"layer {failure.layer.name}: {failure.error}", failure.cause)
         sample.tasks = [self._task(captured) for captured in sample.captured]
-        sample.metrics, tensors = split_metrics(metrics or {})
-        if tensors:
-            device = next(iter(tensors.values())).device
-            sample.tasks.append(Task(self._backend_of(device), tuple(tensors.values()), lambda: tensors))
+        sample.metrics, tensors = self._metrics.read(metrics)
+        for device, values in tensors.items():
+            sample.tasks.append(Task(self._backend_of(device), tuple(values.values()), partial(dict, values)))
         if not self._guards["measurement"].open or not self._executor.submit(sample):
             why = "the measurement queue was full; raise every_n_steps or runtime.queue_length"
             if self._executor.stuck:
@@ -152,19 +152,3 @@ class MeasurementQueue:
         elif measured:
             backoff.record_success(sample.share)
         return self._health.layers_failed({k: v for k, v in failed.items() if k not in out_of_memory}, measured)
-
-
-def split_metrics(metrics: Metrics) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Return numbers as they are, and one-element tensors as detached copies that the runtime brings to the host.
-
-    Anything else is not a metric of a run and is left out.
-    """
-    numbers: dict[str, float] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in metrics.items():
-        if isinstance(value, torch.Tensor):
-            if value.numel() == 1:
-                tensors[name] = value.detach().clone().reshape(())
-        elif isinstance(value, (int, float)):
-            numbers[name] = float(value)
-    return numbers, tensors

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ess_monitor.runtime.cadence import Cadence
     from ess_monitor.runtime.executor import Executor, Job, RuntimeConfig
     from ess_monitor.runtime.guard import Breaker, Guard
+    from ess_monitor.runtime.metrics import MetricReader
 
 __all__ = [
     "Breaker",
@@ -31,6 +32,7 @@ __all__ = [
     "Guard",
     "HostBackend",
     "Job",
+    "MetricReader",
     "RuntimeConfig",
     "SampleSizeBackoff",
     "StreamBackend",
@@ -41,7 +43,7 @@ __all__ = [
     "is_out_of_memory",
 ]
 
-_MODULES = ("guard", "cadence", "backends", "backoff", "executor")
+_MODULES = ("guard", "cadence", "backends", "backoff", "executor", "metrics")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,84 @@
+"""Reads what a training loop gives as metrics: numbers of every kind, on every device."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+import torch
+
+from ess_monitor import validation
+
+logger = logging.getLogger("ess_monitor")
+
+_MOST_REPORTED = 100
+"""Metrics that are named at most: a name that changes with every step would fill the log."""
+
+
+class MetricReader:
+    """Reads metrics, and names each one that is no number once. What cannot be read costs nothing else.
+
+    Numbers are those of Python (`int`, `float`, `bool`, `Fraction`, `Decimal`) and NumPy, and arrays and tensors of one
+    element. None is no value yet, and left out without a word.
+
+    Example:
+        >>> numbers, tensors = MetricReader().read({"loss": torch.tensor(0.5), "accuracy": 0.9, "f1": None})
+        >>> numbers, tensors
+        ({'accuracy': 0.9}, {device(type='cpu'): {'loss': tensor(0.5000)}})
+    """
+
+    def __init__(self) -> None:
+        self._reported: set[str] = set()
+
+    def read(self, metrics: object) -> tuple[dict[str, float], dict[torch.device, dict[str, torch.Tensor]]]:
+        """Return the numbers, and by device detached copies of the tensors, which the runtime brings to the host."""
+        values: dict[str, float] = {}
+        tensors: dict[torch.device, dict[str, torch.Tensor]] = {}
+        if metrics is None:
+            return values, tensors
+        if not isinstance(metrics, Mapping):
+            self._report("metrics", f"{validation.type_of(metrics)} is no mapping of names to numbers")
+            return values, tensors
+        for name, value in metrics.items():
+            shown = f"metric {name!s:.100}"
+            try:
+                if not isinstance(name, str):
+                    self._report(shown, f"its name is {validation.type_of(name)}; names are text")
+                elif isinstance(value, torch.Tensor):
+                    tensors.setdefault(value.device, {})[name] = _scalar(value)
+                elif value is not None:
+                    values[name] = _number(value)
+            except Exception as error:
+                self._report(shown, f"{error}")
+        return values, {device: of_device for device, of_device in tensors.items() if of_device}
+
+    def _report(self, what: str, problem: str) -> None:
+        if what not in self._reported and len(self._reported) < _MOST_REPORTED:
+            self._reported.add(what)
+            logger.warning(
+                "ess_monitor: %s is left out: %.200s; give a number or a tensor of one element", what, problem
+            )
+
+
+def _scalar(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout != torch.strided or tensor.is_complex() or tensor.device.type == "meta" or tensor.numel() != 1:
+        kind = f"{tensor.layout}, {tensor.dtype}, shape {tuple(tensor.shape)}, {tensor.device}"
+        raise TypeError(f"a tensor ({kind}) is given")
+    return tensor.detach().clone().reshape(())
+
+
+def _number(value: Any) -> float:
+    """Return a number as a float.
+
+    Raises:
+        TypeError: it is none.
+        OverflowError: no float is that large.
+    """
+    if not isinstance(value, numbers.Number) and getattr(value, "size", None) == 1 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, (numbers.Real, Decimal)):
+        raise TypeError(f"{validation.type_of(value)} is given")
+    return float(value)
