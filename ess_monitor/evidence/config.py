@@ -31,7 +31,13 @@ class EvidenceConfig(BaseModel):
     a ratio of two noises."""
     m50_share: float = Field(default=0.03, gt=0.0, lt=1.0)
     """A layer whose past is used is treatable where remembering more costs less than this share of `cut`. Collapsed
-    layers are at -.006 to .010, healthy ones at .064 to .77."""
+    layers are at -.006 to .019, healthy ones at .041 to .77."""
+    far_share_ratio: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of a token's output that comes from afar, from which `far_m50_share` holds. Healthy layers with a small m50
+    / cut are at .00005 to .045, collapsed ones at .19 to .98."""
+    far_m50_share: float = Field(default=0.06, gt=0.0, lt=1.0)
+    """As `m50_share`, of a layer whose output comes from afar. Half escaped layers, whose past is worth little, are at
+    .033 to .042."""
     silent_ratio: float = Field(default=0.001, gt=0.0, lt=1.0)
     """Change of the loss, as a share of it, below which a layer counts as silent: neither A = 0 nor A^0.1 reaches the
     loss. Of healthy layers whose `cut` is near 0, m90 is at 1.6 % of the loss and more."""

@@ -55,7 +55,12 @@ def weigh(
     """
     base, m50, m90, cut, error = _means(changes)
     is_kl = changes.kind == "outputs"
-    outcome, reason = (_by_kl if is_kl else _by_loss)(config, base, m50, m90, cut)
+    if is_kl:
+        outcome, reason = _by_kl(config, m50, m90, cut)
+    else:
+        is_far = far_share_ratio is not None and far_share_ratio >= config.far_share_ratio
+        m50_share = config.far_m50_share if is_far else config.m50_share
+        outcome, reason = _by_loss(config, m50_share, base, m50, m90, cut)
     return Evidence(
         step=step,
         layer=layer,
@@ -128,7 +133,9 @@ def _means(changes: Changes) -> tuple[float, float, float, float, float]:
 _Outcome = Literal["loud", "silent", "by_choice", "unclear"]
 
 
-def _by_loss(config: EvidenceConfig, base: float, m50: float, m90: float, cut: float) -> tuple[_Outcome, str]:
+def _by_loss(
+    config: EvidenceConfig, m50_share: float, base: float, m50: float, m90: float, cut: float
+) -> tuple[_Outcome, str]:
     # A solved task can have a loss of 0: then every change is large against it, and none is silent.
     scale = abs(base)
     seen = (
@@ -136,7 +143,7 @@ def _by_loss(config: EvidenceConfig, base: float, m50: float, m90: float, cut: f
         f"{cut:+.3g} without the past"
     )
     if cut >= config.cut_ratio * scale and cut > 0:
-        if m50 < config.m50_share * cut:
+        if m50 < m50_share * cut:
             return "loud", f"{seen}: it needs the past, and remembering more costs it nothing"
         return "by_choice", f"{seen}: remembering more costs it {m50 / cut:.0%} of what the past is worth"
     silent = config.silent_ratio * scale
@@ -147,7 +154,7 @@ def _by_loss(config: EvidenceConfig, base: float, m50: float, m90: float, cut: f
     return "unclear", f"{seen}: neither a preference nor its absence can be seen"
 
 
-def _by_kl(config: EvidenceConfig, base: float, m50: float, m90: float, cut: float) -> tuple[_Outcome, str]:
+def _by_kl(config: EvidenceConfig, m50: float, m90: float, cut: float) -> tuple[_Outcome, str]:
     seen = (
         f"the outputs move by {m50:.3g} nats with half the decay, by {m90:.3g} with a tenth, and by {cut:.3g} without "
         "the past"

@@ -40,10 +40,20 @@ def by_outputs(m50: float, m90: float, cut: float, batches: int = 8) -> Changes:
     ],
 )
 def test_the_outcome_by_the_loss(m50: float, m90: float, cut: float, outcome: str) -> None:
-    evidence = weigh("mixer", 700, by_loss(m50, m90, cut), CONFIG, 0.2)
+    evidence = weigh("mixer", 700, by_loss(m50, m90, cut), CONFIG, 0.09)
     assert (evidence.outcome, evidence.basis, evidence.batches) == (outcome, "loss", 8)
-    assert (evidence.base, evidence.far_share_ratio, evidence.step) == (2.0, 0.2, 700)
+    assert (evidence.base, evidence.far_share_ratio, evidence.step) == (2.0, 0.09, 700)
     assert evidence.m50 == pytest.approx(m50)
+
+
+@pytest.mark.parametrize(
+    ("far", "m50", "outcome"),
+    [(None, 0.02, "by_choice"), (0.09, 0.02, "by_choice"), (0.1, 0.0239, "loud"), (0.9, 0.0241, "by_choice")],
+)
+def test_a_layer_whose_output_comes_from_afar_may_lose_more_by_remembering(
+    far: float | None, m50: float, outcome: str
+) -> None:
+    assert weigh("mixer", 700, by_loss(m50, 0.2, 0.4), CONFIG, far).outcome == outcome
 
 
 @pytest.mark.parametrize("base", [-2.0, 1e-4, 5e3])
@@ -78,6 +88,8 @@ def test_every_threshold_is_a_setting() -> None:
     changes = by_loss(0.05, 0.2, 0.4)
     assert weigh("m", 1, changes, CONFIG).outcome == "by_choice"
     assert weigh("m", 1, changes, EvidenceConfig(m50_share=0.2)).outcome == "loud"
+    assert weigh("m", 1, changes, EvidenceConfig(far_m50_share=0.2), 0.5).outcome == "loud"
+    assert weigh("m", 1, changes, EvidenceConfig(far_m50_share=0.2, far_share_ratio=0.6), 0.5).outcome == "by_choice"
     assert weigh("m", 1, by_loss(0.0, 0.0, 0.03), CONFIG).outcome == "unclear"
     assert weigh("m", 1, by_loss(0.0, 0.0, 0.03), EvidenceConfig(cut_ratio=0.01)).outcome == "loud"
     assert weigh("m", 1, by_loss(0.0, 0.0, 0.03), EvidenceConfig(silent_ratio=0.02)).outcome == "silent"
