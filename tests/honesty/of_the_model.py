@@ -259,6 +259,7 @@ RUNTIME: dict[str, Case] = {
     "Executor": Case(_executed, lambda: {"config": runtime.RuntimeConfig()}),
     "Guard": Case(runtime.Guard, lambda: {"part": "capture"}),
     "HostBackend": Case(_computed, lambda: {"threads": 1}),
+    "MetricReader": Case(runtime.MetricReader),
     "RuntimeConfig": PACKAGE["RuntimeConfig"],
     "SampleSizeBackoff": Case(runtime.SampleSizeBackoff),
     "backend_for": Case(runtime.backend_for, lambda: {"device": torch.device("cpu"), "threads": 1}),
