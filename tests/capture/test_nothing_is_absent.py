@@ -59,6 +59,14 @@ def test_a_short_convolution_inside_of_a_mixer_that_cannot_be_read_is_a_part_of_
     assert (info.name, info.module, info.supported) == ("blocks.0.mixer", "mLSTMLayer", False)
 
 
+@pytest.mark.parametrize("name", ["MyMamba", "HFMamba", "LitMamba"])
+def test_a_module_around_a_whole_model_is_no_mixer_whatever_it_is_called(name: str) -> None:
+    model = named("Tower", embeddings=nn.Embedding(16, WIDTH), mixer=named("MinGRU"))
+    assert [info.name for info in describe(named("Trained", wrapped=named(name, model=model))).layers] == [
+        "wrapped.model.mixer"
+    ]
+
+
 def test_a_short_convolution_beside_a_mixer_is_a_layer_of_its_own() -> None:
     block = named("Block", conv=short_convolution(), recurrence=named("minGRU"), mlp=nn.Linear(4, 4))
     assert [(i.name, i.supported) for i in describe(block).layers] == [("conv", True), ("recurrence", False)]

@@ -75,15 +75,13 @@ def looks_like_mixer(cls: type[nn.Module]) -> bool:
 def is_holder(module: nn.Module, mixers: Collection[nn.Module]) -> bool:
     """Return whether a module is a block, a stack or a model around the `mixers` that it holds."""
     name = type(module).__name__
-    if hasattr(type(module), "get_input_embeddings") or isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    ):
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return True
+    if any(isinstance(part, nn.Embedding) or hasattr(type(part), "get_input_embeddings") for part in module.modules()):
         return True
     if _HOLDER.search(name) and not _NO_HOLDER.search(name):
         return True
     children = dict(module.named_children())
-    if any(isinstance(child, nn.Embedding) for child in children.values()):
-        return True
     if any(_FEED_FORWARD.search(child) or _FEED_FORWARD.search(type(m).__name__) for child, m in children.items()):
         return True
     ids = {id(mixer) for mixer in mixers}
