@@ -20,7 +20,7 @@ from ess_monitor.diagnosis import DiagnosisConfig, thresholds
 from ess_monitor.exporters.prometheus.collector import SnapshotCollector
 from ess_monitor.exporters.prometheus.pushgateway import PushgatewayConfig
 from ess_monitor.pipeline.counters import RunCounters
-from tests.exporters.helpers import PLAIN_LAYERS, action, evidence, reading, run_info
+from tests.exporters.helpers import PLAIN_LAYERS, action, evidence, reading, run_info, state_evidence
 
 ROOT = Path(__file__).parents[2]
 ALERTS = Path(ess_monitor.alerts.__file__).parent
@@ -59,7 +59,8 @@ def served() -> Served:
     ledger = RunCounters(PLAIN_LAYERS, wall_clock=lambda: 1_000_300.0)
     ledger.step(1, 0.1)
     found = {layer: evidence(layer) for layer in PLAIN_LAYERS}
-    ledger.measured("ok", [reading(layer) for layer in PLAIN_LAYERS], evidence=found)
+    states = {layer: state_evidence(layer) for layer in PLAIN_LAYERS}
+    ledger.measured("ok", [reading(layer) for layer in PLAIN_LAYERS], evidence=found, state_evidence=states)
     ledger.autopilot(
         (action(), action(action="rescale_alpha"), action(action="advise")), ("rescale_alpha",), budget=3, enabled=True
     )

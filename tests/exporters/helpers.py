@@ -20,6 +20,7 @@ from ess_monitor.records import (
     RunInfo,
     RunStatus,
     Snapshot,
+    StateEvidence,
 )
 
 PLAIN_LAYERS = ("blocks.0.mixer", "blocks.1.mixer")
@@ -89,6 +90,12 @@ def evidence(layer: str = "blocks.0.mixer", step: int = 90, **fields: Any) -> Ev
         "reason": "the loss of 8 changes by +1 with half the decay.",
     }
     return Evidence(step=step, layer=layer, **{**values, **fields})
+
+
+def state_evidence(layer: str = "blocks.0.mixer", step: int = 90) -> StateEvidence:
+    """A state that is too small, by the loss."""
+    changes = {"base": 4.0, "quarter": 1.0, "half": 2.0, "whole": 8.0}
+    return StateEvidence(step=step, layer=layer, basis="loss", batches=8, outcome="needed", reason="seen", **changes)
 
 
 def examined(layer: str = "blocks.0.mixer", found: Evidence | None = None, step: int = 100) -> Finding:

@@ -48,7 +48,9 @@ def whole_state() -> dict[str, Any]:
     state = Monitor(model(), CONFIG).state_dict()
     reading = Reading(step=4, layer="model", status="ok", effective_size=1.0)
     layer = {"name": "model", "condition": "healthy", "candidate": "healthy", "streak": 0, "utilizations": [0.5]}
-    layer |= {"evidence": None, "evidence_age": 0, "obstacle": "", "is_suspect": False}
+    layer |= {"evidence": None, "evidence_age": 0, "obstacle": ""}
+    layer |= {"state_evidence": None, "state_evidence_age": 0, "state_obstacle": "", "full_streak": 0}
+    layer |= {"suspected": None}
     changes = Changes(2, 3.0, 0.1, 0.2, 0.3, 0.01)._asdict()
     return {
         **state,

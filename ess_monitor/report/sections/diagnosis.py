@@ -20,6 +20,8 @@ BENCHMARKED_SETTINGS: Mapping[str, bool | int | float] = {
     "retention_below": 0.75,
     "retention_recovers_above": 0.85,
     "saturated_above": 0.97,
+    "full_above": 0.92,
+    "saturated_spectrum_end": 0.02,
     "saturated_recovers_below": 0.9,
     "patience": 5,
     "saturated_patience": 10,
