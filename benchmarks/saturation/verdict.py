@@ -29,7 +29,7 @@ from ess_monitor.evidence.verdict import weigh_state
 from ess_monitor.records import Changes, Finding, Reading, StateEvidence
 
 GAIN, NO_GAIN = 0.05, 0.01
-"""Of the loss of guessing. They were set before the first run was trained."""
+"""Of the loss of guessing. They were set before the first run was trained, with three pairs of a prototype in view."""
 WARMUP = 1 / 7
 """Warm-up as a share of the run's length, as `DiagnosisConfig.warmup_steps` recommends."""
 POSITIONS = 3

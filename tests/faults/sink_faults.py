@@ -205,7 +205,7 @@ def two_runs_one_rotated_log(injection: Injection) -> Outcome:
         {
             "rotated, by design without its oldest lines": len(deleted) > 0,
             "no other line is lost": sorted(deleted + left) == sorted(expected),
-            "no part is larger than its limit": max(*sizes, config.path.stat().st_size) <= 8192,
+            "no part is larger than its limit": max(*sizes, config.path.stat().st_size) <= config.max_bytes,
             "no export error": counts == [0, 0],
         },
     )

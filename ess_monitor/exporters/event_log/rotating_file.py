@@ -52,7 +52,7 @@ class LineFile:
 
         Args:
             line: is kept even if another process has renamed or removed the file since the last line.
-            max_bytes: a file that would become larger is rotated first.
+            max_bytes: a file that would become larger, its heading included, is rotated first, unless it is empty.
             heading: makes the first line that this object writes to a new file.
 
         Raises:
@@ -62,7 +62,8 @@ class LineFile:
         is_new = not self._is_at_path()
         if is_new:
             self.open()
-        if max_bytes is not None and self.size + len(line) > max_bytes:
+        needed = len(line) + (len(heading()) if is_new and heading is not None else 0)
+        if max_bytes is not None and self.size and self.size + needed > max_bytes:
             is_new = self.rotate() or is_new
         if is_new and heading is not None:
             self._append(heading())

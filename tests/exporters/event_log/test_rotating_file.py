@@ -57,6 +57,27 @@ def deleted(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return lines
 
 
+def test_a_heading_counts_for_the_limit(new: Callable[[], LineFile], path: Path, older: Path) -> None:
+    """A run that finds the file of another writes its heading first, and both must fit."""
+    first, second = new(), new()
+    first.write(b"a" * 60 + b"\n", max_bytes=LIMIT)
+    first.rotate()
+    first.write(b"b" * 60 + b"\n", max_bytes=LIMIT)
+    second.write(b"c" * 30 + b"\n", max_bytes=LIMIT, heading=lambda: b"h" * 20 + b"\n")
+    assert path.read_bytes() == b"h" * 20 + b"\n" + b"c" * 30 + b"\n"
+    assert older.read_bytes() == b"b" * 60 + b"\n"
+
+
+def test_an_empty_file_is_not_rotated_for_a_line_that_is_too_long(
+    new: Callable[[], LineFile], path: Path, older: Path
+) -> None:
+    file = new()
+    file.write(b"a" * 60 + b"\n", max_bytes=LIMIT)
+    file.rotate()
+    file.write(b"b" * 200 + b"\n", max_bytes=LIMIT)
+    assert (path.read_bytes(), older.read_bytes()) == (b"b" * 200 + b"\n", b"a" * 60 + b"\n")
+
+
 @pytest.mark.parametrize("turns", [(1, 1), (1, 40), (40, 1), (7, 3)])
 def test_two_writers_lose_no_line_but_those_that_a_rotation_deletes(
     new: Callable[[], LineFile], path: Path, older: Path, deleted: list[bytes], turns: tuple[int, int]
