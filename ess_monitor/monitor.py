@@ -106,7 +106,7 @@ class Monitor(RunSampling):
             export=lambda measurement: self._hub.export(measurement),
         )
         self._step, self._last_call, self._optimizer = 0, float("nan"), cast(Optimizers, None)
-        self._running = self._samples = False
+        self._running, self._samples = None, False
 
     def __enter__(self) -> Monitor:
         self.start()
@@ -170,8 +170,11 @@ class Monitor(RunSampling):
             step: optimizer steps so far, where the caller's own count differs from the number of calls.
             replay: returns the loss of this step's batch, of another forward pass. Called where `replay_due` alone.
                 Without it outputs are compared, on which mode auto does not act.
+
+        Raises:
+            ConfigError: the monitor was not started. After `close` a call does nothing.
         """
-        if not self._alive:
+        if not self._takes("step"):
             return
         before, self._last_call = self._last_call, self._context.clock()
         self._step = self._step + 1 if step is None else validation.whole("step", step, 0)
@@ -191,6 +194,7 @@ class Monitor(RunSampling):
 
     def flush(self, timeout_seconds: float = 60.0) -> tuple[Reading, ...]:
         """Wait for the samples under way and return the latest reading of every layer."""
+        self._require_start("flush")
         timeout_seconds = check_timeout(timeout_seconds)
         if not self._context.health.forked:
             with self._context.guards["worker"]:

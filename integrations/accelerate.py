@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from ess_monitor.distributed.parallelism import sizes_of_config
+from ess_monitor.errors import CheckpointError, format_error
 from ess_monitor.evidence.counterfactual import Replay
 from ess_monitor.exporters import Exporter, TensorBoardExporter
 from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, loss_factor, require
+from ess_monitor.integrations.json_state import checkpoint_state, from_json
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.pipeline.context import Metrics
 
 require("accelerate", extra="accelerate")
 
 _HIDES_LOSS_SCALE = ("DEEPSPEED", "MEGATRON_LM")
+_WATCHING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+"""How many callbacks write into the checkpoints of an accelerator."""
 
 
 class ESSMonitorCallback(ExplicitLoop):
     """Shows the memory utilization of every sequence mixer while a loop with an `Accelerator` trains.
 
-    `watch` names the accelerator and the model, and registers the callback for `accelerator.save_state` and
-    `load_state`; the with-block is the run; `step` goes right after `optimizer.step()`. Readings go through every
-    tracker of the accelerator.
+    `watch` names the accelerator and the model. From then on `accelerator.save_state` writes `ess_monitor.json` beside
+    its own files, and `load_state` reads it where there is one. The with-block is the run; `step` goes right after
+    `optimizer.step()`. Readings go through every tracker of the accelerator.
 
     Args:
         config: a `MonitorConfig`, or its settings as a dictionary.
@@ -53,7 +61,9 @@ class ESSMonitorCallback(ExplicitLoop):
     """
 
     _accelerator: Any = None
-    _not_copied = ("_accelerator", "_model")
+    _leave_checkpoints: Callable[[], None] | None = None
+    """Ends what `watch` began with its accelerator."""
+    _not_copied = (*ExplicitLoop._not_copied, "_accelerator", "_leave_checkpoints")
 
     def watch(self, accelerator: Any, model: nn.Module) -> ESSMonitorCallback:
         """Set what is watched. Call it after `accelerator.prepare` and before `accelerator.load_state`.
@@ -63,9 +73,39 @@ class ESSMonitorCallback(ExplicitLoop):
             model: what `prepare` returned.
         """
         if self._accelerator is not accelerator:
-            accelerator.register_for_checkpointing(self)
+            self._join_checkpoints(accelerator)
         self._accelerator, self._model = accelerator, model
         return self
+
+    def _join_checkpoints(self, accelerator: Any) -> None:
+        """Write the state into the accelerator's checkpoints, and read it where there is one.
+
+        An object that is registered for checkpointing has to be in every checkpoint that is loaded, and in no other.
+        """
+        if self._leave_checkpoints is not None:
+            self._leave_checkpoints()
+        number = _WATCHING.get(accelerator, 0)
+        _WATCHING[accelerator] = number + 1
+        name = f"ess_monitor_{number}.json" if number else "ess_monitor.json"  # as accelerate names its own
+
+        def save(models: Any, weights: Any, folder: str) -> None:
+            state = checkpoint_state(self.state_dict)
+            everywhere = accelerator.project_configuration.save_on_each_node
+            if accelerator.is_local_main_process if everywhere else accelerator.is_main_process:
+                Path(folder, name).write_text(json.dumps(state or {}), encoding="utf-8")
+
+        def load(models: Any, folder: str) -> None:
+            path = Path(folder, name)
+            self.load_state_dict(_read(path) if path.exists() else {})
+
+        saving = accelerator.register_save_state_pre_hook(save)
+        loading = accelerator.register_load_state_pre_hook(load)
+
+        def leave() -> None:
+            saving.remove()
+            loading.remove()
+
+        self._leave_checkpoints = leave
 
     def step(
         self,
@@ -83,6 +123,7 @@ class ESSMonitorCallback(ExplicitLoop):
             step: optimizer steps so far, where the loop's own count differs from the number of calls.
             replay: as for `Monitor.step`. Without it the prepared model is called again, and its outputs' `loss` used.
         """
+        self._require_start("step")
         if self.monitor is not None and self._accelerator.sync_gradients:
             self.monitor.step(metrics, optimizer=optimizer, step=step, replay=replay)
 
@@ -110,3 +151,13 @@ class ESSMonitorCallback(ExplicitLoop):
             else:
                 sinks.append(LoggerExporter(tracker.name, tracker.log))
         return [*sinks, *self._table(print)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({format_error(error):.200}); delete it to resume without the monitor's state"
+        ) from None
+    return state

@@ -80,8 +80,8 @@ class LoopFacts:
     precision: str
     grad_scale: Callable[[], float | torch.Tensor]
     """As for `Monitor`; called during backward."""
-    step: int = 0
-    """Optimizer steps so far, for a run that resumes without a state of the monitor."""
+    step: int | None = None
+    """Optimizer steps so far: a run that begins at step 0 begins anew. None where the loop does not count them."""
     scale_known: bool = True
     """False where an engine hides its loss scale (DeepSpeed, Megatron-LM). The gradient of a regularizer could then not
     be scaled like the loss, so the autopilot must not act."""
@@ -179,12 +179,13 @@ class CallbackBase:
             precision=facts.precision,
             grad_scale=facts.grad_scale,
         )
-        if self._state is not None:
-            monitor.load_state_dict(self._state)
-        elif facts.step > 0:
+        state = self._state_to_go_on_from(model, facts.step)
+        if state is not None:
+            monitor.load_state_dict(state)
+        elif facts.step:
             monitor.load_state_dict({**monitor.state_dict(), "step": facts.step})
         monitor.start()
-        self.monitor = monitor
+        self.monitor, self._state = monitor, None
         # A loop that dies without calling its callbacks, and is dropped with them, still ends the run in the exporters.
         self._close_if_dropped = weakref.finalize(self, monitor.close, "failed")
         self._close_if_dropped.atexit = False  # the monitor does that itself
@@ -195,7 +196,19 @@ class CallbackBase:
         self._close_if_dropped.detach()
         self._close_if_dropped = None
         self.monitor.close(status)
-        self._state = self.monitor.state_dict()
+
+    def _state_to_go_on_from(self, model: nn.Module, step: int | None) -> dict[str, Any] | None:
+        """Return the state that was loaded, or that of the last run where this one trains its model further.
+
+        None for a run that begins anew: at step 0 (another fit, a fold, a sweep), with another model, or before the
+        step that the last run came to.
+        """
+        if step == 0:
+            return None
+        if self._state is not None or self.monitor is None or self.monitor.model is not model:
+            return self._state
+        last = self.monitor.state_dict()
+        return last if step is None or last["step"] <= step else None
 
     def _table(self, write: Callable[[str], None]) -> list[Exporter]:
         return [TerminalExporter(TerminalConfig(), write=write)] if self.table else []
@@ -209,12 +222,17 @@ class CallbackBase:
         return self.monitor.state_dict() if self.monitor is not None else (self._state or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until the monitor is built; an unreadable one raises `CheckpointError` then."""
+        """Keep the state until the monitor is built; an unreadable one raises `CheckpointError` then.
+
+        With an empty one the next run begins anew.
+        """
         if not isinstance(state_dict, dict):
             raise CheckpointError(
                 f"state_dict: {type(state_dict).__name__} given; expected the dictionary of state_dict()"
             )
         self._state = state_dict or None
+        if not (state_dict or self._is_running):
+            self.monitor = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the settings and the state, without the running training, for copies and pickles."""
@@ -226,6 +244,8 @@ class ExplicitLoop(CallbackBase):
     """Serves loops that their users write themselves: they call `watch`, a with-block, `step` and `sample`."""
 
     _model: nn.Module | None = None
+    _was_started = False
+    _not_copied: tuple[str, ...] = ("_model", "_was_started")
 
     @abstractmethod
     def _facts(self) -> LoopFacts:
@@ -258,6 +278,7 @@ class ExplicitLoop(CallbackBase):
         if self._model is None:
             raise ConfigError(f"{type(self).__name__}: nothing to watch; call .watch(...) with the model first")
         self._open(self._model, self._facts(), self._sinks)
+        self._was_started = True
 
     def close(self, status: RunStatus = "finished") -> None:
         """End the run; the with-block does this. A second call does nothing."""
@@ -269,11 +290,20 @@ class ExplicitLoop(CallbackBase):
 
         Use it with `capture={"source": "validation"}`: training batches are not sampled then.
         """
+        self._require_start("sample")
         if self.monitor is None or not self.monitor.sample_due:
             yield
             return
         with self.monitor.sample(metrics):
             yield
+
+    def _require_start(self, call: str) -> None:
+        """Raise `ConfigError` where a run was never started. Ranks that measure nothing have no monitor either."""
+        if not self._was_started:
+            raise ConfigError(
+                f"{call}: the run was not started, so nothing would be measured; put the training into "
+                f"`with callback.watch(...):`, or call start() before it and close() after it"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()` of an earlier run. During a run the monitor is restarted from it."""

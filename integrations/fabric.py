@@ -44,7 +44,7 @@ class ESSMonitorCallback(ExplicitLoop):
     _divisor = 1
     _stepped: tuple[torch.optim.Optimizer, ...] = ()
     """Optimizers that made a step since the last call of `step`."""
-    _not_copied = ("_fabric", "_model", "_stepped")
+    _not_copied = (*ExplicitLoop._not_copied, "_fabric", "_stepped")
 
     def watch(self, fabric: Any, model: nn.Module, *, accumulation_steps: int = 1) -> ESSMonitorCallback:
         """Set what is watched. Call it after `fabric.setup`.
@@ -70,6 +70,12 @@ class ESSMonitorCallback(ExplicitLoop):
         self._model = wrapper.module if hasattr(wrapper, "_forward_module") else model
         return self
 
+    def start(self) -> None:
+        """Build and start the monitor; the with-block does this. A second call does nothing."""
+        if not self._is_running:
+            self._stepped = ()
+        super().start()
+
     def step(self, metrics: Metrics | None = None, *, step: int | None = None, replay: Replay | None = None) -> None:
         """Pass the metrics of an optimizer step; while gradients accumulate this does nothing.
 
@@ -78,6 +84,7 @@ class ESSMonitorCallback(ExplicitLoop):
             step: optimizer steps so far, where the loop's own count differs from the number of calls.
             replay: as for `Monitor.step`. Without it the model is called again, and its outputs' `loss` used.
         """
+        self._require_start("step")
         stepped, self._stepped = self._stepped, ()
         if self.monitor is not None and stepped:
             self.monitor.step(metrics, optimizer=stepped, step=step, replay=replay)

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ess_monitor.errors import CheckpointError, format_error
 
+_LOG = logging.getLogger("ess_monitor")
 _TENSOR = "tensor:base64"
+
+
+def checkpoint_state(state_dict: Callable[[], dict[str, Any]]) -> Any:
+    """Return a state for JSON; None, with a warning, where that fails: the checkpoint must still be written.
+
+    Args:
+        state_dict: returns the state.
+    """
+    try:
+        exported = to_json(state_dict())
+        json.dumps(exported)
+    except Exception as error:
+        _LOG.warning("the monitor's state is not in this checkpoint: %s", format_error(error))
+        return None
+    return exported
 
 
 def to_json(value: Any) -> Any:

@@ -76,6 +76,7 @@ class ESSMonitorCallback(CallbackBase, _Base):
                 trainer.strategy.root_device,
                 trainer.accumulate_grad_batches,
             ),
+            step=_steps_done(trainer),
             parallel=sizes_of_mesh(getattr(trainer.strategy, "_device_mesh", None)),
         )
         self._open(pl_module, facts, lambda: self._sinks(trainer))
@@ -103,9 +104,7 @@ class ESSMonitorCallback(CallbackBase, _Base):
             return
         self._optimizer_steps = trainer.global_step
         metrics = _metrics(trainer, outputs) if self.monitor.armed else None
-        # Lightning's loggers use steps of the loop, which differ from `global_step` when a step has several optimizers.
-        # The count is increased only after this hook.
-        steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        steps = _steps_done(trainer) + 1  # the count is increased only after this hook
         replay = _replay(trainer, pl_module, batch, batch_idx) if self.monitor.replay_due else None
         self.monitor.step(metrics, optimizer=trainer.optimizers, step=steps, replay=replay)
 
@@ -139,6 +138,12 @@ class ESSMonitorCallback(CallbackBase, _Base):
     def state_key(self) -> str:
         """Return one key for all settings: a resumed run may change them."""
         return "ess_monitor"
+
+
+def _steps_done(trainer: Any) -> int:
+    """Return the optimizer steps so far as Lightning's loggers count them; `global_step` counts each optimizer."""
+    steps: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return steps
 
 
 def _replay(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Callable[[], torch.Tensor] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ess_monitor.capture.hooks.call_site import ModuleHook
 from ess_monitor.capture.hooks.forward_errors import when_raised
 
 
@@ -31,7 +32,7 @@ class StepLoss:
     def __init__(self, model: nn.Module) -> None:
         self._losses: list[torch.Tensor] = []
         self._are_shares = False
-        self._handle = model.register_forward_hook(self._collect, with_kwargs=True)
+        self._handle = model.register_forward_hook(ModuleHook(self._collect), with_kwargs=True)
         self._stop_watching = when_raised(model, self._detach)
 
     def take(self) -> torch.Tensor | None:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from ess_monitor.distributed.parallelism import sizes_of_config
-from ess_monitor.errors import ConfigError, format_error
+from ess_monitor.errors import ConfigError
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
-from ess_monitor.integrations.json_state import from_json, to_json
+from ess_monitor.integrations.json_state import checkpoint_state, from_json
 from ess_monitor.integrations.step_loss import StepLoss
 
 require("transformers", extra="transformers")
 
 from transformers.trainer_callback import ExportableState, TrainerCallback  # noqa: E402
-
-_LOG = logging.getLogger(__name__)
 
 
 class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
@@ -155,13 +151,7 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes into `trainer_state.json`: settings, and the monitor's state."""
         settings = {"config": self.config.model_dump(mode="json"), "table": self.table}
-        try:
-            exported = to_json(self.state_dict())
-            json.dumps(exported)
-        except Exception as error:  # the checkpoint must still be written
-            _LOG.warning("the monitor's state is not in this checkpoint: %s", format_error(error))
-            exported = None
-        return {"args": settings, "attributes": {"exported_state": exported}}
+        return {"args": settings, "attributes": {"exported_state": checkpoint_state(self.state_dict)}}
 
     def _state_to_resume(self, state: Any) -> dict[str, Any] | None:
         name = type(self).__name__

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ess_monitor import validation
+from ess_monitor.capture.hooks.call_site import ModuleHook
 from ess_monitor.capture.layers import check_model, evaluating
 from ess_monitor.errors import CaptureError
 
@@ -69,7 +70,9 @@ class TokenProbe:
     def watch(self) -> None:
         """Learn from the next forward pass how the model is called."""
         if not self._handles and self._call is None:
-            self._handles = [m.register_forward_pre_hook(self._learn, with_kwargs=True) for m in self._candidates]
+            self._handles = [
+                m.register_forward_pre_hook(ModuleHook(self._learn), with_kwargs=True) for m in self._candidates
+            ]
 
     def unwatch(self) -> None:
         """Remove the hooks of `watch`."""

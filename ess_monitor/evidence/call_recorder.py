@@ -168,7 +168,7 @@ class _Hook(ModuleHook):
     """Does nothing in a model that was replicated or traced, either."""
 
     def __call__(self, module: nn.Module, *call: Any) -> None:
-        if self._function is None or torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
+        if torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
             return
         self._function(module, *call)
 

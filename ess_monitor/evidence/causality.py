@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.hooks.call_site import ModuleHook
+from ess_monitor.capture.hooks.call_site import is_own_hook
 from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.undisturbed import Undisturbed
 
@@ -169,7 +169,7 @@ def _real_tokens(kwargs: dict[str, Any], length: int) -> Iterator[Tensor]:
 def _has_other_hooks(module: nn.Module) -> bool:
     """Return whether other code has hooks in a module: what they write elsewhere could not be put back."""
     return any(
-        not isinstance(hook, ModuleHook)
+        not is_own_hook(hook)
         for part in module.modules()
         for hooks in (part._forward_pre_hooks, part._forward_hooks)
         for hook in hooks.values()

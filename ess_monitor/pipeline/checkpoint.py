@@ -38,6 +38,10 @@ class _StatePart(BaseModel):
 
 
 class _CadenceState(_StatePart):
+    every_n_steps: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
+    """Absent in states of 0.1."""
+    budget_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """None where there was none."""
     next_step: _Integer
     last_sample: _Integer
     interval_steps: Annotated[int, Field(ge=1, le=2**63 - 1)]

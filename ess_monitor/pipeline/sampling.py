@@ -26,8 +26,11 @@ class RunSampling(RunView):
         Args:
             any_pass: where training batches are the source, take the next forward pass even if no backward pass
                 follows.
+
+        Raises:
+            ConfigError: the monitor was not started.
         """
-        if self._alive and self._context.layers and not self._schedule.waiting:
+        if self._takes("arm") and self._context.layers and not self._schedule.waiting:
             self._trigger.arm(
                 self._step,
                 measures=self._schedule.measures,
@@ -45,6 +48,9 @@ class RunSampling(RunView):
         """Sample the first forward pass inside the block, whether it is due or trains or not.
 
         For validation batches and notebooks.
+
+        Raises:
+            ConfigError: the monitor was not started.
         """
         self.arm(any_pass=True)
         try:

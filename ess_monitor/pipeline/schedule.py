@@ -115,7 +115,7 @@ class Immediate(Schedule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["cadence"]["held"]:  # saved in lockstep: nothing will be judged here that could release the cadence
-            self._cadence.resume(state["cadence"]["interval_steps"])
+            self._cadence.resume(self._cadence.interval_steps)
 
 
 class Lockstep(Schedule):
@@ -208,7 +208,9 @@ class Lockstep(Schedule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._interval_steps = self._cadence.interval_steps
         self._judge_at = state["judge_at"]
-        self._result = None if state["evidence"] is None else result_from_state(state["evidence"])
+        if state["evidence"] is not None:
+            self._result = result_from_state(state["evidence"])
+            self._judge_at = self._result.step + self._lag_steps  # the lag may be another one now
 
     def _read_ahead(self, timeout_seconds: float | None = None) -> None:
         if self._judge_at is not None and self._result is None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Exporter, ExporterHub
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.pipeline.replays import Replays
 from ess_monitor.pipeline.results import ResultHandler
 from ess_monitor.pipeline.trigger import SampleTrigger
 from ess_monitor.records import Action, Condition, Finding, Reading, Snapshot
+from ess_monitor.runtime.guard import logger
 
 
 class RunView:
@@ -19,8 +23,10 @@ class RunView:
     _replays: Replays
     _hub: ExporterHub
     _step: int
-    _running: bool
+    _running: bool | None
+    """None before the start, False after the end."""
     _samples: bool
+    _said_closed = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -66,12 +72,12 @@ class RunView:
     @property
     def sample_due(self) -> bool:
         """True when the cadence asks for a sample now; never on a rank whose readings nobody asks for."""
-        return self._running and self._samples and self._context.cadence.due(self._step)
+        return bool(self._running) and self._samples and self._context.cadence.due(self._step)
 
     @property
     def replay_due(self) -> bool:
         """True while batches are run again: `step` is then to be given a `replay`, if the loop has one."""
-        return self._running and self._replays.due(self._step + 1)
+        return bool(self._running) and self._replays.due(self._step + 1)
 
     @property
     def armed(self) -> bool:
@@ -81,4 +87,32 @@ class RunView:
     @property
     def _alive(self) -> bool:
         """False before the start and after the end, and in a forked child."""
-        return self._running and not self._context.health.forked
+        return bool(self._running) and not self._context.health.forked
+
+    def _require_start(self, call: str) -> None:
+        """Raise `ConfigError` where the monitor was never started."""
+        if self._running is None:
+            raise ConfigError(
+                f"{call}: the monitor was not started, so it would measure nothing; put the training into "
+                "`with Monitor(...) as monitor:`, or call start() before it and close() after it"
+            )
+
+    def _takes(self, call: str) -> bool:
+        """Return whether a call has something to do. After the end it has not, of which one warning tells.
+
+        Raises:
+            ConfigError: the monitor was never started.
+        """
+        self._require_start(call)
+        if not self._running and not self._said_closed:
+            self._said_closed = True
+            logger.warning(
+                "ess_monitor: %s was called after the monitor was closed: nothing is measured any more. Close it after "
+                "the training, or attach a new one.",
+                call,
+            )
+        return self._alive
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be None in copies and pickles, so that a model which holds its monitor can be copied and saved."""
+        return type(None), ()

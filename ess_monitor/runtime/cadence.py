@@ -124,6 +124,8 @@ class Cadence:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on sampling at the same steps."""
         return {
+            "every_n_steps": self.every_n_steps,
+            "budget_ratio": self.budget_ratio,
             "next_step": self.next_step,
             "last_sample": self._last_sample,
             "interval_steps": self.interval_steps,
@@ -137,13 +139,31 @@ class Cadence:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`. Under other settings the next sample comes as these want it."""
         self.next_step, self.interval_steps = state["next_step"], state["interval_steps"]
         self.cost_seconds, self.train_seconds = state["cost_seconds"], state["train_seconds"]
         self._last_sample, self._held = state["last_sample"], state["held"]
         self._sample_cost, self._cost_since_sample = state["sample_cost"], state["cost_since_sample"]
         self._debt = state.get("debt", 0.0)
         self._steps.extend(state["steps"])
+        every_n_steps = state.get("every_n_steps") or self.every_n_steps  # states of 0.1 do not have them
+        budget_ratio = state.get("budget_ratio", self.budget_ratio)
+        if (every_n_steps, budget_ratio) == (self.every_n_steps, self.budget_ratio):
+            return
+        self.interval_steps = self._stretched(every_n_steps, budget_ratio) if self._locked else self.wanted_steps
+        self.next_step = self._last_sample + self.interval_steps
+
+    def _stretched(self, every_n_steps: int, budget_ratio: float | None) -> int:
+        """Return the interval that these settings have led to, under the present ones.
+
+        It follows from what all ranks know: each has costs of its own.
+        """
+        stretched = self.interval_steps if self.interval_steps > every_n_steps else 0
+        if budget_ratio is None or self.budget_ratio is None:
+            stretched = 0
+        else:
+            stretched = math.ceil(stretched * budget_ratio / self.budget_ratio - 1e-9)
+        return max(self.every_n_steps, stretched)
 
     @property
     def _cost_of_a_sample(self) -> float:

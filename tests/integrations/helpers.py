@@ -242,7 +242,7 @@ def _fabric(
     if ess is not None:
         ess.watch(fabric, wrapped, accumulation_steps=accumulate)
     if resume is not None:
-        fabric.load(resume, state, weights_only=True)
+        fabric.load(resume, state, strict=False, weights_only=True)
     with ess or contextlib.nullcontext():
         for tokens, full in _batches(steps, state["step"], accumulate):
             loss = wrapped(tokens)["loss"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ess_monitor import ConfigError
+from ess_monitor import CheckpointError, ConfigError
 from tests.integrations.helpers import LanguageModel, callback, dataset, measurements, train
 
 accelerate = pytest.importorskip("accelerate")
@@ -88,7 +88,7 @@ def test_a_state_loaded_within_the_run_takes_it_back_there(tmp_path: Path) -> No
 def test_watching_twice_registers_once(tmp_path: Path) -> None:
     accelerator, model, _ = prepared()
     ess = callback("accelerate").watch(accelerator, model).watch(accelerator, model)
-    assert len(accelerator._custom_objects) == 1
+    assert len(accelerator._save_model_state_pre_hook) == len(accelerator._load_model_state_pre_hook) == 1
     with ess as entered:
         assert entered.monitor is not None
 
@@ -114,3 +114,51 @@ def test_validation_batches_can_be_the_source(tmp_path: Path) -> None:
 def test_starting_without_something_to_watch_is_an_error() -> None:
     with pytest.raises(ConfigError, match="nothing to watch"), callback("accelerate"):
         pass
+
+
+def test_two_callbacks_of_one_accelerator_keep_their_states_apart(tmp_path: Path) -> None:
+    accelerator, model, _ = prepared()
+    other = accelerator.prepare(LanguageModel())
+    first, second = (callback("accelerate").watch(accelerator, watched) for watched in (model, other))
+    with first, second:
+        for _ in range(3):
+            first.step()
+        second.step()
+        accelerator.save_state(str(tmp_path / "s"))
+        first.step()
+        accelerator.load_state(str(tmp_path / "s"))
+        assert [ess.state_dict()["step"] for ess in (first, second)] == [3, 1]
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    train("accelerate", tmp_path, callback("accelerate"), steps=1)
+    (tmp_path / "1" / "ess_monitor.json").write_text("{")
+    accelerator, model, _ = prepared()
+    callback("accelerate").watch(accelerator, model)
+    with pytest.raises(CheckpointError, match=r"ess_monitor.json: cannot be read .* delete it"):
+        accelerator.load_state(str(tmp_path / "1"))
+
+
+def test_a_folder_without_the_state_begins_the_measurements_anew(tmp_path: Path) -> None:
+    train("accelerate", tmp_path, None, steps=1)
+    accelerator, model, _ = prepared()
+    with callback("accelerate").watch(accelerator, model) as ess:
+        for _ in range(3):
+            ess.step()
+        accelerator.load_state(str(tmp_path / "1"))
+        assert ess.state_dict()["step"] == 0
+
+
+def test_a_step_outside_of_the_run_is_an_error_before_it_and_a_warning_after(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    accelerator, model, _ = prepared()
+    ess = callback("accelerate").watch(accelerator, model)
+    for call in (ess.step, lambda: ess.sample().__enter__()):
+        with pytest.raises(ConfigError, match=r"not started.*`with callback.watch"):
+            call()
+    with ess:
+        ess.step()
+    for _ in range(3):
+        ess.step()
+    assert sum("closed" in record.message for record in caplog.records) == 1

@@ -241,6 +241,48 @@ def test_the_same_callback_serves_a_second_training(loop: str, tmp_path: Path) -
     assert (first.snapshot().status, ess.monitor.snapshot().status) == ("finished", "finished")
 
 
+def test_one_callback_measures_every_fold_like_the_first(loop: str, tmp_path: Path) -> None:
+    sink = Collecting()
+    ess = callback(loop, exporters=[sink], diagnosis={"metric": None, "warmup_steps": 2, "patience": 1})
+    seen = []
+    for fold in range(3):
+        sink.measurements.clear()
+        train(loop, tmp_path / str(fold), ess)
+        seen.append(
+            (
+                [m.step for m in sink.measurements],
+                [tuple(m.conditions.items()) for m in sink.measurements],
+                ess.monitor.snapshot().steps_total,
+                [(f.step, f.condition) for f in ess.monitor.findings],
+            )
+        )
+    assert seen[0][0] == STEPS_OF_ONE_EPOCH
+    assert seen[0][2] == BATCHES
+    assert seen == [seen[0]] * 3
+
+
+def test_a_callback_that_has_loaded_a_state_begins_the_next_training_anew(loop: str, tmp_path: Path) -> None:
+    checkpoint = train(loop, tmp_path / "a", callback(loop), steps=4).checkpoint
+    ess = callback(loop)
+    train(loop, tmp_path / "b", ess, steps=6, resume=checkpoint)
+    assert ess.monitor.snapshot().last_step == 6
+    train(loop, tmp_path / "c", ess, steps=2)
+    assert ess.monitor.snapshot().last_step == 2
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_checkpoint_loads_with_the_monitor_or_without(loop: str, saved: bool, tmp_path: Path) -> None:
+    bare = train(loop, tmp_path / "bare", steps=6)
+    first = train(loop, tmp_path / "a", callback(loop) if saved else None, steps=4)
+    sink = Collecting()
+    ess = None if saved else callback(loop, exporters=[sink])
+    resumed = train(loop, tmp_path / "b", ess, steps=6, resume=first.checkpoint)
+    assert same(resumed.model, bare.model)
+    if not saved:  # a loop that counts its steps labels the first sample with them
+        first_step = 4 if loop in ("lightning", "transformers") else 0
+        assert [m.step for m in sink.measurements] == [first_step]
+
+
 def test_settings_win_over_the_config_and_unknown_ones_are_refused(loop: str) -> None:
     assert callback(loop, config=MonitorConfig(tolerance=0.5), positions=7).config.tolerance == 0.5
     assert callback(loop, config={"tolerance": 0.5}).config.tolerance == 0.5

@@ -128,3 +128,43 @@ def test_slack_in_the_budget_makes_up_for_a_cost_without_a_longer_interval() -> 
     run(cadence, 150, step_seconds=1.0, sample_cost=0.02)
     cadence.spent(0.5, once=True)
     assert cadence.interval_steps == 100
+
+
+@pytest.mark.parametrize("locked", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "now", "next_step"),
+    [
+        ((1000, None), (5, None), 5),
+        ((5, None), (1000, None), 1000),
+        ((1000, 0.01), (5, 0.01), 50),  # 0.5 s at 1 % of 1 s: the budget asks for 50
+        ((5, 0.01), (5, 0.1), 5),
+        ((5, 0.01), (5, 0.001), 500),
+        ((5, 0.01), (5, None), 5),
+        ((5, 0.01), (80, 0.01), 80),
+    ],
+)
+def test_a_resumed_cadence_has_the_new_settings(saved: tuple, now: tuple, next_step: int, locked: bool) -> None:
+    first, second = Cadence(*saved, locked=locked), Cadence(*now, locked=locked)
+    for _ in range(3):
+        first.stepped(1.0)
+    first.sampled(0)
+    first.spent(0.5)
+    if locked:  # what has been agreed on
+        first.resume(first.wanted_steps)
+    second.load_state_dict(first.state_dict())
+    if locked and (saved, now) == ((1000, 0.01), (5, 0.01)):
+        next_step = 5  # no rank knows what the others' costs ask for: all ask the first sample
+    assert second.next_step == next_step
+
+
+def test_ranks_with_costs_of_their_own_resume_at_the_same_step_under_new_settings() -> None:
+    steps = set()
+    for cost in (0.2, 0.9):
+        first, second = Cadence(5, 0.01, locked=True), Cadence(10, 0.02, locked=True)
+        first.stepped(1.0)
+        first.sampled(0)
+        first.spent(cost)
+        first.resume(60)  # agreed by all
+        second.load_state_dict(first.state_dict())
+        steps.add(second.next_step)
+    assert steps == {30}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ess_monitor.capture.hooks.call_site import ModuleHook
+from ess_monitor.capture.hooks.call_site import ModuleHook, is_own_hook
 from ess_monitor.capture.ignored_calls import is_transformed
 
 _POINTWISE = (
@@ -257,7 +257,7 @@ def _token_axis(module: nn.Module, x: Tensor, y: Tensor, length: int | None) -> 
 def _has_hooks(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = itertools.chain.from_iterable(getattr(module, kind).values() for kind in kinds)
-    return any(not type(hook).__module__.startswith("ess_monitor.") for hook in hooks)
+    return not all(map(is_own_hook, hooks))
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,19 +64,33 @@ class Op:
 
 
 class ModuleHook:
-    """A module hook that does nothing in a pickled or deep-copied model.
+    """A module hook that does nothing in a pickled or deep-copied model, in whose file is nothing of this package.
 
-    The copy is not watched, and what the hook refers to cannot be pickled.
+    The copy is not watched, and what the hook refers to cannot be pickled. Every hook on a module of the model is one.
+
+    Example:
+        >>> import pickle
+        >>> model = nn.Linear(2, 2)
+        >>> handle = model.register_forward_pre_hook(ModuleHook(lambda module, args: print("called")))
+        >>> b"ess_monitor" in pickle.dumps(model)
+        False
     """
 
-    def __init__(self, function: Callable[..., Any] | None) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return None if self._function is None else self._function(*args, **kwargs)
+        return self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ModuleHook, (None,)
+        # PyTorch cannot leave a hook out of a copy. This is a method of Python's own that takes anything and returns
+        # None.
+        return getattr, (nullcontext(), "__exit__")
+
+
+def is_own_hook(hook: object) -> bool:
+    """Return whether a hook on a module is one of this package, or what is left of one in a copy."""
+    return isinstance(hook, ModuleHook) or getattr(hook, "__func__", None) is nullcontext.__exit__
 
 
 class HookHandle:

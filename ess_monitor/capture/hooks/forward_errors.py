@@ -46,7 +46,7 @@ def when_raised(model: nn.Module, act: Callable[[], None]) -> Callable[[], None]
     return lambda: watch.forget(act)
 
 
-class _ForwardErrorHook:
+class _ForwardErrorHook(ModuleHook):
     """Runs before a model's forward and adds a hook that runs after it. There is one per model.
 
     After a forward that raised, PyTorch calls the hooks while it iterates over the dictionary that holds them. Only the
@@ -54,15 +54,13 @@ class _ForwardErrorHook:
     """
 
     def __init__(self) -> None:
+        super().__init__(self._begin)
         self.acts: list[Callable[[], None]] = []
         self.handle: RemovableHandle | None = None
         self._end_hook: RemovableHandle | None = None
         self._error_before: BaseException | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ForwardErrorHook, ()  # a copy of the model is not watched
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self.acts or getattr(module, "_is_replica", False) or torch.compiler.is_compiling():
             return
         self._clear()

@@ -1,0 +1,150 @@
+"""What a monitor does before its start, after its end, in copies of its model, and in a run that is resumed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ess_monitor import ConfigError, Monitor, MonitorConfig
+from ess_monitor.evidence.call_recorder import CallRecorder
+from ess_monitor.integrations.step_loss import StepLoss
+from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
+
+
+class Model(nn.Module):
+    """Attention of torch's own, so that a file of it names nothing but torch and this test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 8)
+        self.mixer = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.monitor: Any = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embed(tokens)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        output: Tensor = self.mixer(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+        return output
+
+
+TOKENS = torch.arange(12).remainder(8).reshape(2, 6)
+METRICS = {"loss": 1.0, "accuracy": 0.5}
+FAST = {"every_n_steps": 1, "overhead_budget_ratio": None}
+
+
+def step(model: nn.Module, monitor: Monitor, **options: Any) -> None:
+    model(TOKENS).square().mean().backward()
+    monitor.step(**options)
+
+
+def by_torch(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"ess_monitor" not in file.getvalue()
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+def by_pickle(model: nn.Module) -> nn.Module:
+    data = pickle.dumps(model)
+    assert b"ess_monitor" not in data
+    loaded: nn.Module = pickle.loads(data)
+    return loaded
+
+
+@pytest.mark.parametrize("copied", [by_torch, by_pickle, copy.deepcopy])
+@pytest.mark.parametrize("source", ["train", "validation", "random_tokens"])
+def test_a_copy_of_a_sampled_model_holds_nothing_of_the_monitor(
+    source: str, copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = Model()
+    with Monitor(model, MonitorConfig(**FAST, capture={"source": source})) as monitor:
+        model.monitor = monitor
+        if source == "validation":
+            monitor.arm()
+        loss, recorder = StepLoss(model), CallRecorder(model)
+        recorder.attach()
+        assert model._forward_pre_hooks
+        twin = copied(model)
+        recorder.detach()
+        loss.take()
+        before = monitor.armed, monitor.snapshot()
+        assert torch.equal(twin(TOKENS), model.eval()(TOKENS))
+    assert twin.monitor is None
+    assert before[0] == (source != "random_tokens")
+    # The copy is a model like any other: a monitor of its own measures it.
+    twin.train()
+    with Monitor(twin, MonitorConfig(**FAST)) as other:
+        step(twin, other)
+        assert [reading.status for reading in other.flush()] == ["ok"]
+
+
+def test_a_copy_can_be_compiled_as_a_whole() -> None:
+    model = Model()
+    with Monitor(model, MonitorConfig(**FAST)):
+        twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(TOKENS), model(TOKENS))
+
+
+CALLS: list[Callable[[Monitor], Any]] = [Monitor.step, Monitor.arm, Monitor.flush, lambda m: m.sample().__enter__()]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_monitor_that_was_not_started_says_how_to(call: Callable[[Monitor], Any]) -> None:
+    monitor = Monitor(Model())
+    with pytest.raises(ConfigError, match=r"not started.*`with Monitor"):
+        call(monitor)
+    monitor.load_state_dict(monitor.state_dict())  # as a run that resumes does before its start
+    monitor.evaluates(False)
+    monitor.close()
+
+
+def test_calls_after_the_end_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    with Monitor(model, MonitorConfig(**FAST)) as monitor:
+        step(model, monitor)
+    hooks = len(model._forward_pre_hooks)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            step(model, monitor)
+        with monitor.sample():
+            model(TOKENS)
+        monitor.close()
+        readings = monitor.flush()
+    told = [record.message for record in caplog.records if "closed" in record.message]
+    assert len(told) == 1
+    assert "step" in told[0]
+    assert (monitor.snapshot().steps_total, hooks, len(readings)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("modes", [("off", "off"), ("auto", "auto"), ("auto", "advise"), ("advise", "auto")])
+def test_new_settings_hold_from_the_resume_on(modes: tuple[str, str]) -> None:
+    def monitor_of(model: nn.Module, every: int, mode: str, lag: int) -> Monitor:
+        autopilot = {"mode": mode, **({"lag_steps": lag, "loss": "loss"} if mode == "auto" else {})}
+        settings = {"diagnosis": EAGER_DIAGNOSIS, "evidence": NO_EVIDENCE, "overhead_budget_ratio": None}
+        return Monitor(model, MonitorConfig(every_n_steps=every, autopilot=autopilot, **settings))
+
+    model = Model()
+    with monitor_of(model, 1000, modes[0], 500) as first:
+        for _ in range(7):
+            step(model, first, metrics=METRICS)
+        state = first.state_dict()
+    with monitor_of(model, 4, modes[1], 2) as second:
+        second.load_state_dict(state)
+        armed = []
+        for _ in range(9):
+            armed.append((second._step, second.armed))
+            step(model, second, metrics=METRICS)
+    taken = [number for number, is_armed in armed if is_armed]
+    # In lockstep the sample of step 0 is judged first, at the next step.
+    assert taken == ([8, 12] if modes == ("auto", "auto") else [7, 11, 15])
