@@ -1,4 +1,4 @@
-# make demo | observability | test | coverage | mutation | faults | fuzz | audit | check | bench | docs | clean
+# make demo | observability | test | coverage | mutation | faults | fuzz | matrix | audit | check | bench | docs | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="-k ess -x" is passed on to pytest.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ MAMBA_SSM := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install --
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo observability test coverage mutation faults fuzz audit check bench docs clean
+.PHONY: help demo observability test coverage mutation faults fuzz matrix audit check bench docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -50,6 +50,10 @@ faults: $(DEV)
 # Many more inputs than the suite's, for what reads from outside.
 fuzz: $(DEV)
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest tests/fuzz --hypothesis-show-statistics $(ARGS)
+
+# Needs the internet and 4 GB below build/. Half a minute a version; ARGS="--lowest" takes four, ARGS="--only 5.6" one.
+matrix: $(DEV)
+	$(BIN)/python .ci/matrix.py $(ARGS)
 
 # Needs the internet. pip-audit has an environment of its own, so that its dependencies are none of ours.
 audit: $(DEV) $(AUDIT)

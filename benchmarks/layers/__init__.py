@@ -1,7 +1,7 @@
 """Cases that compare captured operators with the output of the libraries' own layers."""
 
 from benchmarks.layers import attention, convolutions, delta, fla, mamba, mamba2, recurrent
-from benchmarks.layers.case import Case, Row, measure
+from benchmarks.layers.case import Case, NotReadError, Row, measure
 
 CASES: tuple[Case, ...] = (
     *fla.CASES,
@@ -13,4 +13,4 @@ CASES: tuple[Case, ...] = (
     *convolutions.CASES,
 )
 
-__all__ = ["CASES", "Case", "Row", "measure"]
+__all__ = ["CASES", "Case", "NotReadError", "Row", "measure"]

@@ -34,6 +34,10 @@ class Mixed(NamedTuple):
     """The rest of the library's call after T u (a skip connection, a gate), in float64."""
 
 
+class NotReadError(RuntimeError):
+    """A reading failed; the text is its reason."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer in a model."""
@@ -110,7 +114,7 @@ def measure(case: Case, mode: str) -> Row:
     errors, sizes = [], []
     for item in taken:
         if not isinstance(item, Captured):
-            raise RuntimeError(f"{case.name}: {item.error}")
+            raise NotReadError(str(item.error))
         mixed = seen[item.layer.name]
         y = mixed.y.detach().double()
         product = mixed.finish(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.layers.case import Case, Mixed
-from benchmarks.layers.mamba import Built, hf
-from benchmarks.layers.recurrent import LEFT_PADDED, arriving
+from benchmarks.layers.mamba import Built, arriving, hf
+from benchmarks.layers.recurrent import LEFT_PADDED
 from ess_monitor.capture.hooks.call_site import Call
 
 

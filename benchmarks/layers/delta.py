@@ -92,7 +92,8 @@ def _without_kernels(model: nn.Module) -> None:
 
 def delta_rule(call: Call) -> Mixed:
     """Return y = T v for every value head."""
-    return Mixed(call.kwargs["value"].transpose(1, 2), call.output[0].transpose(1, 2))
+    value = call.kwargs["value"] if "value" in call.kwargs else call.kwargs["v"]
+    return Mixed(value.transpose(1, 2), call.output[0].transpose(1, 2))
 
 
 def case(layer: str, build: Callable[[], Built], **options: Any) -> Case:

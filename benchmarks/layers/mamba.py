@@ -47,6 +47,7 @@ def jamba() -> Built:
         num_experts_per_tok=1,
         mamba_d_state=8,
         mamba_dt_rank=4,
+        use_mamba_kernels=False,  # older versions raise without them
     )
 
 
@@ -60,6 +61,7 @@ def zamba(heads: int) -> Built:
         mamba_d_state=8,
         mamba_dt_rank=4,
         n_mamba_heads=heads,
+        use_mamba_kernels=False,
     )
 
 
@@ -72,11 +74,36 @@ def mamba_ssm(fast: bool) -> Built:
     return model, (torch.randn(2, 24, 16),), {}
 
 
+def arriving(module: nn.Module, *shape: int) -> Tensor:
+    """Return a tensor into which the module's next call copies its first input.
+
+    Use it for values that a layer computes between two of its sub-modules.
+    """
+    seen = torch.full(shape, torch.nan)
+
+    def copy(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.copy_(args[0].detach())
+        handle.remove()
+
+    handle = module.register_forward_pre_hook(copy)
+    return seen
+
+
 def scan(call: Call) -> Mixed:
     """Return y = (T u + D u) silu(z)."""
+    if not call.op:
+        return _own_code(call)
     u, z, D = (call.kwargs[name].detach().double() for name in (next(iter(call.kwargs)), "z", "D"))
     y = call.output[0] if isinstance(call.output, tuple) else call.output
     return Mixed(u[..., None], y, lambda product: (product[..., 0] + D[:, None] * u) * nn.functional.silu(z))
+
+
+def _own_code(call: Call) -> Mixed:
+    """Return the same of a layer without an op: u goes into `x_proj`, then z into the activation, y into `out_proj`."""
+    u, D = call.args[0].detach().double().mT, call.layer.D.detach().double()[:, None]
+    z, y = arriving(call.layer.act, *u.shape), arriving(call.layer.out_proj, *u.mT.shape)
+    gated = lambda product: (product[..., 0] + D * u) * nn.functional.silu(z.double())  # noqa: E731
+    return Mixed(u[..., None], y.mT, gated)
 
 
 def fused(call: Call) -> Mixed:
@@ -99,6 +126,8 @@ def zamba_input(call: Call) -> Mixed:
     layer, inputs, scans = call.layer, call.args[0], []
     import transformers.models.zamba.modeling_zamba as modeling
 
+    if not hasattr(modeling, "mamba_selective_scan"):
+        return _zamba_own_code(call)
     original = modeling.mamba_selective_scan
 
     def keep(u: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +145,17 @@ def zamba_input(call: Call) -> Mixed:
         layer.in_proj._forward_hooks = forward_hooks
     u, y = (torch.cat(tensors, 1)[..., None] for tensors in zip(*scans, strict=True))
     return Mixed(u, y)
+
+
+def _zamba_own_code(call: Call) -> Mixed:
+    """Return u and y of a layer without an op, whose gate is among what `in_proj` returns."""
+    x, z = (call.output.detach().double()[..., k::2].mT for k in (0, 1))
+    given = {name: tensor.detach().double() for name, tensor in call.layer.named_parameters()}
+    weight = given["conv1d.weight"]
+    u = nn.functional.conv1d(x, weight, given["conv1d.bias"], padding=weight.shape[2] - 1, groups=len(weight))
+    u, D = nn.functional.silu(u[..., : x.shape[2]]), given["D"].flatten()[:, None]
+    y = arriving(call.layer.out_proj, *x.mT.shape)
+    return Mixed(u[..., None], y.mT, lambda product: (product[..., 0] + D * u) * nn.functional.silu(z))
 
 
 CASES = (

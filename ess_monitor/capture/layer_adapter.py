@@ -7,6 +7,7 @@ found by class name.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import nn
 
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, StateHandle
 from ess_monitor.capture.hooks.call_site import CallSite, Op
-from ess_monitor.capture.hooks.function_patch import StandIn, function_stand_in
+from ess_monitor.capture.hooks.function_patch import AttributeStandIn, StandIn, function_stand_in
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.spec import Build, CaptureSpec, unknown
 
@@ -60,9 +61,12 @@ class LayerAdapter:
             site = CallSite(self.path) if any(re.fullmatch(self.classes, name) for name in names) else None
         else:
             used = names_used(type(layer))
+            # A layer that has chosen its ops and keeps them as attributes calls those, whatever the global names hold.
+            kept = tuple(name for name in self.ops if name in used and inspect.isfunction(vars(layer).get(name)))
             looked_up = {name: (*used[name], *self.namespaces) for name in self.ops if name in used}
             holding = {name: tuple(s for s in spaces if name in s) for name, spaces in looked_up.items()}
             ops = tuple(Op(name, spaces, self.stand_in) for name, spaces in holding.items() if spaces)
+            ops = tuple(Op(name, (vars(layer),), AttributeStandIn) for name in kept) or ops
             site = CallSite(ops=ops) if ops else None
         return site if site is not None and self.is_member(layer) else None
 

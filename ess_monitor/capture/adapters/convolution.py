@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture.causality.claims import require, unproven
@@ -147,6 +148,15 @@ def short_conv(call: Call) -> Operator | None:
     """Read `in_proj` of LFM2: its output has B, C and x side by side, and y = C (kernel * (B x))."""
     if call.output.shape[1] == 1:
         return None
+    mask = call.layer_kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 4:  # of attention: older models hand it to these layers, too
+        first_key = mask[..., -1, 0]
+        hidden = ~first_key if first_key.dtype == torch.bool else first_key < 0
+        require(
+            ~hidden.any(),
+            f"this version of {type(call.layer).__name__} does not hide padding on the left from its convolution; pad "
+            "on the right, or use transformers>=5.15",
+        )
     b, c, _ = call.output.transpose(1, 2).chunk(3, 1)
     return GatedConvolution(b, impulse_response(cast(nn.Conv1d, call.layer.conv)).transpose(0, 1), c)
 

@@ -6,7 +6,8 @@ head, KDA one per state dimension. RWKV-7: A_t = diag(exp w_t) + b_t a_t^T, inpu
 key. Flags of an op say whether it is given raw gates and keys, and applies their activations itself.
 
 In transformers: Qwen3-Next, Qwen3.5, OLMo-Hybrid (one decay per head), Kimi Linear (one per state dimension). Their ops
-have other names for the same arguments, with the activations of decay and beta applied.
+have other names for the same arguments, with the activations of decay and beta applied. Older layers keep the op, or
+fla's, as an attribute.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ def rwkv7(call: Call) -> LazyOperator | None:
 
 def _renamed(call: Call) -> Call:
     """Return a call of a transformers op with its arguments under the names of flash-linear-attention as well."""
+    if "query" not in call.kwargs:
+        return call
     q, k, v = (call.kwargs[name] for name in ("query", "key", "value"))
     return dataclasses.replace(call, kwargs={**call.kwargs, "q": q, "k": k, "v": v})
 
@@ -222,7 +225,10 @@ def _raised(call: Call, power: float) -> Arguments | None:
 
 
 def _transformers_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
-    read, write = _decay(layer, site).read, write_arguments(lambda call: ("g", "beta", "key"))
+    def names(call: Call) -> tuple[str, ...]:
+        return "g", "beta", "key" if "query" in call.kwargs else "k"
+
+    read, write = _decay(layer, site).read, write_arguments(names)
 
     def read_renamed(call: Call) -> DecayInputs | None:
         return read(_renamed(call))
@@ -295,6 +301,16 @@ def _alpha(layer: nn.Module) -> AlphaHandle | None:
     return AlphaHandle("A_log", 1.0) if scales else None
 
 
+def _transformers_state(layer: nn.Module, site: CallSite) -> StateHandle:
+    own, fla = state_of("key", "query")(layer, site), state_of("k", "q")(layer, site)
+    return StateHandle(site, lambda call, share: (own if "query" in call.kwargs else fla).reduced(call, share))
+
+
+def _is_of_transformers(layer: nn.Module) -> bool:
+    """Return whether the layer names the op that transformers has of its own beside fla's."""
+    return any(name.startswith("torch_") or "_kimi_" in name for name in names_used(type(layer)))
+
+
 def _transformers_alpha(layer: nn.Module) -> AlphaHandle | None:
     """Return the same alpha, by the names in transformers."""
     gate = getattr(layer, "forget_gate", layer)
@@ -305,6 +321,22 @@ def _transformers_alpha(layer: nn.Module) -> AlphaHandle | None:
 
 
 ADAPTERS = (
+    LayerAdapter(
+        operator="DeltaRecurrence",
+        ops={
+            "torch_chunk_gated_delta_rule": transformers_delta_rule,
+            "torch_recurrent_gated_delta_rule": transformers_delta_rule,
+            "chunk_kimi_delta_attention": transformers_delta_rule,
+            "recurrent_kimi_delta_attention": transformers_delta_rule,
+            "chunk_gated_delta_rule": transformers_delta_rule,
+        },
+        is_member=_is_of_transformers,
+        state_capacity=int_attribute("head_k_dim", "head_dim"),
+        channels=int_attribute("num_v_heads", "num_heads"),
+        decay=_transformers_decay,
+        alpha=_transformers_alpha,
+        state=_transformers_state,
+    ),
     LayerAdapter(
         operator="DeltaRecurrence",
         ops={f"{kernel}_{op}": delta_rule for op in ("delta_rule", *_GATED) for kernel in ("chunk", "fused_recurrent")},
@@ -322,19 +354,5 @@ ADAPTERS = (
         channels=int_attribute("num_heads"),
         decay=_rwkv7_decay,
         state=_rwkv7_state,
-    ),
-    LayerAdapter(
-        operator="DeltaRecurrence",
-        ops={
-            "torch_chunk_gated_delta_rule": transformers_delta_rule,
-            "torch_recurrent_gated_delta_rule": transformers_delta_rule,
-            "chunk_kimi_delta_attention": transformers_delta_rule,
-            "recurrent_kimi_delta_attention": transformers_delta_rule,
-        },
-        state_capacity=int_attribute("head_k_dim", "head_dim"),
-        channels=int_attribute("num_v_heads", "num_heads"),
-        decay=_transformers_decay,
-        alpha=_transformers_alpha,
-        state=state_of("key", "query"),
     ),
 )

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.adapters.layer_attributes import int_attribute
+from ess_monitor.capture.adapters.layer_attributes import int_attribute, zeroed_by_mask
 from ess_monitor.capture.handles import Axes, StateHandle, least_used
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.layer_adapter import LayerAdapter
@@ -25,6 +25,11 @@ _heads = int_attribute("num_attention_heads", "num_heads")
 
 def masked_qkv(call: Call) -> LazyOperator | None:
     """Read `apply_mask_to_padding_states(qkv, attention_mask)`: it returns q, k and v of each head, 0 for padding."""
+    return _operator(call, None)
+
+
+def _operator(call: Call, real: Tensor | None) -> LazyOperator | None:
+    """Read the projections of each head; keys of tokens outside `real` (batch, length) enter no state."""
     qkv, slope = call.output, cast(Tensor, call.layer.slope_rate)
     if qkv.shape[1] == 1:
         return None
@@ -34,8 +39,10 @@ def masked_qkv(call: Call) -> LazyOperator | None:
 
     def form(samples: slice, chosen: Sequence[int], length: int) -> Operator:
         few = take(by_head[samples], 1, chosen)[..., :length, :]
-        log_decay = -take(slope.reshape(1, heads, 1, 1), 1, chosen)
-        return DiagonalRecurrence(log_decay, few[..., size : 2 * size], few[..., :size])
+        log_decay, keys = -take(slope.reshape(1, heads, 1, 1), 1, chosen), few[..., size : 2 * size]
+        if real is not None:
+            keys = keys * real[samples, None, :length, None]
+        return DiagonalRecurrence(log_decay, keys, few[..., :size])
 
     return LazyOperator(qkv.shape[0], heads, qkv.shape[1], form)
 
@@ -55,6 +62,11 @@ def _state(layer: nn.Module, site: CallSite) -> StateHandle:
     return StateHandle(site, reduced)
 
 
+def activated_qkv(call: Call) -> LazyOperator | None:
+    """Read `act_fn`, whose output a layer without that function splits into q, k and v, and masks after."""
+    return _operator(call, zeroed_by_mask(call, *call.output.shape[:2]))
+
+
 ADAPTERS = (
     LayerAdapter(
         operator="DiagonalRecurrence",
@@ -63,5 +75,14 @@ ADAPTERS = (
         state_capacity=int_attribute("head_dim"),
         channels=_heads,
         state=_state,
+    ),
+    LayerAdapter(
+        operator="DiagonalRecurrence",
+        classes=r"transformers\w*\..*\.\w*LightningAttention",
+        path="act_fn",
+        build=activated_qkv,
+        is_member=lambda layer: all(hasattr(layer, name) for name in ("slope_rate", "qkv_proj", "act_fn")),
+        state_capacity=int_attribute("head_dim"),
+        channels=_heads,
     ),
 )

@@ -6,7 +6,8 @@ scan and the gate after it are outside of T; D u lies on T's diagonal, which no 
 
 The scan's own op has dt, B and C among its arguments. The fused op (`mamba_inner_fn`) gets the input of the convolution
 and the weights of all that follows, and returns the layer's output: dt, B and C are computed again, for the selected
-part. Zamba scans once for each of its heads: it is read as a whole at `in_proj`.
+part. Zamba scans once for each of its heads: it is read as a whole at `in_proj`. Before transformers 5.15 layers
+without kernels compute in code of their own, which is read at `x_proj`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, zeroed_by_mask
 from ess_monitor.capture.adapters.selective_scan import (
     alpha_of_a_log,
+    has_own_loop,
+    own_decay,
+    own_norms,
     scan_operator,
     scan_transition,
     shifted,
@@ -243,6 +247,27 @@ def _fused_without_b(k: Mapping[str, Any], share: float) -> dict[str, Tensor]:
     return changed
 
 
+def own_code(call: Call) -> LazyOperator | None:
+    """Read `x_proj`, whose output (batch, length, [dt | B | C]) a layer without an op scans in a loop."""
+    layer: Any = call.layer
+    batch, length = call.output.shape[:2]
+    channels, state = layer.A_log.shape
+    if length == 1:
+        return None
+
+    def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
+        given = {
+            name: value.double() if isinstance(value, Tensor) else value for name, value in own_norms(layer).items()
+        }
+        low, *others = call.output[samples, :length].mT.double().tensor_split((-2 * state, -state), 1)
+        dt = layer.dt_proj.weight.double() @ _normalized(low, "dt", given)
+        named = zip(others, ("b", "c"), strict=True)
+        b, c = (_by_state(_normalized(t, name, given), slice(None), heads, length, channels) for t, name in named)
+        return scan_operator(heads, dt, -layer.A_log.double().exp(), layer.dt_proj.bias, b, c)
+
+    return LazyOperator(batch, channels, length, form)
+
+
 def zamba(call: Call) -> LazyOperator | None:
     """Read Zamba's `in_proj`, whose output (batch, length, 2 channels) has x and gate of every channel side by side."""
     layer, projected = call.layer, call.output
@@ -290,12 +315,15 @@ def _zamba_decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
     Only the input is an argument of a call and is written back. The parameters' gradients are added all the same. A is
     raised by A_log, which is the layer's alpha.
     """
-    spaces = tuple(s for s in names_used(type(layer)).get("causal_conv1d_fn", ()) if "causal_conv1d_fn" in s)
-    if not spaces:
-        return None
+    spaces = tuple(s for s in names_used(type(layer)).get("causal_conv1d_fn", ()) if s.get("causal_conv1d_fn"))
+    in_own_code = not spaces or why_without_kernels(layer, "causal_conv1d_fn") is not None
+    convolution = CallSite("conv1d") if in_own_code else CallSite(ops=(Op("causal_conv1d_fn", spaces),))
 
     def read(call: Call) -> DecayInputs | None:
-        x, weight, bias = (call.kwargs[name] for name in (next(iter(call.kwargs)), "weight", "bias"))
+        if call.op:
+            x, weight, bias = (call.kwargs[name] for name in (next(iter(call.kwargs)), "weight", "bias"))
+        else:
+            (x,), weight, bias = call.args, call.module.weight, call.module.bias
         if x.shape[2] == 1:
             return None
         *earlier, now = shifted(x, weight.shape[-1])
@@ -319,9 +347,11 @@ def _zamba_decay(layer: nn.Module, site: CallSite) -> DecayHandle | None:
         return named_inputs(inputs, transition)
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
+        if not call.op:
+            return tensors[:1], call.kwargs
         return call.args, {**call.kwargs, next(iter(call.kwargs)): tensors[0]}
 
-    return DecayHandle(_ZAMBA_PARAMETERS, CallSite(ops=(Op("causal_conv1d_fn", spaces),)), read, write)
+    return DecayHandle(_ZAMBA_PARAMETERS, convolution, read, write)
 
 
 _OPS = {_FUSED: fused, "mamba_selective_scan": scan, "selective_scan_fn": scan}
@@ -348,5 +378,16 @@ ADAPTERS = (
         alpha=alpha_of_a_log,
         state=_state,
         refusal=lambda layer: why_without_kernels(layer, *_OPS),
+    ),
+    LayerAdapter(
+        operator="DiagonalRecurrence",
+        classes=r"transformers\w*\..*\.\w*MambaMixer",
+        path="x_proj",
+        build=own_code,
+        is_member=has_own_loop,
+        state_capacity=_CAPACITY,
+        channels=_CHANNELS,
+        decay=own_decay,
+        alpha=alpha_of_a_log,
     ),
 )

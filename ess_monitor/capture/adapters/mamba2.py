@@ -6,14 +6,16 @@ of heads share B and C; TSS is the state size n. All channels of a head have one
 outside of T; D u lies on its diagonal.
 
 The scan's own op has all of this among its arguments. The fused op gets the input of the convolution, and B and C are
-computed again, for the selected part. fla's layer calls an op on an accelerator only; elsewhere it is read at
-`in_proj`, from whose output everything is computed.
+computed again, for the selected part. fla's layer, and those of transformers before 5.15, call an op on an
+accelerator only; elsewhere they are read at `in_proj`, from whose output everything is computed.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +49,7 @@ from ess_monitor.capture.handles import (
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
+from ess_monitor.errors import CaptureError
 from ess_monitor.ess import Operator
 from ess_monitor.ess.linalg import index_tensor
 
@@ -237,29 +240,54 @@ def _state(layer: nn.Module, site: CallSite) -> StateHandle:
     return StateHandle(without_placeholders(site, *_FUSED), reduced)
 
 
-def fla_projection(call: Call) -> LazyOperator | None:
-    """Read fla's `in_proj`, whose output is (batch, length, [feed-forward | gate | x, B, C | dt])."""
+def projection_of_own_code(call: Call) -> LazyOperator | None:
+    """Read `in_proj` of a layer without an op: its output is (batch, length, [feed-forward | gate | x, B, C | dt])."""
     layer: Any = call.layer
-    projected: Tensor = call.output
-    batch, length = projected.shape[:2]
+    batch, length = call.output.shape[:2]
     if length == 1:
         return None
+    if length > layer.chunk_size and "states_permuted" in _own_code(layer).co_varnames:
+        raise CaptureError(
+            f"this version of {type(layer).__name__}, without kernels, passes on another state between chunks of "
+            f"{layer.chunk_size} tokens than its recurrence has; use transformers>=5.15, or a chunk_size of at least "
+            f"{length}"
+        )
     projection = _Projection(layer.intermediate_size, layer.n_groups, layer.ssm_state_size, layer.num_heads)
     activation = F.silu if layer.activation in ("silu", "swish") else layer.act
-    mask = zeroed_by_mask(call, batch, length)
+    is_fla = _is_fla(layer)
+    mask = zeroed_by_mask(call, batch, length) if is_fla else None  # elsewhere in_proj does not get padding
 
     def form(samples: slice, heads: Sequence[int], length: int) -> Operator:
-        few, real = projected[samples, :length], None if mask is None else mask[samples, :length]
+        few, real = call.output[samples, :length], None if mask is None else mask[samples, :length]
+        if hasattr(layer, "mup_vector"):  # FalconH1: a factor for each part
+            few = few * layer.mup_vector
         both = projection.b_and_c(few, layer.conv1d.weight, layer.conv1d.bias, activation, real=real)
         # This code of fla's gives neighboring heads different groups; its kernels give them the same.
-        b, c = (_by_head(tensor, heads, projection.heads, tiled=True) for tensor in both)
+        b, c = (_by_head(tensor, heads, projection.heads, tiled=is_fla) for tensor in both)
         A = -layer.A_log.double().exp()
-        return scan_operator(heads, projection.dt(few), A, layer.dt_bias, b, c, limits=layer.dt_limit)
+        return scan_operator(heads, projection.dt(few), A, layer.dt_bias, b, c, limits=_limits_of(layer))
 
     return LazyOperator(batch, projection.heads, length, form)
 
 
-def _fla_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
+def _is_fla(layer: nn.Module) -> bool:
+    return any(cls.__module__.startswith("fla.") for cls in type(layer).__mro__)
+
+
+def _limits_of(layer: Any) -> tuple[float, float]:
+    """Return the bounds of Delta that the layer's own code applies."""
+    if hasattr(layer, "dt_limit"):
+        return (*layer.dt_limit,)
+    is_bounded_above = "time_step_limit" in _own_code(layer).co_names
+    return (*layer.time_step_limit,) if is_bounded_above else (layer.time_step_min, math.inf)
+
+
+def _own_code(layer: Any) -> CodeType:
+    code: CodeType = inspect.unwrap(type(layer).torch_forward).__code__
+    return code
+
+
+def _decay_of_own_code(layer: nn.Module, site: CallSite) -> DecayHandle:
     """Build the handle of the input of `in_proj` and the layer's parameters.
 
     Only the input is an argument of a call and is written back. The parameters' gradients are added all the same. A is
@@ -271,13 +299,14 @@ def _fla_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
         x, projection = call.args[0], own.in_proj
         if x.shape[1] == 1:
             return None
-        last, state = slice(-own.num_heads, None), own.ssm_state_size
+        last, state, limits = slice(-own.num_heads, None), own.ssm_state_size, _limits_of(own)
+        factor = own.mup_vector[..., last] if hasattr(own, "mup_vector") else 1.0
 
         def transition(given: dict[str, Tensor]) -> Transition:
             bias = given["bias"][last].float() if "bias" in given else None
-            dt = F.linear(given["x"].float(), given["weight"][last].float(), bias).mT
+            dt = (F.linear(given["x"].float(), given["weight"][last].float(), bias) * factor).mT
             A = -given["A_log"].float().exp()
-            return scan_transition(dt, A, given["dt_bias"], limits=own.dt_limit, state_size=state)
+            return scan_transition(dt, A, given["dt_bias"], limits=limits, state_size=state)
 
         parameters = {"weight": projection.weight, "A_log": own.A_log, "dt_bias": own.dt_bias, "bias": projection.bias}
         return named_inputs({"x": (x, 1), **{name: (p, None) for name, p in parameters.items()}}, transition)
@@ -312,12 +341,13 @@ ADAPTERS = (
     ),
     LayerAdapter(
         operator="DiagonalRecurrence",
-        classes=r"fla\.layers\.mamba2\.Mamba2",
+        classes=r"fla\.layers\.mamba2\.Mamba2|transformers\w*\..*\.(\w*Mamba\w*|Bamba|FalconH1)(Mixer|Layer)",
         path="in_proj",
-        build=fla_projection,
+        build=projection_of_own_code,
+        is_member=lambda layer: hasattr(layer, "torch_forward") and hasattr(layer, "dt_bias"),
         state_capacity=_CAPACITY,
         channels=_CHANNELS,
-        decay=_fla_decay,
+        decay=_decay_of_own_code,
         alpha=alpha_of_a_log,
     ),
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor.capture.handles import AlphaHandle, Transition
-from ess_monitor.capture.hooks.call_site import CallSite, Op
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, DecayInputs, Transition, named_inputs
+from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite, Op
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.ess import DiagonalRecurrence, Operator
 from ess_monitor.ess.operators.fields import take
@@ -135,8 +136,9 @@ def why_without_kernels(layer: nn.Module, *ops: str) -> str | None:
     used = names_used(type(layer))
     is_there = any(space.get(name) is not None for name in ops for space in used.get(name, ()))
     switches = [space.get("is_fast_path_available", True) for space in used.get("is_fast_path_available", ())]
+    has_own_code = bool(switches) or hasattr(type(layer), "cuda_kernels_forward")
     on_device = all(p.device.type == "cuda" for p in layer.parameters())
-    if is_there and (not switches or (all(switches) and on_device)):
+    if is_there and (not has_own_code or (all(switches) and on_device)):
         return None
     return (
         f"{type(layer).__name__} calls its scan ({', '.join(name for name in ops if name in used)}) only with the "
@@ -147,3 +149,47 @@ def why_without_kernels(layer: nn.Module, *ops: str) -> str | None:
 def alpha_of_a_log(layer: nn.Module) -> AlphaHandle | None:
     """Return the alpha of a layer whose decay is -exp(A_log) times a function of the input; None without an A_log."""
     return AlphaHandle("A_log", 1.0) if hasattr(layer, "A_log") else None
+
+
+def own_norms(layer: Any) -> dict[str, Any]:
+    """Return the norms that a layer applies to dt, B and C, by the names of the fused op's arguments."""
+    names, state = ("dt", "b", "c"), layer.A_log.shape[1]
+    if hasattr(layer, "rms_eps"):  # FalconMamba: without weights
+        sizes = (layer.x_proj.out_features - 2 * state, state, state)
+        ones = {f"{name}_rms_weight": layer.A_log.new_ones(size) for name, size in zip(names, sizes, strict=True)}
+        return {**ones, "b_c_dt_rms_eps": layer.rms_eps}
+    if not hasattr(layer, "dt_layernorm"):
+        return {}
+    norms = {name: getattr(layer, f"{name}_layernorm") for name in names}  # Jamba
+    weights = {f"{name}_rms_weight": norm.weight for name, norm in norms.items()}
+    return {**weights, "b_c_dt_rms_eps": layer.dt_layernorm.variance_epsilon}
+
+
+def has_own_loop(layer: nn.Module) -> bool:
+    return all(hasattr(layer, name) for name in ("slow_forward", "x_proj", "dt_proj", "A_log"))
+
+
+def own_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
+    """Build the handle of the input of `dt_proj`, its parameters, and A.
+
+    Only the input is an argument of a call and is written back. The parameters' gradients are added all the same. A is
+    raised by A_log, which is the layer's alpha.
+    """
+    own: Any = layer
+
+    def read(call: Call) -> DecayInputs | None:
+        x, projection = call.args[0], own.dt_proj
+        if x.shape[1] == 1:
+            return None
+
+        def transition(given: dict[str, Tensor]) -> Transition:
+            dt = F.linear(given["x"].float(), given["weight"].float()).mT
+            return scan_transition(dt, -given["A_log"].float().exp(), given.get("bias"))
+
+        parameters = {"weight": projection.weight, "bias": projection.bias, "A_log": own.A_log}
+        return named_inputs({"x": (x, 1), **{name: (p, None) for name, p in parameters.items()}}, transition)
+
+    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
+        return (tensors[0], *call.args[1:]), call.kwargs
+
+    return DecayHandle(("x_proj", "dt_proj", "A_log"), CallSite("dt_proj"), read, write)

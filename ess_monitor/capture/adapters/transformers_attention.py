@@ -2,12 +2,14 @@
 
 The kernels of that interface (eager, sdpa, flash, flex, a user's own) are all called as
 `kernel(module, q, k, v, mask, **options)` with q after rotary embeddings and norms and with grouped k, so one adapter
-reads them all: T = softmax(cap(scale q k^T) + mask), one T per query head. Dropout is not part of T.
+reads them all: T = softmax(cap(scale q k^T) + mask), one T per query head. Dropout is not part of T. Older layers call
+the eager kernel by a global name of its own.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from ess_monitor.capture.adapters.layer_attributes import int_attribute
 from ess_monitor.capture.causality.claims import require
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.hooks.function_patch import function_stand_in
+from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.layer_adapter import LayerAdapter
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.errors import CaptureError, NotCausalError
@@ -27,6 +30,9 @@ from ess_monitor.ess.operators.fields import first
 _KEYS_FROM_ELSEWHERE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 _DENSE_KERNELS = ("eager", "sdpa", "flex_attention")
 """Kernels whose mask is complete. The others (flash) take padding, window and packing as options."""
+
+
+_EAGER = "eager_attention_forward"
 
 
 class WatchedInterface:
@@ -63,6 +69,10 @@ class WatchedInterface:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
+
+
+def _stand_in(original: Any, called: Callable[..., Any]) -> Any:
+    return function_stand_in(original, called) if inspect.isfunction(original) else WatchedInterface(original, called)
 
 
 def causal_attention(
@@ -121,6 +131,8 @@ def read_interface(call: Call) -> LazyOperator | None:
     _, q, k, _, mask = list(options.values())[:5]
     if any(call.layer_kwargs.get(name) is not None for name in _KEYS_FROM_ELSEWHERE):
         raise CaptureError(f"the call is cross attention: {_CROSS}")
+    if options.get("head_mask") is not None:
+        raise CaptureError("head_mask scales each head's T after the softmax; call the model without it to measure it")
     if options.get("indices") is not None:
         raise CaptureError("a sparse kernel chose the keys; use attn_implementation='sdpa' or 'eager' to measure it")
     if q.shape[2] != k.shape[2] or q.shape[2] == 1:
@@ -141,13 +153,22 @@ def read_interface(call: Call) -> LazyOperator | None:
             part(k, samples, length),
             keep,
             causal=by_itself and bool(is_causal) and kernel != "eager",
-            scale=options.get("scaling"),
+            scale=_scale(call, q),
             softcap=options.get("softcap"),
             sinks=None if sinks is None else part(sinks, samples, length),
         )
         return operator.select(heads=heads)
 
     return LazyOperator(max(q.shape[0], k.shape[0]), q.shape[1], q.shape[2], form)
+
+
+def _scale(call: Call, q: Tensor) -> float | None:
+    """Return the factor on q k^T; None for the usual one. GPT-2's older eager kernel takes it from the layer."""
+    layer: Any = call.layer
+    if call.op != _EAGER or "scaling" in call.kwargs or not hasattr(layer, "scale_attn_weights"):
+        return call.kwargs.get("scaling")
+    scale = float(q.shape[-1]) ** -0.5 if layer.scale_attn_weights else 1.0
+    return scale / (layer.layer_idx + 1) if layer.scale_attn_by_inverse_layer_idx else scale
 
 
 def _kernel(layer: nn.Module) -> str:
@@ -233,15 +254,29 @@ def _refusal(layer: nn.Module) -> str | None:
     return None
 
 
-ADAPTERS = (
+def _is_member(layer: nn.Module) -> bool:
+    """Return whether the layer fetches a kernel. The models' base class asks the same interface which ones exist."""
+    used = names_used(type(layer))
+    return "ALL_ATTENTION_FUNCTIONS" in used and not hasattr(type(layer), "get_input_embeddings")
+
+
+def _fetches_eager(layer: nn.Module) -> bool:
+    """Return whether the eager kernel comes from the interface too, as one of its answers."""
+    return "get_interface" in names_used(type(layer))
+
+
+ADAPTERS = tuple(
     LayerAdapter(
         operator="SoftmaxAttention",
-        ops={"ALL_ATTENTION_FUNCTIONS": read_interface},
-        stand_in=WatchedInterface,
+        ops=dict.fromkeys(ops, read_interface),
+        stand_in=_stand_in,
         capacity_grows=True,
         channels=int_attribute("num_heads", "num_attention_heads", "n_heads", "n_head", or_config=True),
-        # The models' base class asks the same interface which kernels exist.
-        is_member=lambda layer: not hasattr(type(layer), "get_input_embeddings"),
+        is_member=is_member,
         refusal=_refusal,
-    ),
+    )
+    for ops, is_member in (
+        (("ALL_ATTENTION_FUNCTIONS",), lambda layer: _is_member(layer) and _fetches_eager(layer)),
+        (("ALL_ATTENTION_FUNCTIONS", _EAGER), lambda layer: _is_member(layer) and not _fetches_eager(layer)),
+    )
 )

@@ -34,6 +34,23 @@ def function_stand_in(original: Any, called: Callable[..., Any]) -> Any:
     return stand_in
 
 
+class AttributeStandIn:
+    """Replaces a function that is an attribute of a layer; a pickled or deep-copied layer has the function."""
+
+    def __init__(self, original: Any, called: Callable[..., Any]) -> None:
+        self._original, self._called = original, called
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._called(self._original, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._original,)
+
+
+def _itself(original: Any) -> Any:
+    return original
+
+
 class _Patch:
     """Puts a stand-in under one name and passes its calls through the listeners."""
 

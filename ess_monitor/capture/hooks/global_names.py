@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Hashable, Iterator
 from functools import cache
@@ -39,10 +40,20 @@ def _methods(layer: type[nn.Module]) -> Iterator[FunctionType]:
     for cls in layer.__mro__:
         if cls.__module__.partition(".")[0] not in ("torch", "builtins"):
             own = {**own, **{name: value for name, value in vars(cls).items() if name not in own}}
-    for value in own.values():
-        function = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else None
-        if isinstance(function, FunctionType):
-            yield function
+    for name, value in own.items():
+        yield from _unwrapped(name, value)
+
+
+def _unwrapped(name: str, method: Any) -> Iterator[FunctionType]:
+    """Yield the function of a method, and what a decorator that does not say so has wrapped in it."""
+    function = inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else None
+    if not isinstance(function, FunctionType):
+        return
+    yield function
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a cell that is still empty
+            if getattr(cell.cell_contents, "__name__", None) == name:
+                yield from _unwrapped(name, cell.cell_contents)
 
 
 def _names(code: CodeType) -> Iterator[str]:
