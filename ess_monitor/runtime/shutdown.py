@@ -14,11 +14,11 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Protocol
 
-from ess_monitor.records import RunStatus
+from ess_monitor.records import RunStatus, Snapshot
 
 logger = logging.getLogger("ess_monitor")
 
@@ -29,11 +29,19 @@ SHUTDOWN_GRACE_SECONDS = 2.0
 class Closeable(Protocol):
     """Ends a run when it is closed, as a monitor does."""
 
+    @property
+    def exporters(self) -> Iterable[object]:
+        """The sinks in use."""
+
+    def snapshot(self) -> Snapshot:
+        """Return all counters at this moment."""
+
     def close(self, status: RunStatus = "finished") -> None:
         """End the run with `status`."""
 
 
-_OPEN: weakref.WeakSet[Closeable] = weakref.WeakSet()
+_OPEN: weakref.WeakKeyDictionary[Closeable, int] = weakref.WeakKeyDictionary()
+"""The monitors that run, with the thread that started each."""
 
 
 class TorchThread(threading.Thread):
@@ -54,12 +62,33 @@ class TorchThread(threading.Thread):
 def close_at_exit(monitor: Closeable) -> None:
     """Close `monitor` as failed at the end of the interpreter, unless `forget` is called first."""
     _register()
-    _OPEN.add(monitor)
+    _OPEN[monitor] = threading.get_ident()
 
 
 def forget(monitor: Closeable) -> None:
     """Undo `close_at_exit`."""
-    _OPEN.discard(monitor)
+    _OPEN.pop(monitor, None)
+
+
+def close_abandoned(exporter: object) -> bool:
+    """Close the monitor that `exporter` belongs to if its training is over: another one begins, and needs its address.
+
+    It is over where the monitor was started in this thread and has made steps: a notebook's cell that was interrupted
+    runs again. Two monitors that are to run side by side are both started before the first step.
+
+    Returns:
+        Whether the monitor was closed.
+    """
+    for monitor, thread in list(_OPEN.items()):
+        is_its = any(other is exporter for other in monitor.exporters)
+        if is_its and thread == threading.get_ident() and monitor.snapshot().steps_total > 0:
+            logger.warning(
+                "a monitor of this process was never closed, and another one needs its address: it is closed now, and "
+                "its run counts as failed. Call close() at the end of a run, or use `with`."
+            )
+            monitor.close("failed")
+            return True
+    return False
 
 
 @cache

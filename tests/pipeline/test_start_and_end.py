@@ -6,6 +6,8 @@ import copy
 import io
 import logging
 import pickle
+import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ess_monitor import ConfigError, Monitor, MonitorConfig
+from ess_monitor import ConfigError, ExporterError, Monitor, MonitorConfig
 from ess_monitor.evidence.call_recorder import CallRecorder
 from ess_monitor.integrations.step_loss import StepLoss
 from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
@@ -148,3 +150,48 @@ def test_new_settings_hold_from_the_resume_on(modes: tuple[str, str]) -> None:
     taken = [number for number, is_armed in armed if is_armed]
     # In lockstep the sample of step 0 is judged first, at the next step.
     assert taken == ([8, 12] if modes == ("auto", "auto") else [7, 11, 15])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def serving(port: int, linger_seconds: float = 0.0) -> Monitor:
+    endpoint = {"kind": "prometheus", "port": port, "linger_seconds": linger_seconds}
+    return Monitor(Model(), MonitorConfig(**FAST, exporters=(endpoint,)))
+
+
+@pytest.mark.parametrize("linger_seconds", [0.0, 60.0])
+def test_a_training_that_begins_again_takes_the_port_of_one_that_was_never_closed(
+    linger_seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    left = serving(port, linger_seconds)
+    left.start()
+    step(left.model, left)
+    with serving(port) as again:
+        assert left.snapshot().status == "failed"
+        assert [f":{port}/" in (exporter.url or "") for exporter in again.exporters] == [True]  # type: ignore[attr-defined]
+    assert "never closed" in caplog.text
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_monitor_that_runs_beside_another_is_not_closed_but_named(elsewhere: bool) -> None:
+    """It is about to begin, or belongs to another thread."""
+    port = free_port()
+    first, second = serving(port), serving(port)
+    if elsewhere:
+        thread = threading.Thread(target=lambda: (first.start(), step(first.model, first)))
+        thread.start()
+        thread.join()
+    else:
+        first.start()
+    with pytest.raises(ExporterError, match=rf"port {port} is in use by another monitor of this process.*close\(\)"):
+        second.start()
+    assert first.snapshot().status != "failed"
+    first.close()
+    second.start()
+    second.close()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from ess_monitor import validation
 from ess_monitor.errors import ConfigError, ExporterError, format_error
@@ -22,12 +23,13 @@ from ess_monitor.exporters.prometheus.http.server import Endpoint
 from ess_monitor.exporters.prometheus.http.tls import server_context
 from ess_monitor.exporters.prometheus.identity import RunIdentity, identify
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.runtime.shutdown import close_abandoned
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-_lingering: set[PrometheusExporter] = set()
-"""Exporters of finished runs of this process that still serve their last state. The next run may need their port."""
+_serving: WeakSet[PrometheusExporter] = WeakSet()
+"""Exporters of this process that have an endpoint. The next run may need the port of one whose run is over."""
 
 
 class PrometheusExporter:
@@ -104,6 +106,7 @@ class PrometheusExporter:
                 cleanup.callback(self._announce(config.file_sd_dir, identity, endpoint))
             self.identity = identity
             self._endpoint, self._cleanup = endpoint, cleanup.pop_all()
+            _serving.add(self)
 
     def export(self, measurement: Measurement) -> None:
         """Do nothing: Prometheus pulls the numbers."""
@@ -125,7 +128,6 @@ class PrometheusExporter:
         self._timer = threading.Timer(self.config.linger_seconds, self.stop)
         self._timer.name = "ess-monitor-linger"
         self._timer.daemon = True  # a process that ends does not wait
-        _lingering.add(self)
         self._timer.start()
 
     def stop(self) -> None:
@@ -134,7 +136,7 @@ class PrometheusExporter:
             cleanup, self._cleanup = self._cleanup, ExitStack()
             timer, self._timer = self._timer, None
             self._endpoint = self._snapshot = None
-        _lingering.discard(self)
+        _serving.discard(self)
         if timer is not None:
             timer.cancel()
         cleanup.close()
@@ -149,9 +151,22 @@ class PrometheusExporter:
         try:
             return Endpoint(pages.respond, self.config.host, port, tls)
         except OSError as error:
-            if error.errno == errno.EADDRINUSE and _stop_lingering_on(port):
+            other = next((e for e in list(_serving) if e.serves(port)), None)
+            if error.errno == errno.EADDRINUSE and other is not None and other.release():
                 return self._listen(pages, port, tls)
-            raise ExporterError(_cannot_listen(self.config.host, port, error)) from error
+            raise ExporterError(_cannot_listen(self.config.host, port, error, here=other is not None)) from error
+
+    def serves(self, port: int) -> bool:
+        """Return whether this exporter serves on a port."""
+        endpoint = self._endpoint
+        return endpoint is not None and endpoint.port == port
+
+    def release(self) -> bool:
+        """Stop serving if the run is over, lingering or abandoned; return whether it was."""
+        if self._timer is None:
+            return close_abandoned(self)
+        self.stop()
+        return True
 
     def _announce(self, folder: Path, identity: RunIdentity, endpoint: Endpoint) -> Callable[[], object]:
         target = advertised_target(self.config.host, endpoint.port, self.config.advertise_host)
@@ -164,21 +179,16 @@ class PrometheusExporter:
             ) from error
 
 
-def _stop_lingering_on(port: int) -> bool:
-    """Stop an exporter that lingers on this port; return whether there was one."""
-    for exporter in list(_lingering):
-        endpoint = exporter._endpoint
-        if endpoint is not None and endpoint.port == port:
-            exporter.stop()
-            return True
-    return False
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> str:
+def _cannot_listen(host: str, port: int, error: OSError, *, here: bool) -> str:
     where = f"prometheus.host={host!r}, port={port}"
     if error.errno == errno.EADDRINUSE:
+        user = (
+            " by another monitor of this process that was not closed. Call its close() if its run is over, or set"
+            if here
+            else ", perhaps by another run. Set"
+        )
         return (
-            f"{where}: port {port} is in use, perhaps by another run. Set another port, or port=0 to take a free one "
+            f"{where}: port {port} is in use{user} another port, or port=0 to take a free one "
             "(`PrometheusExporter.url` holds it)."
         )
     return (
