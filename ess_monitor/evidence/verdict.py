@@ -11,7 +11,6 @@ one. What the last dimensions of the present one are worth is: where their loss 
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from ess_monitor.evidence.config import EvidenceConfig
@@ -53,7 +52,7 @@ def weigh(
         >>> weigh("mixer", 1500, Changes(4, 8.0, first=0.2, second=0.9, third=0.8), EvidenceConfig()).outcome
         'by_choice'
     """
-    base, m50, m90, cut, error = _means(changes)
+    base, m50, m90, cut = _means(changes)
     is_kl = changes.kind == "outputs"
     if is_kl:
         outcome, reason = _by_kl(config, m50, m90, cut)
@@ -70,7 +69,7 @@ def weigh(
         m50=m50,
         m90=m90,
         cut=cut,
-        m50_error=error,
+        m50_error=changes.first_error,
         far_share_ratio=far_share_ratio,
         outcome=outcome,
         reason=f"{reason} ({changes.batches} batches run again)",
@@ -97,7 +96,7 @@ def weigh_state(
         >>> weigh_state("mixer", 1500, changes, EvidenceConfig()).outcome
         'spare'
     """
-    base, quarter, half, whole, error = _means(changes)
+    base, quarter, half, whole = _means(changes)
     is_kl = changes.kind == "state_outputs"
     line = config.state_kl if is_kl else config.state_ratio * abs(base)
     needed = quarter >= line and quarter > 0
@@ -115,19 +114,18 @@ def weigh_state(
         quarter=quarter,
         half=half,
         whole=whole,
-        quarter_error=error,
+        quarter_error=changes.first_error,
         spectrum_end_ratio=spectrum_end_ratio,
         outcome="needed" if needed else "spare",
         reason=f"{seen}, {side} {line:.3g}: the layer {meaning} ({changes.batches} batches run again)",
     )
 
 
-def _means(changes: Changes) -> tuple[float, float, float, float, float]:
-    """Return the means of base, first, second and third change, and the standard error of the first."""
-    count, first = changes.batches, changes.first / changes.batches
-    variance = max(0.0, changes.first_squared / count - first * first)
-    error = math.sqrt(variance / (count - 1)) if count > 1 else 0.0
-    return changes.base / count, first, changes.second / count, changes.third / count, error
+def _means(changes: Changes) -> tuple[float, float, float, float]:
+    """Return the means of base, first, second and third change."""
+    sums = changes.base, changes.first, changes.second, changes.third
+    base, first, second, third = (total / changes.batches for total in sums)
+    return base, first, second, third
 
 
 _Outcome = Literal["loud", "silent", "by_choice", "unclear"]

@@ -115,9 +115,8 @@ class Trial:
         if changes is not None and changes.batches and changes.kind == "trial":
             count, scale = changes.batches, abs(changes.base / changes.batches)
             gain = changes.first / count
-            error = math.sqrt(max(0.0, changes.first_squared / count - gain * gain) / max(1, count - 1))
             self.last_gain_ratio = gain / scale if scale else math.copysign(0.0, gain)
-            beyond_noise = abs(gain) > config.noise * error
+            beyond_noise = abs(gain) > config.noise * changes.first_error
             if gain < 0 and -gain > config.harm_ratio * scale and beyond_noise and self.check <= config.harm_until:
                 return "harm"
             if gain > config.gain_ratio * scale and beyond_noise and self.check > config.harm_until:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 from ess_monitor.records.layers import Record
@@ -94,3 +95,15 @@ class Changes(NamedTuple):
     first_squared: float = 0.0
     """Sum of the squares of each batch's `first`."""
     kind: ChangeKind = "loss"
+
+    @property
+    def first_error(self) -> float:
+        """Standard error of the mean of `first` over the batches; 0 of fewer than two.
+
+        >>> Changes(batches=2, first=1.0 + 3.0, first_squared=1.0 + 9.0).first_error
+        1.0
+        """
+        if self.batches < 2:
+            return 0.0
+        mean = self.first / self.batches
+        return math.sqrt(max(0.0, self.first_squared / self.batches - mean * mean) / (self.batches - 1))
