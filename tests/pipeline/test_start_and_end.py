@@ -9,6 +9,7 @@ import pickle
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,13 @@ from torch import Tensor, nn
 
 from ess_monitor import ConfigError, ExporterError, Monitor, MonitorConfig
 from ess_monitor.evidence.call_recorder import CallRecorder
+from ess_monitor.exporters import (
+    PrometheusConfig,
+    PrometheusExporter,
+    TerminalExporter,
+    TextfileConfig,
+    TextfileExporter,
+)
 from ess_monitor.integrations.step_loss import StepLoss
 from tests.eager import EAGER_DIAGNOSIS, NO_EVIDENCE
 
@@ -195,3 +203,20 @@ def test_a_monitor_that_runs_beside_another_is_not_closed_but_named(elsewhere: b
     first.close()
     second.start()
     second.close()
+
+
+def test_exporters_that_serve_a_second_run_begin_anew(tmp_path: Path) -> None:
+    tables: list[str] = []
+    endpoint, file = (
+        PrometheusExporter(PrometheusConfig(port=0)),
+        TextfileExporter(TextfileConfig(path=tmp_path / "x.prom")),
+    )
+    seen, table = list[str](), TerminalExporter(write=tables.append)
+    for run in range(2):
+        model = Model()
+        with Monitor(model, MonitorConfig(every_n_steps=9), exporters=[endpoint, file, table]) as monitor:
+            step(model, monitor)
+            monitor.flush()
+            seen += [exporter.identity.run_id for exporter in (endpoint, file) if exporter.identity is not None]
+        assert ["step 0" in text for text in tables] == [True] * (run + 1)
+    assert seen[0] == seen[1] != seen[2] == seen[3]

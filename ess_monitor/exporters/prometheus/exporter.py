@@ -62,7 +62,7 @@ class PrometheusExporter:
             raise ConfigError(
                 f"registry: {validation.type_of(registry)} is not a CollectorRegistry; None makes a fresh one"
             )
-        self.identity = validation.optional("identity", identity, RunIdentity)
+        self.identity = self._given_identity = validation.optional("identity", identity, RunIdentity)
         """Run and rank; None before the start."""
         self._registry = registry
         self._lock = threading.Lock()  # the training thread and the timer may both call `stop`
@@ -86,7 +86,7 @@ class PrometheusExporter:
                 share no run_id.
         """
         config = self.config
-        identity = self.identity or identify(config, run)
+        identity = self._given_identity or identify(config, run)
         if not identity.takes_part(config.ranks):
             return
         collector = new_collector(self.name, run, self._current)

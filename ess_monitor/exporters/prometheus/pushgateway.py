@@ -68,7 +68,7 @@ class PushgatewayExporter:
 
     def __init__(self, config: PushgatewayConfig | None = None, identity: RunIdentity | None = None) -> None:
         self.config = validation.optional("config", config, PushgatewayConfig) or PushgatewayConfig()
-        self.identity = validation.optional("identity", identity, RunIdentity)
+        self.identity = self._given_identity = validation.optional("identity", identity, RunIdentity)
         """Run and rank; None before the start."""
         self._credentials: Credentials | None = None
         self._run: RunInfo | None = None
@@ -82,7 +82,7 @@ class PushgatewayExporter:
                 credentials, their secret cannot be read, or the ranks share no run_id.
         """
         config = self.config
-        self.identity = self.identity or identify(config, run)
+        self.identity = self._given_identity or identify(config, run)
         if not self.identity.takes_part(config.ranks):
             return
         new_collector(self.name, run, snapshot)  # raises now if prometheus_client is missing, and not at the end

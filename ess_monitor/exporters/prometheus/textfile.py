@@ -50,7 +50,7 @@ class TextfileExporter:
 
     def __init__(self, config: TextfileConfig | None = None, identity: RunIdentity | None = None) -> None:
         self.config = validation.optional("config", config, TextfileConfig) or TextfileConfig()
-        self.identity = validation.optional("identity", identity, RunIdentity)
+        self.identity = self._given_identity = validation.optional("identity", identity, RunIdentity)
         """Run and rank; None before the start."""
         self.path: Path | None = None
         """The file, with run and rank filled in; None before the start."""
@@ -63,7 +63,7 @@ class TextfileExporter:
         Raises:
             ExporterError: prometheus_client is missing, the path cannot be written, or the ranks share no run_id.
         """
-        self.identity = self.identity or identify(self.config, run)
+        self.identity = self._given_identity or identify(self.config, run)
         if not self.identity.takes_part(self.config.ranks):
             return
         path = str(self.config.path)

@@ -66,8 +66,8 @@ class TerminalExporter:
         self._pending: Measurement | None = None
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Store the layers; there is nothing to open."""
-        self._layers = run.layers
+        """Store the layers, and print the first table of this run at once; there is nothing to open."""
+        self._layers, self._last_written_seconds, self._pending = run.layers, None, None
 
     def export(self, measurement: Measurement) -> None:
         """Print the table if it is time for one."""
