@@ -119,6 +119,7 @@ class Monitor(RunSampling):
         """Open the exporters and arm the first sample. A second call does nothing."""
         if self._running:
             return
+        self._running = False  # and not None: a training goes on although the start has raised
         here, context = self._rank, self._context
         configs = configs_of_rank(self.config.exporters, here.rank, here.local_rank)
         self._hub = ExporterHub((*map(build_exporter, configs), *self._exporters))

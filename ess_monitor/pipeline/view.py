@@ -107,8 +107,8 @@ class RunView:
         if not self._running and not self._said_closed:
             self._said_closed = True
             logger.warning(
-                "ess_monitor: %s was called after the monitor was closed: nothing is measured any more. Close it after "
-                "the training, or attach a new one.",
+                "ess_monitor: %s was called after the monitor was closed, or its start failed: nothing is measured. "
+                "Close it after the training, or attach a new one.",
                 call,
             )
         return self._alive
