@@ -27,6 +27,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 LOWEST = {"transformers": "4.57.1", "flash-linear-attention": "0.4.0"}
+TRITON = "triton==3.6.0"  # for versions of fla before 0.6, whose kernels a later one refuses
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
 
 
@@ -55,7 +56,13 @@ def available(library: str) -> list[str]:
     return line[1].split(", ")
 
 
-def make_environment(folder: Path, requirement: str, seconds: float) -> Path:
+def requirements(library: str, version: str) -> tuple[str, ...]:
+    """Return what has to be in the environment of a version; torch is there already."""
+    older = (TRITON,) if library == "flash-linear-attention" and Version(version) < Version("0.6") else ()
+    return (f"{library}=={version}", f"torch=={metadata.version('torch')}", *older)
+
+
+def make_environment(folder: Path, wanted: Iterable[str], seconds: float) -> Path:
     """Make the environment of one version, with what it needs and ours has not, and return its interpreter."""
     python, done = folder / "bin" / "python", folder / "installed"
     if done.exists():
@@ -64,7 +71,7 @@ def make_environment(folder: Path, requirement: str, seconds: float) -> Path:
     own = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     options = ("--python", python, "install", "--quiet", "--no-compile")
-    command = (*PIP, *options, requirement, f"torch=={metadata.version('torch')}")
+    command = (*PIP, *options, *wanted)
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds)
     done.touch()
     return python
@@ -73,7 +80,7 @@ def make_environment(folder: Path, requirement: str, seconds: float) -> Path:
 def measure(folder: Path, library: str, version: str, seconds: float) -> dict[str, Any]:
     """Return what was found with one version: outcome and reason of every layer, or why it could not be tried."""
     try:
-        python = make_environment(folder, f"{library}=={version}", seconds)
+        python = make_environment(folder, requirements(library, version), seconds)
     except subprocess.TimeoutExpired:
         return {"error": f"not installed within {seconds:.0f} s"}
     except subprocess.CalledProcessError as error:

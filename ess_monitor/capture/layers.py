@@ -35,7 +35,7 @@ Unknown = Literal["skip", "jacobian"]
 
 _TESTED_VERSIONS: dict[str, tuple[str, str]] = {
     "transformers": ("transformers", "4.57 to 5.24"),
-    "fla": ("flash-linear-attention", "0.4 to 0.6"),
+    "fla": ("flash-linear-attention", "0.6.0"),
     "mamba_ssm": ("mamba_ssm", "2.3.2.post1"),
 }
 """Import name -> (distribution, version that the tests run with)."""
@@ -103,7 +103,7 @@ def _library_of(module: nn.Module) -> str | None:
 def _versions_of(library: str) -> str:
     """Return a text with the installed and the tested version.
 
-    >>> _versions_of("fla").endswith("tested with 0.4 to 0.6")
+    >>> _versions_of("fla").endswith("tested with 0.6.0")
     True
     """
     distribution, tested = _TESTED_VERSIONS[library]
