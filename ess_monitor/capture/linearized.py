@@ -7,14 +7,14 @@ shares no tensor with the model: what is computed with it later, on another thre
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ess_monitor.capture.hooks.call_site import Call
+from ess_monitor.capture.hooks.call_site import Call, tensors_in
 from ess_monitor.capture.spec import CaptureSpec, LazyOperator
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import JacobianOperator, Operator
@@ -42,7 +42,7 @@ class LayerAlone:
         self._is_unbatched = sequence.dim() == 2
         self._length_first = isinstance(module, nn.RNNBase) and not module.batch_first and not self._is_unbatched
         self.inputs = self._batch_first(sequence.detach()).to(dtype)
-        self.is_free = not any(True for _ in _tensors(others))
+        self.is_free = not any(True for _ in tensors_in(others))
         """Whether no other argument is a tensor, so that it takes any number of samples and tokens."""
         self._module = _copied(module, dtype)
 
@@ -52,7 +52,7 @@ class LayerAlone:
         others = copy.deepcopy(self._others)  # a layer may write into a cache that it was given
         arguments = {**others, self._place: inputs[0] if self._is_unbatched else self._batch_first(inputs)}
         args = [arguments.pop(index) for index in range(self._count)]
-        output = next(_tensors(self._module(*args, **arguments)), None)
+        output = next(tensors_in(self._module(*args, **arguments)), None)
         if output is None:
             raise CaptureError("its output holds no tensor")
         return self._batch_first(output)
@@ -158,13 +158,3 @@ def _detached(value: Any, dtype: torch.dtype) -> Any:
     if type(value) is dict:
         return {name: _detached(item, dtype) for name, item in value.items()}
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))

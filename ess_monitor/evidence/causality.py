@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.hooks.call_site import is_own_hook
+from ess_monitor.capture.hooks.call_site import is_own_hook, tensors_in
 from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.undisturbed import Undisturbed
 
@@ -127,17 +127,12 @@ def _is_cache(name: str, value: Any) -> bool:
 
 
 def _first_floating(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() and value.dim() > 1 else None
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return next((found for item in items if (found := _first_floating(item)) is not None), None)
+    return next((tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.dim() > 1), None)
 
 
 def _first_ids(value: Any, length: int) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value if value.dtype in (torch.int32, torch.int64) and value.shape[1:] == (length,) else None
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return next((found for item in items if (found := _first_ids(item, length)) is not None), None)
+    ids = (tensor for tensor in tensors_in(value) if tensor.dtype in (torch.int32, torch.int64))
+    return next((tensor for tensor in ids if tensor.shape[1:] == (length,)), None)
 
 
 def _token_axis(module: nn.Module, x: Tensor, y: Tensor, length: int) -> int | None:

@@ -53,7 +53,7 @@ class MetricReader:
                     values[name] = _number(value)
             except Exception as error:
                 self._report(shown, f"{error}")
-        return values, {device: of_device for device, of_device in tensors.items() if of_device}
+        return values, tensors
 
     def _report(self, what: str, problem: str) -> None:
         if what not in self._reported and len(self._reported) < _MOST_REPORTED:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step, zeroed_by_mask
 from ess_monitor.capture.adapters.selective_scan import (
     alpha_of_a_log,
+    projected_decay,
     scan_operator,
     scan_transition,
     segment_starts,
@@ -288,33 +289,22 @@ def _own_code(layer: Any) -> CodeType:
 
 
 def _decay_of_own_code(layer: nn.Module, site: CallSite) -> DecayHandle:
-    """Build the handle of the input of `in_proj` and the layer's parameters.
-
-    Only the input is an argument of a call and is written back. The parameters' gradients are added all the same. A is
-    raised by A_log, which is the layer's alpha.
-    """
+    """Build the handle of the input of `in_proj` and the layer's parameters."""
     own: Any = layer
 
-    def read(call: Call) -> DecayInputs | None:
-        x, projection = call.args[0], own.in_proj
-        if x.shape[1] == 1:
-            return None
-        last, state, limits = slice(-own.num_heads, None), own.ssm_state_size, _limits_of(own)
+    def parameters() -> dict[str, Tensor | None]:
+        projection = own.in_proj
+        return {"weight": projection.weight, "A_log": own.A_log, "dt_bias": own.dt_bias, "bias": projection.bias}
+
+    def transition(given: dict[str, Tensor]) -> Transition:
+        last = slice(-own.num_heads, None)
         factor = own.mup_vector[..., last] if hasattr(own, "mup_vector") else 1.0
+        bias = given["bias"][last].float() if "bias" in given else None
+        dt = (F.linear(given["x"].float(), given["weight"][last].float(), bias) * factor).mT
+        A = -given["A_log"].float().exp()
+        return scan_transition(dt, A, given["dt_bias"], limits=_limits_of(own), state_size=own.ssm_state_size)
 
-        def transition(given: dict[str, Tensor]) -> Transition:
-            bias = given["bias"][last].float() if "bias" in given else None
-            dt = (F.linear(given["x"].float(), given["weight"][last].float(), bias) * factor).mT
-            A = -given["A_log"].float().exp()
-            return scan_transition(dt, A, given["dt_bias"], limits=limits, state_size=state)
-
-        parameters = {"weight": projection.weight, "A_log": own.A_log, "dt_bias": own.dt_bias, "bias": projection.bias}
-        return named_inputs({"x": (x, 1), **{name: (p, None) for name, p in parameters.items()}}, transition)
-
-    def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
-        return (tensors[0], *call.args[1:]), call.kwargs
-
-    return DecayHandle(("in_proj", "dt_bias", "A_log"), site, read, write)
+    return projected_decay(("in_proj", "dt_bias", "A_log"), site, parameters, transition)
 
 
 _FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_split_conv1d_scan_combined")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -170,26 +170,39 @@ def has_own_loop(layer: nn.Module) -> bool:
 
 
 def own_decay(layer: nn.Module, site: CallSite) -> DecayHandle:
-    """Build the handle of the input of `dt_proj`, its parameters, and A.
+    """Build the handle of the input of `dt_proj`, its parameters, and A."""
+    own: Any = layer
+
+    def parameters() -> dict[str, Tensor | None]:
+        return {"weight": own.dt_proj.weight, "bias": own.dt_proj.bias, "A_log": own.A_log}
+
+    def transition(given: dict[str, Tensor]) -> Transition:
+        dt = F.linear(given["x"].float(), given["weight"].float()).mT
+        return scan_transition(dt, -given["A_log"].float().exp(), given.get("bias"))
+
+    return projected_decay(("x_proj", "dt_proj", "A_log"), CallSite("dt_proj"), parameters, transition)
+
+
+def projected_decay(
+    names: tuple[str, ...],
+    site: CallSite,
+    parameters: Callable[[], dict[str, Tensor | None]],
+    transition: Callable[[dict[str, Tensor]], Transition],
+) -> DecayHandle:
+    """Build the handle of the input "x" of a projection and of the layer's parameters.
 
     Only the input is an argument of a call and is written back. The parameters' gradients are added all the same. A is
     raised by A_log, which is the layer's alpha.
     """
-    own: Any = layer
 
     def read(call: Call) -> DecayInputs | None:
-        x, projection = call.args[0], own.dt_proj
+        x = call.args[0]
         if x.shape[1] == 1:
             return None
-
-        def transition(given: dict[str, Tensor]) -> Transition:
-            dt = F.linear(given["x"].float(), given["weight"].float()).mT
-            return scan_transition(dt, -given["A_log"].float().exp(), given.get("bias"))
-
-        parameters = {"weight": projection.weight, "bias": projection.bias, "A_log": own.A_log}
-        return named_inputs({"x": (x, 1), **{name: (p, None) for name, p in parameters.items()}}, transition)
+        own = {name: (parameter, None) for name, parameter in parameters().items()}
+        return named_inputs({"x": (x, 1), **own}, transition)
 
     def write(call: Call, tensors: tuple[Tensor, ...]) -> Arguments:
         return (tensors[0], *call.args[1:]), call.kwargs
 
-    return DecayHandle(("x_proj", "dt_proj", "A_log"), CallSite("dt_proj"), read, write)
+    return DecayHandle(names, site, read, write)

@@ -9,7 +9,7 @@ stay as they are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ess_monitor.capture.hooks.call_site import ModuleHook, is_own_hook
+from ess_monitor.capture.hooks.call_site import ModuleHook, is_own_hook, tensors_in
 from ess_monitor.capture.ignored_calls import is_transformed
 
 _POINTWISE = (
@@ -119,14 +119,14 @@ class MixingProbe:
 
     def _learn_length(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._length is None:
-            sequences = (t for t in _tensors((args, kwargs)) if t.dim() == (3 if t.is_floating_point() else 2))
+            sequences = (t for t in tensors_in((args, kwargs)) if t.dim() == (3 if t.is_floating_point() else 2))
             self._length = next((t.shape[1] for t in sequences), None)
         return None if self._in_training else _with_graph(module, args, kwargs)
 
     def _ask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if name in self.found or (name not in self._listed and not self._in_training and self._holds_mixing(name)):
             return
-        y = next((t for t in _tensors(output) if t.requires_grad), None)
+        y = next((t for t in tensors_in(output) if t.requires_grad), None)
         if y is None or is_transformed():
             return
         given = (*args, *kwargs.values())
@@ -208,16 +208,6 @@ def depends_on(x: Tensor, y: Tensor, axis: int) -> Mixing:
     gradient = torch.zeros_like(x) if gradients[0] is None else gradients[0]
     touched = (gradient != 0).transpose(0, axis).flatten(1).any(1)
     return Mixing(touched[:middle].any(), touched[middle + 1 :].any(), touched[middle])
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the floating tensors and token ids in arguments or outputs, outermost containers first."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
-    elif isinstance(value, (tuple, list)):
-        yield from itertools.chain.from_iterable(map(_tensors, value))
 
 
 def _with_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,16 +11,29 @@ import dataclasses
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ess_monitor.capture.hooks.function_patch import Listener, StandIn, add_listener, function_stand_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or outputs, in lists, tuples and dictionaries to any depth.
+
+    >>> [len(found) for found in tensors_in((Tensor([0]), {"mask": Tensor([0, 1])}, "text"))]
+    [1, 2]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
 
 
 @dataclass(frozen=True)
