@@ -138,6 +138,8 @@ class Monitor(RunSampling):
         """Remove the hooks, bring in what is under way, close the exporters. A second call does nothing."""
         timeout_seconds = check_end(status, timeout_seconds)
         if not self._alive:
+            if not self._context.health.forked:
+                self._results.autopilot.close()  # a treatment that came with a state, of a monitor that did not start
             return
         self._running = False
         shutdown.forget(self)

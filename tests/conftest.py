@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -94,8 +95,12 @@ def _fixed_seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _compiled_code_is_used() -> None:
-    """Let go of a sample that an earlier test left armed: until it is collected, compiled code is not used."""
+def _nothing_is_left_in_the_compiler() -> Iterator[None]:
+    """Name the test that leaves a sample armed or a regularizer attached: compiled code of later tests would see it."""
+    yield
     compiler = sys.modules.get("ess_monitor.capture.hooks.compiler")
-    if compiler is not None and compiler._HOLDERS:
-        gc.collect()
+    if compiler is not None:
+        if compiler._HOLDERS:
+            gc.collect()  # of a monitor that was never closed, which is what some tests are about
+        assert not compiler._HOLDERS, "a sample is still armed"
+        assert not compiler._SEEN_BY_COMPILER, "a regularizer is still attached"

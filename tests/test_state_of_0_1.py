@@ -77,3 +77,17 @@ def test_a_treatment_goes_on_and_its_sample_is_judged_at_its_step(featurizer: st
     assert {reading.step for reading in loop.monitor.readings} == {state["evidence"]["step"]}
     assert loop.monitor.snapshot().interventions_active[action] == 1
     loop.monitor.close()
+
+
+def test_a_monitor_that_is_closed_before_its_start_leaves_no_treatment_behind() -> None:
+    def gradients(loop: Loop) -> list[torch.Tensor]:
+        loop.model.zero_grad()
+        loop.model(torch.arange(24).reshape(2, 12) % 4).square().mean().backward()
+        return [parameter.grad.clone() for parameter in loop.model.parameters() if parameter.grad is not None]
+
+    loop = Loop(config("auto"), "wla")
+    before = gradients(loop)
+    loop.monitor.load_state_dict(saved("auto", "wla"))
+    assert not all(map(torch.equal, gradients(loop), before))
+    loop.monitor.close()
+    assert all(map(torch.equal, gradients(loop), before))

@@ -229,6 +229,7 @@ class IdentityPull:
         >>> layer.module(torch.randn(4, 8, 16)).mean().backward()
         >>> (layer.module.decay_logit.grad < 0).all().item()  # a step against the gradient raises every A
         True
+        >>> pull.detach()
     """
 
     def __init__(

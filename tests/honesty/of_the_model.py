@@ -62,6 +62,12 @@ def _sampled(monitor: Monitor, **given: Any) -> None:
     monitor.flush()
 
 
+def _armed(**given: Any) -> None:
+    sampler = capture.Sampler(**given)
+    sampler.arm()
+    sampler.remove()
+
+
 class _Own(torch.nn.Module):
     """A layer of somebody's own."""
 
@@ -138,7 +144,7 @@ CAPTURE: dict[str, Case] = {
     "CaptureConfig": PACKAGE["CaptureConfig"],
     "LayerFilter": PACKAGE["LayerFilter"],
     "Sampler": Case(
-        lambda **given: capture.Sampler(**given).arm(),
+        _armed,
         lambda: {"layers": find_layers(model()), "config": capture.CaptureConfig()},
         exempt={"off": "a set that the monitor's circuit breaker keeps"},
     ),

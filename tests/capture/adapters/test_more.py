@@ -143,6 +143,7 @@ def test_the_pull_leaves_the_outputs_of_an_rg_lru_as_they_are_bit_for_bit() -> N
     pull = IdentityPull(layer.module, layer.spec.decay, strength=0.5)
     pull.attach()
     assert torch.equal(model(*args, **kwargs).logits, before)
+    pull.detach()
 
 
 def test_the_pull_reaches_parameters_that_an_rg_lru_uses_by_itself_even_if_its_input_needs_no_gradient() -> None:
@@ -154,6 +155,7 @@ def test_the_pull_reaches_parameters_that_an_rg_lru_uses_by_itself_even_if_its_i
     (rg_lru(activations=x, position_ids=positions) * 0).sum().backward()
     pulled = {name for name, p in rg_lru.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert pulled == set(layer.spec.decay.parameters)
+    pull.detach()
 
 
 @pytest.mark.parametrize("factor", [0.25, 8.0, 1e4])
