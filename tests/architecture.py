@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "capture": {"distributed", "errors", "ess", "records", "validation"},
     "interventions": {"capture", "errors", "ess", "records", "validation"},
     "diagnosis": {"errors", "records", "validation"},
-    "evidence": {"capture", "errors", "records", "validation"},
+    "evidence": {"capture", "errors", "ess", "records", "validation"},
     "exporters": {"errors", "records", "runtime", "validation"},
     "config": {
         "capture",

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture.hooks.call_site import is_own_hook, tensors_in
+from ess_monitor.capture.hooks.given_tokens import is_padding, is_real
 from ess_monitor.errors import CaptureError
+from ess_monitor.ess.segments import kept_by
 from ess_monitor.evidence.undisturbed import Undisturbed
 
 _TOLERANCE = 1e-4
 """Change of an earlier output, as a share of the largest output, below which it is rounding: a convolution by Fourier
 transforms carries rounding errors of later tokens to earlier ones."""
-_HIDDEN_LOGIT = -1000.0
-"""An additive mask below this hides a token."""
 _CACHES = ("cache", "past", "state", "inference_params")
 """Parts of the names of arguments that a call would write to. Without them a call begins at its first token."""
 
@@ -152,13 +152,10 @@ def _token_axis(module: nn.Module, x: Tensor, y: Tensor, length: int) -> int | N
 def _real_tokens(kwargs: dict[str, Any], length: int) -> Iterator[Tensor]:
     """Yield which tokens are no padding, (batch or 1, length), as each mask among the arguments of a call says."""
     for name, mask in kwargs.items():
-        if not isinstance(mask, Tensor) or "mask" not in name:
-            continue
-        if mask.dim() == 2 and mask.shape[1] == length and name == "attention_mask":
-            yield mask != 0
-        elif mask.dim() == 4 and mask.shape[2:] == (length, length):
-            own = mask[:, 0].diagonal(0, -2, -1)
-            yield own if own.dtype == torch.bool else own > _HIDDEN_LOGIT
+        if is_padding(name, mask) and mask.shape[1] == length:
+            yield is_real(name, mask)
+        elif isinstance(mask, Tensor) and "mask" in name and mask.dim() == 4 and mask.shape[2:] == (length, length):
+            yield kept_by(mask[:, 0].diagonal(0, -2, -1))
 
 
 def _has_other_hooks(module: nn.Module) -> bool:

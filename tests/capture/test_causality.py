@@ -16,6 +16,7 @@ from ess_monitor import Monitor, MonitorConfig, describe, profile, register_capt
 from ess_monitor.capture.causality.claims import Claim
 from ess_monitor.capture.sampler import Sampler
 from ess_monitor.ess import DenseOperator
+from ess_monitor.evidence.causality import is_causal
 from ess_monitor.featurizers import GLA
 
 WIDTH, LENGTH, TAPS = 8, 12, 7
@@ -310,6 +311,28 @@ def test_padding_that_sees_nothing_is_no_proof_against_a_layer() -> None:
         net(torch.randint(8, (2, LENGTH)), attention_mask=real, labels=torch.randint(8, (2, LENGTH))).loss.backward()
         monitor.step()
         assert [(r.status, r.message) for r in monitor.flush()] == [("ok", "")]
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("attention_mask", lambda pad: ~pad),
+        ("attention_mask", lambda pad: torch.where(pad, -1e9, 0.0)),
+        ("key_padding_mask", lambda pad: pad),
+        ("key_padding_mask", lambda pad: torch.where(pad, -torch.inf, 0.0)),
+    ],
+)
+def test_outputs_of_padding_count_in_no_form_of_a_mask(name: str, mask: Any) -> None:
+    pad = torch.zeros(2, 6, dtype=torch.bool)
+    pad[0, :2] = True
+
+    class SeesAllFromPadding(nn.Module):
+        def forward(self, x: Tensor, **given: Tensor) -> Tensor:
+            return torch.where(pad[..., None], x.sum(1, keepdim=True), x.cumsum(1))
+
+    net, x = SeesAllFromPadding(), torch.randn(2, 6, 4)
+    assert is_causal(net, (x,), {name: mask(pad)}, net(x), 6)
+    assert not is_causal(net, (x,), {name: mask(torch.zeros_like(pad))}, net(x), 6)
 
 
 def test_each_layer_is_tested_once_in_a_run_and_the_cost_charged_once() -> None:

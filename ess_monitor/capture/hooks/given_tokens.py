@@ -141,8 +141,8 @@ class TokenWatch:
                 if one is not None and len({1, one.shape[0], *(other.shape[0] for other in found)}) <= 2:
                     found.append(one)
                     is_placed |= name not in _POSITIONS  # which say nothing of padding
-                elif _is_padding(name, value):
-                    misfits.append((_is_real(name, value)).all())
+                elif is_padding(name, value):
+                    misfits.append((is_real(name, value)).all())
         if misfits and not is_placed:
             complete = torch.stack(misfits).all()
             return torch.where(complete, 0, forms.UNKNOWN).expand(1, rows.tokens)
@@ -212,18 +212,18 @@ def _is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules")
 
 
-def _is_padding(name: str, value: Any) -> bool:
+def is_padding(name: str, value: Any) -> bool:
     """Return whether an argument can only be a mask of padding, (batch, length), of whatever tokens."""
     return isinstance(value, Tensor) and value.dim() == 2 and name in (*_PADDING, "attention_mask")
 
 
-def _is_real(name: str, mask: Tensor) -> Tensor:
+def is_real(name: str, mask: Tensor) -> Tensor:
     """Return which tokens a mask of padding says are real."""
     if not mask.is_floating_point():
         return (mask == 0) if name in _PADDING else (mask != 0)
     # 1 and 0, or what is added to the logits: 0 and less
     added = forms.kept_by(mask)
-    return added if name in _PADDING else torch.where((mask < 0).any(), added, mask != 0)
+    return added if name in _PADDING else torch.where((mask > 0).any(), mask != 0, added)
 
 
 def _of_tensor(name: str, value: Tensor, rows: Rows, *, is_own: bool, hides: bool) -> Tensor | None:
@@ -243,7 +243,7 @@ def _of_tensor(name: str, value: Tensor, rows: Rows, *, is_own: bool, hides: boo
         return forms.of_positions(few[:, : rows.tokens])
     if name in _NUMBERS:
         return few[:, : rows.tokens].long().clamp(min=forms.PADDING)
-    return forms.of_real(_is_real(name, few)[:, : rows.tokens])
+    return forms.of_real(is_real(name, few)[:, : rows.tokens])
 
 
 def _is_square(name: str, value: Tensor, rows: Rows, hides: bool) -> bool:
