@@ -223,6 +223,7 @@ class Monitor(RunSampling):
         self._context.load_state_dict(checked)
         self._schedule.load_state_dict(checked)
         self._step, self._trigger.turn = checked["step"], checked["turn"]
+        self._results.report_resumed(self._step, may_act=self._schedule.may_act)
         self._replays.load_state_dict(checked, *self._results.examinations(self._step, resumed=True))
         self._trigger.forget()  # of a monitor that runs already: that sample was due in the run before
         self._arm_if_due()

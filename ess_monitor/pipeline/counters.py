@@ -22,6 +22,7 @@ from ess_monitor.records import (
     ActionKind,
     ActionOutcome,
     Condition,
+    Counts,
     Evidence,
     Finding,
     HealthData,
@@ -64,8 +65,30 @@ class _Histogram:
         )
 
 
+class _Counts:
+    """Counts that only grow. Every name is there from the start."""
+
+    def __init__(self, layers: tuple[str, ...]) -> None:
+        self.steps = 0
+        self.measurements: dict[Outcome, int] = dict.fromkeys(OUTCOMES, 0)
+        self.changes: dict[Condition, int] = dict.fromkeys(CONDITIONS, 0)
+        self.nonfinite: dict[str, int] = dict.fromkeys(layers, 0)
+        self.interventions: dict[ActionKind, dict[ActionOutcome, int]] = {
+            kind: dict.fromkeys(ACTION_OUTCOMES, 0) for kind in ACTIONS
+        }
+
+    def data(self) -> Counts:
+        return Counts(
+            steps_total=self.steps,
+            measurements_total=dict(self.measurements),
+            condition_changes_total=dict(self.changes),
+            nonfinite_total=dict(self.nonfinite),
+            interventions_total={kind: dict(counts) for kind, counts in self.interventions.items()},
+        )
+
+
 class RunCounters:
-    """Counts what happens in a run.
+    """Counts what happens in a run, and once more what happens in this process: a resumed run has had others.
 
     Args:
         layers: names of the measured layers.
@@ -77,24 +100,18 @@ class RunCounters:
         self._wall_clock = wall_clock
         self._lock = threading.Lock()
         self._status: RunStatus = "starting"
+        self._run, self._process = _Counts(names), _Counts(names)
         self._last_step = 0
-        self._steps_total = 0
         self._last_step_at = 0.0
         self._last_measurement_at = 0.0
         self._step_seconds = _Histogram(_STEP_BOUNDS)
         self._overhead: dict[Phase, _Histogram] = {phase: _Histogram(_PHASE_BOUNDS) for phase in PHASES}
         self._overhead_ratio = 0.0
         self._interval_steps = 0
-        self._measurements: dict[Outcome, int] = dict.fromkeys(OUTCOMES, 0)
         self._readings: dict[str, Reading] = {}
         self._conditions: dict[str, Condition] = dict.fromkeys(names, "unknown")
         self._evidence: dict[str, Evidence] = {}
         self._state_evidence: dict[str, StateEvidence] = {}
-        self._changes: dict[Condition, int] = dict.fromkeys(CONDITIONS, 0)
-        self._nonfinite: dict[str, int] = dict.fromkeys(names, 0)
-        self._interventions: dict[ActionKind, dict[ActionOutcome, int]] = {
-            kind: dict.fromkeys(ACTION_OUTCOMES, 0) for kind in ACTIONS
-        }
         self._treatments: dict[ActionKind, int] = dict.fromkeys(ACTIONS, 0)
         self._budget = 0
         self._last_intervention_at: dict[ActionKind, float] = dict.fromkeys(ACTIONS, 0.0)
@@ -111,7 +128,8 @@ class RunCounters:
         with self._lock:
             self._status = "running"
             self._last_step = step
-            self._steps_total += 1
+            for counts in (self._run, self._process):
+                counts.steps += 1
             self._last_step_at = now
             if seconds is not None:
                 self._step_seconds.add(seconds)
@@ -137,17 +155,20 @@ class RunCounters:
         state_evidence: Mapping[str, StateEvidence] | None = None,
     ) -> None:
         """Count a sample that has come to its end; conditions and evidence are those of the diagnosis after it."""
-        now = self._wall_clock()
+        now, readings = self._wall_clock(), tuple(readings)
+        broken = [reading.layer for reading in readings if reading.status == "nonfinite"]
+        entered = [finding.condition for finding in findings]
         with self._lock:
-            self._measurements[outcome] += 1
             for reading in readings:
                 if reading.status == "ok":
                     self._readings[reading.layer] = reading
                     self._last_measurement_at = now
-                elif reading.status == "nonfinite":
-                    self._nonfinite[reading.layer] = self._nonfinite.get(reading.layer, 0) + 1
-            for finding in findings:
-                self._changes[finding.condition] += 1
+            for counts in (self._run, self._process):
+                counts.measurements[outcome] += 1
+                for layer in broken:
+                    counts.nonfinite[layer] = counts.nonfinite.get(layer, 0) + 1
+                for condition in entered:
+                    counts.changes[condition] += 1
             self._conditions.update(conditions or {})
             self._evidence.update(evidence or {})
             self._state_evidence.update(state_evidence or {})
@@ -157,7 +178,8 @@ class RunCounters:
         now = self._wall_clock()
         with self._lock:
             for action in actions:
-                self._interventions[action.action][action.outcome] += 1
+                for counts in (self._run, self._process):
+                    counts.interventions[action.action][action.outcome] += 1
                 if action.outcome == "applied":
                     self._last_intervention_at[action.action] = now
             self._treatments = dict.fromkeys(ACTIONS, 0)
@@ -175,23 +197,20 @@ class RunCounters:
         """Return all counters at one moment."""
         with self._lock:
             return Snapshot(
+                **dict(self._run.data()),
+                process=self._process.data(),
                 status=self._status,
                 last_step=self._last_step,
-                steps_total=self._steps_total,
                 last_step_timestamp_seconds=self._last_step_at,
                 last_measurement_timestamp_seconds=self._last_measurement_at,
                 step_seconds=self._step_seconds.data(),
                 overhead_seconds={phase: histogram.data() for phase, histogram in self._overhead.items()},
                 overhead_ratio=self._overhead_ratio,
                 interval_steps=self._interval_steps,
-                measurements_total=dict(self._measurements),
                 readings=dict(self._readings),
                 conditions=dict(self._conditions),
                 evidence=dict(self._evidence),
                 state_evidence=dict(self._state_evidence),
-                condition_changes_total=dict(self._changes),
-                nonfinite_total=dict(self._nonfinite),
-                interventions_total={kind: dict(counts) for kind, counts in self._interventions.items()},
                 interventions_active=dict(self._treatments),
                 intervention_budget_remaining=self._budget,
                 last_intervention_timestamp_seconds=dict(self._last_intervention_at),
@@ -203,24 +222,40 @@ class RunCounters:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters that go on after a resume. Times and histograms are those of a process and start anew."""
+        """Return the counts of the run. Times and histograms are those of a process and start anew."""
         with self._lock:
+            counts = self._run.data()
             return {
-                "steps_total": self._steps_total,
-                "measurements": dict(self._measurements),
-                "changes": dict(self._changes),
-                "nonfinite": dict(self._nonfinite),
+                "steps_total": counts.steps_total,
+                "measurements": counts.measurements_total,
+                "changes": counts.condition_changes_total,
+                "nonfinite": counts.nonfinite_total,
                 "last_intervention_at": dict(self._last_intervention_at),
-                "interventions": {kind: dict(counts) for kind, counts in self._interventions.items()},
+                "interventions": counts.interventions_total,
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`. What has been counted in this process stays."""
         with self._lock:
-            self._steps_total = int(state["steps_total"])
-            self._measurements.update(state["measurements"])
-            self._changes.update(state["changes"])
-            self._nonfinite.update({k: v for k, v in state["nonfinite"].items() if k in self._nonfinite})
+            run = self._run
+            run.steps = int(state["steps_total"])
+            run.measurements.update(state["measurements"])
+            run.changes.update(state["changes"])
+            run.nonfinite.update({k: v for k, v in state["nonfinite"].items() if k in run.nonfinite})
             self._last_intervention_at.update(state["last_intervention_at"])
             for kind, counts in state["interventions"].items():
-                self._interventions[kind].update(counts)
+                run.interventions[kind].update(counts)
+
+    def resumed(
+        self,
+        step: int,
+        conditions: Mapping[str, Condition],
+        evidence: Mapping[str, Evidence],
+        state_evidence: Mapping[str, StateEvidence],
+    ) -> None:
+        """Show where a resumed run stands, before it makes a step or measures anything."""
+        with self._lock:
+            self._last_step = step
+            self._conditions.update(conditions)
+            self._evidence.update(evidence)
+            self._state_evidence.update(state_evidence)

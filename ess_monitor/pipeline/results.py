@@ -138,6 +138,12 @@ class ResultHandler:
         kinds = [treatment.action for treatment in pilot.active]
         self._context.counters.autopilot(actions, kinds, pilot.budget_remaining, self._is_auto and may_act)
 
+    def report_resumed(self, step: int, *, may_act: bool) -> None:
+        """Bring the counters up to date with a state that has been loaded."""
+        tracker = self._tracker
+        self._context.counters.resumed(step, self.conditions, tracker.evidence, tracker.state_evidence)
+        self.report_autopilot(may_act=may_act)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of diagnosis and autopilot, for a checkpoint."""
         return {"autopilot": self.autopilot.state_dict(), "diagnosis": self._tracker.state_dict()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ess_monitor.records.evidence import CHANGE_KINDS, ChangeKind, Changes, Evidence, StateEvidence
 from ess_monitor.records.layers import LayerInfo, Reading, Record, layer_title
-from ess_monitor.records.runs import HealthData, HistogramData, RunInfo, Snapshot
+from ess_monitor.records.runs import Counts, HealthData, HistogramData, RunInfo, Snapshot
 from ess_monitor.records.samples import Action, Finding, Measurement, SampleResult
 from ess_monitor.records.terms import (
     ACTION_OUTCOMES,
@@ -58,6 +58,7 @@ __all__ = [
     "Changes",
     "Condition",
     "ConditionInfo",
+    "Counts",
     "Evidence",
     "Finding",
     "HealthData",

@@ -48,19 +48,32 @@ class HealthData(Record):
     """Exporters that are off."""
 
 
-class Snapshot(Record):
-    """The run's counters at one moment: what a scrape shows. Cut under one lock, so that it is consistent."""
+class Counts(Record):
+    """How often things have happened."""
 
+    steps_total: int
+    measurements_total: dict[Outcome, int]
+    condition_changes_total: dict[Condition, int]
+    nonfinite_total: dict[str, int]
+    interventions_total: dict[ActionKind, dict[ActionOutcome, int]]
+
+
+class Snapshot(Counts):
+    """The run's counters at one moment: what a scrape shows. Cut under one lock, so that it is consistent.
+
+    Its own counts are those of the run, over all processes that it was resumed in.
+    """
+
+    process: Counts | None = None
+    """The same counts of this process alone, from 0 on. None in logs of before it was written."""
     status: RunStatus
     last_step: int
-    steps_total: int
     last_step_timestamp_seconds: float
     last_measurement_timestamp_seconds: float
     step_seconds: HistogramData
     overhead_seconds: dict[Phase, HistogramData]
     overhead_ratio: float
     interval_steps: int
-    measurements_total: dict[Outcome, int]
     readings: dict[str, Reading]
     """Latest reading with status ok, per layer; a layer without one is absent."""
     conditions: dict[str, Condition]
@@ -68,9 +81,6 @@ class Snapshot(Record):
     """Latest evidence, per layer; a layer that was never examined is absent. Empty in logs of before it was written."""
     state_evidence: dict[str, StateEvidence] = {}
     """The same of the size of the state."""
-    condition_changes_total: dict[Condition, int]
-    nonfinite_total: dict[str, int]
-    interventions_total: dict[ActionKind, dict[ActionOutcome, int]]
     interventions_active: dict[ActionKind, int]
     """Treatments under way."""
     intervention_budget_remaining: int
@@ -83,3 +93,8 @@ class Snapshot(Record):
     export_queue_length: dict[str, int]
     health: HealthData = HealthData()
     """Of the monitor itself. Empty in logs of before it was written."""
+
+    @property
+    def of_process(self) -> Snapshot:
+        """The same with the counts of this process in place of those of the run."""
+        return self if self.process is None else self.model_copy(update=dict(self.process))

@@ -81,7 +81,7 @@ def close_abandoned(exporter: object) -> bool:
     """
     for monitor, thread in list(_OPEN.items()):
         is_its = any(other is exporter for other in monitor.exporters)
-        if is_its and thread == threading.get_ident() and monitor.snapshot().steps_total > 0:
+        if is_its and thread == threading.get_ident() and monitor.snapshot().of_process.steps_total > 0:
             logger.warning(
                 "a monitor of this process was never closed, and another one needs its address: it is closed now, and "
                 "its run counts as failed. Call close() at the end of a run, or use `with`."

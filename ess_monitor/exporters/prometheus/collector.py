@@ -2,7 +2,8 @@
 
 Every scrape takes one immutable snapshot, so its numbers belong together. Labels come from what is known at the start
 (layers, conditions, outcomes, ...), so every counter exists at 0 before it first counts: `increase()` misses the first
-increment of a counter that appears at 1. Sizes without a value are left out: NaN would silence every alert on them.
+increment of a counter that appears at 1. They are those of the process: the counts of a resumed run go back to its
+checkpoint, which would look like a restart. Sizes without a value are left out: NaN would silence every alert on them.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class SnapshotCollector:
 
     def collect(self) -> Iterator[Metric]:
         """Yield all families of one snapshot."""
-        run, now = self._run, self._snapshot()
+        run, now = self._run, self._snapshot().of_process
         for family in chain(
             _run_families(run, now), _layer_families(run, now), _intervention_families(now), _monitor_families(run, now)
         ):
