@@ -76,6 +76,10 @@ class MonitorConfig(BaseModel):
     """What may be done about a collapsed layer: "off", "advise" (the default: says so), "auto", or its settings."""
     exporters: tuple[ExporterConfig, ...] = ()
     """Sinks built by the monitor: a kind ("prometheus") or its settings ({"kind": "prometheus", "port": 0})."""
+    handle_sigterm: bool | None = None
+    """Record a run whose process is told to end (SIGTERM) as `terminated` before the process ends as it would without
+    the monitor. None: where a scheduler or launcher has started the process that ends its jobs so (Slurm, Kubernetes,
+    LSF, PBS, torchrun and others, by their environment variables); elsewhere no signal handler is installed."""
     strict: bool = False
     """Raise `PartError` at the next step when a part of the monitor has failed, instead of training on: for tests, and
     to find a cause. Off, because no fault of the monitor should end a run."""

@@ -25,7 +25,7 @@ from ess_monitor.pipeline.run_info import run_info
 from ess_monitor.pipeline.sampling import RunSampling
 from ess_monitor.pipeline.stages import build_stages
 from ess_monitor.records import Reading, RunStatus, SampleResult
-from ess_monitor.runtime import ComputeBackend, shutdown
+from ess_monitor.runtime import ComputeBackend, shutdown, termination
 
 
 class Monitor(RunSampling):
@@ -124,7 +124,14 @@ class Monitor(RunSampling):
         configs = configs_of_rank(self.config.exporters, here.rank, here.local_rank)
         self._hub = ExporterHub((*map(build_exporter, configs), *self._exporters))
         self._results.report_autopilot(may_act=self._schedule.may_act)
-        self._hub.start(run_info(self.model, self.config, context.wall_clock(), self._facts), self.snapshot)
+        context.counters.set_status("starting")
+        self._terminated = False
+        termination.watch(self._terminate, self.config.handle_sigterm)
+        try:
+            self._hub.start(run_info(self.model, self.config, context.wall_clock(), self._facts), self.snapshot)
+        except BaseException:
+            termination.forget(self._terminate)
+            raise
         self._running = True
         shutdown.close_at_exit(self)
         # One rank is a fair sample of a data-parallel run, unless its readings are asked for.
@@ -135,13 +142,16 @@ class Monitor(RunSampling):
             self._trigger.watch()
 
     def close(self, status: RunStatus = "finished", *, timeout_seconds: float = 5.0) -> None:
-        """Remove the hooks, bring in what is under way, close the exporters. A second call does nothing."""
+        """Remove the hooks, bring in what is under way, close the exporters. A second call does nothing.
+
+        A signal handler may call it at any time. A run that was told to end by SIGTERM is recorded as terminated.
+        """
         timeout_seconds = check_end(status, timeout_seconds)
-        if not self._alive:
+        if not (self._alive or self._is_closing):
             if not self._context.health.forked:
                 self._results.autopilot.close()  # a treatment that came with a state, of a monitor that did not start
             return
-        self._running = False
+        self._running, self._is_closing = False, True
         shutdown.forget(self)
         self._trigger.stop()
         with self._context.guards["worker"]:
@@ -149,8 +159,11 @@ class Monitor(RunSampling):
             self._queue.close(timeout_seconds)
         self._replays.stop()
         self._results.autopilot.close()
+        status = "terminated" if self._terminated else status
         self._context.counters.set_status(status)
         self._hub.close(status)
+        termination.forget(self._terminate)
+        self._is_closing = False
         if status == "finished":
             self._context.health.raise_pending(self._hub.take_errors)
 

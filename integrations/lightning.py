@@ -87,8 +87,8 @@ class ESSMonitorCallback(CallbackBase, _Base):
         self._close("finished")
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
-        """End the run as failed."""
-        self._close("failed")
+        """End the run as failed; as terminated where Lightning was told to end by SIGTERM."""
+        self._close("terminated" if getattr(trainer, "received_sigterm", False) else "failed")
 
     def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         """End the run as failed if it is still open: nothing stays attached."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
+from queue import SimpleQueue
 
 from ess_monitor.errors import ExporterError, format_error
 from ess_monitor.exporters.base import Exporter
@@ -26,6 +28,9 @@ class ExporterChannel:
 
     An exporter with `inline = True` is called on the calling thread; any other has a bounded queue and a daemon thread.
 
+    No lock is held anywhere: a signal handler may close the run while its own thread, which then stands still, is at
+    any line of this class. An inline exporter that is just being called is closed when that call returns.
+
     Args:
         name: the exporter's name in this run (unique; the key of every count).
         exporter: receives the measurements.
@@ -36,16 +41,18 @@ class ExporterChannel:
     def __init__(self, name: str, exporter: Exporter, queue_length: int, max_consecutive_errors: int) -> None:
         self.name = name
         self.exporter = exporter
-        self.dropped = 0
-        """Measurements that never reached the exporter."""
         self._guard = Guard(f"exporter {name!r}", limit=max_consecutive_errors, advice=_ADVICE)
         self._close_errors = 0
-        self._pending: BaseException | None = None
+        self._pending: deque[BaseException] = deque(maxlen=1)
         self._queue: deque[Measurement] = deque()
         self._queue_length = queue_length
-        # Guards the queue and what several threads write: the training, the exporter's own and the closing one.
-        self._changed = threading.Condition()
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        """One for each measurement that was queued, and one for the end."""
+        self._refused, self._undelivered = 0, 0  # each is written by one thread
         self._final_status: RunStatus | None = None
+        self._caller: int | None = None
+        """Thread that is inside an inline exporter."""
+        self._closing = threading.Lock()  # never released: whoever takes it closes
         self._is_closed = False
         self._has_logged_drop = False
         work, thread_name = self._deliver_until_stopped, f"ess-monitor-export-{name}"
@@ -67,15 +74,20 @@ class ExporterChannel:
         return self._guard.failures + self._close_errors
 
     @property
+    def dropped(self) -> int:
+        """Measurements that never reached the exporter."""
+        return self._refused + self._undelivered
+
+    @property
     def waiting(self) -> int:
         """Measurements in the queue."""
         return len(self._queue)
 
     def take_error(self) -> BaseException | None:
         """Return the first error of `export` since the last call, without its traceback."""
-        with self._changed:
-            pending, self._pending = self._pending, None
-        return pending
+        with contextlib.suppress(IndexError):
+            return self._pending.popleft()
+        return None
 
     def start(self) -> None:
         """Start the exporter's own thread, if it has one."""
@@ -85,29 +97,24 @@ class ExporterChannel:
     def put(self, measurement: Measurement) -> None:
         """Export a measurement at once (inline), or queue it without waiting."""
         if self._thread is None:
-            self._deliver(measurement)
-            return
-        with self._changed:
-            fits = len(self._queue) < self._queue_length and self._final_status is None
-            if fits:
-                self._queue.append(measurement)
-                self._changed.notify()
-        if not fits:
-            self._drop(1, f"its queue of {self._queue_length} is full because the sink is too slow or hangs")
+            self._deliver_inline(measurement)
+        elif len(self._queue) < self._queue_length and self._final_status is None:
+            self._queue.append(measurement)
+            self._wake.put(None)
+        else:
+            self._refuse(1, f"its queue of {self._queue_length} is full because the sink is too slow or hangs")
 
     def stop(self, status: RunStatus) -> None:
         """Ask the thread to deliver what is queued, close the exporter and end. Returns at once."""
-        with self._changed:
-            self._final_status = status
-            self._changed.notify()
+        self._final_status = self._final_status or status
+        self._wake.put(None)
 
     def close(self, status: RunStatus) -> None:
         """Close the exporter on the calling thread; only the first call does anything."""
-        with self._changed:
-            if self._is_closed:
-                return
-            self._is_closed = True
+        if self._caller is not None or not self._closing.acquire(blocking=False):
+            return
         try:
+            self._caller = None if self._thread is not None else threading.get_ident()
             self.exporter.close(status)
         except Exception as error:
             self._close_errors += 1
@@ -116,27 +123,44 @@ class ExporterChannel:
                 self.name,
                 format_error(error),
             )
+        finally:
+            self._caller, self._is_closed = None, True
 
     def discard(self) -> None:
         """Drop and count what is still queued."""
-        with self._changed:
-            count = len(self._queue)
-            self._queue.clear()
+        count = len(self._queue)
+        self._queue.clear()
         if count:
-            self._drop(count, "the run ended before the sink had taken them")
+            self._refuse(count, "the run ended before the sink had taken them")
 
     def join(self, timeout_seconds: float) -> None:
-        """Wait for the exporter's own thread to end, at most that long."""
+        """Wait at most that long for the exporter's own thread to end, or for another thread to close it."""
         if self._thread is not None:
             self._thread.join(max(0.0, timeout_seconds))
+            return
+        ends = time.monotonic() + timeout_seconds
+        while not self._is_closed and self._caller != threading.get_ident() and time.monotonic() < ends:
+            time.sleep(0.005)
+
+    def _deliver_inline(self, measurement: Measurement) -> None:
+        if self._caller is not None:  # a signal handler has interrupted the exporter, and called the monitor
+            self._refuse(1)
+            return
+        try:
+            self._caller = threading.get_ident()
+            self._deliver(measurement)
+        finally:
+            self._caller = None
+            if self._final_status is not None:
+                self.close(self._final_status)
 
     def _deliver_until_stopped(self) -> None:
         while True:
-            with self._changed:
-                while not self._queue and self._final_status is None:
-                    self._changed.wait()
-                measurement = self._queue.popleft() if self._queue else None
-                status = self._final_status
+            if self._final_status is None:
+                self._wake.get()
+            status, measurement = self._final_status, None
+            with contextlib.suppress(IndexError):
+                measurement = self._queue.popleft()
             if measurement is not None:
                 # An error here is one of the log, whose handlers are the user's: the sink is still served and closed.
                 with contextlib.suppress(Exception):
@@ -146,31 +170,28 @@ class ExporterChannel:
                 return
 
     def _deliver(self, measurement: Measurement) -> None:
-        if self._is_closed or not self._guard.open:
-            self._drop(1)
+        if self._closing.locked() or not self._guard.open:
+            self._undelivered += 1
             return
         try:
             with self._guard:
                 try:
                     self.exporter.export(measurement)
                 except BaseException as error:
-                    with self._changed:
-                        self._pending = self._pending or error
+                    if not self._pending:
+                        self._pending.append(error)
                     if isinstance(error, Exception) or self._thread is None:
                         raise
                     # A sink that calls sys.exit() would otherwise end the thread silently.
                     raise ExporterError(format_error(error)) from error
         finally:
-            with self._changed:
-                if self._pending is not None:  # a traceback would keep the frames of the training alive
-                    self._pending.__traceback__ = None
+            for kept in tuple(self._pending):  # a traceback would keep the frames of the training alive
+                kept.__traceback__ = None
 
-    def _drop(self, count: int, why: str = "") -> None:
-        with self._changed:
-            self.dropped += count
-            is_news = bool(why) and not self._has_logged_drop
-            self._has_logged_drop = self._has_logged_drop or is_news
-        if is_news:
+    def _refuse(self, count: int, why: str = "") -> None:
+        self._refused += count
+        if why and not self._has_logged_drop:
+            self._has_logged_drop = True
             logger.warning(
                 "exporter %r drops measurements: %s. The training goes on; dropped measurements are counted "
                 "(export_dropped_total).",

@@ -63,7 +63,7 @@ class ExporterHub:
         )
         self._process_id = os.getpid()
         self._is_started = False
-        self._is_closed = False
+        self._is_opening, self._is_closed, self._is_closing = False, False, False
 
     @property
     def exporters(self) -> tuple[Exporter, ...]:
@@ -103,7 +103,7 @@ class ExporterHub:
         """
         if self._is_started or self._is_closed:
             raise ExporterError("this ExporterHub has already been started; build a new one for every run")
-        self._is_started = True
+        self._is_started = self._is_opening = True
         opened: list[ExporterChannel] = []
         try:
             for channel in self._channels:
@@ -126,6 +126,8 @@ class ExporterHub:
             for channel in reversed(opened):
                 channel.close("failed")
             raise
+        finally:
+            self._is_opening = False
 
     def export(self, measurement: Measurement) -> None:
         """Hand one measurement to every exporter. Never raises, never waits for a queued exporter."""
@@ -137,11 +139,15 @@ class ExporterHub:
         """Write what is queued and close every exporter, within `timeout_seconds`; a second call does nothing.
 
         What a slow sink has not taken by then is dropped and counted; a sink that hangs is left to its daemon thread.
+        A call while another one is under way (on another thread, or in a signal handler) does the same, with the first
+        one's status, so that all is closed when it returns.
         """
-        if not self._is_open():
-            return
-        self._is_closed = True
         begin = self._clock()
+        while self._is_opening and self._clock() < begin + timeout_seconds:  # on another thread
+            time.sleep(0.01)
+        if not (self._is_open() or self._is_closing):
+            return
+        self._is_closing = self._is_closed = True
         for channel in self._channels:
             channel.stop(status)
         for channel in self._channels:
@@ -160,6 +166,7 @@ class ExporterHub:
                     channel.name,
                     timeout_seconds,
                 )
+        self._is_closing = False
 
     def _is_open(self) -> bool:
         # In a forked child, locks may be held by a thread that does not exist there: touch none of them.

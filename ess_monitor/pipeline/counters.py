@@ -36,6 +36,8 @@ from ess_monitor.records import (
 )
 
 _STEP_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_LOCK_SECONDS = 0.5
+"""Longest wait for the thread that counts, which takes microseconds unless a signal handler has interrupted it."""
 _PHASE_BOUNDS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 
 
@@ -98,7 +100,7 @@ class RunCounters:
     def __init__(self, layers: Iterable[str], *, wall_clock: Callable[[], float] = time.time) -> None:
         names = tuple(layers)
         self._wall_clock = wall_clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may take a snapshot while its thread counts
         self._status: RunStatus = "starting"
         self._run, self._process = _Counts(names), _Counts(names)
         self._last_step = 0
@@ -126,7 +128,8 @@ class RunCounters:
         """Count an optimizer step; `seconds` is None for the first one, whose start was not seen."""
         now = self._wall_clock()
         with self._lock:
-            self._status = "running"
+            if self._status == "starting":
+                self._status = "running"
             self._last_step = step
             for counts in (self._run, self._process):
                 counts.steps += 1
@@ -194,8 +197,13 @@ class RunCounters:
         export_queue: Mapping[str, int] | None = None,
         health: HealthData | None = None,
     ) -> Snapshot:
-        """Return all counters at one moment."""
-        with self._lock:
+        """Return all counters at one moment.
+
+        Where a signal handler has interrupted the training inside of a count, and waits for this, they are those of
+        that moment.
+        """
+        is_mine = self._lock.acquire(timeout=_LOCK_SECONDS)
+        try:
             return Snapshot(
                 **dict(self._run.data()),
                 process=self._process.data(),
@@ -220,6 +228,9 @@ class RunCounters:
                 export_queue_length=dict(export_queue or {}),
                 health=health or HealthData(),
             )
+        finally:
+            if is_mine:
+                self._lock.release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts of the run. Times and histograms are those of a process and start anew."""

@@ -37,6 +37,8 @@ class RunSampling(RunView):
                 exchanges=self._schedule.exchanges,
                 any_pass=any_pass,
             )
+            if not self._running:  # a signal handler has closed the monitor meanwhile
+                self._trigger.stop()
 
     def disarm(self, metrics: Metrics | None = None) -> None:
         """Remove the hooks and send what they captured to be measured."""

@@ -26,6 +26,9 @@ class RunView:
     _running: bool | None
     """None before the start, False after the end."""
     _samples: bool
+    _is_closing = False
+    _terminated = False
+    """True once SIGTERM has ended the run in the sinks."""
     _said_closed = False
 
     @property
@@ -83,6 +86,12 @@ class RunView:
     def armed(self) -> bool:
         """True while the next forward pass is to be sampled."""
         return self._trigger.armed_at is not None
+
+    def _terminate(self) -> None:
+        """End the run in the sinks, on a thread beside the training, which goes on as it would without this."""
+        self._terminated = True
+        self._context.counters.set_status("terminated")
+        self._hub.close("terminated")
 
     @property
     def _alive(self) -> bool:

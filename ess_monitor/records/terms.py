@@ -11,8 +11,8 @@ layer is not causal, or not known to be, and is left out from then on."""
 Condition = Literal["unknown", "healthy", "forgets_by_choice", "saturated", "collapsed"]
 """What the diagnosis says of a layer. Everything else about a condition is in `CONDITION_INFO`."""
 
-RunStatus = Literal["starting", "running", "finished", "failed"]
-"""Where a run is."""
+RunStatus = Literal["starting", "running", "finished", "failed", "terminated"]
+"""Where a run is. terminated: the process was told to end (SIGTERM) before the run was over."""
 
 Phase = Literal["capture", "replay", "measure", "diagnose", "intervene", "export"]
 """What the monitor's own time went into."""

@@ -12,6 +12,7 @@ from ess_monitor.records import (
     Condition,
     Finding,
     Reading,
+    RunStatus,
     Status,
     condition_title,
     layer_title,
@@ -39,6 +40,10 @@ _TOO_EARLY = "the warm-up was not over, or there were too few measurements"
 
 _EVENTS_OF_A_LAYER = 12
 """Number of newest events in the summary of a layer; the list of events has all."""
+_ENDINGS: dict[RunStatus, str] = {
+    "failed": "The run failed.",
+    "terminated": "The run was told to end (SIGTERM) before it was over.",
+}
 _SHORT_SEQUENCE_RATIO = 0.9
 """attainable size / TSS below which sequences count as too short to fill the state."""
 
@@ -141,7 +146,7 @@ def _outcome(history: RunHistory) -> str:
 def _ending(history: RunHistory) -> str:
     if history.final is None:
         return "The log has no end: the run was killed, or it is still going on."
-    return "The run failed." if history.final.status == "failed" else ""
+    return _ENDINGS.get(history.final.status, "")
 
 
 def _layer(history: RunHistory, layer: str) -> Paragraph:

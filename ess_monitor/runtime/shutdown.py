@@ -101,9 +101,10 @@ def _register() -> None:
 
 def _shut_down() -> None:
     for monitor in list(_OPEN):
-        logger.warning(
-            "the monitor was never closed: the run counts as failed. Call close() at its end, or use `with`."
-        )
+        if monitor.snapshot().status != "terminated":
+            logger.warning(
+                "the monitor was never closed: the run counts as failed. Call close() at its end, or use `with`."
+            )
         try:
             monitor.close("failed")
         except Exception as error:

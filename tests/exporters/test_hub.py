@@ -243,6 +243,20 @@ def test_close_twice_closes_once() -> None:
     assert exporter.calls == ["start", "close finished"]
 
 
+def test_an_inline_exporter_that_is_being_called_is_closed_when_the_call_returns() -> None:
+    def interrupted(measurement: Measurement) -> None:
+        hub.export(measurement)  # as a signal handler would
+        hub.close("failed", timeout_seconds=30)
+        inline.calls.append("return")
+
+    inline, queued = RecordingExporter("inline", inline=True, on_export=interrupted), RecordingExporter("queued")
+    hub = _started(inline, queued)
+    hub.export(measurement(3))
+    assert inline.calls == ["start", "export", "return", "close failed"]
+    assert queued.calls[-1] == "close failed"
+    assert hub.dropped["inline"] == 1
+
+
 def test_a_measurement_after_the_end_is_ignored() -> None:
     exporter = RecordingExporter("inline", inline=True)
     hub = _started(exporter)

@@ -71,13 +71,13 @@ def _ended_by(number: signal.Signals, injection: Injection) -> Outcome:
             steps.append(event.data.step)
         if event.event == "run_finished":
             ends.append(event.data.status)
-    clean = number != signal.SIGKILL
+    clean, first = number != signal.SIGKILL, "terminated" if number == signal.SIGTERM else "failed"
     return Outcome(
         train(bare := backbone(), batches(TOTAL)).endswith(state_bytes(model)) and state_bytes(bare) != b"",
         {
             "ended by the signal": victim.returncode == (143 if number == signal.SIGTERM else -number),
             "both parts in one log": kinds.count("run_started") == 2 and events.skipped_lines <= 1,
-            "how each ended": ends == (["failed", "finished"] if clean else ["finished"]),
+            "how each ended": ends == ([first, "finished"] if clean else ["finished"]),
             "samples on schedule": set(range(LAST, TOTAL, 2)) <= set(steps) and all(step % 2 == 0 for step in steps),
         },
     )

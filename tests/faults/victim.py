@@ -31,7 +31,8 @@ def resumable(folder: Path, last: int, *, say: bool = False) -> torch.nn.Module:
     model, data = backbone(), batches(TOTAL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     log = EventLogExporter(EventLogConfig(path=folder / "events.jsonl"))
-    monitor = Monitor(model, MonitorConfig.load(environment=False, **SETTINGS), exporters=[log])
+    config = MonitorConfig.load(environment=False, **SETTINGS, handle_sigterm=True)
+    monitor = Monitor(model, config, exporters=[log])
     checkpoint, first = folder / "checkpoint.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

@@ -65,7 +65,7 @@ class PrometheusExporter:
         self.identity = self._given_identity = validation.optional("identity", identity, RunIdentity)
         """Run and rank; None before the start."""
         self._registry = registry
-        self._lock = threading.Lock()  # the training thread and the timer may both call `stop`
+        self._lock = threading.RLock()  # training thread, timer and signal handlers may all call `stop`
         self._snapshot: Callable[[], Snapshot] | None = None
         self._endpoint: Endpoint | None = None
         self._cleanup = ExitStack()
@@ -112,11 +112,11 @@ class PrometheusExporter:
         """Do nothing: Prometheus pulls the numbers."""
 
     def close(self, status: RunStatus) -> None:
-        """Stop serving, now or after `linger_seconds`. Returns at once either way."""
+        """Stop serving, now or after `linger_seconds`; now where the process is about to end. Returns at once."""
         endpoint, snapshot = self._endpoint, self._snapshot
         if endpoint is None or snapshot is None or self._timer is not None:
             return
-        if self.config.linger_seconds == 0:
+        if self.config.linger_seconds == 0 or status == "terminated":
             self.stop()
             return
         try:
