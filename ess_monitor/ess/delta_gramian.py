@@ -8,9 +8,9 @@ a window is kept as diagonal plus rank K, never as a matrix, because it telescop
     A_K ... A_1 = diag(decay) + sum_t (A_K ... A_{t+1} left_t) (right_t * product of the decays before t)^T
 
 so the vectors left_t are carried through the window like the rows that enter the state, and the rest are running
-products of decays. Steps within a window are sequential, but all windows take them together: K + L / K sequential steps
-instead of L. The rows of O run back through A_t^T, where left and right change places. Cost O(L N (N + K) + P N^3) for
-P positions.
+products of decays. All windows take their steps together: a few of them one after another, which makes short windows,
+and these are joined in pairs by products of matrices. The rows of O run back through A_t^T, where left and right change
+places. Cost O(L N (N + K) + P N^3) for P positions.
 
 Nothing is divided by a decay and nothing is inverted, so decays of exactly 0 and singular A_t are as good as
 any. Rounding is relative to what entered a window, as it is in I - beta k k^T itself when beta is near 1.
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ess_monitor.ess.gramian import Carry, FactorRows, Pick, chunk_length, two_sided_singular_values, windows_before
@@ -34,6 +35,9 @@ from ess_monitor.ess.row_squares import Passed, Windows
 
 VECTORS_PER_TOKEN = 8
 """Held at once while windows are processed, roughly."""
+
+LOOPED_STEPS = 8
+"""At least so many steps of a window are taken one after another, and fewer than twice as many, before it is joined."""
 
 ROW_CHUNK = 16
 """Tokens of a window where norms of rows are computed: each row of a window takes one more step with all before it."""
@@ -92,6 +96,13 @@ class Steps:
         """Return steps that change nothing and let nothing enter where `inside` (W, K, 1) is False."""
         left, right, entering = (tensor.masked_fill(~inside, 0.0) for tensor in (self.left, self.right, self.entering))
         return Steps(self.decay.masked_fill(~inside, 1.0), left, right, entering)
+
+    def in_parts(self, parts: int, missing: int) -> Steps:
+        """Return the steps of windows cut in `parts`, after `missing` steps before the oldest that change nothing."""
+        padded = [F.pad(tensor, (0, 0, 0, missing)) for tensor in (self.left, self.right, self.entering)]
+        decay = F.pad(self.decay, (0, 0, 0, missing), value=1.0)
+        shape = (-1, padded[0].shape[3] // parts)
+        return Steps(*(tensor.reshape(*tensor.shape[:2], *shape, tensor.shape[4]) for tensor in (decay, *padded)))
 
 
 def delta_singular_values(
@@ -174,7 +185,7 @@ class _DeltaWindows(Windows):
     def passed_and_read(self, pick: Pick) -> Passed:
         outputs = pick(self.outputs).to(working_dtype(self.outputs.device))
         steps = self.transitions.steps(_newest_first(pick))
-        windows = _Windows.of(steps, self.batch, self.heads, outputs.flip(3))
+        windows = _Windows.looped(steps, self.batch, self.heads, outputs.flip(3))
         reads = _Windows.of(self.transitions.steps(pick).transposed(outputs), self.batch, self.heads)
         assert windows.squares is not None
         return Passed(windows.rows, windows.carry_gramians_, reads.rows.flip(3), windows.squares.flip(3))
@@ -199,8 +210,29 @@ class _Windows:
     """(B, H, W, K), newest first: squares of what each output saw of `rows` of its window. None without outputs."""
 
     @classmethod
-    def of(cls, steps: Steps, batch: int, heads: int, outputs: Tensor | None = None) -> _Windows:
-        """Take the steps; `outputs` (B|1, H|1, W, K, N) read the state after each of them."""
+    def of(cls, steps: Steps, batch: int, heads: int) -> _Windows:
+        """Take the steps of parts of each window one after another, and join the parts in pairs."""
+        length = steps.left.shape[3]
+        joins = max(0, (length // LOOPED_STEPS).bit_length() - 1)
+        parts = 2**joins
+        missing = -length % parts
+        joined = cls.looped(steps.in_parts(parts, missing), batch, heads)
+        for _ in range(joins):
+            newer, older = joined.every_other(0), joined.every_other(1)
+            size = older.rows.shape[-2]
+            carried = newer.applied_to(torch.cat([older.rows, older.left], dim=-2))
+            joined = _Windows(
+                torch.cat([carried[..., :size, :], newer.rows], dim=-2),
+                torch.cat([carried[..., size:, :], newer.left], dim=-2),
+                torch.cat([older.right, newer.right * older.decay], dim=-2),
+                newer.decay * older.decay,
+            )
+        rows, left, right = (tensor[..., missing:, :] for tensor in (joined.rows, joined.left, joined.right))
+        return cls(rows, left, right, joined.decay)
+
+    @classmethod
+    def looped(cls, steps: Steps, batch: int, heads: int, outputs: Tensor | None = None) -> _Windows:
+        """Take all steps one after another; `outputs` (B|1, H|1, W, K, N) read the state after each of them."""
         windows, length, state = steps.left.shape[2:]
         # Time first and everything else dense: each operation of a step is one pass over contiguous memory.
         decay, left, right, entering = (
@@ -222,6 +254,9 @@ class _Windows:
                 squares[..., step] = (carried[: age + 1, 0] * outputs[:, :, :, step]).sum(-1).square().sum(0)
         rows, carried_left = carried.permute(1, 2, 3, 4, 0, 5).unbind(0)
         return cls(rows, carried_left, reads.permute(1, 2, 3, 0, 4), decayed[..., None, :], squares)
+
+    def every_other(self, first: int) -> _Windows:
+        return _Windows(*(tensor[:, :, first::2] for tensor in (self.rows, self.left, self.right, self.decay)))
 
     def at(self, window: int) -> _Windows:
         return _Windows(*(tensor[:, :, window] for tensor in (self.rows, self.left, self.right, self.decay)))

@@ -28,7 +28,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ess_monitor.ess.linalg import index_tensor, singular_values_, slabs, triangular_factor_, working_dtype
+from ess_monitor.ess.linalg import index_tensor, singular_values_, slabs, triangular_factor, working_dtype
 
 Pick = Callable[[Tensor], Tensor]
 """Cuts windows out of a sequence: (B|1, H|1, L, N) -> (B|1, H|1, W, K, N)."""
@@ -158,13 +158,13 @@ def _chunk_factors(side: FactorRows, ends: Sequence[int]) -> dict[int, Tensor]:
         window = slice(side.length - slab.stop * chunk, side.length - slab.start * chunk)
         local, carry = side.chunks(partial(_windows, window=window, chunk=chunk))
         if chunk > state:  # all chunks at once: only the small combination below is sequential
-            local = triangular_factor_(local)
+            local = triangular_factor(local)
         for k in range(slab.start, slab.stop):
             if k in wanted:
                 factors[k] = factor
             newest_first = slab.stop - 1 - k
             carried = carry(factor, newest_first)
-            factor = triangular_factor_(torch.cat([carried, local[:, :, newest_first]], dim=-2))
+            factor = triangular_factor(torch.cat([carried, local[:, :, newest_first]], dim=-2))
     factors[max(wanted)] = factor
     return factors
 
@@ -176,7 +176,7 @@ def _factors_at(side: FactorRows, chunk_factors: dict[int, Tensor], ends: Sequen
     if max(sizes) == 0:
         return before
     pick, inside = windows_before(side.length, ends, sizes, side.rows.device)
-    return triangular_factor_(side.followed(before, pick, inside))
+    return triangular_factor(side.followed(before, pick, inside))
 
 
 def windows_before(length: int, ends: Sequence[int], sizes: Sequence[int], device: torch.device) -> tuple[Pick, Tensor]:

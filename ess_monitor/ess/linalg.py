@@ -44,14 +44,13 @@ def slabs(total: int, elements_each: int) -> Iterator[slice]:
         yield slice(start, min(total, start + step))
 
 
-def triangular_factor_(rows: Tensor) -> Tensor:
+def triangular_factor(rows: Tensor) -> Tensor:
     """Return R of a QR factorization, so that R^T R = rows^T rows. (..., m, n) -> (..., min(m, n), n).
 
-    NaN for a matrix that is not finite. Overwrites `rows`: the guard would otherwise copy the largest block.
+    Not finite for a matrix that is not: reflections carry NaN and Inf on, and never iterate.
     """
-    broken = _clear_nonfinite_(rows)
     factor: Tensor = torch.linalg.qr(rows, mode="r").R
-    return factor.masked_fill_(broken, torch.nan)
+    return factor
 
 
 def singular_values_(matrix: Tensor) -> Tensor:

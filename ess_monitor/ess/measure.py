@@ -82,18 +82,20 @@ def measure(
     tolerance = check_tolerance(tolerance, "tolerance")
     validation.flag("retention", retention)
     check_tolerance_scale(tolerance_scale)
-    values = _scaled(operator, tolerance_scale).singular_values(positions).to(operator.result_dtype)
-    undecayed = operator.without_decay() if retention else None
+    finite = operator.finite()
+    values = _scaled(operator, tolerance_scale)._singular_values(positions, finite).to(operator.result_dtype)
+    undecayed, undecayed_ess = operator.without_decay() if retention else None, None
     if undecayed is not None:
-        undecayed = _scaled(undecayed, tolerance_scale)
+        without = _scaled(undecayed, tolerance_scale)._singular_values(positions, finite)
+        undecayed_ess = tolerance_ess(without, tolerance)
     return Measured(
         singular_values=values,
         tolerance_ess=tolerance_ess(values, tolerance),
         entropy_ess=entropy_ess(values),
-        undecayed_ess=None if undecayed is None else tolerance_ess(undecayed.singular_values(positions), tolerance),
-        mean_decay=mean_decay(operator),
-        decay_product_norm=decay_product_norm(operator),
-        finite=operator.finite() & values.isfinite().flatten(2).all(-1),
+        undecayed_ess=undecayed_ess,
+        mean_decay=_mean_decay(operator, finite),
+        decay_product_norm=_decay_product_norm(operator, finite),
+        finite=finite & values.isfinite().flatten(2).all(-1),
         state_capacity=operator.state_capacity(positions),
     )
 
@@ -112,7 +114,7 @@ def decay_product_norm(operator: Operator) -> Tensor | None:
         tensor([[2.]])
     """
     check_operator(operator)
-    return _per_operator(operator, operator._product_norm()) if isinstance(operator, Recurrence) else None
+    return _decay_product_norm(operator, operator.finite())
 
 
 @torch.no_grad()
@@ -132,7 +134,7 @@ def mean_decay(operator: Operator) -> Tensor | None:
         tensor([[0.5000]])
     """
     check_operator(operator)
-    return _per_operator(operator, operator._mean_diagonal()) if isinstance(operator, Recurrence) else None
+    return _mean_decay(operator, operator.finite())
 
 
 @torch.no_grad()
@@ -187,6 +189,14 @@ def _scaled(operator: Operator, scale: ToleranceScale) -> Operator:
     return operator.with_unit_rows() if scale == "output" else operator
 
 
-def _per_operator(operator: Operator, values: Tensor) -> Tensor:
+def _decay_product_norm(operator: Operator, finite: Tensor) -> Tensor | None:
+    return _where(finite, operator._product_norm(), operator) if isinstance(operator, Recurrence) else None
+
+
+def _mean_decay(operator: Operator, finite: Tensor) -> Tensor | None:
+    return _where(finite, operator._mean_diagonal(), operator) if isinstance(operator, Recurrence) else None
+
+
+def _where(finite: Tensor, values: Tensor, operator: Operator) -> Tensor:
     full = values.expand(operator.batch, operator.heads).to(operator.result_dtype)
-    return full.masked_fill(~operator.finite(), torch.nan)
+    return full.masked_fill(~finite, torch.nan)

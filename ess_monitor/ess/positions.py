@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -146,13 +145,13 @@ def ess_bounds(
     # ESS is 0 before the first position and after the last: sentinels there give the geometric bound.
     known = torch.nn.functional.pad(ess, (1, 1))
     anchors = (0, *checked, length)
-    right = [bisect_left(anchors, i) for i in range(1, length)]
-    left = [r if anchors[r] == i else r - 1 for i, r in enumerate(right, start=1)]
+    anchor = index_tensor(anchors, device)
+    right = torch.searchsorted(anchor, place)
+    left = torch.searchsorted(anchor, place, right=True) - 1
     upper, lower = limit.expand(*ess.shape[:-1], -1), torch.zeros_like(limit)
     # The nearest anchor on each side suffices: a farther one is itself within the reach of the nearer.
-    for side in (left, right):
-        index = index_tensor(side, device)
-        reach = (block_size * (index_tensor(anchors, device)[index] - place).abs()).to(ess.dtype)
+    for index in (left, right):
+        reach = (block_size * (anchor[index] - place).abs()).to(ess.dtype)
         upper = torch.minimum(upper, known[..., index] + reach)
         lower = torch.maximum(lower, known[..., index] - reach)
     return Bounds(lower, upper, lower.mean(-1), upper.mean(-1))

@@ -104,6 +104,14 @@ def test_long_sequences_cut_into_chunks_and_slabs_agree(
     reference.assert_agrees(operator, _written_out(operator), positions=positions)
 
 
+@pytest.mark.parametrize("length", [37, 200])
+def test_windows_that_are_joined_from_parts_agree(length: int) -> None:
+    """A state of 80 makes windows of 40 tokens, in four parts; those that end at a position are of any size."""
+    log_decay, beta, k, q = _random(samples=1, heads=1, length=length, state=80)
+    operator = DeltaRecurrence(0.01 * log_decay, 2 * beta, k, q)
+    reference.assert_agrees(operator, _written_out(operator), positions=(1, length // 2, length - 3))
+
+
 def test_the_two_forms_agree_where_they_say_the_same() -> None:
     log_decay, beta, k, q = _random()
     entering = beta[..., None] * k

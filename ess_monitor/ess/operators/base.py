@@ -189,6 +189,10 @@ class Operator(ABC):
             >>> DenseOperator(T).singular_values([2]).round(decimals=4)  # H_2 = [[3, 4]]
             tensor([[[[5.]]]])
         """
+        return self._singular_values(positions, self.finite())
+
+    def _singular_values(self, positions: Sequence[int], finite: Tensor) -> Tensor:
+        """Return `singular_values`, NaN where `finite` (batch, heads) is False."""
         checked = check_positions(positions, self.length)
         if not checked:
             return torch.zeros((self.batch, self.heads, 0, 0), dtype=self.result_dtype, device=self.device)
@@ -198,8 +202,8 @@ class Operator(ABC):
         # Beyond the smaller side of H_i there is nothing: what a factorization leaves there is rounding.
         side = [self.block_size * min(i, self.length - i) for i in checked]
         exists = torch.arange(values.shape[-1], device=self.device) < index_tensor(side, self.device)[:, None]
-        broken = values.isnan().any(-1, keepdim=True) | ~self.finite()[..., None, None]
-        return torch.where(exists, values, 0.0).masked_fill_(broken, torch.nan).to(self.result_dtype)
+        broken = values.isnan().any(-1, keepdim=True) | ~finite[..., None, None]
+        return torch.where(exists, values, 0.0).masked_fill(broken, torch.nan).to(self.result_dtype)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the operator with `function` applied to every tensor (detach, clone, move).

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ess_monitor import validation
@@ -77,9 +77,9 @@ def narrowed(
 
 def all_finite(tensor: Tensor, *, allows_minus_infinity: bool = False) -> Tensor:
     """Return (batch, heads) bool: whether all entries of the trailing dimensions are finite, or -inf where allowed."""
-    if allows_minus_infinity:
-        return ~(tensor.isnan() | tensor.isposinf()).flatten(2).any(-1)
-    return torch.isfinite(tensor).flatten(2).all(-1)
+    trailing = tuple(range(2, tensor.dim()))
+    below = tensor.amax(trailing) < math.inf  # False for NaN
+    return below if allows_minus_infinity else below & (tensor.amin(trailing) > -math.inf)
 
 
 def pairs(tensor: Tensor, batch: int, heads: int) -> Tensor:
