@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,8 +14,7 @@ from torch import nn
 from ess_monitor.distributed.parallelism import sizes_of_config
 from ess_monitor.errors import CheckpointError, format_error
 from ess_monitor.evidence.counterfactual import Replay
-from ess_monitor.exporters import Exporter, TensorBoardExporter
-from ess_monitor.exporters.framework_logger import LoggerExporter
+from ess_monitor.exporters import Exporter, LoggerExporter, TensorBoardExporter, WandbExporter
 from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, loss_factor, require
 from ess_monitor.integrations.json_state import checkpoint_state, from_json
 from ess_monitor.interventions.alpha import Optimizers
@@ -148,6 +148,11 @@ class ESSMonitorCallback(ExplicitLoop):
         for tracker in self._accelerator.trackers:
             if tracker.name == "tensorboard":
                 sinks.append(TensorBoardExporter(writer=tracker.tracker))
+            elif tracker.name == "wandb":
+                sinks.append(WandbExporter(tracker.tracker))
+            elif tracker.name == "mlflow":  # by its id: what comes after the run's end would begin another run
+                log = partial(tracker.log, run_id=tracker.tracker.info.run_id)
+                sinks.append(LoggerExporter("mlflow", log))
             else:
                 sinks.append(LoggerExporter(tracker.name, tracker.log))
         return [*sinks, *self._table(print)]

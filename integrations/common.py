@@ -23,9 +23,15 @@ from ess_monitor.config import MonitorConfig
 from ess_monitor.distributed.parallelism import require_data_parallel
 from ess_monitor.distributed.ranks import measure_together
 from ess_monitor.errors import CheckpointError, ConfigError
-from ess_monitor.exporters import Exporter, TensorBoardExporter, TerminalConfig, TerminalExporter
+from ess_monitor.exporters import (
+    Exporter,
+    LoggerExporter,
+    TensorBoardExporter,
+    TerminalConfig,
+    TerminalExporter,
+    WandbExporter,
+)
 from ess_monitor.exporters.config import configs_of_rank
-from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.monitor import Monitor
 from ess_monitor.pipeline.context import Metrics
 from ess_monitor.records import RunStatus
@@ -94,10 +100,15 @@ def logger_exporters(loggers: Iterable[Any]) -> list[Exporter]:
     """Return a sink for every logger of Lightning or Fabric; TensorBoard's also gets charts and heat maps."""
     sinks: list[Exporter] = []
     for logger in loggers:
-        if type(logger).__name__ == "TensorBoardLogger":
+        kinds = {cls.__name__ for cls in type(logger).__mro__}
+        if "TensorBoardLogger" in kinds:
             sinks.append(TensorBoardExporter(writer=logger.experiment))
+        elif "WandbLogger" in kinds:
+            sinks.append(WandbExporter(logger.experiment, own_rows=True))
         else:
-            sinks.append(LoggerExporter(type(logger).__name__, logger.log_metrics))
+            # Fabric's users have to call finalize themselves, and CSVLogger keeps up to 100 rows until then.
+            flush = getattr(logger, "save", None)
+            sinks.append(LoggerExporter(type(logger).__name__, logger.log_metrics, flush=flush))
     return sinks
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -9,6 +14,7 @@ import torch
 
 from ess_monitor.distributed.parallelism import sizes_of_config
 from ess_monitor.errors import ConfigError
+from ess_monitor.exporters import Exporter, LoggerExporter, TensorBoardConfig, TensorBoardExporter, WandbExporter
 from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
 from ess_monitor.integrations.json_state import checkpoint_state, from_json
 from ess_monitor.integrations.step_loss import StepLoss
@@ -25,14 +31,16 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
     newest value of everything the Trainer logged, evaluations included (`eval_loss`, ...). The state is saved in
     `trainer_state.json` of every checkpoint and loaded by `trainer.train(resume_from_checkpoint=...)`.
 
+    Of the Trainer's reporters (`report_to`) W&B and MLflow get the readings too. The writer of TensorBoard cannot be
+    reached by a callback: another run is written beside the Trainer's.
+
     The Trainer does not notify its callbacks when training fails. `with callback: trainer.train()` ends the run in the
     exporters at once. Without it the run ends when the callback is discarded, when training starts again, or when the
     program ends.
 
     Args:
         config: a `MonitorConfig`, or its settings as a dictionary.
-        exporters: further sinks: kinds ("tensorboard", "prometheus"), their settings, or exporter objects. The
-            Trainer's own reporters cannot be reached by a callback.
+        exporters: further sinks: kinds ("prometheus", "event_log"), their settings, or exporter objects.
         table: print the table of layers in the terminal.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
@@ -90,7 +98,7 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
             parallel=sizes_of_config(getattr(args, "parallelism_config", None)),
         )
         self._shares = shares
-        self._open(model, facts, lambda: self._table(_writer(args)))
+        self._open(model, facts, lambda: [*self._reporters(args), *self._table(_writer(args))])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run as finished."""
@@ -138,6 +146,20 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
         monitor = self._validation_monitor()
         if monitor is not None and monitor.armed:
             monitor.disarm(self._logged)
+
+    def _reporters(self, args: Any) -> Iterator[Exporter]:
+        """Return sinks for those of the Trainer's reporters that a callback can reach."""
+        reporters = args.report_to or ()
+        run = getattr(sys.modules.get("wandb"), "run", None)
+        if "wandb" in reporters and run is not None:
+            yield WandbExporter(run, own_rows=True)
+        mlflow = sys.modules.get("mlflow")
+        if "mlflow" in reporters and mlflow is not None and (run := mlflow.active_run()) is not None:
+            # By its id: the Trainer ends the run before the last samples come.
+            yield LoggerExporter("mlflow", partial(mlflow.log_metrics, run_id=run.info.run_id))
+        if "tensorboard" in reporters and not any(isinstance(c, TensorBoardConfig) for c in self.config.exporters):
+            folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or getattr(args, "logging_dir", None)
+            yield TensorBoardExporter(TensorBoardConfig(log_dir=Path(folder or Path(args.output_dir, "runs"))))
 
     def _expect_evaluation(self, control: Any) -> None:
         monitor = self._validation_monitor()

@@ -1,5 +1,5 @@
 """Writes measurements to Prometheus (scraped, pushed, or through a file), TensorBoard, a JSON-lines event log, the
-terminal and the process's log.
+terminal, the process's log, and the loggers of training frameworks.
 
 Importing this package imports no sink: `prometheus_client`, `tensorboard` and `rich` are imported by the exporter that
 needs them, when it starts.
@@ -11,6 +11,7 @@ from ess_monitor.exporters.base import Exporter
 from ess_monitor.exporters.config import ExporterConfig, build_exporter, configs_of_rank
 from ess_monitor.exporters.event_log.events import Event, EventReader, read_event_log
 from ess_monitor.exporters.event_log.exporter import EventLogConfig, EventLogExporter
+from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.exporters.hub import ExporterHub
 from ess_monitor.exporters.log import LogConfig, LogExporter
 from ess_monitor.exporters.prometheus.auth import AuthConfig
@@ -23,6 +24,7 @@ from ess_monitor.exporters.scalars import scalars
 from ess_monitor.exporters.tensorboard.exporter import TensorBoardConfig, TensorBoardExporter
 from ess_monitor.exporters.terminal.exporter import TerminalConfig, TerminalExporter
 from ess_monitor.exporters.terminal.table import render_table
+from ess_monitor.exporters.wandb.exporter import WandbExporter
 
 __all__ = [
     "AuthConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "ExporterHub",
     "LogConfig",
     "LogExporter",
+    "LoggerExporter",
     "PrometheusConfig",
     "PrometheusExporter",
     "PushgatewayConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "TerminalExporter",
     "TextfileConfig",
     "TextfileExporter",
+    "WandbExporter",
     "build_exporter",
     "configs_of_rank",
     "read_event_log",

@@ -51,14 +51,16 @@ INTERVAL_TAG = "ess_monitor/interval_steps"
 LOSS_RATIO_TAG = "ess_monitor/loss_ratio"
 """Loss over its highest positive value so far, drawn on one axis with a utilization. TensorBoard only."""
 
-_UNSAFE = re.compile(r"[^\w.\-]")
+_UNSAFE = re.compile(r"[^\w.\-]", re.ASCII)
+_LONGEST = 200
+"""Characters of a layer in a tag: MLflow allows 250 for all of it."""
 
 
 def layer_tag(layer: str) -> str:
-    """Return a layer's name in the characters that every logger accepts: letters, digits, `_`, `-` and `.`.
+    """Return a layer's name in what every logger accepts: ASCII letters, digits, `_`, `-` and `.`, 209 at most.
 
-    A name with other characters gets a checksum of the original, so that two layers never share a tag and a layer keeps
-    its tag from run to run.
+    A name with other characters, or a longer one, gets a checksum of the original, so that two layers never share a tag
+    and a layer keeps its tag from run to run.
 
     >>> layer_tag("blocks.0.mixer")
     'blocks.0.mixer'
@@ -70,7 +72,9 @@ def layer_tag(layer: str) -> str:
     if not layer:
         return "root"  # the model itself is the layer
     safe = _UNSAFE.sub("_", layer)
-    return safe if safe == layer else f"{safe}-{zlib.crc32(layer.encode('utf-8', 'surrogatepass')):08x}"
+    if safe == layer and len(safe) <= _LONGEST:
+        return safe
+    return f"{safe[:_LONGEST]}-{zlib.crc32(layer.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def scalar_tag(quantity: str, layer: str) -> str:

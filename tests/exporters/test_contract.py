@@ -14,6 +14,7 @@ from ess_monitor.exporters import (
     Exporter,
     ExporterHub,
     LogExporter,
+    LoggerExporter,
     PrometheusConfig,
     PrometheusExporter,
     TensorBoardConfig,
@@ -22,8 +23,8 @@ from ess_monitor.exporters import (
     TerminalExporter,
     TextfileConfig,
     TextfileExporter,
+    WandbExporter,
 )
-from ess_monitor.exporters.framework_logger import LoggerExporter
 from ess_monitor.records import ACTION_OUTCOMES, ACTIONS, LayerInfo, Measurement, Reading
 from tests.exporters.helpers import (
     ODD_LAYERS,
@@ -46,6 +47,16 @@ def _injected_tensorboard(folder: Path) -> Exporter:
     return TensorBoardExporter(writer=SummaryWriter(str(folder / "injected")))
 
 
+class WandbRun:
+    """As a run of W&B before the loop has logged anything; tests/integrations/test_loggers.py has real ones."""
+
+    step = 0
+
+    def define_metric(self, name: str, **options: object) -> None: ...
+
+    def log(self, data: dict, step: int | None = None, commit: bool | None = None) -> None: ...
+
+
 MAKERS: dict[str, Make] = {
     "event_log": lambda folder: EventLogExporter(EventLogConfig(path=folder / "events.jsonl")),
     "log": lambda folder: LogExporter(),
@@ -55,6 +66,7 @@ MAKERS: dict[str, Make] = {
     "tensorboard_injected": _injected_tensorboard,
     "terminal": lambda folder: TerminalExporter(write=lambda text: None),
     "terminal_stderr": lambda folder: TerminalExporter(TerminalConfig(every_seconds=0)),
+    "wandb": lambda folder: WandbExporter(WandbRun()),
     "textfile": lambda folder: TextfileExporter(TextfileConfig(path=folder / "ess.prom")),
 }
 
@@ -180,6 +192,11 @@ def test_start_with_an_empty_layer_info_shows_the_layer_as_not_measured(make: Ca
     exporter.close("finished")
 
 
+class FinishedRun(WandbRun):
+    def define_metric(self, name: str, **options: object) -> None:
+        raise RuntimeError("Run (abc) is finished")
+
+
 def _unwritable(folder: Path) -> Path:
     (folder / "file").write_text("no folder")
     return folder / "file" / "below"
@@ -195,6 +212,7 @@ FAILING: dict[str, Make] = {
         PrometheusConfig(host="192.0.2.1", port=0, allow_unauthenticated=True)
     ),
     "tensorboard": lambda folder: TensorBoardExporter(TensorBoardConfig(log_dir=_unwritable(folder))),
+    "wandb": lambda folder: WandbExporter(FinishedRun()),
     "textfile": lambda folder: TextfileExporter(TextfileConfig(path=_unwritable(folder) / "ess.prom")),
 }
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from ess_monitor.exporters import scalars
-from ess_monitor.exporters.scalars import LAYER_QUANTITIES, layer_tag
+from ess_monitor.exporters.scalars import LAYER_QUANTITIES, layer_tag, scalar_tag
 from ess_monitor.records import ACTION_OUTCOMES, Measurement, Reading
 from tests.exporters.helpers import ODD_LAYERS, action, evidence, examined, measurement, reading
 
@@ -103,7 +103,13 @@ def test_a_loss_that_is_nearly_nothing_gives_no_shares(base: float) -> None:
 @pytest.mark.parametrize("layer", ODD_LAYERS)
 def test_odd_layer_names_become_tags_that_every_logger_takes(layer: str) -> None:
     # The characters that MLflow, the strictest of the loggers, allows in a metric's name.
-    assert re.fullmatch(r"[\w.\-/]+", layer_tag(layer))
+    assert re.fullmatch(r"[\w.\-/]+", layer_tag(layer), re.ASCII)
+
+
+def test_a_tag_of_a_deeply_nested_layer_is_no_longer_than_mlflow_allows() -> None:
+    names = ["blocks." * 60 + end for end in ("0", "1")]
+    assert len({layer_tag(name) for name in names}) == 2
+    assert all(len(scalar_tag("effective_size_between", name)) <= 250 for name in names)
 
 
 def test_different_layers_never_share_a_tag() -> None:

@@ -34,7 +34,7 @@ def _imports(path: Path) -> set[str]:
 
 def test_the_folder_holds_the_shared_files_and_the_sinks_only() -> None:
     assert {path.stem for path in ROOM.glob("*.py")} == SHARED | WIRING
-    assert sorted(SINKS) == ["event_log", "prometheus", "tensorboard", "terminal"]
+    assert sorted(SINKS) == ["event_log", "prometheus", "tensorboard", "terminal", "wandb"]
 
 
 @pytest.mark.parametrize("name", sorted(SHARED))

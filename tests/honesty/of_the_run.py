@@ -12,6 +12,7 @@ from ess_monitor import alerts, exporters, report
 from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
 from ess_monitor.pipeline.counters import RunCounters
+from tests.exporters.test_contract import WandbRun
 from tests.honesty.case import Case
 from tests.honesty.data import HISTORY, MEASUREMENT, RUN
 
@@ -75,6 +76,7 @@ EXPORTERS: dict[str, Case] = {
     "ExporterHub": Case(_hub),
     "LogConfig": Case(exporters.LogConfig),
     "LogExporter": Case(_logged),
+    "LoggerExporter": Case(exporters.LoggerExporter, lambda: {"name": "csv", "log": lambda metrics, step: None}),
     "PrometheusConfig": Case(exporters.PrometheusConfig),
     "PrometheusExporter": Case(exporters.PrometheusExporter),
     "PushgatewayConfig": Case(exporters.PushgatewayConfig),
@@ -86,6 +88,7 @@ EXPORTERS: dict[str, Case] = {
     "TerminalExporter": Case(_printed),
     "TextfileConfig": Case(exporters.TextfileConfig),
     "TextfileExporter": Case(exporters.TextfileExporter),
+    "WandbExporter": Case(exporters.WandbExporter, lambda: {"run": WandbRun()}),
     "build_exporter": Case(exporters.build_exporter, lambda: {"config": exporters.LogConfig()}),
     "configs_of_rank": Case(exporters.configs_of_rank, lambda: {"configs": _configs(), "rank": 0, "local_rank": 0}),
     "read_event_log": Case(lambda **given: exporters.read_event_log(**given), lambda: {"path": "events.jsonl"}),

@@ -1,0 +1,1 @@
+"""Writes scalars to a run of Weights & Biases."""
