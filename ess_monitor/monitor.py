@@ -128,7 +128,8 @@ class Monitor(RunSampling):
         self._terminated = False
         termination.watch(self._terminate, self.config.handle_sigterm)
         try:
-            self._hub.start(run_info(self.model, self.config, context.wall_clock(), self._facts), self.snapshot)
+            facts = {**self._facts, "first_step": self._schedule.first_step(self._step)}
+            self._hub.start(run_info(self.model, self.config, context.wall_clock(), facts), self.snapshot)
         except BaseException:
             termination.forget(self._terminate)
             raise

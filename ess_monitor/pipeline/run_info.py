@@ -23,7 +23,7 @@ def run_info(model: nn.Module, config: MonitorConfig, started_seconds: float, fa
         model: the watched model.
         config: settings of its monitor.
         started_seconds: since the epoch.
-        facts: strategy, world size and precision.
+        facts: strategy, world size, precision and first step.
     """
     return RunInfo(
         run_name=config.run_name or f"{type(model).__name__}-{time.strftime('%Y%m%d-%H%M%S')}",

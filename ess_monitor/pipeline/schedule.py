@@ -60,6 +60,10 @@ class Schedule(ABC):
         """Whether a sample is still to be judged. No other is taken until then."""
         return False
 
+    def first_step(self, step: int) -> int:
+        """Return the lowest step of a sample that may still be judged, after `step` optimizer steps."""
+        return step
+
     @abstractmethod
     def taken(self, step: int) -> None:
         """Note that a sample was taken after `step` optimizer steps."""
@@ -159,6 +163,9 @@ class Lockstep(Schedule):
     @property
     def waiting(self) -> bool:
         return self._judge_at is not None
+
+    def first_step(self, step: int) -> int:
+        return step if self._judge_at is None else min(step, max(0, self._judge_at - self._lag_steps))
 
     def taken(self, step: int) -> None:
         self._cadence.sampled(step)

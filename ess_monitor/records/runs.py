@@ -23,6 +23,9 @@ class RunInfo(Record):
     diagnosis: dict[str, bool | int | float | str | None] = {}
     """Settings of the diagnosis by name (`warmup_steps`, `patience`, ...). Empty in older logs."""
     start_timestamp_seconds: float = 0.0
+    first_step: int = 0
+    """Lowest step that the run may measure: above 0 where it goes on from a checkpoint. What an earlier process wrote
+    from here on is overtaken. 0 in older logs."""
     overhead_budget_ratio: float = 0.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed import HashStore
@@ -9,6 +10,8 @@ from torch.distributed import HashStore
 from ess_monitor import CaptureError, Monitor, MonitorConfig
 from ess_monitor.distributed import StoreConsensus
 from ess_monitor.featurizers import GLA
+from ess_monitor.interventions import AutopilotConfig
+from ess_monitor.records import Measurement, RunInfo
 
 
 def config() -> MonitorConfig:
@@ -42,3 +45,40 @@ def test_capture_that_fails_at_every_sample_turns_itself_off_beside_an_exchange(
         train(model, monitor, 40)
         assert monitor.snapshot().health.parts_off == ("capture",)
         assert monitor.snapshot().health.part_failures_total["capture"] == 5
+
+
+class Started:
+    """Keeps the first step that exporters are told, and the steps they get."""
+
+    name, inline = "started", True
+
+    def __init__(self) -> None:
+        self.first_steps: list[int] = []
+        self.steps: list[int] = []
+
+    def start(self, run: RunInfo, snapshot: object) -> None:
+        self.first_steps.append(run.first_step)
+
+    def export(self, measurement: Measurement) -> None:
+        self.steps.append(measurement.step)
+
+    def close(self, status: str) -> None: ...
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_exporters_are_told_the_lowest_step_that_a_resumed_run_may_measure(mode: str) -> None:
+    """In lockstep the sample of step 4 is judged at step 6, and is part of a state of step 5."""
+    settings = config().model_copy(update={"autopilot": AutopilotConfig(mode=mode, lag_steps=2)})
+    first, second = Started(), Started()
+    model = GLA(16, 2)
+    with Monitor(model, settings, exporters=[first]) as monitor:
+        train(model, monitor, 5)
+        state = monitor.state_dict()
+    resumed = Monitor(model, settings, exporters=[second])
+    resumed.load_state_dict(state)
+    with resumed:
+        train(model, resumed, 5)
+        resumed.flush()
+    assert first.first_steps == [0]
+    assert second.first_steps == [4 if mode == "auto" else 5]
+    assert second.steps == ([4, 8] if mode == "auto" else [8])

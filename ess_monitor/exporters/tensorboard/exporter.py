@@ -28,6 +28,8 @@ PICTURES_TAG = "ess_help/pictures"
 
 _TABLE_ROWS = 100
 """Newest actions that the table holds: many times what a run's budget allows."""
+_OUR_EVENTS = ".ess_monitor"
+"""End of the names of the files that a writer of our own writes."""
 _INSTALL = 'pip install "ess-monitor[tensorboard]"'
 
 
@@ -87,6 +89,10 @@ class TensorBoardExporter:
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Open the writer and write the layout of the page.
 
+        A folder that has events of earlier runs of ours, and no others, is purged from the run's first step on: else
+        their curves and the ones of this run would be drawn as one zigzag. An injected writer is not: TensorBoard would
+        drop all curves of its folder from that step on, whatever their steps count.
+
         Raises:
             ExporterError: tensorboard is not installed, or the folder cannot be written.
         """
@@ -144,7 +150,10 @@ class TensorBoardExporter:
             ) from error
         folder = self.config.log_dir / (re.sub(r"[^\w.\-]", "_", run.run_name).strip(".") or "run")
         try:
-            return SummaryWriter(log_dir=str(folder))
+            events = [path.name for path in folder.glob("*tfevents*")]
+            ours_alone = bool(events) and all(name.endswith(_OUR_EVENTS) for name in events)
+            purge_step = run.first_step if ours_alone else None
+            return SummaryWriter(log_dir=str(folder), purge_step=purge_step, filename_suffix=_OUR_EVENTS)
         except OSError as error:
             raise ExporterError(
                 f"tensorboard.log_dir={str(self.config.log_dir)!r}: {str(folder)!r} cannot be written "

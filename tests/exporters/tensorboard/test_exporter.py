@@ -258,3 +258,45 @@ def test_the_loss_is_drawn_as_a_share_of_its_highest_so_far(tmp_path: Path) -> N
         (4, 1),
     ]
     assert [point.value for point in events.Scalars("ess_metrics/acc")] == [pytest.approx(0.1)]
+
+
+def _steps(folder: Path, tag: str = "ess_effective_size/blocks.0.mixer") -> list[int]:
+    return [point.step for point in read(folder).Scalars(tag)]
+
+
+def _write_run(folder: Path, steps: range, first_step: int) -> None:
+    exporter = TensorBoardExporter(TensorBoardConfig(log_dir=folder))
+    exporter.start(run_info(first_step=first_step), lambda: snapshot())
+    for step in steps:
+        exporter.export(measurement(step))
+    exporter.close("finished")
+
+
+@pytest.mark.parametrize("first_step", [0, 10])
+def test_what_a_later_run_overtakes_is_purged(first_step: int, tmp_path: Path) -> None:
+    _write_run(tmp_path, range(20), 0)
+    _write_run(tmp_path, range(first_step, 15), first_step)
+    assert _steps(tmp_path / "demo") == list(range(15))
+    heat_maps = read(tmp_path / "demo").Images("ess_heads/blocks.0.mixer")
+    assert [image.step for image in heat_maps] == sorted({image.step for image in heat_maps})
+
+
+def test_curves_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    def write_another(steps: range) -> None:
+        with SummaryWriter(str(tmp_path / "demo")) as writer:
+            for step in steps:
+                writer.add_scalar("tokens", 1.0, step)
+
+    write_another(range(0, 20_000, 1000))
+    _write_run(tmp_path, range(10), 0)
+    _write_run(tmp_path, range(5, 10), 5)
+    assert _steps(tmp_path / "demo", "tokens") == list(range(0, 20_000, 1000))
+
+
+def test_an_injected_writer_is_not_purged(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("tokens", 1.0, 4096)
+        exporter = TensorBoardExporter(writer=writer)
+        exporter.start(run_info(first_step=10), lambda: snapshot())
+        exporter.close("finished")
+    assert _steps(tmp_path, "tokens") == [4096]
