@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,8 +43,6 @@ class LayerAlone:
         self._is_unbatched = sequence.dim() == 2
         self._length_first = isinstance(module, nn.RNNBase) and not module.batch_first and not self._is_unbatched
         self.inputs = self._batch_first(sequence.detach()).to(dtype)
-        self.is_free = not any(True for _ in tensors_in(others))
-        """Whether no other argument is a tensor, so that it takes any number of samples and tokens."""
         self._module = _copied(module, dtype)
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -65,17 +64,21 @@ class LayerAlone:
 
 def linearized(call: Call) -> LazyOperator:
     """Return the Jacobian of a layer's call, of which `select` makes the copy."""
-    _, sequence = _sequence(call.module, {**dict(enumerate(call.args)), **call.kwargs})
+    arguments: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
+    place, sequence = _sequence(call.module, arguments)
+    # Other tensors are of the samples and tokens of this call.
+    is_indivisible = any(name != place and any(True for _ in tensors_in(value)) for name, value in arguments.items())
     shape = (1, *sequence.shape) if sequence.dim() == 2 else tuple(sequence.shape)
     length_first = isinstance(call.module, nn.RNNBase) and not call.module.batch_first and sequence.dim() == 3
     batch, length = (shape[1], shape[0]) if length_first else shape[:2]
+    running_alone = cache(partial(_running_alone, call))  # one copy, however many parts are selected
 
     def form(samples: slice, heads: Sequence[int], tokens: int) -> Operator:
-        alone = _running_alone(call)
-        inputs = alone.inputs[samples, :tokens] if alone.is_free else alone.inputs
+        alone = running_alone()
+        inputs = alone.inputs if is_indivisible else alone.inputs[samples, :tokens]
         return JacobianOperator(inputs[:, None], alone)
 
-    return LazyOperator(batch, 1, length, form)
+    return LazyOperator(batch, 1, length, form, is_indivisible=is_indivisible)
 
 
 LINEARIZED = CaptureSpec(

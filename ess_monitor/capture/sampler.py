@@ -51,8 +51,9 @@ class CaptureConfig(BaseModel):
     heads: int | None = Field(default=4, ge=1)
     """Heads (or channels) per layer and sample, rotating through all of them over the samples; None takes all."""
     max_length: int | None = Field(default=1024, ge=2)
-    """Tokens from the start of the sequence. T is causal, so the crop is the exact operator of a shorter sequence;
-    None takes the whole sequence."""
+    """Tokens from the start of the sequence: of a padded or packed row, from that of its longest one (on an accelerator
+    it is looked for in the first 8192 tokens of the row). T is causal, so the crop is the exact operator of a shorter
+    sequence; None takes the whole sequence."""
     unknown: Literal["skip", "jacobian"] = "skip"
     """What becomes of a layer that mixes tokens and that no reader knows (LSTM, GRU, a class of your own). "skip": it
     is listed with the reason. "jacobian": a copy is linearized at the sampled input, and its memory is the rank of
@@ -357,8 +358,7 @@ class Sampler:
             samples = share_of(min(self.config.samples, whole.batch), self.share)
             rows = rotate_rows(whole.batch, samples, self.turn)
             length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
-            few = whole.select(samples=rows, heads=heads, length=length)
-            few = self._tokens.with_segments(few, call, whole, rows, length, most=self.config.samples)
+            few = self._tokens.select(call, whole, rows, heads, length, most=self.config.samples)
             operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
             if layer.spec.is_taught and layer.name not in self._checked:
                 self._checked.add(layer.name)

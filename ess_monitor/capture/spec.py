@@ -27,6 +27,8 @@ class LazyOperator:
     """`(samples, heads, length) -> Operator` of that part."""
     shift_invariant: bool = False
     """Whether T_ij depends on i - j alone, for all samples alike. `form` may then leave out tokens beyond its reach."""
+    is_indivisible: bool = False
+    """Whether `form` gives all samples and tokens, whatever is selected."""
 
     def select(self, *, samples: slice, heads: Sequence[int], length: int) -> Operator:
         """Return the operator of some samples and heads, on the first `length` tokens."""

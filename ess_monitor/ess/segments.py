@@ -104,13 +104,29 @@ def merged(given: Sequence[Tensor]) -> Tensor:
 
 def at_start(segments: Tensor, length: int) -> Tensor:
     """Return segments (R, length) with as many real tokens in front as the longest segment has, and padding after."""
-    size = segments.shape[1]
-    begins = segments[:, 1:] != segments[:, :-1]
-    token = torch.arange(size, device=segments.device)
-    first = torch.where(torch.nn.functional.pad(begins, (1, 0), value=False), token, 0).cummax(1).values
-    longest = torch.where(segments >= 0, token - first + 1, 0).amax(1, keepdim=True)
+    longest = _place_in_segment(segments).amax(1, keepdim=True)
     unknown = (segments == UNKNOWN).any(1, keepdim=True)
-    return of_real(token[:length] < longest).masked_fill(unknown, UNKNOWN)
+    return of_real(torch.arange(length, device=segments.device) < longest).masked_fill(unknown, UNKNOWN)
+
+
+def starts_of_longest(segments: Tensor) -> Tensor:
+    """Return the first token of each row's longest segment, (R,): of the first one where several are equally long.
+
+    0 for a row without a real token.
+
+    >>> starts_of_longest(torch.tensor([[-1, -1, 0, 0, 1], [-1, -1, -1, -1, -1]]))
+    tensor([2, 0])
+    """
+    longest, last = _place_in_segment(segments).max(1)
+    return torch.where(longest > 0, last + 1 - longest, 0)
+
+
+def _place_in_segment(segments: Tensor) -> Tensor:
+    """Return of each token (R, L) which one of its segment it is, counted from 1; 0 for padding."""
+    begins = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=False)
+    token = torch.arange(segments.shape[1], device=segments.device)
+    first = torch.where(begins, token, 0).cummax(1).values
+    return torch.where(segments >= 0, token - first + 1, 0)
 
 
 def _numbered(begins: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess import Convolution, DenseOperator, Operator, SoftmaxAttention, far_share, measure, segments
+from ess_monitor.ess.operators.windows import at_tokens, joined
 from tests.ess import reference
 from tests.ess.kinds import KINDS, LENGTH, SAMPLES
 
@@ -60,6 +61,19 @@ def test_the_longest_segments_are_operators_of_their_own_tokens(whole: Operator)
         reference.assert_agrees(part, T[[sample], :, tokens, tokens], positions=(1, 4, stop - start - 1))
     both = with_rows(whole).select(samples=[1, 2], length=9)
     assert [part.length for part in both.longest_segments()] == [5, 9]
+
+
+def test_tokens_whose_place_the_device_alone_knows_give_the_same_operator(whole: Operator) -> None:
+    d, T = whole.block_size, whole.materialize()
+    starts = segments.starts_of_longest(ROWS)
+    assert starts.tolist() == [3, 5, 0]
+    assert segments.starts_of_longest(torch.tensor([[P, P], [0, 1]])).tolist() == [0, 0]
+    each = [at_tokens(whole.select(samples=[row]), start + torch.arange(7)) for row, start in enumerate(starts)]
+    one = joined(each)
+    assert (one.batch, one.length, one.heads) == (SAMPLES, 7, whole.heads)
+    for row, start in enumerate(starts.tolist()):
+        tokens = slice(d * start, d * (start + 7))
+        reference.assert_agrees(one.select(samples=[row]), T[[row], :, tokens, tokens], positions=(1, 3, 6))
 
 
 def test_without_decay_and_with_other_dtypes_the_segments_stay(whole: Operator) -> None:

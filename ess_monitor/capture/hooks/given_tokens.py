@@ -14,17 +14,18 @@ import dataclasses
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
+from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook, tensors_in
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import Convolution, Operator
 from ess_monitor.ess import segments as forms
+from ess_monitor.ess.operators.windows import at_tokens, joined
 
 logger = logging.getLogger("ess_monitor")
 
@@ -39,6 +40,9 @@ _ENDS = ("cu_seqlens", "cu_seqlens_q", "cu_seq_lens", "cu_seq_lens_q")
 _NUMBERS = ("seq_idx", "document_ids", "segment_ids")
 _POSITIONS = ("position_ids",)
 _NAMES = frozenset((*_MASKS, *_PADDING, *_ENDS, *_NUMBERS, *_POSITIONS))
+_LOOKED_AT = 8192
+"""Tokens of a row in which its longest sequence is looked for on an accelerator, where the host does not know where it
+begins: up to there the operator is formed, one row at a time."""
 _OF_A_DECODER = "decoder_"
 """Where a module has arguments with this prefix, those without it are of the encoder."""
 
@@ -108,26 +112,42 @@ class TokenWatch:
         self._given.clear()
         self._known.clear()
 
-    def with_segments(
-        self, few: Operator, call: Call, whole: Operator | LazyOperator, samples: slice, length: int, *, most: int
+    def select(
+        self,
+        call: Call,
+        whole: Operator | LazyOperator,
+        samples: slice,
+        heads: Sequence[int],
+        length: int,
+        *,
+        most: int,
     ) -> Operator:
         """Return a part of a call's operator that knows which of its tokens are real, and which belong together.
 
+        Of each row it has the first tokens of the longest sequence, and those after it up to `length`.
+
         Args:
-            few: the operator of some samples and heads, on the first tokens.
             call: of the layer.
             whole: the operator of the call.
-            samples, length: what was selected.
+            samples, heads, length: what is selected.
             most: rows at most, where all have the same operator.
         """
         shared = whole.batch == 1 and (isinstance(whole, Convolution) or getattr(whole, "shift_invariant", False))
-        rows = Rows(whole.batch, whole.length, slice(most) if shared else samples, length, shared)
+        if getattr(whole, "is_indivisible", False):
+            samples, length = slice(None), whole.length
+        looked_at = whole.length if _is_on_host(call) else min(whole.length, max(length, _LOOKED_AT))
+        rows = Rows(whole.batch, whole.length, slice(most) if shared else samples, looked_at, shared)
         segments = self.segments(call, rows)
+        if segments is not None and not shared and length < whole.length:
+            start = forms.starts_of_longest(segments)
+            if start.device.type != "cpu" or bool(start.any()):
+                return _at(start, segments, whole, samples, heads, length)
+        few = whole.select(samples=samples, heads=heads, length=length)
         if segments is None:
             return few
-        if shared:  # the same T wherever a sequence begins
-            segments = forms.at_start(segments, few.length)
-        return dataclasses.replace(few, segments=segments[:, None].to(few.device, non_blocking=True))
+        # Where all tokens have the same T it does not matter where a sequence begins.
+        segments = forms.at_start(segments, few.length) if shared else segments[:, :length]
+        return _with(few, segments)
 
     def segments(self, call: Call, rows: Rows) -> Tensor | None:
         """Return the segments of a call's tokens, (rows|1, tokens), on their device; None where all is one sequence."""
@@ -188,6 +208,30 @@ class TokenWatch:
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._is_running = False
+
+
+def _at(
+    start: Tensor, segments: Tensor, whole: Operator | LazyOperator, samples: slice, heads: Sequence[int], length: int
+) -> Operator:
+    """Return the operator of `length` tokens of each row, from a token on that the device may be alone to know."""
+    seen = segments.shape[1]
+    tokens = start[:, None] + torch.arange(length, device=start.device)
+    segments = segments.gather(1, tokens.clamp(max=seen - 1)).masked_fill(tokens >= seen, forms.PADDING)
+    parts = []
+    for number, sample in enumerate(range(whole.batch)[samples]):
+        row = tokens[number if len(tokens) > 1 else 0].clamp(max=seen - 1)
+        end = int(row[-1]) + 1 if row.device.type == "cpu" else seen
+        part = whole.select(samples=slice(sample, sample + 1), heads=heads, length=end)
+        parts.append(at_tokens(part, row.to(part.device, non_blocking=True)))
+    return _with(joined(parts), segments)
+
+
+def _with(operator: Operator, segments: Tensor) -> Operator:
+    return dataclasses.replace(operator, segments=segments[:, None].to(operator.device, non_blocking=True))
+
+
+def _is_on_host(call: Call) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors_in([call.output, list(call.kwargs.values())]))
 
 
 def _tokens_among(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Named:

@@ -15,10 +15,12 @@ from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor, result_dtype, singular_values_, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import (
+    Tokens,
     all_finite,
     check_broadcast,
     check_floating,
     check_same_device,
+    count,
     narrowed,
     pairs,
     per_head,
@@ -147,7 +149,7 @@ class SoftmaxAttention(Operator):
             start = min(positions)
             normalizer = rows.log_normalizer(start)
             for p, i in enumerate(positions):
-                block = (rows.logits(i, length, i) - normalizer[:, i - start :]).exp_()
+                block = (rows.logits(slice(i, length), i) - normalizer[:, i - start :]).exp_()
                 values = singular_values_(block)
                 out[slab, p, : values.shape[-1]] = values
         return per_head(out, self.batch, self.heads)
@@ -167,8 +169,8 @@ class SoftmaxAttention(Operator):
     def _unit_rows(self) -> SoftmaxAttention:
         return _UnitRowAttention(self.q, self.k, self.scale, self.mask, self.softcap)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
-        if tokens is not None and tokens.start > 0:
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: Tokens | None) -> Self:
+        if isinstance(tokens, Tensor) or (tokens is not None and tokens.start > 0):
             few = self._narrow(samples, heads, None)
             return dataclasses.replace(few, sinks=few._weight_before(tokens))._narrow_tokens(tokens)
         key_heads = None if heads is None else _key_heads(heads, self.heads // self.k.shape[1])
@@ -182,7 +184,7 @@ class SoftmaxAttention(Operator):
         )
         return few if tokens is None else few._narrow_tokens(tokens)
 
-    def _narrow_tokens(self, tokens: slice) -> Self:
+    def _narrow_tokens(self, tokens: Tokens) -> Self:
         """Return the operator of some neighboring tokens, whose rows see no other keys than theirs and the sinks."""
         mask = None if self.mask is None else window(window(self.mask, 2, tokens), 3, tokens)
         return dataclasses.replace(
@@ -194,18 +196,20 @@ class SoftmaxAttention(Operator):
             segments=None if self.segments is None else window(self.segments, 2, tokens),
         )
 
-    def _weight_before(self, tokens: slice) -> Tensor:
+    def _weight_before(self, tokens: Tokens) -> Tensor:
         """Return the sinks of all rows, where those of `tokens` also hold what the rows give to the keys before.
 
         So the rows stay as they are when these keys are left out.
         """
-        members, count = self.batch * self.heads, tokens.stop - tokens.start
+        members = self.batch * self.heads
+        first, end = (tokens[0], self.length) if isinstance(tokens, Tensor) else (tokens.start, tokens.start)
+        keys = torch.arange(end, device=self.device)
         sinks = torch.full((members, self.length), -torch.inf, dtype=working_dtype(self.device), device=self.device)
         if self.sinks is not None:
             sinks = pairs(self.sinks.expand(-1, -1, self.length), self.batch, self.heads).to(sinks.dtype).clone()
-        for slab in slabs(members, count * tokens.start):
-            before = _Rows(self, slab).logits(tokens.start, tokens.stop, tokens.start).logsumexp(-1)
-            sinks[slab, tokens] = torch.logaddexp(sinks[slab, tokens], before)
+        for slab in slabs(members, count(tokens) * end):
+            before = _Rows(self, slab).logits(tokens, end).masked_fill_(keys >= first, -torch.inf)
+            sinks[slab, tokens] = torch.logaddexp(sinks[slab, tokens], before.logsumexp(-1))
         return per_head(sinks, self.batch, self.heads).to(self.result_dtype)
 
     def _per_head(self, k: Tensor) -> Tensor:
@@ -249,14 +253,14 @@ class _Rows:
             self.sinks = pairs(attention.sinks, batch, heads)[slab].to(dtype)[..., None]
         self.members = [divmod(pair, heads) for pair in range(slab.start, slab.stop)]
 
-    def logits(self, start: int, stop: int, columns: int) -> Tensor:
-        """Return masked, not yet causal logits of rows start..stop and the first keys: (G, stop - start, columns)."""
-        logits = self.q[:, start:stop] @ self.k[:, :columns].mT
+    def logits(self, tokens: Tokens, columns: int) -> Tensor:
+        """Return masked, not yet causal logits of some rows and the first keys: (G, rows, columns)."""
+        logits = self.q[:, tokens] @ self.k[:, :columns].mT
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.mask is None:
             return logits
-        rows = slice(start, stop) if self.mask.shape[2] > 1 else slice(None)
+        rows = tokens if self.mask.shape[2] > 1 else slice(None)
         keys = slice(columns) if self.mask.shape[3] > 1 else slice(None)
         mask = torch.stack([self.mask[sample, head, rows, keys] for sample, head in self.members])
         if mask.dtype == torch.bool:
@@ -268,7 +272,7 @@ class _Rows:
         """Return logits of rows start..stop and the keys up to each row's own: (G, stop - start, stop)."""
         row = torch.arange(start, stop, device=self.q.device)[:, None]
         column = torch.arange(stop, device=self.q.device)
-        return self.logits(start, stop, stop).masked_fill_(column > row, -torch.inf)
+        return self.logits(slice(start, stop), stop).masked_fill_(column > row, -torch.inf)
 
     def log_normalizer(self, start: int) -> Tensor:
         """Return the log of the softmax denominators of the rows from `start` on: (G, length - start, 1)."""

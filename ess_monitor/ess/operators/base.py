@@ -19,7 +19,7 @@ from torch import Tensor
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor, result_dtype
-from ess_monitor.ess.operators.fields import all_finite, check_same_device, narrowed
+from ess_monitor.ess.operators.fields import Tokens, all_finite, check_same_device, narrowed
 from ess_monitor.ess.positions import check_positions
 from ess_monitor.ess.segments import UNKNOWN, spans
 
@@ -277,7 +277,7 @@ class Operator(ABC):
         scale = row_squares.rsqrt().masked_fill_(row_squares == 0, 0.0).expand(self.batch, self.heads, self.length)
         return scale.masked_fill(~self.finite()[..., None], torch.nan)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: Tokens | None) -> Self:
         """Return the operator of some samples, heads and neighboring tokens, all of them checked."""
         return self.map(lambda tensor: narrowed(tensor, samples, heads, tokens))
 

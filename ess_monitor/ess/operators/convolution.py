@@ -24,10 +24,12 @@ from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor, singular_values_, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import (
+    Tokens,
     check_batch_and_heads,
     check_floating,
     check_same_device,
     check_state_size,
+    count,
     first,
     narrowed,
     pairs,
@@ -106,10 +108,10 @@ class Convolution(Operator):
         scale = self._inverse(squares[..., lags])
         return GatedConvolution(scale.new_ones((1, 1, self.length)), self.kernel, scale)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: Tokens | None) -> Self:
         kernel = _used_taps(narrowed(self.kernel, samples, heads, None), tokens)
         segments = None if self.segments is None else narrowed(self.segments, samples, None, tokens)
-        length = self.length if tokens is None else tokens.stop - tokens.start
+        length = self.length if tokens is None else count(tokens)
         return dataclasses.replace(self, kernel=kernel, length=length, segments=segments)
 
 
@@ -201,16 +203,16 @@ class GatedConvolution(Operator):
             each.append(squares.select(heads=heads).materialize().sum(-1))
         return replace(self, c=self.c * self._inverse(torch.cat(each, dim=1)))
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: Tokens | None) -> Self:
         b, c = (narrowed(gate, samples, heads, tokens) for gate in (self.b, self.c))
         kernel = _used_taps(narrowed(self.kernel, samples, heads, None), tokens)
         segments = None if self.segments is None else narrowed(self.segments, samples, None, tokens)
         return dataclasses.replace(self, b=b, kernel=kernel, c=c, segments=segments)
 
 
-def _used_taps(kernel: Tensor, tokens: slice | None) -> Tensor:
+def _used_taps(kernel: Tensor, tokens: Tokens | None) -> Tensor:
     """Return the taps that reach no farther back than there are tokens."""
-    return kernel if tokens is None else first(kernel, 2, tokens.stop - tokens.start)
+    return kernel if tokens is None else first(kernel, 2, count(tokens))
 
 
 def _capacity(state_size: int | None, position: int, taps: int) -> int:

@@ -14,7 +14,15 @@ from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import singular_values_, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
-from ess_monitor.ess.operators.fields import check_floating, check_state_size, narrowed, pairs, per_head, window
+from ess_monitor.ess.operators.fields import (
+    Tokens,
+    check_floating,
+    check_state_size,
+    narrowed,
+    pairs,
+    per_head,
+    window,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -114,9 +122,13 @@ class DenseOperator(Operator):
         scale = self._inverse(squares.mean(-1)).repeat_interleave(self.block_size, 2)
         return DenseOperator(self.T * scale[..., None], self.block_size)
 
-    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None) -> Self:
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: Tokens | None) -> Self:
         d = self.block_size
-        rows = None if tokens is None else slice(d * tokens.start, d * tokens.stop)
+        rows: Tokens | None = None
+        if isinstance(tokens, Tensor):
+            rows = (d * tokens[:, None] + torch.arange(d, device=tokens.device)).flatten()
+        elif tokens is not None:
+            rows = slice(d * tokens.start, d * tokens.stop)
         T = window(narrowed(self.T, samples, heads, rows), 3, rows)
         segments = None if self.segments is None else narrowed(self.segments, samples, None, tokens)
         return dataclasses.replace(self, T=T, segments=segments)

@@ -11,6 +11,10 @@ from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor
 
+Tokens = slice | Tensor
+"""Neighboring tokens: a slice, or their ascending indices on the device where the host does not know them. The last may
+be repeated."""
+
 
 def check_floating(name: str, tensor: Tensor, expected: str, dimensions: int) -> None:
     """Raise `OperatorError` unless `tensor` is a real floating tensor with that many dimensions, none of them empty."""
@@ -61,15 +65,23 @@ def first(tensor: Tensor, dimension: int, length: int | None) -> Tensor:
     return tensor.narrow(dimension, 0, length)
 
 
-def window(tensor: Tensor, dimension: int, tokens: slice | None) -> Tensor:
-    """Return the entries of some neighboring tokens in one dimension, as a view; a broadcast dimension stays."""
+def window(tensor: Tensor, dimension: int, tokens: Tokens | None) -> Tensor:
+    """Return the entries of some neighboring tokens in one dimension, of a slice as a view; a broadcast dimension
+    stays."""
     if tokens is None or tensor.shape[dimension] == 1:
         return tensor
+    if isinstance(tokens, Tensor):
+        return tensor.index_select(dimension, tokens)
     return tensor.narrow(dimension, tokens.start, tokens.stop - tokens.start)
 
 
+def count(tokens: Tokens) -> int:
+    """Return how many tokens these are."""
+    return len(tokens) if isinstance(tokens, Tensor) else tokens.stop - tokens.start
+
+
 def narrowed(
-    tensor: Tensor, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: slice | None
+    tensor: Tensor, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: Tokens | None
 ) -> Tensor:
     """Return some samples (dimension 0) and heads (1), and some neighboring tokens (2)."""
     return window(take(take(tensor, 0, samples), 1, heads), 2, tokens)
