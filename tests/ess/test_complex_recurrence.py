@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ess_monitor import OperatorError
-from ess_monitor.ess import complex_recurrence
+from ess_monitor.ess import DiagonalRecurrence, ReadFirstRecurrence, complex_recurrence
 
 BATCH, HEADS, LENGTH, STATE = 2, 3, 20, 4
 
@@ -46,6 +46,16 @@ def test_real_tensors_are_a_real_recurrence() -> None:
     lag = (torch.arange(6)[:, None] - torch.arange(6))[..., None]
     T = (c[0, 0][:, None] * (log_decay[0, 0] * lag).exp() * b[0, 0][None]).sum(-1).tril()
     torch.testing.assert_close(complex_recurrence(log_decay, b, c).materialize()[0, 0], T)
+
+
+def test_a_real_recurrence_names_the_function_for_complex_tensors() -> None:
+    real, turning = torch.ones(1, 1, 6, 2), torch.ones(1, 1, 6, 2) * 1j
+    for given in ((turning, real, real), (0 * real, turning, real), (0 * real, real, turning)):
+        with pytest.raises(OperatorError, match=r"complex64.*complex_recurrence\(log_decay, b, c\)"):
+            DiagonalRecurrence(*given)
+        assert complex_recurrence(*given).state_size == 4
+    with pytest.raises(OperatorError, match=r"log_decay has dtype torch\.complex64; pass a real"):
+        ReadFirstRecurrence(turning, real, real)
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(1, 2, 3), torch.ones(1, 1, 6, 3), None])

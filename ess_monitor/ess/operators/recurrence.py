@@ -110,7 +110,7 @@ class DiagonalRecurrence(Recurrence):
         c: (batch, heads, length, state), how an output reads it. batch and heads may be 1.
 
     Raises:
-        OperatorError: The shapes do not fit together.
+        OperatorError: The shapes do not fit together, or a tensor is complex: `complex_recurrence` takes those.
 
     Example:
         >>> memory = DiagonalRecurrence(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 6, 2), torch.ones(1, 1, 6, 2))
@@ -120,6 +120,16 @@ class DiagonalRecurrence(Recurrence):
 
     b: Tensor
     c: Tensor
+
+    def __post_init__(self) -> None:
+        for name, tensor in {"log_decay": self.log_decay, **self._vectors}.items():
+            if type(self) is DiagonalRecurrence and isinstance(tensor, Tensor) and tensor.is_complex():
+                raise OperatorError(
+                    f"{name} has dtype {tensor.dtype}, and DiagonalRecurrence takes real tensors; for complex states "
+                    "with y_t = Re(c_t . s_t) use ess_monitor.ess.complex_recurrence(log_decay, b, c), or (log_decay, "
+                    "b, 2 * c) where one state of each conjugate pair is kept, as in S4D."
+                )
+        super().__post_init__()
 
     @property
     def _vectors(self) -> dict[str, Tensor]:
