@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pydantic
 import pytest
 
 from ess_monitor.exporters import EventLogConfig, EventLogExporter, ExporterHub, read_event_log
@@ -211,6 +213,7 @@ KILLED = """
 import os, signal, sys, types
 from itertools import count
 from pathlib import Path
+from typing import Any
 package = types.ModuleType("ess_monitor")  # the room alone: it needs no tensor, and starts at once
 package.__path__ = [sys.argv[1]]
 sys.modules["ess_monitor"] = package
@@ -264,8 +267,22 @@ def test_a_process_killed_with_sigkill_loses_at_most_its_last_line(path: Path, m
 SCHEMA = Path(__file__).parents[3] / "docs" / "event-log.schema.json"
 
 
+def without_details(schema: Any) -> Any:
+    """The schema without what pydantic writes otherwise before 2.10: names of properties, constants, references."""
+    if isinstance(schema, list):
+        return [without_details(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    left_out = {"propertyNames", "allOf"} | ({"enum"} if "const" in schema else set())
+    referred = schema.get("allOf", [{}])[0]
+    return {**referred, **{name: without_details(value) for name, value in schema.items() if name not in left_out}}
+
+
 def test_the_documented_schema_is_the_one_of_the_records() -> None:
-    assert json.loads(SCHEMA.read_text()) == event_schema(), (
+    documented, written = json.loads(SCHEMA.read_text()), event_schema()
+    if tuple(map(int, pydantic.VERSION.split(".")[:2])) < (2, 10):
+        documented, written = without_details(documented), without_details(written)
+    assert documented == written, (
         "the records have changed: python -m ess_monitor.exporters.event_log.schema > docs/event-log.schema.json, and "
         "raise SCHEMA_VERSION if a field changed its meaning or disappeared"
     )
