@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--only", choices=SOURCES, action="append", help="one source; may be repeated")
     parser.add_argument("--names", help="of items, with commas between them")
     parser.add_argument("--outcomes", type=Path, default=Path("census.jsonl"), help="file that keeps the outcomes")
-    parser.add_argument("--limit", type=int, default=60, help="seconds for one item")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of processor time for one item")
     parser.add_argument("--page", type=Path, help="write the page to this file")
     parser.add_argument("--recorded", action="store_true", help="run nothing: the page of the outcomes that are there")
     given = parser.parse_args()

@@ -56,6 +56,7 @@ class Outcome:
     """Class -> why it gave none."""
     problem: str = ""
     seconds: float = 0.0
+    """Processor time."""
 
 
 def examine(item: Item) -> Outcome:

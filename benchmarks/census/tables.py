@@ -33,7 +33,7 @@ def page(outcomes: Iterable[Outcome], versions: Iterable[str], *, missing: int) 
     for outcome in outcomes:
         seconds += outcome.seconds
         by_source[outcome.source].append(outcome)
-    made = f"{', '.join(versions)}; {seconds / 60:.0f} minutes"
+    made = f"{', '.join(versions)}; {seconds / 60:.0f} minutes of processor time"
     if missing:
         made += f". {missing} items are not made yet: the same command goes on with them"
     lines = [_HEAD, f"{made}.", "", *_counts(by_source)]
