@@ -1,11 +1,12 @@
 """Checks and times the rank of a layer's Jacobian by products (`capture.unknown: jacobian`).
 
-    python -m benchmarks.jacobian [--json FILE]     half a minute on one core
+    python -m benchmarks.jacobian [--json FILE]     two minutes on one core
 
 Each layer is randomly initialized, of width 16, and is linearized at one Gaussian sequence of 128 tokens, in float64,
 at a quarter, a half and three quarters of it. The counts at 1e-3 are compared with those of the full Jacobian, which is
 formed row by row. The cost is given in forward passes of the layer at that input. sLSTM, minGRU and minLSTM are written
-small, after arXiv 2405.04517 and 2410.01201.
+small, after arXiv 2405.04517 and 2410.01201. TTT and the memory of Titans (2407.04620, 2501.00663) train a weight of
+16 x 16 on the tokens: a state of 256 numbers, which is as many singular values as are looked for.
 
 The last rows show one GLA twice: the op alone, whose Jacobian is the operator once for each of the value channels of a
 head, so that both must count the same; and the whole layer, whose q, k and decays depend on the input as well. That
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.census.own_layers import NeuralMemory, TTTLinear
 from benchmarks.report import Result, main
 from ess_monitor import capture_operators
 from ess_monitor.ess import JacobianOperator, operator_positions, tolerance_ess
@@ -138,6 +140,8 @@ def run() -> Result:
         "minGRU": Loop(min_gru, 2, recurrent=False).double(),
         "minLSTM": Loop(min_lstm, 3, recurrent=False).double(),
         "minGRU, log space": MinGRUInLogSpace().double(),
+        "TTT": TTTLinear().double(),
+        "Titans' memory": NeuralMemory().double(),
     }
     gla = GLA(WIDTH, 1, expand_k=0.5, beta=1.0).double()
     calls: list[tuple[Tensor, ...]] = []

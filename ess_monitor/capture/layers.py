@@ -26,7 +26,7 @@ from ess_monitor.capture.detection import (
 from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.linearized import LINEARIZED
 from ess_monitor.capture.registry import find_spec, why_unreadable
-from ess_monitor.capture.spec import CaptureSpec
+from ess_monitor.capture.spec import BY_JACOBIAN, CaptureSpec, unread
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo
 
@@ -117,7 +117,7 @@ def _versions_of(library: str) -> str:
 def _why_unknown(module: nn.Module) -> str:
     """Return why a module that mixes tokens cannot be read, where no reader knows its kind; empty for other modules."""
     if isinstance(module, nn.RNNCellBase):
-        return _NONLINEAR
+        return _CELL
     cls, library = type(module).__name__, _library_of(module)
     how = "" if treats_tokens_alone(type(module)) else how_code_mixes(module)
     if not how and not looks_like_mixer(type(module)):
@@ -128,7 +128,7 @@ def _why_unknown(module: nn.Module) -> str:
     problem = f"no capture is known for {cls}"
     if library is not None:
         problem = f"{cls} calls no op of a known name ({_versions_of(library)})"
-    return f"{problem}, and {told}; teach it with @ess_monitor.register_capture({cls})"
+    return unread(module, f"{problem}, and {told}")
 
 
 _FILTERS = (nn.Conv1d, nn.ConvTranspose1d, nn.ConstantPad1d, nn.ConstantPad2d)
@@ -138,7 +138,7 @@ _FILTERS = (nn.Conv1d, nn.ConvTranspose1d, nn.ConstantPad1d, nn.ConstantPad2d)
 def _of_torch(module: nn.Module) -> str:
     """Return why a module of torch that mixes tokens cannot be read; empty for other modules."""
     if isinstance(module, nn.RNNBase):
-        return _NONLINEAR
+        return _BOTH_WAYS if module.bidirectional else _NONLINEAR
     if isinstance(module, nn.ConvTranspose1d) and module.kernel_size[0] > 1:
         return "a transposed convolution: its outputs are more than its inputs, so T is not square"
     if isinstance(module, (nn.ConstantPad1d, nn.ConstantPad2d)) and min(module.padding) < 0 < max(module.padding):
@@ -146,9 +146,11 @@ def _of_torch(module: nn.Module) -> str:
     return ""
 
 
-_NONLINEAR = (
-    "a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it; "
-    "capture.unknown: jacobian measures its linearization"
+_NONLINEAR = f"a nonlinear recurrence has no linear operator y = T u, so ESS is not defined for it; {BY_JACOBIAN}"
+_BOTH_WAYS = "a bidirectional recurrence: its outputs depend on later tokens, so that no state carries the past on"
+_CELL = (
+    "a cell of a nonlinear recurrence, which is called for one token at a time; put the loop over tokens into the "
+    "forward of a module, of which capture.unknown: jacobian then measures the linearization"
 )
 
 
@@ -206,8 +208,8 @@ def _is_around(module: nn.Module, mixers: dict[str, nn.Module], known: dict[str,
 def _found(model: nn.Module, unknown: Unknown) -> Iterator[tuple[str, nn.Module, CaptureSpec | str]]:
     """Yield `_walk`, with a way to read layers of an unknown kind where `unknown` asks for one."""
     for name, module, found in _walk(model):
-        is_unknown = isinstance(found, str) and not isinstance(find_spec(module), str)
-        yield name, module, LINEARIZED if is_unknown and unknown == "jacobian" else found
+        linearized = unknown == "jacobian" and isinstance(found, str) and found.endswith(BY_JACOBIAN)
+        yield name, module, LINEARIZED if linearized else found
 
 
 def find_layers(model: nn.Module, layers: LayerFilter | None = None, *, unknown: Unknown = "skip") -> tuple[Layer, ...]:

@@ -27,7 +27,8 @@ class LayerAlone:
     Args:
         module: the layer; a copy is made.
         args, kwargs: of its call. The first floating tensor with two or three dimensions is the sequence, unbatched or
-            (batch, length, D); (length, batch, D) for torch's recurrent layers without `batch_first`.
+            (batch, length, D); (length, batch, D) for torch's recurrent layers without `batch_first`. The same tensor
+            may be several arguments (query, key and value).
         dtype: to run in.
 
     Raises:
@@ -37,8 +38,9 @@ class LayerAlone:
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> None:
         arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         self._count = len(args)
-        self._place, sequence = _sequence(module, arguments)
-        others = {name: _detached(value, dtype) for name, value in arguments.items() if name != self._place}
+        sequence = _sequence(module, arguments)
+        self._places = [name for name, value in arguments.items() if value is sequence]  # query, key and value
+        others = {name: _detached(value, dtype) for name, value in arguments.items() if name not in self._places}
         self._others = copy.deepcopy(others)
         self._is_unbatched = sequence.dim() == 2
         self._length_first = isinstance(module, nn.RNNBase) and not module.batch_first and not self._is_unbatched
@@ -49,7 +51,8 @@ class LayerAlone:
         if self._is_unbatched and len(inputs) != 1:
             return torch.cat([self(each[None]) for each in inputs])
         others = copy.deepcopy(self._others)  # a layer may write into a cache that it was given
-        arguments = {**others, self._place: inputs[0] if self._is_unbatched else self._batch_first(inputs)}
+        given = inputs[0] if self._is_unbatched else self._batch_first(inputs)
+        arguments = {**others, **dict.fromkeys(self._places, given)}
         args = [arguments.pop(index) for index in range(self._count)]
         output = next(tensors_in(self._module(*args, **arguments)), None)
         if output is None:
@@ -65,9 +68,9 @@ class LayerAlone:
 def linearized(call: Call) -> LazyOperator:
     """Return the Jacobian of a layer's call, of which `select` makes the copy."""
     arguments: dict[Any, Any] = {**dict(enumerate(call.args)), **call.kwargs}
-    place, sequence = _sequence(call.module, arguments)
+    sequence = _sequence(call.module, arguments)
     # Other tensors are of the samples and tokens of this call.
-    is_indivisible = any(name != place and any(True for _ in tensors_in(value)) for name, value in arguments.items())
+    is_indivisible = any(tensor is not sequence for tensor in tensors_in(list(arguments.values())))
     shape = (1, *sequence.shape) if sequence.dim() == 2 else tuple(sequence.shape)
     length_first = isinstance(call.module, nn.RNNBase) and not call.module.batch_first and sequence.dim() == 3
     batch, length = (shape[1], shape[0]) if length_first else shape[:2]
@@ -117,13 +120,13 @@ def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
-def _sequence(module: nn.Module, arguments: dict[Any, Any]) -> tuple[Any, Tensor]:
-    for name, value in arguments.items():
+def _sequence(module: nn.Module, arguments: dict[Any, Any]) -> Tensor:
+    for value in arguments.values():
         if isinstance(value, PackedSequence):
             raise CaptureError("it is called with a packed sequence; pass it padded")
         if isinstance(value, Tensor) and value.is_floating_point():
             if value.dim() == 3 or (value.dim() == 2 and isinstance(module, nn.RNNBase)):
-                return name, value
+                return value
             raise CaptureError(
                 f"its first input has shape {tuple(value.shape)}; a layer is linearized by inputs (batch, length, D)"
             )

@@ -41,6 +41,20 @@ through, a step of cached decoding). It should only wrap tensors that the layer 
 narrows the operator before it copies anything."""
 
 
+BY_JACOBIAN = "capture.unknown: jacobian measures its linearization"
+"""Ends the reason for which a layer is skipped, where this is true: `find_layers` looks for it there."""
+
+
+def unread(layer: nn.Module, problem: str) -> str:
+    """Return why a causal layer is skipped that nobody can read here, and what can be done.
+
+    >>> unread(nn.GRU(1, 1), "T has no class here")
+    'T has no class here; teach it with @ess_monitor.register_capture(GRU), or capture.unknown: jacobian measures its \
+linearization'
+    """
+    return f"{problem}; teach it with @ess_monitor.register_capture({type(layer).__name__}), or {BY_JACOBIAN}"
+
+
 def unknown(module: nn.Module) -> None:
     """Return None, for a size that is not known before a forward pass."""
 

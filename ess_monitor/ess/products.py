@@ -91,8 +91,12 @@ class JacobianProducts:
             outputs = self._function(inputs)
             dummy = torch.zeros_like(outputs, requires_grad=True)
             (gradient,) = torch.autograd.grad(outputs, inputs, dummy, create_graph=True)
-            (product,) = torch.autograd.grad(gradient, dummy, vectors.flatten(0, 1))
-        return _split(product, vectors)
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                gradient, dummy, vectors.flatten(0, 1), allow_unused=True
+            )
+        if found[0] is None:
+            raise OperatorError("its backward pass has no derivative, as that of a once-differentiable function")
+        return _split(found[0], vectors)
 
     def _differences(self, vectors: Tensor) -> Tensor:
         inputs, along = self._repeated(len(vectors)), vectors.flatten(0, 1)

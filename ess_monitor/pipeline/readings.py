@@ -287,7 +287,8 @@ def _of_jacobian(measured: Reading, sizes: torch.Tensor, results: Results) -> Re
     unknown = (*sizes_of_state, "entropy_size", "spectrum_end_ratio")
     certain = bool((sizes[:, 0] == results["at_most"]).all())
     changes: dict[str, object] = dict.fromkeys(unknown)
-    changes["message"] = "rank of d y[i:] / d u[:i], the layer linearized at this input, all channels together"
+    told = "" if certain else "; a lower bound: there may be more singular values above the tolerance than were found"
+    changes["message"] = f"rank of d y[i:] / d u[:i], the layer linearized at this input, all channels together{told}"
     changes["effective_size_at"] = tuple(pair for pair in measured.effective_size_at if pair[0] >= measured.tolerance)
     changes |= {"is_lower_bound": not certain, "products": int(results["products"])}
     return measured.model_copy(update=changes)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from benchmarks.census.own_layers import NeuralMemory, TTTLinear
 from ess_monitor import CaptureConfig, Monitor, MonitorConfig, NoLayersError, describe, profile
-from ess_monitor.capture import find_layers
+from ess_monitor.capture import Captured, find_layers
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.linearized import LINEARIZED, linearized
 from ess_monitor.cli.tables import reading_table
 from ess_monitor.errors import CaptureError
+from ess_monitor.ess import JacobianOperator
+from ess_monitor.pipeline import readings as averages
 from ess_monitor.records import Reading
 from tests.ess.test_jacobian import block, full_jacobian
 
@@ -136,6 +139,81 @@ def test_a_layer_of_ones_own_keeps_its_other_arguments(scaled: bool) -> None:
     J = full_jacobian(lambda v: exact(v, *(each[:1].double() for each in kwargs.values())), seen)
     expected = torch.linalg.svdvals(block(J, 4, seen.shape[1]))
     torch.testing.assert_close(values[:, 0, 0, :5], expected[:, :5], rtol=1e-6, atol=1e-8)
+
+
+class Products(nn.Module):
+    """Attention of one's own, called with the same tensor three times."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (query @ key.mT).masked_fill(torch.ones(8, 8).triu(1).bool(), -torch.inf).softmax(-1) @ value
+
+
+def test_a_tensor_that_is_several_arguments_varies_in_all_of_them() -> None:
+    layer, u = Products(), torch.randn(2, 8, 3)
+    operator = _operator(layer, u, u, value=u)
+    exact = u[:1].double()
+    assert torch.equal(operator.inputs[:, 0], exact)
+    expected = torch.linalg.svdvals(block(full_jacobian(lambda v: layer(v, v, v), exact), 4, 8))
+    torch.testing.assert_close(operator.singular_values([4])[:, 0, 0, :12], expected[:, :12], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", [TTTLinear, NeuralMemory])
+def test_weights_that_are_trained_on_the_tokens_have_the_rank_of_the_full_jacobian(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    layer, u = kind(), torch.randn(1, 8, 16)
+    [reading] = profile(layer, u, config=CONFIG.model_copy(update={"positions": "midpoint"})).readings
+    assert reading.status == "ok"
+    assert reading.is_lower_bound is False
+    assert reading.effective_size == counts(layer.double(), u.double(), (4,))[0]
+
+
+def test_more_singular_values_than_are_looked_for_are_called_a_lower_bound() -> None:
+    layer = nn.GRU(24, 24, batch_first=True)
+    [named] = find_layers(nn.Sequential(layer), unknown="jacobian")
+    operator = JacobianOperator(torch.randn(1, 1, 12, 24).double(), lambda u: u.cumsum(1), largest=16)
+    captured = Captured(named, operator, (0,), 1)
+    found = averages.reading(0, captured, 1e-3, averages.compute(captured, (6,), 1e-3))
+    assert found.is_lower_bound
+    assert 16 <= found.effective_size < 24
+    assert "a lower bound: " in found.message
+
+
+class Once(torch.autograd.Function):
+    """A running sum with a backward pass that has no derivative, as kernels have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.flip(1).cumsum(1).flip(1)
+
+
+class Kernel(nn.Module):
+    def __init__(self, dtypes: tuple[torch.dtype, ...]) -> None:
+        super().__init__()
+        self.inner, self.dtypes = nn.Linear(5, 3), dtypes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype not in self.dtypes:
+            raise RuntimeError("the kernel has no float64")
+        return torch.tanh(Once.apply(self.inner(x)))
+
+
+def test_a_function_that_can_be_differentiated_once_is_found_and_read_or_says_why_not() -> None:
+    u = torch.randn(1, 8, 5)
+    [info] = describe(Kernel((torch.float32,))).layers
+    assert "its code has a scan" in info.reason
+    assert "capture.unknown: jacobian" in info.reason
+    layer = Kernel((torch.float32, torch.float64))
+    [found] = profile(layer, u, config=CONFIG).readings
+    assert found.per_position == pytest.approx(counts(lambda v: layer.double()(v), u.double(), (3, 5)))
+    [refused] = profile(Kernel((torch.float32,)), u, config=CONFIG).readings
+    assert refused.status == "failed"
+    for reason in ("it does not run in float64", "forward mode: ", "its backward pass has no derivative"):
+        assert reason in refused.message
 
 
 @pytest.mark.parametrize("shape", [(8, 5), (8, 2, 5)])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ess_monitor import CaptureError, Monitor, MonitorConfig, describe, profile, register_capture
+from benchmarks.census import own_layers
+from ess_monitor import CaptureConfig, CaptureError, Monitor, MonitorConfig, describe, profile, register_capture
+from ess_monitor.capture import find_layers
+from ess_monitor.capture.linearized import LINEARIZED
 from ess_monitor.ess import Convolution
 from ess_monitor.featurizers import GLA, SA
 from tests.capture.test_forward_code import ByCell
@@ -70,6 +75,49 @@ def test_a_module_around_a_whole_model_is_no_mixer_whatever_it_is_called(name: s
 def test_a_short_convolution_beside_a_mixer_is_a_layer_of_its_own() -> None:
     block = named("Block", conv=short_convolution(), recurrence=named("minGRU"), mlp=nn.Linear(4, 4))
     assert [(i.name, i.supported) for i in describe(block).layers] == [("conv", True), ("recurrence", False)]
+
+
+class StepByStep(nn.Module):
+    """A cell below a module that knows nothing of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(WIDTH, WIDTH)
+
+    def forward(self, token: Tensor, state: Tensor) -> Tensor:
+        return self.cell(token, state)
+
+
+class AddsAKey(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, add_bias_kv=True, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("make", [*own_layers.LAYERS, StepByStep, AddsAKey, lambda: nn.GRU(4, 4, bidirectional=True)])
+def test_a_reason_says_what_can_be_done_and_jacobian_does_it_where_it_says_so(make: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(make())
+    infos = describe(model).layers
+    promised = [info.name for info in infos if "capture.unknown: jacobian measures" in info.reason]
+    linearized = [layer.name for layer in find_layers(model, unknown="jacobian") if layer.spec is LINEARIZED]
+    assert linearized == promised
+    for info in infos:
+        never = "later tokens" in info.reason or "transposed" in info.reason or "a shift" in info.reason
+        assert info.supported or never or "register_capture(" in info.reason or "jacobian" in info.reason
+
+
+def test_the_linearization_of_a_layer_that_an_adapter_refuses_is_its_own() -> None:
+    torch.manual_seed(0)
+    layer, x = AddsAKey(), torch.randn(1, 6, WIDTH)
+    config = MonitorConfig(positions="midpoint", capture=CaptureConfig(unknown="jacobian"))
+    [found] = profile(layer, x, config=config).readings
+    J = torch.autograd.functional.jacobian(lambda u: layer.double()(u), x.double())[0, 3:, :, 0, :3]
+    assert found.status == "ok"
+    assert found.effective_size == (torch.linalg.svdvals(J.reshape(3 * WIDTH, 3 * WIDTH)) > 1e-3).sum()
 
 
 class HyenaFilter(nn.Module):

@@ -120,6 +120,9 @@ def _uninformative(conv: nn.Conv1d) -> str:
     return _SHORT if reach(conv) < _LONG_TOKENS else ""
 
 
+_AROUND = "teach the module around it with @ess_monitor.register_capture, or leave it out with `layers`"
+
+
 def _refusal(conv: nn.Conv1d) -> str | None:
     back = reach(conv)
     if conv.stride[0] != 1:
@@ -134,12 +137,12 @@ def _refusal(conv: nn.Conv1d) -> str | None:
         )
     if conv.groups != conv.in_channels:
         if conv.in_channels != conv.out_channels:
-            return f"{conv.in_channels} channels become {conv.out_channels}, so T has no square blocks"
+            return f"{conv.in_channels} channels become {conv.out_channels}, so T has no square blocks; {_AROUND}"
         rows = back * conv.in_channels // conv.groups
         if rows > _LARGEST_BLOCK:
             return (
                 f"its H_i has {rows} rows, (taps - 1) * channels of a group; the singular values of more than "
-                f"{_LARGEST_BLOCK} would cost too much"
+                f"{_LARGEST_BLOCK} would cost too much; {_AROUND}"
             )
     return None
 

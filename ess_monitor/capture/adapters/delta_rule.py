@@ -50,7 +50,7 @@ from ess_monitor.capture.handles import (
 from ess_monitor.capture.hooks.call_site import Arguments, Call, CallSite
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.layer_adapter import LayerAdapter
-from ess_monitor.capture.spec import LazyOperator
+from ess_monitor.capture.spec import LazyOperator, unread
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import DeltaRecurrence, Operator
 from ess_monitor.ess.operators.fields import take
@@ -289,9 +289,9 @@ def _rwkv7_state(layer: nn.Module, site: CallSite) -> StateHandle:
 
 def _refusal(layer: nn.Module) -> str | None:
     if "chunk_gated_delta_product" in names_used(type(layer)):
-        return "it makes several steps of the delta rule per token, so that its op sees another sequence than the layer"
+        return unread(layer, "it makes several steps of the delta rule per token, so that its op sees other tokens")
     if hasattr(layer, "num_memories"):
-        return "it sends every token to some of several memories, so that its op sees another sequence than the layer"
+        return unread(layer, "it sends every token to some of several memories, so that its op sees other tokens")
     return None
 
 

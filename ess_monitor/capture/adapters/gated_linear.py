@@ -33,7 +33,7 @@ from ess_monitor.capture.handles import (
 from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.layer_adapter import LayerAdapter
-from ess_monitor.capture.spec import Build, LazyOperator
+from ess_monitor.capture.spec import Build, LazyOperator, unread
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import DiagonalRecurrence, Operator, ReadFirstRecurrence
 from ess_monitor.ess.operators.fields import take
@@ -208,9 +208,8 @@ def _refusal(layer: nn.Module) -> str | None:
         return "it is not causal here (causal=False), so y = T u has no state that passes from token to token"
     inside = {"parallel_based", "parallel_rebased"} & names_used(type(layer)).keys()
     if inside and getattr(layer, "mode", None) == "parallel":
-        return (
-            f"in mode 'parallel' its feature map is computed inside of {inside.pop()}; it can be read in mode 'chunk'"
-        )
+        problem = f"in mode 'parallel' its feature map is computed inside of {inside.pop()}, and not in mode 'chunk'"
+        return unread(layer, problem)
     return None
 
 

@@ -27,7 +27,7 @@ from ess_monitor.capture.causality.claims import require
 from ess_monitor.capture.hooks.call_site import Call, named_arguments
 from ess_monitor.capture.hooks.function_patch import function_stand_in
 from ess_monitor.capture.layer_adapter import LayerAdapter
-from ess_monitor.capture.spec import LazyOperator
+from ess_monitor.capture.spec import LazyOperator, unread
 from ess_monitor.errors import CaptureError, NotCausalError
 from ess_monitor.ess import Operator
 from ess_monitor.ess.operators.fields import take
@@ -179,7 +179,7 @@ def _additive_mask(given: dict[str, Any], batch: int, heads: int, dtype: torch.d
 
 def _module_refusal(layer: nn.Module) -> str | None:
     if getattr(layer, "bias_k", None) is not None or getattr(layer, "add_zero_attn", False):
-        return "add_bias_kv and add_zero_attn add a key that is no token, so y is not T u"
+        return unread(layer, "add_bias_kv and add_zero_attn add a key that is no token, so y is not T u")
     return None
 
 

@@ -22,7 +22,7 @@ from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.hooks.function_patch import function_stand_in
 from ess_monitor.capture.hooks.global_names import names_used
 from ess_monitor.capture.layer_adapter import LayerAdapter
-from ess_monitor.capture.spec import LazyOperator
+from ess_monitor.capture.spec import LazyOperator, unread
 from ess_monitor.errors import CaptureError, NotCausalError
 from ess_monitor.ess import Operator, SoftmaxAttention, segments
 from ess_monitor.ess.operators.fields import first
@@ -248,7 +248,7 @@ def _refusal(layer: nn.Module) -> str | None:
     if not hasattr(layer, "is_causal"):
         return "does not say whether it is causal; set `is_causal = True` on the layer if it is"
     if hasattr(layer, "lambda_q1"):
-        return "differential attention: T is a difference of two softmax maps, which no operator here can hold"
+        return unread(layer, "differential attention: T is a difference of two softmax maps")
     if getattr(layer, "reorder_and_upcast_attn", False) and _kernel(layer) == "eager":
         return "reorder_and_upcast_attn bypasses the attention interface; use attn_implementation='sdpa'"
     return None

@@ -17,6 +17,7 @@ from functools import cache
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import nn
 
 A_LOOP = "a loop over tokens"
@@ -125,7 +126,9 @@ def _reachable(cls: Any, forward: FunctionType) -> Iterator[_Function]:
             if _NO_MIXING.search(name.lower()):
                 continue
             for value in (getattr(cls, name, None), function.__globals__.get(name)):
-                called = inspect.unwrap(value) if callable(value) and not isinstance(value, type) else None
+                if isinstance(value, type):  # a function with a backward pass of its own is called by `apply`
+                    value = value.forward if issubclass(value, torch.autograd.Function) else None
+                called = inspect.unwrap(value) if callable(value) else None
                 called = getattr(called, "__func__", called)
                 if not isinstance(called, FunctionType) or called.__code__ in seen:
                     continue
