@@ -14,7 +14,7 @@ from weakref import WeakSet
 from ess_monitor import validation
 from ess_monitor.errors import ConfigError, ExporterError, format_error
 from ess_monitor.exporters.base import final_snapshot
-from ess_monitor.exporters.prometheus.auth import Authenticator, load_credentials
+from ess_monitor.exporters.prometheus.auth import AuthConfig, Authenticator, load_credentials
 from ess_monitor.exporters.prometheus.base import new_collector, new_registry
 from ess_monitor.exporters.prometheus.config import PrometheusConfig
 from ess_monitor.exporters.prometheus.discovery import advertised_target, announce
@@ -22,6 +22,7 @@ from ess_monitor.exporters.prometheus.http.pages import METRICS_PATH, Pages
 from ess_monitor.exporters.prometheus.http.server import Endpoint
 from ess_monitor.exporters.prometheus.http.tls import server_context
 from ess_monitor.exporters.prometheus.identity import RunIdentity, identify
+from ess_monitor.exporters.prometheus.renewal import Renewed
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 from ess_monitor.runtime.shutdown import close_abandoned
 
@@ -90,8 +91,8 @@ class PrometheusExporter:
         if not identity.takes_part(config.ranks):
             return
         collector = new_collector(self.name, run, self._current)
-        authenticator = None if config.auth is None else Authenticator(load_credentials(config.auth))
-        tls = None if config.certfile is None else server_context(config.certfile, config.keyfile, config.client_cafile)
+        authenticator = None if config.auth is None else _renewed_authenticator(config.auth)
+        tls = None if config.certfile is None else _renewed_context(config.certfile, config)
         registry = self._registry if self._registry is not None else new_registry()
         with ExitStack() as cleanup:
             self._snapshot = snapshot
@@ -147,7 +148,7 @@ class PrometheusExporter:
             raise ExporterError("the run is over. Keep its last state with linger_seconds.")
         return snapshot()
 
-    def _listen(self, pages: Pages, port: int, tls: ssl.SSLContext | None) -> Endpoint:
+    def _listen(self, pages: Pages, port: int, tls: Callable[[], ssl.SSLContext] | None) -> Endpoint:
         try:
             return Endpoint(pages.respond, self.config.host, port, tls)
         except OSError as error:
@@ -177,6 +178,16 @@ class PrometheusExporter:
                 f"prometheus.file_sd_dir={str(folder)!r} cannot be written to ({format_error(error)}). "
                 "Give a folder this process may write to, or leave file_sd_dir out."
             ) from error
+
+
+def _renewed_authenticator(auth: AuthConfig) -> Renewed[Authenticator]:
+    make = lambda: Authenticator(load_credentials(auth))  # noqa: E731
+    return Renewed("prometheus.auth.secret_file", [auth.secret_file], make)
+
+
+def _renewed_context(certfile: Path, config: PrometheusConfig) -> Renewed[ssl.SSLContext]:
+    files = (certfile, config.keyfile, config.client_cafile)
+    return Renewed("prometheus.certfile, keyfile or client_cafile", files, lambda: server_context(*files))
 
 
 def _cannot_listen(host: str, port: int, error: OSError, *, here: bool) -> str:

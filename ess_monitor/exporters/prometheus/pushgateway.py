@@ -20,6 +20,7 @@ from ess_monitor.exporters.base import final_snapshot
 from ess_monitor.exporters.prometheus.auth import AuthConfig, Credentials, load_credentials
 from ess_monitor.exporters.prometheus.base import new_collector, new_registry
 from ess_monitor.exporters.prometheus.identity import IdentifiedConfig, RunIdentity, identify
+from ess_monitor.exporters.prometheus.renewal import Renewed
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class PushgatewayExporter:
         self.config = validation.optional("config", config, PushgatewayConfig) or PushgatewayConfig()
         self.identity = self._given_identity = validation.optional("identity", identity, RunIdentity)
         """Run and rank; None before the start."""
-        self._credentials: Credentials | None = None
+        self._credentials: Renewed[Credentials] | None = None
         self._run: RunInfo | None = None
         self._snapshot: Callable[[], Snapshot] | None = None
 
@@ -86,7 +87,7 @@ class PushgatewayExporter:
         if not self.identity.takes_part(config.ranks):
             return
         new_collector(self.name, run, snapshot)  # raises now if prometheus_client is missing, and not at the end
-        self._credentials = None if config.auth is None else load_credentials(config.auth)
+        self._credentials = None if config.auth is None else _renewed(config.auth)
         self._check_that_it_answers()
         self._run, self._snapshot = run, snapshot
 
@@ -145,8 +146,12 @@ class PushgatewayExporter:
 
     def _without_credentials(self, answer: str) -> str:
         """Remove the secret from an answer: a verbose proxy quotes the request, headers included."""
-        secret = None if self._credentials is None else self._credentials.value.get_secret_value()
+        secret = None if self._credentials is None else self._credentials().value.get_secret_value()
         return answer.replace(secret, "...") if secret else answer
 
     def _headers(self) -> dict[str, str]:
-        return {} if self._credentials is None else {"Authorization": self._credentials.header}
+        return {} if self._credentials is None else {"Authorization": self._credentials().header}
+
+
+def _renewed(auth: AuthConfig) -> Renewed[Credentials]:
+    return Renewed("pushgateway.auth.secret_file", [auth.secret_file], lambda: load_credentials(auth))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,10 @@ class Pages:
 
     Args:
         registry: what `/metrics` shows.
-        authenticator: checks who may see it; None: everybody who can connect.
+        authenticator: returns what checks who may see it; None: everybody who can connect.
     """
 
-    def __init__(self, registry: CollectorRegistry, authenticator: Authenticator | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry, authenticator: Callable[[], Authenticator] | None = None) -> None:
         self._registry = registry
         self._authenticator = authenticator
         self._has_logged_error = False
@@ -44,8 +45,9 @@ class Pages:
             return text_response(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD", {"Allow": "GET, HEAD"})
         if request.path == HEALTH_PATH:
             return text_response(HTTPStatus.OK, "ok")
-        if self._authenticator is not None and not self._authenticator.admits(request.headers):
-            return text_response(HTTPStatus.UNAUTHORIZED, "credentials are needed", self._authenticator.challenge)
+        authenticator = None if self._authenticator is None else self._authenticator()
+        if authenticator is not None and not authenticator.admits(request.headers):
+            return text_response(HTTPStatus.UNAUTHORIZED, "credentials are needed", authenticator.challenge)
         try:
             return self._metrics(request)
         except Exception as error:
@@ -59,12 +61,23 @@ class Pages:
             raise
 
     def _metrics(self, request: Request) -> Response:
-        from prometheus_client.exposition import choose_encoder, gzip_accepted
+        from prometheus_client.exposition import gzip_accepted
 
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        body = encode(self._registry)
+        accept = request.headers.get("accept", "")
+        try:
+            body, content_type = self._encoded(accept)
+        except Exception:
+            if not accept:
+                raise
+            body, content_type = self._encoded("")  # one that cannot be parsed is answered like none
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(request.headers.get("accept-encoding", "")):
             body = gzip.compress(body, compresslevel=1)  # text this repetitive shrinks tenfold at the cheapest level
             headers["Content-Encoding"] = "gzip"
         return Response(HTTPStatus.OK, body, headers)
+
+    def _encoded(self, accept: str) -> tuple[bytes, str]:
+        from prometheus_client.exposition import choose_encoder
+
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type

@@ -45,7 +45,7 @@ class Endpoint:
         handler: makes the response; called on the connection's thread. What it raises becomes a 500 without details.
         host: address to listen on.
         port: 0 takes a free one.
-        tls: server context; None serves plain HTTP.
+        tls: returns the server context of a connection; None serves plain HTTP.
         max_connections: open connections at a time.
         timeout_seconds: for the handshake, for the request, and for the response, each.
 
@@ -58,7 +58,7 @@ class Endpoint:
         handler: Handler,
         host: str,
         port: int,
-        tls: ssl.SSLContext | None = None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
         max_connections: int = 64,
         timeout_seconds: float = 5.0,
     ) -> None:
@@ -148,7 +148,7 @@ class Endpoint:
         try:
             with contextlib.suppress(OSError, ValueError, Disconnected):
                 if self._tls is not None:
-                    connection.handshake(self._tls, self._timeout_seconds)
+                    connection.handshake(self._tls(), self._timeout_seconds)
                 self._respond(connection)
         finally:
             self._end(connection)

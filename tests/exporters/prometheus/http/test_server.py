@@ -34,8 +34,9 @@ PATIENCE_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def _serving(handler: Handler | None = None, **settings: Any) -> Iterator[Endpoint]:
-    endpoint = Endpoint(handler or (lambda request: text_response(HTTPStatus.OK, "hello")), "127.0.0.1", 0, **settings)
+def _serving(handler: Handler | None = None, tls: ssl.SSLContext | None = None, **settings: Any) -> Iterator[Endpoint]:
+    respond = handler or (lambda request: text_response(HTTPStatus.OK, "hello"))
+    endpoint = Endpoint(respond, "127.0.0.1", 0, None if tls is None else lambda: tls, **settings)
     try:
         yield endpoint
     finally:

@@ -34,7 +34,8 @@ def _respond(request: Request) -> Response:
 
 @contextlib.contextmanager
 def _serving(tls: ssl.SSLContext | None = None, timeout_seconds: float = 600.0) -> Iterator[Endpoint]:
-    endpoint = Endpoint(_respond, "127.0.0.1", 0, tls, MAX_CONNECTIONS, timeout_seconds)
+    context = None if tls is None else lambda: tls
+    endpoint = Endpoint(_respond, "127.0.0.1", 0, context, MAX_CONNECTIONS, timeout_seconds)
     try:
         yield endpoint
     finally:
