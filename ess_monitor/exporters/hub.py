@@ -96,7 +96,9 @@ class ExporterHub:
         return {name: error for name, error in found.items() if error is not None}
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Start every exporter, in the order given.
+        """Start every exporter, in the order given, those that serve at an address first.
+
+        Where they serve (`serves_at`, of an exporter that has it) is in `addresses` of the run that the others get.
 
         Raises:
             ExporterError: one could not start. Those that had started are closed again.
@@ -106,7 +108,7 @@ class ExporterHub:
         self._is_started = self._is_opening = True
         opened: list[ExporterChannel] = []
         try:
-            for channel in self._channels:
+            for channel in sorted(self._channels, key=lambda channel: not hasattr(channel.exporter, "serves_at")):
                 try:
                     channel.exporter.start(run, snapshot)
                 except ExporterError as error:
@@ -117,6 +119,8 @@ class ExporterHub:
                         "Fix the sink, or leave it out of `exporters`."
                     ) from error
                 opened.append(channel)
+                if isinstance(address := getattr(channel.exporter, "serves_at", None), str):
+                    run = run.model_copy(update={"addresses": {**run.addresses, channel.name: address}})
             for channel in self._channels:
                 channel.start()
         except BaseException:

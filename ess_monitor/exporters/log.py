@@ -61,7 +61,7 @@ class LogExporter:
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Log that the run started."""
         self._run = run
-        self._log(logging.INFO, "run_started", {"model": run.model, "layers": len(run.layers)})
+        self._log(logging.INFO, "run_started", {"model": run.model, "layers": len(run.layers), **run.addresses})
 
     def export(self, measurement: Measurement) -> None:
         """Log one line per finding and per action."""

@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 from ess_monitor.exporters.prometheus.auth import AuthConfig
 from ess_monitor.exporters.prometheus.identity import IdentifiedConfig
 
+DEFAULT_PORT = 9464
+"""The endpoint's port where none is set and it is free."""
+
 
 class PrometheusConfig(IdentifiedConfig):
     """Settings of the Prometheus endpoint.
@@ -25,9 +28,10 @@ class PrometheusConfig(IdentifiedConfig):
     host: str = "127.0.0.1"
     """Address to listen on; "0.0.0.0" is all of IPv4, "::" all of IPv6. Loopback by default: only the user decides who
     else may see the metrics."""
-    port: int = Field(default=9464, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one, which `PrometheusExporter.url` holds. 9464 is also the default of
-    OpenTelemetry's Prometheus exporters. Only the first process of a machine uses it, others take a free one."""
+    port: int | None = Field(default=None, ge=0, le=65535)
+    """Port to listen on; one that is in use is an error. 0 takes a free one, which `PrometheusExporter.url` holds.
+    None: 9464, as for OpenTelemetry's Prometheus exporters, or a free one where that is in use, so that two runs on one
+    machine need no settings. Only the first process of a run on a machine uses it, others take a free one."""
     auth: AuthConfig | None = None
     """Credentials that `/metrics` asks for. None by default: only users of the same machine reach the default
     address."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import ssl
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ess_monitor.errors import ConfigError, ExporterError, format_error
 from ess_monitor.exporters.base import final_snapshot
 from ess_monitor.exporters.prometheus.auth import AuthConfig, Authenticator, load_credentials
 from ess_monitor.exporters.prometheus.base import new_collector, new_registry
-from ess_monitor.exporters.prometheus.config import PrometheusConfig
+from ess_monitor.exporters.prometheus.config import DEFAULT_PORT, PrometheusConfig
 from ess_monitor.exporters.prometheus.discovery import advertised_target, announce
 from ess_monitor.exporters.prometheus.http.pages import METRICS_PATH, Pages
 from ess_monitor.exporters.prometheus.http.server import Endpoint
@@ -28,6 +29,8 @@ from ess_monitor.runtime.shutdown import close_abandoned
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
+
+logger = logging.getLogger("ess_monitor.exporters")
 
 _serving: WeakSet[PrometheusExporter] = WeakSet()
 """Exporters of this process that have an endpoint. The next run may need the port of one whose run is over."""
@@ -78,6 +81,11 @@ class PrometheusExporter:
         endpoint = self._endpoint
         return None if endpoint is None else f"{endpoint.url}{METRICS_PATH}"
 
+    @property
+    def serves_at(self) -> str | None:
+        """The same, for the records of the run."""
+        return self.url
+
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Start serving, and write the file for service discovery.
 
@@ -99,8 +107,7 @@ class PrometheusExporter:
             cleanup.callback(setattr, self, "_snapshot", None)
             registry.register(collector)
             cleanup.callback(registry.unregister, collector)
-            port = config.port if identity.local_rank == 0 else 0
-            endpoint = self._listen(Pages(registry, authenticator), port, tls)
+            endpoint = self._listen(Pages(registry, authenticator), 0 if identity.local_rank else config.port, tls)
             cleanup.callback(endpoint.close)
             if config.file_sd_dir is not None:
                 # Called before `endpoint.close`: Prometheus must not be sent to a closed port.
@@ -148,13 +155,25 @@ class PrometheusExporter:
             raise ExporterError("the run is over. Keep its last state with linger_seconds.")
         return snapshot()
 
-    def _listen(self, pages: Pages, port: int, tls: Callable[[], ssl.SSLContext] | None) -> Endpoint:
+    def _listen(self, pages: Pages, asked: int | None, tls: Callable[[], ssl.SSLContext] | None) -> Endpoint:
+        """Listen on the port that was asked for; on the default one or else a free one where none was."""
+        port = DEFAULT_PORT if asked is None else asked
         try:
             return Endpoint(pages.respond, self.config.host, port, tls)
         except OSError as error:
             other = next((e for e in list(_serving) if e.serves(port)), None)
             if error.errno == errno.EADDRINUSE and other is not None and other.release():
-                return self._listen(pages, port, tls)
+                return self._listen(pages, asked, tls)
+            if error.errno == errno.EADDRINUSE and asked is None:
+                endpoint = self._listen(pages, 0, tls)
+                logger.warning(
+                    "exporter 'prometheus': port %d is in use, perhaps by another run; the metrics of this one are at "
+                    "%s%s. Set `port` to choose one, or `file_sd_dir` so that Prometheus finds it.",
+                    port,
+                    endpoint.url,
+                    METRICS_PATH,
+                )
+                return endpoint
             raise ExporterError(_cannot_listen(self.config.host, port, error, here=other is not None)) from error
 
     def serves(self, port: int) -> bool:

@@ -336,24 +336,6 @@ def test_openmetrics_and_gzip_are_negotiated() -> None:
     assert {family.name for family in parse_openmetrics(opened.decode())} >= {"ess_monitor_layers", "ess_monitor_steps"}
 
 
-@pytest.mark.parametrize(
-    "accept",
-    [
-        "application/openmetrics-text;version=latest",
-        'application/openmetrics-text;version="1.0.0"',
-        "application/openmetrics-text;version=1.0.x",
-        "text/plain;version=..",
-        "\xff;=,;,",
-    ],
-)
-def test_an_accept_header_that_cannot_be_parsed_is_answered_like_none(accept: str) -> None:
-    with _serving(run_info(), _busy()) as exporter:
-        _, plain_headers, plain = _get(exporter.url)
-        status, headers, body = _get(exporter.url, Accept=accept)
-    assert (status, body) == (200, plain)
-    assert headers["Content-Type"].startswith(plain_headers["Content-Type"])
-
-
 def test_only_metrics_and_health_are_served_and_only_to_readers() -> None:
     with _serving(run_info(), snapshot()) as exporter:
         assert exporter.url is not None
