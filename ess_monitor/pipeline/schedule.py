@@ -177,10 +177,11 @@ class Lockstep(Schedule):
 
     def conclude(self) -> list[SampleResult]:
         """Return the one sample to be judged, the same on all ranks, and schedule the next."""
-        if self._judge_at is None:
+        # Both are given up first: a signal handler that flushes meanwhile must not judge the sample once more.
+        (step, result), (self._judge_at, self._result) = (self._judge_at, self._result), (None, None)
+        if step is None:
             return []
-        step, result = self._judge_at, self._result or self._read()
-        self._judge_at, self._result = None, None
+        result = result or self._read(step)
         interval_steps = self._cadence.wanted_steps
         try:
             if self._consensus is None or self._consensus.off:
@@ -221,11 +222,11 @@ class Lockstep(Schedule):
 
     def _read_ahead(self, timeout_seconds: float | None = None) -> None:
         if self._judge_at is not None and self._result is None:
-            self._result = self._read(timeout_seconds)
+            self._result = self._read(self._judge_at, timeout_seconds)
 
-    def _read(self, timeout_seconds: float | None = None) -> SampleResult:
+    def _read(self, judge_at: int, timeout_seconds: float | None = None) -> SampleResult:
         """Wait for the sample under way. One that is lost becomes a result without readings."""
-        taken_at = max(0, (self._judge_at or 0) - self._lag_steps)
+        taken_at = max(0, judge_at - self._lag_steps)
         if self.measures:
             with self._guards["worker"]:
                 result = self._source.take(timeout_seconds)

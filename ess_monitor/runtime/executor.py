@@ -104,13 +104,13 @@ class Executor(Generic[AnyJob]):
     def poll(self) -> list[AnyJob]:
         """Return jobs that are done or given up, oldest first, without waiting. A later job never passes an earlier."""
         finished: list[AnyJob] = []
-        while self._open:
-            job = self._open[0]
+        while (job := self._oldest()) is not None:
             if not job.done():
                 if self._clock() - job.submitted < self.config.timeout_seconds:
                     break
                 self._give_up(job, f"not measured within runtime.timeout_seconds = {self.config.timeout_seconds:g}")
-            finished.append(self._open.popleft())
+            if self._take_out(job):
+                finished.append(job)
         return finished
 
     def drain(self, timeout_seconds: float) -> list[AnyJob]:
@@ -120,13 +120,13 @@ class Executor(Generic[AnyJob]):
 
     def take(self, timeout_seconds: float) -> AnyJob | None:
         """Wait up to `timeout_seconds` for the oldest job, then give it up. Return it; None when there is none."""
-        if not self._open:
+        job = self._oldest()
+        if job is None:
             return None
-        job = self._open[0]
         self._wait_for([job], timeout_seconds)
         if not job.done():
             self._give_up(job, f"not measured within {timeout_seconds:g} seconds of its judgment")
-        return self._open.popleft()
+        return job if self._take_out(job) else None
 
     def close(self, timeout_seconds: float = 2.0) -> None:
         """End the worker after its present task. Where that takes longer, leave it behind in its daemon thread."""
@@ -134,8 +134,22 @@ class Executor(Generic[AnyJob]):
         if self._thread is not None:
             self._thread.join(timeout_seconds)
 
+    def _oldest(self) -> AnyJob | None:
+        try:
+            return self._open[0]
+        except IndexError:
+            return None
+
+    def _take_out(self, job: AnyJob) -> bool:
+        """Take a job out of the open ones; False where a signal handler that came in between has done so."""
+        try:
+            self._open.remove(job)
+        except ValueError:
+            return False
+        return True
+
     def _wait_for(self, jobs: Collection[AnyJob], timeout_seconds: float) -> None:
-        deadline = self._clock() + timeout_seconds
+        deadline, jobs = self._clock() + timeout_seconds, tuple(jobs)
         with self._wake:
             while self._clock() < deadline and not all(job.done() for job in jobs):
                 self._wake.wait(timeout=_POLL_SECONDS)

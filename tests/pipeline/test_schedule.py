@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from ess_monitor.distributed import StoreConsensus
 from ess_monitor.featurizers import GLA
 from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.records import Measurement, RunInfo
+from ess_monitor.runtime import Executor, Job, RuntimeConfig
 
 
 def config() -> MonitorConfig:
@@ -82,3 +85,47 @@ def test_exporters_are_told_the_lowest_step_that_a_resumed_run_may_measure(mode:
     assert first.first_steps == [0]
     assert second.first_steps == [4 if mode == "auto" else 5]
     assert second.steps == ([4, 8] if mode == "auto" else [8])
+
+
+def test_a_signal_handler_that_flushes_while_a_sample_is_read_does_not_judge_it_again(monkeypatch) -> None:
+    model = GLA(16, 2)
+    with Monitor(model, config()) as monitor:
+        train(model, monitor, 5)
+        flushed = []
+        wait_for = Executor._wait_for
+
+        def interrupted(self: Executor, *arguments: object) -> None:
+            monkeypatch.undo()
+            wait_for(self, *arguments)
+            flushed.append(monitor.flush())
+
+        monkeypatch.setattr(Executor, "_wait_for", interrupted)
+        train(model, monitor, 2)
+        assert flushed
+        assert monitor.snapshot().measurements_total == {"ok": 2, "skipped": 0, "failed": 0}
+        assert monitor.snapshot().health.part_failures_total["worker"] == 0
+        train(model, monitor, 4)
+        assert monitor.snapshot().measurements_total["ok"] == 3
+
+
+def test_jobs_that_a_signal_handler_took_are_not_returned_twice() -> None:
+    executor: Executor[Job] = Executor(RuntimeConfig(queue_length=3))
+    taken: list[Job] = []
+
+    class Interrupted(Job):
+        def done(self) -> bool:
+            if not taken:
+                taken.append(self)
+                taken.extend(executor.poll())
+            return super().done()
+
+    jobs = [Interrupted() for _ in range(3)]
+    for job in jobs:
+        executor.submit(job)
+    for job in jobs:
+        while not job.finished:
+            time.sleep(0.001)
+    found = executor.drain(30)
+    assert [*taken[1:], *found] == jobs
+    assert executor.take(1) is None
+    executor.close()

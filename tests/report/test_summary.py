@@ -101,6 +101,7 @@ def test_the_worst_layer_comes_first() -> None:
 def test_a_killed_run_and_a_failed_one_say_so() -> None:
     assert "The log has no end" in headline(_history([measurement(0)], final=None))
     assert "The run failed." in headline(_history([measurement(0)], final=snapshot("failed")))
+    assert "told to end (SIGTERM)" in headline(_history([measurement(0)], final=snapshot("terminated")))
     assert headline(_history([])).startswith("Nothing was measured")
 
 
