@@ -44,8 +44,12 @@ SCHEDULER_VARIABLES = (
 """Environment variables of those who end their jobs by SIGTERM: Slurm, Kubernetes, LSF, PBS and Torque, Grid Engine,
 Cobalt, Flux, OAR, HTCondor, Nomad, ECS, AWS Batch, SageMaker, Vertex AI, Azure ML, torchrun."""
 
+_END_SECONDS = 10.0
+"""Seconds that all sinks have. Each with a queue has five; one that is called on the training's thread has no limit of
+its own."""
 _CHAINED_SECONDS = 6.0
 """Seconds for which another handler that calls this one waits for the sinks: it may end the process."""
+_NAME = "ess-monitor-sigterm"
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 5.0
 """Seconds until the signal is sent again to a main thread that has not noticed it."""
@@ -112,7 +116,7 @@ class _Handler:
         if ending:
             _is_ending = True
             arguments = (ending, self if is_first else None)
-            thread = threading.Thread(target=_end, args=arguments, name="ess-monitor-sigterm", daemon=True)
+            thread = threading.Thread(target=_end, args=arguments, name=_NAME, daemon=True)
             try:
                 thread.start()
             except BaseException as error:
@@ -134,15 +138,27 @@ def _end(runs: list[Callable[[], None]], first: _Handler | None) -> None:
     """End the runs, then send the signal again to the handler that was called first, if it is one of ours."""
     global _is_ending
     try:
-        for end in runs:
-            end()
-        logger.warning("ess_monitor: SIGTERM was received; the run is recorded as terminated.")
-    except Exception as error:
-        logger.warning("ess_monitor: the run could not be ended at SIGTERM: %s", format_error(error))
+        deadline = time.monotonic() + _END_SECONDS
+        threads = [threading.Thread(target=_end_one, args=(run,), name=_NAME, daemon=True) for run in runs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):
+            logger.warning("ess_monitor: a sink was not closed within %g s of SIGTERM and is left.", _END_SECONDS)
     finally:
         _is_ending = False
         if first is not None:
             _send_again(first)
+
+
+def _end_one(end: Callable[[], None]) -> None:
+    try:
+        end()
+    except Exception as error:
+        logger.warning("ess_monitor: the run could not be ended at SIGTERM: %s", format_error(error))
+    else:
+        logger.warning("ess_monitor: SIGTERM was received; the run is recorded as terminated.")
 
 
 def _send_again(handler: _Handler) -> None:

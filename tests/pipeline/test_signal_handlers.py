@@ -130,6 +130,7 @@ def test_snapshot_and_flush_answer_at_any_line_of_a_step(
         def look(seen: list[int] = seen) -> None:
             seen.append(run.monitor.snapshot().steps_total)
             seen.append(len(run.monitor.flush(5.0)))
+            assert run.monitor.state_dict()["step"] >= 0
 
         with At(line, look):
             run.monitor.step()

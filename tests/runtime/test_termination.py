@@ -126,6 +126,25 @@ def test_a_handler_installed_later_that_calls_this_one_decides_what_happens(tmp_
     assert ends(CHAINED, tmp_path, SLURM) == (-signal.SIGTERM, ENDED)
 
 
+HANGS = """
+from ess_monitor.runtime import termination
+termination._END_SECONDS = 0.5
+
+class Hangs:
+    name, inline = "hangs", True
+    def start(self, run, snapshot): ...
+    def export(self, measurement): ...
+    def close(self, status): time.sleep(600)
+
+with Monitor(model, config, exporters=[Hangs()]) as monitor:
+    train()
+"""
+
+
+def test_a_sink_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    assert ends(HANGS, tmp_path, SLURM)[0] == -signal.SIGTERM
+
+
 def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
     ignored = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     assert ends(f"{ignored}{START.replace('train()', 'train(5)')}", tmp_path, SLURM) == (0, GOES_ON)
