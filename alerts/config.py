@@ -62,6 +62,11 @@ class AlertsConfig(BaseModel):
     samples_per_scrape: PositiveInt = 5000
     """Samples of one target above which something is wrong: 48 layers make some 660."""
 
+    @property
+    def alive_seconds(self) -> int:
+        """Age of the last step above which a process that says "running" is taken for one that was killed."""
+        return max(self.stalled_seconds, self.measurement_stale_seconds)
+
     @field_validator("runbook_base_url")
     @classmethod
     def _without_slash(cls, value: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ess_monitor.alerts.cases.base import GRID, AlertCase, RecordCase
 from ess_monitor.alerts.cases.interventions import intervention_cases
 from ess_monitor.alerts.cases.layers import layer_cases
+from ess_monitor.alerts.cases.lifecycle import lifecycle_cases
 from ess_monitor.alerts.cases.monitor import monitor_cases
 from ess_monitor.alerts.cases.records import record_cases
 from ess_monitor.alerts.cases.run import run_cases
@@ -20,11 +21,12 @@ def rule_cases(config: AlertsConfig) -> dict[str, tuple[AlertCase | RecordCase, 
 
     Example:
         >>> sorted(rule_cases(AlertsConfig()))
-        ['interventions.yml', 'layers.yml', 'monitor.yml', 'records.yml', 'run.yml']
+        ['interventions.yml', 'layers.yml', 'lifecycle.yml', 'monitor.yml', 'records.yml', 'run.yml']
     """
     return {
         "interventions.yml": tuple(intervention_cases(config)),
         "layers.yml": tuple(layer_cases(config)),
+        "lifecycle.yml": tuple(lifecycle_cases(config)),
         "monitor.yml": tuple(monitor_cases(config)),
         "records.yml": tuple(record_cases(config)),
         "run.yml": tuple(run_cases(config)),

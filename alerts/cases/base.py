@@ -6,8 +6,8 @@ Time starts at 0 and everything happens on a grid of `GRID` seconds, at which se
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ess_monitor.alerts.config import AlertsConfig
@@ -17,6 +17,8 @@ from ess_monitor.alerts.rules.base import duration
 GRID = 30
 """Seconds between two samples and between two evaluations. Half of it shows no more and takes twice the time."""
 RUN, LAYER = "wla-7", "blocks.1.mixer"
+STATUS, LAST_STEP = "ess_monitor_run_status", "ess_monitor_last_step_timestamp_seconds"
+_OF_PROCESS = ("instance", "job", "rank", "run_id")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Firing:
 
 @dataclass(frozen=True)
 class AlertCase:
-    """One alert on one set of series."""
+    """One alert on one set of series. Processes of which the series do not say it run all the time."""
 
     name: str
     alert: str
@@ -53,25 +55,33 @@ class AlertCase:
     """Selector -> values in promtool's notation."""
     expected: Mapping[int, Sequence[Firing]]
     """Second -> what fires then; nothing where the sequence is empty."""
+    others: Mapping[str, Mapping[int, Sequence[Firing]]] = field(default_factory=dict)
+    """The same of other alerts on these series."""
 
     def as_yaml(self, alerts: Mapping[str, Alert]) -> dict[str, Any]:
         """Return the test in promtool's format. `alerts` are the rules by name."""
         return {
-            **_inputs(self.name, self.series),
+            **_inputs(self.name, self.series, max(max(expected) for expected in self.all_expected.values())),
             "alert_rule_test": [
                 {
                     "eval_time": duration(second),
-                    "alertname": PREFIX + self.alert,
-                    "exp_alerts": [firing.as_yaml(alerts[self.alert]) for firing in firings],
+                    "alertname": PREFIX + alert,
+                    "exp_alerts": [firing.as_yaml(alerts[alert]) for firing in firings],
                 }
-                for second, firings in sorted(self.expected.items())
+                for alert, expected in self.all_expected.items()
+                for second, firings in sorted(expected.items())
             ],
         }
+
+    @property
+    def all_expected(self) -> dict[str, Mapping[int, Sequence[Firing]]]:
+        """Return what is expected of every alert of the case."""
+        return {self.alert: self.expected, **self.others}
 
 
 @dataclass(frozen=True)
 class RecordCase:
-    """Recording rules on one set of series."""
+    """Recording rules on one set of series, of processes that run as those of an `AlertCase`."""
 
     name: str
     series: Mapping[str, str]
@@ -83,7 +93,7 @@ class RecordCase:
     def as_yaml(self) -> dict[str, Any]:
         """Return the test in promtool's format."""
         return {
-            **_inputs(self.name, self.series),
+            **_inputs(self.name, self.series, self.at),
             "promql_expr_test": [
                 {
                     "expr": record,
@@ -97,9 +107,20 @@ class RecordCase:
         }
 
 
-def _inputs(name: str, series: Mapping[str, str]) -> dict[str, Any]:
-    inputs = [{"series": selector, "values": values} for selector, values in series.items()]
+def _inputs(name: str, series: Mapping[str, str], until: int) -> dict[str, Any]:
+    complete = {**dict(_running(series, until)), **series}
+    inputs = [{"series": selector, "values": values} for selector, values in complete.items()]
     return {"name": name, "interval": duration(GRID), "input_series": inputs}
+
+
+def _running(series: Mapping[str, str], until: int) -> Iterator[tuple[str, str]]:
+    """Yield what says that the processes of some series run."""
+    for selector in series:
+        name, labels = selector.split("{", 1)
+        of_process = [label for label in labels[:-1].split(",") if label.split("=")[0] in _OF_PROCESS]
+        if name != "up":
+            yield f'{STATUS}{{{",".join(of_process)},status="running"}}', held((1, until + GRID))
+            yield f"{LAST_STEP}{{{','.join(of_process)}}}", counting(GRID, until + GRID)
 
 
 def target(config: AlertsConfig, rank: int = 0, **labels: str) -> dict[str, str]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from ess_monitor.alerts.cases.base import (
     GRID,
+    LAST_STEP,
+    STATUS,
     AlertCase,
     Firing,
     between,
@@ -18,7 +20,6 @@ from ess_monitor.alerts.cases.base import (
 )
 from ess_monitor.alerts.config import AlertsConfig
 
-_LAST_STEP, _STATUS = "ess_monitor_last_step_timestamp_seconds", "ess_monitor_run_status"
 _STARTED = 15
 
 
@@ -43,10 +44,10 @@ def _hangs(config: AlertsConfig) -> AlertCase:
         "rank 1 hangs while it says that it is running, then steps again; rank 0 goes on",
         "RunStalled",
         {
-            series(config, _LAST_STEP, 1): steps,
-            series(config, _STATUS, 1, status="running"): held((1, again + 600)),
-            series(config, _LAST_STEP, 0): counting(GRID, again + 600),
-            series(config, _STATUS, 0, status="running"): held((1, again + 600)),
+            series(config, LAST_STEP, 1): steps,
+            series(config, STATUS, 1, status="running"): held((1, again + 600)),
+            series(config, LAST_STEP, 0): counting(GRID, again + 600),
+            series(config, STATUS, 0, status="running"): held((1, again + 600)),
         },
         between(fires, again, _without_step(config, fires - last), _without_step(config, again - GRID - last)),
     )
@@ -57,9 +58,9 @@ def _starts(config: AlertsConfig) -> Iterator[AlertCase]:
         """Return a rank 1 that says from the beginning that it was started, and takes its first step at `steps`."""
         return {
             series(config, "ess_monitor_run_start_timestamp_seconds", 1): held((_STARTED, until)),
-            series(config, _STATUS, 1, status="starting"): held((1, steps), (0, until - steps)),
-            series(config, _STATUS, 1, status="running"): held((0, steps), (1, until - steps)),
-            series(config, _LAST_STEP, 1): f"_x{steps // GRID} {counting(GRID, until - steps, steps)}",
+            series(config, STATUS, 1, status="starting"): held((1, steps), (0, until - steps)),
+            series(config, STATUS, 1, status="running"): held((0, steps), (1, until - steps)),
+            series(config, LAST_STEP, 1): f"_x{steps // GRID} {counting(GRID, until - steps, steps)}",
         }
 
     fires = on_grid(_STARTED + config.start_seconds + 1) + 60
@@ -87,9 +88,9 @@ def _finished(config: AlertsConfig) -> AlertCase:
         "a run that has finished does not stall",
         "RunStalled",
         {
-            series(config, _LAST_STEP): f"{counting(GRID, ends)} {held((600, later))}",
-            series(config, _STATUS, status="running"): held((1, ends), (0, later)),
-            series(config, _STATUS, status="finished"): held((0, ends), (1, later)),
+            series(config, LAST_STEP): f"{counting(GRID, ends)} {held((600, later))}",
+            series(config, STATUS, status="running"): held((1, ends), (0, later)),
+            series(config, STATUS, status="finished"): held((0, ends), (1, later)),
         },
         {later - GRID: (), later: ()},
     )

@@ -47,8 +47,14 @@ def _rule(row: dict[str, Any], runbook_base_url: str) -> RecordingRule | Alert:
 def _values(config: AlertsConfig) -> dict[str, str]:
     """Return what stands in the table for `<name>`.
 
-    Each setting is there, and again as `_duration` or `_percent` as a reader sees it.
+    Each setting is there, and again as `_duration` or `_percent` as a reader sees it. `running` keeps the processes
+    whose run goes on: they say so, and their last step is not of long ago, as in the textfile of a killed one.
     """
+    of_job, process = f'job="{config.job}"', "on (job, instance, run_id, rank)"
+    running = (
+        f'{process} (ess_monitor_run_status{{{of_job}, status="running"}} == 1 '
+        f"and {process} time() - ess_monitor_last_step_timestamp_seconds{{{of_job}}} <= {config.alive_seconds})"
+    )
     values = {"ineffective_window": duration(config.ineffective_for_seconds + 3600)}
     for condition, info in CONDITION_INFO.items():
         values |= {f"{condition}_alert": info.alert, f"{condition}_predicate": info.predicate}
@@ -58,7 +64,7 @@ def _values(config: AlertsConfig) -> dict[str, str]:
             values[name.replace("_seconds", "_duration")] = duration(value)
         elif name.endswith("_ratio"):
             values[name.replace("_ratio", "_percent")] = percent(value)
-    return {**values, "job": f'job="{config.job}"'}
+    return {**values, "job": of_job, "running": running}
 
 
 def render_rules(config: AlertsConfig) -> str:

@@ -18,11 +18,16 @@ from ess_monitor.alerts.rules.base import PREFIX, Alert, Group, RecordingRule, d
 _LOOK_BACK_SECONDS = 600
 """Range of an instant query. It only has to hold the last sample."""
 _RECORDED = re.compile(r"\b(?:run|rank|run_layer):[a-z0-9_]+:[a-z0-9_]+\{([^{}]*)\}")
+_OF_PROCESS = ("ess_monitor_last_step_timestamp_seconds", "ess_monitor_run_status")
+"""Metrics that say whether a process runs. Matchers on what is recorded of it, such as a condition, are not theirs."""
+_SELECTOR = re.compile(r"(\w+)\{([^{}]*)\}")
+_NOTHING = "(vector(0) > 0)"
 _DEFAULT_JOB = AlertsConfig().job
 _HEADING = """\
 # The alerts as Grafana-managed rules, written by ess_monitor.alerts.export from the Prometheus rules.
 # Put into /etc/grafana/provisioning/alerting/. Use these or the Prometheus rules: with both, every alert comes twice.
-# EssMonitorInterventionIneffective resolves here when its window has passed, as Grafana keeps no ALERTS series.
+# Grafana keeps no series of its own. So EssMonitorInterventionIneffective resolves here when its window has passed, and
+# EssMonitorTargetDown fires for a run that has ended in order and is still listed in service discovery.
 """
 
 
@@ -55,15 +60,24 @@ def render_grafana_rules(config: AlertsConfig, groups: Sequence[Group]) -> str:
 def written_out(expr: str, records: Mapping[str, str], job: str) -> str:
     """Return an expression with its recording rules in place; further matchers move into the selectors of the record.
 
+    A record that holds on to its own last value finds nothing there.
+
     >>> written_out('run:m:max{job="j", x="1"} > 0', {"run:m:max": 'max by (job, x) (m{job="j"})'}, "j")
     '(max by (job, x) (m{job="j", x="1"})) > 0'
     """
 
+    own = f'job="{job}"'
+
     def replace(found: re.Match[str]) -> str:
-        own = f'job="{job}"'
-        matchers = found[1].replace(own, "", 1)
-        inner = records[found[0].split("{")[0]].replace(f"{{{own}", f"{{{own}{matchers}")
-        return f"({written_out(inner, records, job)})"
+        name, matchers = found[0].split("{")[0], found[1].replace(own, "", 1)
+        if name not in records:
+            return _NOTHING
+
+        def narrow(selector: re.Match[str]) -> str:
+            return f"{selector[1]}{{{selector[2]}{'' if selector[1] in _OF_PROCESS else matchers}}}"
+
+        others = {other: expr for other, expr in records.items() if other != name}
+        return f"({written_out(_SELECTOR.sub(narrow, records[name]), others, job)})"
 
     return _RECORDED.sub(replace, expr)
 

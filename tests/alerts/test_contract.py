@@ -10,10 +10,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from ess_monitor.alerts import AlertsConfig, rule_groups
+from ess_monitor.alerts import AlertsConfig, render, rule_groups
 from ess_monitor.alerts.cases import AlertCase, RecordCase, render_tests, rule_cases
 from ess_monitor.alerts.rules import PREFIX, Alert, RecordingRule
 from ess_monitor.config import MonitorConfig
+from ess_monitor.exporters import PrometheusConfig
 from ess_monitor.records import PARTS
 from tests.alerts.helpers import ALERTS, DOCS, TARGET_LABELS, Served, expressions, problems, served, unknown_groupings
 
@@ -126,7 +127,7 @@ def test_a_runbook_names_only_settings_that_exist(path: Path) -> None:
     named = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)(?:: [^`]*)?`", path.read_text(encoding="utf-8")))
     settings = {name for name in named if name.split(".")[0] in _SECTIONS}
     settings |= {name for name in named if re.search(r"_(seconds|ratio|scrape|actions|steps|layers)$", name)}
-    assert settings - _fields(MonitorConfig) - _fields(AlertsConfig) == set()
+    assert settings - _fields(MonitorConfig) - _fields(AlertsConfig) - _fields(PrometheusConfig) == set()
 
 
 def test_the_settings_that_a_runbook_gives_a_value_have_that_value() -> None:
@@ -197,6 +198,18 @@ def test_every_rule_is_documented_and_no_ratio_is_averaged() -> None:
             assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
         else:
             assert re.fullmatch(r"(run|rank|run_layer):ess_monitor_[a-z_]+:[a-z0-9_]+", rule["record"])
+
+
+def test_what_is_said_of_a_run_holds_only_while_a_process_of_it_runs() -> None:
+    managed = yaml.safe_load(render(AlertsConfig())["grafana/provisioning/alerting/ess_monitor.yml"])
+    written_out = {
+        rule["title"].removeprefix(PREFIX): rule["data"][0]["model"]["expr"]
+        for group in managed["groups"]
+        for rule in group["rules"]
+    }
+    assert list(written_out) == ALERT_NAMES
+    runs = r'on \(job, instance, run_id, rank\)\s+[(\s]*(max_over_time\()?ess_monitor_run_status\{[^}]*status="running"'
+    assert [name for name, expr in written_out.items() if not re.search(runs, expr)] == ["TargetDown"]
 
 
 def test_no_rule_repeats_a_threshold_of_the_diagnosis() -> None:

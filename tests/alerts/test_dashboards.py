@@ -108,7 +108,7 @@ def test_alerts_in_grafanas_form_find_what_those_of_prometheus_find(server: Serv
     }
     assert list(queries) == list(alerts)
     recorded = {name for name, expr in alerts.items() if re.search(r"\b(run|rank|run_layer):", expr)}
-    assert len(recorded) == 5
+    assert len(recorded) == 6
     firing: set[str] = set()
     differing: dict[str, Any] = {}
 
