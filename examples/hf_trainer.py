@@ -1,7 +1,7 @@
 """Trains a small Mamba on real text under Hugging Face's Trainer, and prints how it uses its memory.
 
 One line attaches the monitor: `callbacks=[ESSMonitorCallback(...)]`. The model is transformers' own `MambaForCausalLM`,
-randomly initialized. The text comes from the installed packages (see corpus.py) and is read as bytes. The program takes
+randomly initialized. The text is that of help() (see corpus.py) and is read as bytes. The program takes
 less than three minutes on two cores, mostly for the recurrence, which transformers computes token by token on a CPU.
 
     python examples/hf_trainer.py [--steps 250] [--json FILE]

@@ -1,6 +1,6 @@
 """Trains a small GLA language model on real text under Lightning, and prints how it uses its memory.
 
-The text comes from the installed packages (see corpus.py) and is read as bytes. The program takes less than three
+The text is that of help() (see corpus.py) and is read as bytes. The program takes less than three
 minutes on two cores.
 
     python examples/lightning_text.py [--steps 600] [--json FILE]

@@ -1,8 +1,8 @@
 """Trains a small hybrid on real text in a plain PyTorch loop with `Monitor`, autocast and accumulated gradients.
 
-The model has three layers: two gated linear attentions with one softmax attention between them. The text comes from the
-installed packages (see corpus.py) and is read as bytes. The program takes less than three minutes on one core. Autocast
-uses bfloat16.
+The model has three layers: two gated linear attentions with one softmax attention between them. The text is that of
+help() (see corpus.py) and is read as bytes. The program takes less than three minutes on one core. Autocast uses
+bfloat16.
 
     python examples/plain_loop.py [--steps 300] [--json FILE]
 """
