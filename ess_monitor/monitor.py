@@ -180,8 +180,8 @@ class Monitor(RunSampling):
 
         Args:
             metrics: what the training loop knows (loss, accuracy): numbers of Python or NumPy, arrays or tensors of one
-                element. They are looked at on sampled steps only, and tensors are copied without waiting for the
-                device. What is no number is named once in the log, and left out.
+                element. They are looked at on sampled steps only (`diagnosis.metric` on all), and tensors are copied
+                without waiting for the device. What is no number is named once in the log, and left out.
             optimizer: the optimizer (or all of them), whose moments are reset with a parameter that the autopilot
                 rescales. Needed in mode auto for layers with an alpha that is trained.
             step: optimizer steps so far, where the caller's own count differs from the number of calls.

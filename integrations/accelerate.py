@@ -115,16 +115,20 @@ class ESSMonitorCallback(ExplicitLoop):
         step: int | None = None,
         replay: Replay | None = None,
     ) -> None:
-        """Tell the monitor that `optimizer.step()` was called; while gradients accumulate this does nothing.
+        """Tell the monitor that `optimizer.step()` was called; while gradients accumulate only the metrics are noted.
 
         Args:
-            metrics: numbers or tensors of one element; tensors are not waited for.
+            metrics: as for `Monitor.step`.
             optimizer: as for `Monitor.step`.
             step: optimizer steps so far, where the loop's own count differs from the number of calls.
             replay: as for `Monitor.step`. Without it the prepared model is called again, and its outputs' `loss` used.
         """
         self._require_start("step")
-        if self.monitor is not None and self._accelerator.sync_gradients:
+        if self.monitor is None:
+            return
+        if not self._accelerator.sync_gradients:
+            self.note(metrics)
+        else:
             self.monitor.step(metrics, optimizer=optimizer, step=step, replay=replay)
 
     def _facts(self) -> LoopFacts:

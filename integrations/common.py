@@ -308,6 +308,15 @@ class ExplicitLoop(CallbackBase):
         with self.monitor.sample(metrics):
             yield
 
+    def note(self, metrics: Metrics | None) -> None:
+        """Take metrics that come between two steps, such as those of an evaluation at the end of an epoch.
+
+        The task metric (`diagnosis.metric`) goes with the next sample.
+        """
+        self._require_start("note")
+        if self.monitor is not None:
+            self.monitor.note(metrics)
+
     def _require_start(self, call: str) -> None:
         """Raise `ConfigError` where a run was never started. Ranks that measure nothing have no monitor either."""
         if not self._was_started:

@@ -77,16 +77,18 @@ class ESSMonitorCallback(ExplicitLoop):
         super().start()
 
     def step(self, metrics: Metrics | None = None, *, step: int | None = None, replay: Replay | None = None) -> None:
-        """Pass the metrics of an optimizer step; while gradients accumulate this does nothing.
+        """Pass the metrics of an optimizer step; where none was made since the last call, they are noted.
 
         Args:
-            metrics: numbers or tensors of one element; tensors are not waited for.
+            metrics: as for `Monitor.step`.
             step: optimizer steps so far, where the loop's own count differs from the number of calls.
             replay: as for `Monitor.step`. Without it the model is called again, and its outputs' `loss` used.
         """
         self._require_start("step")
         stepped, self._stepped = self._stepped, ()
-        if self.monitor is not None and stepped:
+        if not stepped:
+            self.note(metrics)
+        elif self.monitor is not None:
             self.monitor.step(metrics, optimizer=stepped, step=step, replay=replay)
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.records import SampleResult
 
+NOT_GIVEN = " was not among the metrics"
+"""What every such warning says."""
 _LISTED = 20
 """Names of other metrics that the warning repeats."""
 
@@ -35,12 +37,13 @@ class AbsentMetric:
         self._names: Collection[str] = ()
         """Of the metrics that were given last."""
 
-    def observe(self, result: SampleResult, *, known: bool) -> str:
+    def observe(self, result: SampleResult, *, known: bool, others: Collection[str] = ()) -> str:
         """Return the warning, or an empty string.
 
         Args:
             result: one measurement.
             known: whether a value of the metric has been seen, in a run that was resumed from included.
+            others: names of metrics that came at steps that were not sampled.
         """
         names = {*result.metrics, *result.nonfinite}
         self._is_settled = self._is_settled or known or self._config.metric in names
@@ -56,20 +59,32 @@ class AbsentMetric:
         if result.step < self._config.warmup_steps:
             return ""
         self._is_settled = True
-        return self._message()
+        self._names = {*self._names, *others}
+        return absence(self._config.metric, self._measurements, self._names)
 
-    def _message(self) -> str:
-        metric = f"diagnosis: metric={self._config.metric!r:.200}"
-        effect = "The diagnosis goes on by the rules for runs without a task metric."
-        if not self._names:
-            return (
-                f"{metric}, but step was given no metrics in {self._measurements} measurements. {effect} "
-                "Give it to step(metrics=...)."
-            )
-        listed = ", ".join(f"{name:.80}" for name in sorted(self._names)[:_LISTED])
-        others = f" and {len(self._names) - _LISTED} more" if len(self._names) > _LISTED else ""
+
+def absence(metric: str | None, measurements: int, names: Collection[str]) -> str:
+    """Return what is said of a metric that was never among those of the training loop.
+
+    Args:
+        metric: its name.
+        measurements: how many there were.
+        names: of the metrics that were given.
+
+    Example:
+        >>> absence("acc", 5, ["loss", "accuracy"])[:85]
+        "diagnosis: metric='acc' was not among the metrics in 5 measurements; given were accur"
+    """
+    shown = f"diagnosis: metric={metric!r:.200}{NOT_GIVEN}"
+    effect = "The diagnosis goes on by the rules for runs without a task metric."
+    if not names:
         return (
-            f"{metric} was not among the metrics in {self._measurements} measurements; given were {listed}{others}. "
-            f"{effect} Set diagnosis.metric to one of these names, unless the metric comes later, as at the end of an "
-            "epoch."
+            f"{shown}: step was given no metrics in {measurements} measurements. {effect} Give it to step(metrics=...)."
         )
+    listed = ", ".join(f"{name:.80}" for name in sorted(names)[:_LISTED])
+    others = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return (
+        f"{shown} in {measurements} measurements; given were {listed}{others}. "
+        f"{effect} Set diagnosis.metric to one of these names, unless the metric comes later, as at the end of an "
+        "epoch."
+    )

@@ -17,7 +17,7 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.pipeline.health import Health
 from ess_monitor.records import RUN_STATUSES, Changes, Part, Phase, RunStatus
-from ess_monitor.runtime import Cadence, Guard, Job
+from ess_monitor.runtime import Cadence, Guard, Job, MetricReader
 
 Metrics = Mapping[str, Any]
 """What the training loop knows of a step, by name: numbers of Python or NumPy, arrays or tensors of one element."""
@@ -37,6 +37,8 @@ class RunContext:
     """Seconds that never go back."""
     wall_clock: Callable[[], float]
     """Seconds since the epoch."""
+    metrics: MetricReader
+    """Reads the loop's metrics, and keeps the task metric from one sample to the next."""
 
     @cached_property
     def layer_names(self) -> tuple[str, ...]:
@@ -72,7 +74,8 @@ class RunContext:
         layers = require_layers(model, config.layers, in_training=True, unknown=config.capture.unknown)
         cadence = Cadence(config.every_n_steps, config.overhead_budget_ratio, locked=locked)
         counters = RunCounters((layer.name for layer in layers), wall_clock=wall_clock)
-        return cls(config, layers, cadence, counters, Health(strict=config.strict), clock, wall_clock)
+        metrics = MetricReader(config.diagnosis.metric)
+        return cls(config, layers, cadence, counters, Health(strict=config.strict), clock, wall_clock, metrics)
 
     def count_step(self, step: int, seconds: float) -> None:
         """Count an optimizer step that took so long; NaN for the first, whose start was not seen."""

@@ -15,7 +15,7 @@ from ess_monitor.errors import format_error
 from ess_monitor.pipeline.context import Metrics, RunContext, Sample
 from ess_monitor.pipeline.readings import compute, lost_reading, reading
 from ess_monitor.records import MEASURED, SampleResult
-from ess_monitor.runtime import ComputeBackend, Executor, MetricReader, Task, backend_for, is_out_of_memory
+from ess_monitor.runtime import ComputeBackend, Executor, Task, backend_for, is_out_of_memory
 
 
 class MeasurementQueue:
@@ -32,7 +32,6 @@ class MeasurementQueue:
         threads = context.config.runtime.threads
         self._backend_of = cache(backends or (lambda device: backend_for(device, threads=threads)))
         self._executor: Executor[Sample] = Executor(context.config.runtime)
-        self._metrics = MetricReader()
         self._timeouts_in_a_row = 0
 
     def __len__(self) -> int:
@@ -46,7 +45,7 @@ class MeasurementQueue:
             if failure.status != "skipped":
                 self._guards["capture"].count(f"layer {failure.layer.name}: {failure.error}", failure.cause)
         sample.tasks = [self._task(captured) for captured in sample.captured]
-        sample.metrics, tensors = self._metrics.read(metrics)
+        sample.metrics, tensors = self._context.metrics.read(metrics)
         for device, values in tensors.items():
             sample.tasks.append(Task(self._backend_of(device), tuple(values.values()), partial(dict, values)))
         if not self._guards["measurement"].open or not self._executor.submit(sample):
@@ -55,6 +54,8 @@ class MeasurementQueue:
                 why = "the worker is still busy with an earlier sample, which was given up"
             dropped = [lost_reading(sample.step, item.layer.name, "dropped", why) for item in sample.captured]
             self._context.counters.measured("skipped", dropped)
+            for given in (sample.metrics, *tensors.values()):
+                self._context.metrics.keep(given)
 
     def poll(self) -> list[SampleResult]:
         """Return the samples that are done or given up, oldest first; never waits."""

@@ -75,9 +75,11 @@ class ResultHandler:
             recheck_measurements=evidence.recheck_measurements,
         )
         self._absent = AbsentMetric(config)
+        self._warnings: tuple[str, ...] = ()
+        """Those that no measurement has taken to the sinks yet."""
         contradicts = contradiction(config)
         if contradicts:
-            logger.warning("ess_monitor: diagnosis: %s", contradicts)
+            self._warn(f"diagnosis: {contradicts}")
         self._export_to_sinks = export
         quiet = () if config.judge_uninformative else (layer for layer in context.layers if layer.spec.uninformative)
         self._undiagnosed = frozenset(layer.name for layer in quiet)
@@ -180,9 +182,10 @@ class ResultHandler:
             with self._guards["diagnosis"]:
                 diagnosed = [reading for reading in result.readings if reading.layer not in self._undiagnosed]
                 findings = self._tracker.observe(diagnosed, result.metrics, result.step, self._weigh(result))
-                missing = self._absent.observe(result, known=self._tracker.metric_known)
+                others = self._context.metrics.names
+                missing = self._absent.observe(result, known=self._tracker.metric_known, others=others)
                 if missing:
-                    logger.warning("ess_monitor: %s", missing)
+                    self._warn(missing)
         self.readings.update({reading.layer: reading for reading in result.readings})
         self.findings = (*self.findings, *findings)[-_KEPT:]
         outcome: Outcome = "failed" if result.readings else "skipped"
@@ -239,9 +242,14 @@ class ResultHandler:
         self.report_autopilot(actions, may_act=may_act)
         return actions
 
+    def _warn(self, text: str) -> None:
+        self._warnings = (*self._warnings, text)
+        logger.warning("ess_monitor: %s", text)
+
     def _export(self, result: SampleResult, findings: tuple[Finding, ...], actions: tuple[Action, ...]) -> None:
         if not self._guards["export"].open:
             return
+        warnings, self._warnings = self._warnings, ()
         with self._guards["export"]:
             self._export_to_sinks(
                 Measurement(
@@ -252,6 +260,7 @@ class ResultHandler:
                     findings=findings,
                     actions=actions,
                     metrics=result.metrics,
+                    warnings=warnings,
                     overhead_ratio=self._context.cadence.overhead_ratio,
                     interval_steps=self._context.cadence.interval_steps,
                 )

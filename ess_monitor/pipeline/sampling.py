@@ -60,6 +60,17 @@ class RunSampling(RunView):
         finally:
             self.disarm(metrics)
 
+    def note(self, metrics: Metrics | None) -> None:
+        """Take metrics that come between two steps, such as those of an evaluation at the end of an epoch.
+
+        The task metric (`diagnosis.metric`) goes with the next sample. The others are looked at on sampled steps only.
+
+        Raises:
+            ConfigError: the monitor was not started.
+        """
+        if self._takes("note"):
+            self._context.metrics.keep(metrics)
+
     def evaluates(self, now: bool) -> None:
         """Tell the monitor that the loop begins to evaluate, or is done with it.
 
@@ -79,6 +90,7 @@ class RunSampling(RunView):
         """Hand the sample under way from the trigger to the queue, and its step to the schedule."""
         step, schedule, context = self._trigger.armed_at, self._schedule, self._context
         if step is None:
+            context.metrics.keep(metrics)
             return
         # An empty sample is no success of capture: it must not end a row of failures.
         with context.guards["capture"] if self._trigger.has_hooks else nullcontext():
@@ -91,5 +103,7 @@ class RunSampling(RunView):
                 self._queue.submit(sample, metrics)
                 seconds = sample.hook_seconds + context.clock() - started
                 context.charge("capture", seconds, once_seconds=sample.test_seconds)
+            else:
+                context.metrics.keep(metrics)
         if schedule.exchanges and not schedule.waiting:
             schedule.taken(step)

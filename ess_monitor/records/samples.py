@@ -61,6 +61,9 @@ class Measurement(Record):
     actions: tuple[Action, ...] = ()
     metrics: dict[str, float] = {}
     """Metrics of the training loop at that step (loss, accuracy, ...)."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with the settings of the run, each said once: a task metric that is never given, for example. Empty
+    in older logs."""
     overhead_ratio: float = 0.0
     """Measured cost of the monitor so far, as a share of the training time."""
     interval_steps: int = 0

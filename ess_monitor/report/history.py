@@ -38,6 +38,8 @@ class RunHistory:
     measurements: tuple[Measurement, ...] = ()
     findings: tuple[Finding, ...] = ()
     actions: tuple[Action, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What the run warned of, in order."""
     final: Snapshot | None = None
     """The last counters; None where the log has no end (the run was killed, or it is still going on)."""
     start_seconds: float = 0.0
@@ -192,6 +194,7 @@ class _RunBuilder:
     measurements: list[Measurement] = field(default_factory=list)
     findings: dict[Finding, None] = field(default_factory=dict)
     actions: dict[Action, None] = field(default_factory=dict)
+    warnings: dict[str, None] = field(default_factory=dict)
     final: Snapshot | None = None
     end_seconds: float = 0.0
     resumed_at: list[int] = field(default_factory=list)
@@ -206,6 +209,7 @@ class _RunBuilder:
         """Drop what was recorded from `step` on."""
         self.info = info
         self.final = None
+        self.warnings = {}  # of other settings perhaps; what still holds is said again
         self.resumed_at = [*(each for each in self.resumed_at if each < step), step]
         self.measurements = [each for each in self.measurements if each.step < step]
         self.findings = {each: None for each in self.findings if each.step < step}
@@ -214,6 +218,7 @@ class _RunBuilder:
     def add(self, measurement: Measurement) -> None:
         self.findings.update(dict.fromkeys(measurement.findings))
         self.actions.update(dict.fromkeys(measurement.actions))
+        self.warnings.update(dict.fromkeys(measurement.warnings))
         self._seen += 1
         if (self._seen - 1) % self.thinned == 0:
             self.measurements.append(measurement)
@@ -229,6 +234,7 @@ class _RunBuilder:
             measurements=tuple(sorted(self.measurements, key=by_step)),
             findings=tuple(sorted(self.findings, key=by_step)),
             actions=tuple(sorted(self.actions, key=by_step)),
+            warnings=tuple(self.warnings),
             final=self.final,
             start_seconds=self.start_seconds,
             end_seconds=self.end_seconds,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from ess_monitor.diagnosis.absent_metric import NOT_GIVEN, absence
 from ess_monitor.records import (
     CONDITION_INFO,
     Action,
@@ -74,7 +75,7 @@ def paragraphs(history: RunHistory) -> tuple[Paragraph, ...]:
     ]
     rank = {condition: index for index, condition in enumerate(ATTENTION)}
     layers.sort(key=lambda paragraph: rank.get(paragraph.condition, len(rank)))
-    limits = (_not_judged, _bad_readings, _short_sequences, _cost, _losses)
+    limits = (_settings, _not_judged, _bad_readings, _short_sequences, _cost, _losses)
     return (*layers, *chain.from_iterable(find(history) for find in limits))
 
 
@@ -183,6 +184,17 @@ def _advice(history: RunHistory, layer: str) -> Iterator[str]:
         yield "Nothing: this task needs little memory here, or another layer has it."
     elif condition == "unknown" and outcomes:
         yield "The layer was not judged at the end of the run: train on before you draw a conclusion."
+
+
+def _settings(history: RunHistory) -> Iterator[Paragraph]:
+    if not history.measurements:
+        return
+    seen, metric = list(history.warnings), history.info.diagnosis.get("metric")
+    is_known = metric is None or metric in history.metric_names or history.thinned > 1
+    if not (is_known or any(NOT_GIVEN in warning for warning in seen)):  # a short run ends before it says so
+        seen.append(absence(str(metric), len(history.measurements), history.metric_names))
+    if seen:
+        yield Paragraph("Settings to look at", tuple(map(_sentence, seen)))
 
 
 def _not_judged(history: RunHistory) -> Iterator[Paragraph]:

@@ -16,6 +16,8 @@ logger = logging.getLogger("ess_monitor")
 
 _MOST_REPORTED = 100
 """Metrics that are named at most: a name that changes with every step would fill the log."""
+_MOST_NAMES = 1000
+"""Names that are remembered at most."""
 
 
 class MetricReader:
@@ -24,19 +26,54 @@ class MetricReader:
     Numbers are those of Python (`int`, `float`, `bool`, `Fraction`, `Decimal`) and NumPy, and arrays and tensors of one
     element. None is no value yet, and left out without a word.
 
+    Args:
+        kept: name of a metric that may come at steps that are not sampled, as those of an evaluation do.
+
     Example:
         >>> numbers, tensors = MetricReader().read({"loss": torch.tensor(0.5), "accuracy": 0.9, "f1": None})
         >>> numbers, tensors
         ({'accuracy': 0.9}, {device(type='cpu'): {'loss': tensor(0.5000)}})
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: str | None = None) -> None:
+        self._name = validation.optional("kept", kept, str)
+        self._kept: float | torch.Tensor | None = None
+        """Its newest value since the last `read`."""
+        self._names: set[object] = set()
         self._reported: set[str] = set()
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the metrics that came at steps that were not sampled."""
+        return {name for name in self._names if isinstance(name, str)}
+
+    def keep(self, metrics: object) -> None:
+        """Keep the newest value of the one metric for the next `read`. Nothing is read without such a metric.
+
+        Example:
+            >>> reader = MetricReader(kept="accuracy")
+            >>> reader.keep({"accuracy": 0.9})
+            >>> reader.read({"loss": 0.5})[0], reader.read({"loss": 0.5})[0]
+            ({'loss': 0.5, 'accuracy': 0.9}, {'loss': 0.5})
+        """
+        if self._name is None or not isinstance(metrics, Mapping):
+            return
+        try:
+            if len(self._names) < _MOST_NAMES:
+                self._names.update(metrics)
+            value = metrics.get(self._name)
+            if value is not None:
+                self._kept = _scalar(value) if isinstance(value, torch.Tensor) else _number(value)
+        except Exception as error:
+            self._report(f"metric {self._name:.100}", f"{error}")
 
     def read(self, metrics: object) -> tuple[dict[str, float], dict[torch.device, dict[str, torch.Tensor]]]:
         """Return the numbers, and by device detached copies of the tensors, which the runtime brings to the host."""
         values: dict[str, float] = {}
         tensors: dict[torch.device, dict[str, torch.Tensor]] = {}
+        kept, self._kept = self._kept, None
+        if kept is not None and (metrics is None or (isinstance(metrics, Mapping) and metrics.get(self._name) is None)):
+            metrics = {**(metrics or {}), self._name: kept}
         if metrics is None:
             return values, tensors
         if not isinstance(metrics, Mapping):

@@ -110,6 +110,7 @@ PACKAGE: dict[str, Case] = {
     "Monitor.disarm": Case(_running(Monitor.disarm), lambda: {"metrics": {"loss": 1.0}}),
     "Monitor.sample": Case(_running(_sampled), lambda: {"metrics": {"loss": 1.0}}),
     "Monitor.arm": Case(_running(Monitor.arm), lambda: {"any_pass": True}),
+    "Monitor.note": Case(_running(Monitor.note), lambda: {"metrics": {"loss": 1.0}}),
     "Monitor.evaluates": Case(_running(Monitor.evaluates), lambda: {"now": True}),
     "Monitor.load_state_dict": Case(_loaded, lambda: {"state": Monitor(model()).state_dict()}),
     "capture_operators": Case(

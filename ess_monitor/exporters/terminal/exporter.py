@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor import validation
-from ess_monitor.exporters.terminal.table import render_actions, render_findings, render_table
+from ess_monitor.exporters.terminal.table import render_actions, render_findings, render_table, render_warning
 from ess_monitor.records import LayerInfo, Measurement, RunInfo, RunStatus, Snapshot
 
 
@@ -72,7 +72,7 @@ class TerminalExporter:
     def export(self, measurement: Measurement) -> None:
         """Print the table if it is time for one."""
         last = self._last_written_seconds
-        news = measurement.findings or measurement.actions
+        news = measurement.findings or measurement.actions or measurement.warnings
         if news or last is None or self._clock() - last >= self.config.every_seconds:
             self._print(measurement)
         else:
@@ -106,6 +106,8 @@ class TerminalExporter:
         console.print(render_table(measurement, self._layers))
         if measurement.findings:
             console.print(render_findings(measurement))
+        for warning in measurement.warnings:
+            console.print(render_warning(warning))
         if measurement.actions:
             console.print(render_actions(measurement), soft_wrap=True)  # one line each, for grep
         return text.getvalue().rstrip("\n")

@@ -91,6 +91,15 @@ def render_findings(measurement: Measurement) -> Text:
     return _text("\n".join(lines), "bold")
 
 
+def render_warning(warning: str) -> Text:
+    """Return one warning of this measurement.
+
+    >>> render_warning("metric='loss' with metric_mode='max'").plain
+    "warning: metric='loss' with metric_mode='max'"
+    """
+    return _text(f"warning: {warning}", "yellow")
+
+
 def render_actions(measurement: Measurement) -> Text:
     """Return one line per action of the autopilot in this measurement, colored by its outcome.
 
