@@ -150,11 +150,12 @@ class ESSMonitorCallback(ExplicitLoop):
     def _sinks(self) -> list[Exporter]:
         sinks: list[Exporter] = []
         for tracker in self._accelerator.trackers:
+            kinds = {cls.__name__ for cls in type(tracker).__mro__}  # a tracker of one's own may have any name
             if tracker.name == "tensorboard":
                 sinks.append(TensorBoardExporter(writer=tracker.tracker))
-            elif tracker.name == "wandb":
+            elif "WandBTracker" in kinds:
                 sinks.append(WandbExporter(tracker.tracker))
-            elif tracker.name == "mlflow":  # by its id: what comes after the run's end would begin another run
+            elif "MLflowTracker" in kinds:  # by its id: what comes after the run's end would begin another run
                 log = partial(tracker.log, run_id=tracker.tracker.info.run_id)
                 sinks.append(LoggerExporter("mlflow", log))
             else:

@@ -45,11 +45,12 @@ def require(module: str, *others: str, extra: str) -> None:
     Raises:
         ModuleNotFoundError: none of them is installed.
     """
-    if not any(_is_installed(name) for name in (module, *others)):
+    if not any(is_installed(name) for name in (module, *others)):
         raise ModuleNotFoundError(f'this integration needs {module}: pip install "ess-monitor[{extra}]"')
 
 
-def _is_installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Return whether a module can be imported, by its dotted name. Imports no more than its parents."""
     parts = name.split(".")
     # find_spec raises where a parent is missing, so the parents are looked up first.
     return all(find_spec(".".join(parts[: k + 1])) is not None for k in range(len(parts)))

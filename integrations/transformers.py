@@ -15,7 +15,7 @@ import torch
 from ess_monitor.distributed.parallelism import sizes_of_config
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Exporter, LoggerExporter, TensorBoardConfig, TensorBoardExporter, WandbExporter
-from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor, require
+from ess_monitor.integrations.common import CallbackBase, LoopFacts, is_installed, loss_factor, require
 from ess_monitor.integrations.json_state import checkpoint_state, from_json
 from ess_monitor.integrations.step_loss import StepLoss
 
@@ -157,9 +157,13 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
         if "mlflow" in reporters and mlflow is not None and (run := mlflow.active_run()) is not None:
             # By its id: the Trainer ends the run before the last samples come.
             yield LoggerExporter("mlflow", partial(mlflow.log_metrics, run_id=run.info.run_id))
-        if "tensorboard" in reporters and not any(isinstance(c, TensorBoardConfig) for c in self.config.exporters):
+        is_asked = any(isinstance(config, TensorBoardConfig) for config in self.config.exporters)
+        if "tensorboard" in reporters and is_installed("tensorboard") and not is_asked:
             folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or getattr(args, "logging_dir", None)
-            yield TensorBoardExporter(TensorBoardConfig(log_dir=Path(folder or Path(args.output_dir, "runs"))))
+            beside = TensorBoardConfig(log_dir=Path(folder or Path(args.output_dir, "runs")))
+            if not is_installed("PIL"):  # which draws the heat maps, and the Trainer does not need
+                beside = beside.model_copy(update={"heatmap_columns": 0})
+            yield TensorBoardExporter(beside)
 
     def _expect_evaluation(self, control: Any) -> None:
         monitor = self._validation_monitor()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,19 @@ def test_a_small_pretrained_model_of_the_library_trains_with_it(tmp_path: Path) 
     hf_trainer(tmp_path, Model(Config()), ess).train()
     assert [m.step for m in measurements(log)] == [0, 3, 6, 9]
     assert len(ess.monitor.layers) == 2
+
+
+def test_a_reporter_of_the_trainer_that_lacks_what_pictures_need_gets_the_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard of `report_to` was not asked for here: a training must not end for want of Pillow."""
+    common = importlib.import_module("ess_monitor.integrations.transformers")
+    missing = importlib.import_module("ess_monitor.exporters.tensorboard.exporter").importlib.util
+    find_spec = missing.find_spec
+    monkeypatch.setattr(missing, "find_spec", lambda name: None if name == "PIL" else find_spec(name))
+    monkeypatch.setattr(common, "is_installed", lambda name: name != "PIL")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    _, ess = logged(tmp_path, run_name="beside")
+    hf_trainer(tmp_path, LanguageModel(), ess, steps=4, report_to=["tensorboard"], save_strategy="no").train()
+    assert ess.monitor.snapshot().status == "finished"
+    assert len(list((tmp_path / "runs" / "beside").glob("*tfevents*"))) == 1

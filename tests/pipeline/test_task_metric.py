@@ -157,7 +157,9 @@ def test_what_is_wrong_with_the_metric_is_in_terminal_event_log_and_report(said:
 
 
 def test_a_run_too_short_for_the_warning_has_it_in_its_report(said: list[str], tmp_path: Path) -> None:
-    watched = monitor(EventLogExporter(EventLogConfig(path=tmp_path / "log.jsonl")), metric="accuracy_", warmup_steps=100)
+    watched = monitor(
+        EventLogExporter(EventLogConfig(path=tmp_path / "log.jsonl")), metric="accuracy_", warmup_steps=100
+    )
     train(watched, {"accuracy": 0.5}, 3)
     watched.close()
     assert said == []
