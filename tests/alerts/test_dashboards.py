@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,3 +135,35 @@ def _label_sets(result: list[dict[str, Any]]) -> set[frozenset[tuple[str, str]]]
         frozenset((label, value) for label, value in series["metric"].items() if label != "__name__")
         for series in result
     }
+
+
+def test_a_panel_of_the_fleet_draws_twenty_runs_at_most_those_that_need_a_look(tmp_path: Path) -> None:
+    def name(run: int) -> str:
+        return f"run-{run:02d}"
+
+    records = {
+        "run:ess_monitor_state_utilization:ratio": lambda value: value < 20,
+        "run:ess_monitor_layers_collapsed:ratio": lambda value: value >= 10,
+        "rank:ess_monitor_steps:rate5m": lambda value: value < 20,
+        "rank:ess_monitor_overhead:ratio_rate15m": lambda value: value >= 10,
+    }
+    dashboard = read(ALERTS / "grafana/dashboards/ess-monitor-fleet.json")
+    curves = [panel["targets"][0]["expr"] for panel in dashboard["panels"] if panel["type"] == "timeseries"]
+    tests = []
+    for record, is_shown in records.items():
+        (expr,) = (expr for expr in curves if record in expr)
+        # A maximum over ranks keeps nothing but the run.
+        kept = f'{record}{{job="{JOB}",' if record.startswith("run:") else "{"
+        shown = [{"labels": f'{kept}run_id="{name(run)}"}}', "value": run} for run in range(30) if is_shown(run)]
+        tests.append({"expr": _filled_in(expr).replace(f'run_id=~"{RUN_ID}"', 'run_id=~".+"'), "eval_time": "2m"})
+        tests[-1]["exp_samples"] = shown
+    series = [
+        {"series": f'{record}{{job="{JOB}",run_id="{name(run)}"}}', "values": f"{run}+0x8"}
+        for record in records
+        for run in range(30)
+    ]
+    path = tmp_path / "fleet.yml"
+    group = {"interval": "15s", "input_series": series, "promql_expr_test": tests}
+    path.write_text(yaml.safe_dump({"rule_files": [], "evaluation_interval": "15s", "tests": [group]}))
+    answer = subprocess.run(["promtool", "test", "rules", path], capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
