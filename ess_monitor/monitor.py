@@ -19,7 +19,7 @@ from ess_monitor.evidence.counterfactual import Replay
 from ess_monitor.exporters import Exporter, ExporterHub, build_exporter, configs_of_rank
 from ess_monitor.exporters.base import check_exporters
 from ess_monitor.interventions.alpha import Optimizers
-from ess_monitor.pipeline.checkpoint import STATE_VERSION, read_state
+from ess_monitor.pipeline.checkpoint import STATE_VERSION, match_layers, read_state, rename_layers
 from ess_monitor.pipeline.context import Metrics, RunContext, check_end, check_run, check_timeout
 from ess_monitor.pipeline.run_info import run_info
 from ess_monitor.pipeline.sampling import RunSampling
@@ -226,14 +226,19 @@ class Monitor(RunSampling):
         return {"version": STATE_VERSION, "step": self._step, "turn": self._trigger.turn, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()` of an earlier run.
+        """Go on from `state_dict()` of an earlier run, under the present settings.
+
+        Layers are found by their names, whatever the model is wrapped in now or was then. What is known of layers that
+        are not measured any more is dropped, and the log names them.
 
         Raises:
             CheckpointError: the state was written by another version, or is not a monitor's state. The monitor is left
                 as it was.
         """
         checked = read_state(state)
-        self._results.load_state_dict(checked)  # checks its parts, and may still refuse
+        names = match_layers(checked["ledger"]["nonfinite"], self.layers)
+        self._results.load_state_dict(checked, names)  # checks its parts, and may still refuse
+        checked = rename_layers(checked, names)
         self._context.load_state_dict(checked)
         self._schedule.load_state_dict(checked)
         self._step, self._trigger.turn = checked["step"], checked["turn"]

@@ -40,7 +40,12 @@ _TESTED_VERSIONS: dict[str, tuple[str, str]] = {
 }
 """Import name -> (distribution, version that the tests run with)."""
 
-_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+_WRAPPERS = re.compile(
+    r"(^|\.)(module|_orig_mod|_forward_module|_original_module|_fsdp_wrapped_module|_fpw_module"
+    r"|_checkpoint_wrapped_module)(?=\.|$)"
+)
+_MODEL = re.compile(r"(^|\.)(model|base_model)(?=\.|$)")
+"""What modules around a model call it. Other modules have such names too, so they stay in the names of layers."""
 
 
 class LayerFilter(BaseModel):
@@ -90,8 +95,17 @@ def _filter(layers: LayerFilter | None) -> LayerFilter:
 
 
 def _clean_name(name: str) -> str:
-    """Return a module's name without the prefixes that DDP, FSDP, torch.compile and checkpoint wrappers add."""
+    """Return a module's name without what DDP, FSDP, Fabric, torch.compile and checkpoint wrappers add."""
     return _WRAPPERS.sub("", name).lstrip(".") or "model"
+
+
+def bare_name(name: str) -> str:
+    """Return a layer's name as it is whatever the model is wrapped in: without wrappers, and what they call the model.
+
+    >>> bare_name("base_model.model.blocks.0._orig_mod.mixer"), bare_name("model")
+    ('blocks.0.mixer', '')
+    """
+    return _MODEL.sub("", _WRAPPERS.sub("", name)).lstrip(".")
 
 
 def _library_of(module: nn.Module) -> str | None:

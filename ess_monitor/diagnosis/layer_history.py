@@ -135,13 +135,16 @@ class LayerHistory:
         )
 
     @classmethod
-    def from_state(cls, state: LayerState, window: int) -> LayerHistory:
-        """Return the layer as it was. Under a smaller window the newest values are kept."""
+    def from_state(cls, state: LayerState, window: int, name: str) -> LayerHistory:
+        """Return the layer as it was, under its present name. Under a smaller window the newest values are kept."""
         layer = cls(window)
         layer.condition, layer.candidate, layer.streak = state.condition, state.candidate, state.streak
         layer.utilizations.extend(state.utilizations)
-        layer.decay = Examination(state.evidence, state.evidence_age, state.obstacle)
-        layer.state = Examination(state.state_evidence, state.state_evidence_age, state.state_obstacle)
+        found, full = state.evidence, state.state_evidence
+        found = None if found is None else found.model_copy(update={"layer": name})
+        full = None if full is None else full.model_copy(update={"layer": name})
+        layer.decay = Examination(found, state.evidence_age, state.obstacle)
+        layer.state = Examination(full, state.state_evidence_age, state.state_obstacle)
         layer.full_streak, layer.suspected = state.full_streak, state.suspected
         return layer
 

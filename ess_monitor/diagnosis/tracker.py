@@ -47,6 +47,7 @@ class Tracker:
         examined_states: layers that are called saturated on evidence, with the same reasons.
         recheck_measurements: measurements after which a layer is asked again, where the evidence did not support the
             rules.
+        layers: names of the judged layers in model order. By default the order in which they are seen.
 
     Example:
         >>> reading = Reading(step=0, layer="mixer", status="ok", length=64, state_capacity=16, attainable_size=16,
@@ -66,12 +67,14 @@ class Tracker:
         examined: Mapping[str, str] | None = None,
         examined_states: Mapping[str, str] | None = None,
         recheck_measurements: int = 20,
+        layers: Iterable[str] = (),
     ) -> None:
         self.config = validation.optional("config", config, DiagnosisConfig) or DiagnosisConfig()
         self._rules = check_rules(rules)
         self._examined = _reasons("examined", examined)
         self._examined_states = _reasons("examined_states", examined_states)
         self._recheck = validation.whole("recheck_measurements", recheck_measurements, 1)
+        self._names = validation.several("layers", layers, str, hint="names in model order")
         self._layers: dict[str, LayerHistory] = {}
         self._task = TaskMetric(self.config)
 
@@ -120,7 +123,8 @@ class Tracker:
         """Judge one measurement, and return the conditions that changed with it.
 
         Args:
-            readings: one per layer, in model order (the first layer of the first measurement is the model's first).
+            readings: one per layer, in model order. Without `layers` the first of the first measurement counts as the
+                model's first.
             metrics: metrics of the training loop. A value that is absent or not finite leaves the last known one valid.
             step: optimizer step of the measurement.
             evidence: on layers that were suspects; a text says why one could not be examined.
@@ -148,14 +152,24 @@ class Tracker:
         )
         return state.model_dump(mode="json")
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
         """Go on where `state_dict` was taken.
 
         Under smaller windows the newest values are kept; values of another metric are dropped.
 
+        Args:
+            state: what `state_dict` returned.
+            names: by a layer's name in the state, the present one; layers that are not in it are dropped. None: all
+                layers are called as they were.
+
         Raises:
             CheckpointError: not a state of this version. The tracker is left as it was.
         """
+        if names is not None:
+            hint = "name in the state -> present name, or None"
+            validation.several(
+                "names", validation.instance("names", names, Mapping, hint=hint).values(), str, hint=hint
+            )
         try:
             parsed = TrackerState.model_validate(dict(state))
         except (ValidationError, TypeError, ValueError) as error:
@@ -172,7 +186,12 @@ class Tracker:
         self._task = (
             TaskMetric.load(self.config, parsed.metrics, parsed.task) if same_metric else TaskMetric(self.config)
         )
-        self._layers = {layer.name: LayerHistory.from_state(layer, self.config.trend_window) for layer in parsed.layers}
+        names = {layer.name: layer.name for layer in parsed.layers} if names is None else names
+        self._layers = {
+            names[layer.name]: LayerHistory.from_state(layer, self.config.trend_window, names[layer.name])
+            for layer in parsed.layers
+            if layer.name in names
+        }
 
     def _metrics_for(self, layer: LayerHistory) -> tuple[float, ...]:
         """Return the known task metric; none where it has not been given for long.
@@ -196,7 +215,7 @@ class Tracker:
             metrics=self._metrics_for(layer),
             new_in_trend=self._task.new_over(self.config.trend_window),
             new_in_plateau=self._task.new_over(self.config.plateau_window),
-            first_of_several=len(self._layers) > 1 and reading.layer == next(iter(self._layers)),
+            first_of_several=self._is_first_of_several(reading.layer),
             is_examined=not self._why_no_state_evidence(reading.layer),
         )
         verdict = judge(reading, context, self.config, self._rules)
@@ -221,6 +240,10 @@ class Tracker:
             metric=context.metrics[-1] if context.metrics else None,
             evidence=layer.state.found if verdict.condition == "saturated" else _decay_evidence(layer, verdict),
         )
+
+    def _is_first_of_several(self, name: str) -> bool:
+        names = self._names or tuple(self._layers)
+        return len(names) > 1 and name == names[0]
 
     def _suspected_of(self, condition: Suspicion) -> tuple[str, ...]:
         return tuple(name for name, layer in self._layers.items() if layer.suspected == condition)

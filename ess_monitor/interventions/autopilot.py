@@ -343,18 +343,18 @@ class Autopilot:
             "treatments": [treatment.state_dict() for treatment in self._treatments.values()],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
         """Go on from `state_dict`; active regularizers are attached again.
 
         In a mode other than auto treatments end here: nothing is attached, and a rescaled alpha stays what it is.
         Advice is forgotten where a setting that it rests on has changed since, and a layer that was given up is tried
-        again under another ladder or budget.
+        again under another ladder or budget. `names` has the present names of the state's layers; others are dropped.
 
         Raises:
             CheckpointError: another version, or a treated layer that the model does not have in this form. The
                 autopilot is left as it was.
         """
-        parsed, treated = read_state(state, self._remedies)
+        parsed, treated = read_state(state, self._remedies, names)
         if self.config.mode != "auto":
             treated = []
         layers = self._layers

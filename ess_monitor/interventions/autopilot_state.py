@@ -66,17 +66,32 @@ class AutopilotState(BaseModel):
         kept = self.settings is None or self.settings.same_treatment(settings)
         return set(self.given_up) if kept else set()
 
+    def with_names(self, names: Mapping[str, str]) -> AutopilotState:
+        """Return the state under the present names of the layers, without those that `names` does not have."""
+        treatments = [each for each in self.treatments if each.layer in names]
+        return self.model_copy(
+            update={
+                "given_up": [names[name] for name in self.given_up if name in names],
+                "advised_layers": {names[name]: told for name, told in self.advised_layers.items() if name in names},
+                "treatments": [each.model_copy(update={"layer": names[each.layer]}) for each in treatments],
+            }
+        )
+
 
 Treated = tuple[type[Remedy], TreatmentState, RemedyState]
 """A treatment in a state: its remedy, its own state, and the remedy's."""
 
 
-def read_state(state: Mapping[str, Any], remedies: Mapping[str, type[Remedy]]) -> tuple[AutopilotState, list[Treated]]:
+def read_state(
+    state: Mapping[str, Any], remedies: Mapping[str, type[Remedy]], names: Mapping[str, str] | None = None
+) -> tuple[AutopilotState, list[Treated]]:
     """Return the state of an autopilot, and its treatments.
 
     Args:
         state: what `Autopilot.state_dict` returned.
         remedies: those that the autopilot has, by name.
+        names: by a layer's name in the state, the present one; layers that are not in it are left out. None: all layers
+            are called as they were.
 
     Raises:
         CheckpointError: another version, a value that it cannot have, or a remedy that is not there.
@@ -90,6 +105,7 @@ def read_state(state: Mapping[str, Any], remedies: Mapping[str, type[Remedy]]) -
     inside: list[str | int] = []
     try:
         parsed = AutopilotState.model_validate(dict(state))
+        parsed = parsed if names is None else parsed.with_names(names)
         for index, treatment in enumerate(parsed.treatments):
             inside = ["treatments", index]
             if treatment.action not in remedies:

@@ -1,4 +1,4 @@
-"""Checks a monitor's state as a whole before any of it is used.
+"""Checks a monitor's state as a whole before any of it is used, and finds its layers in the present model.
 
 A state comes out of a checkpoint, which others may have written or cut short. A wrong type in a counter would show up
 as a failing scrape hours later, one in a treatment inside the backward pass.
@@ -6,12 +6,13 @@ as a failing scrape hours later, one in a treatment inside the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ess_monitor import validation
+from ess_monitor.capture.layers import bare_name
 from ess_monitor.errors import CheckpointError
 from ess_monitor.records import (
     ActionKind,
@@ -22,7 +23,9 @@ from ess_monitor.records import (
     Outcome,
     Reading,
     SampleResult,
+    layer_title,
 )
+from ess_monitor.runtime.guard import logger
 
 STATE_VERSION = 1
 """Version of `Monitor.state_dict`; raised when a field changes its meaning or disappears."""
@@ -162,3 +165,78 @@ def read_state(state: Any) -> dict[str, Any]:
             f"state: not a monitor's state ({where:.200}: {first['msg']:.200}); start without it (the measurements "
             "begin anew, the training is not affected)"
         ) from None
+
+
+def match_layers(saved: Iterable[str], present: Collection[str]) -> dict[str, str]:
+    """Return which layer of this model each layer of a state is, by their names.
+
+    Equal names are one layer. Others are compared by `bare_name`. Where no layer is found in this way, all of them may
+    stand behind one prefix, in the model or in the state. A name that could be two layers is left out.
+
+    Args:
+        saved: names in the state.
+        present: names of the measured layers.
+
+    Example:
+        >>> match_layers(["blocks.0.mixer", "head"], ["net.model.blocks.0.mixer", "net.head"])
+        {'blocks.0.mixer': 'net.model.blocks.0.mixer', 'head': 'net.head'}
+        >>> match_layers(["mixer"], ["model.mixer", "base_model.mixer"])
+        {}
+    """
+    saved = tuple(saved)
+    found = {name: name for name in saved if name in present}
+    left = _by_bare_name(name for name in saved if name not in found)
+    free = _by_bare_name(name for name in present if name not in found)
+    pairs = {key: key for key in left if key in free}
+    if not (found or pairs):
+        pairs = _behind_a_prefix(left, free)
+    found |= {left[key][0]: free[other][0] for key, other in pairs.items() if len(left[key]) == len(free[other]) == 1}
+    return found
+
+
+def _by_bare_name(names: Iterable[str]) -> dict[str, list[str]]:
+    by_key: dict[str, list[str]] = {}
+    for name in names:
+        by_key.setdefault(bare_name(name), []).append(name)
+    return by_key
+
+
+def _behind_a_prefix(saved: Collection[str], present: Collection[str]) -> dict[str, str]:
+    """Return the present name of each saved one, where one prefix, added to all or taken off all, leads to it."""
+    first = next(iter(saved), "")
+    longer = [name.removesuffix(first) for name in present if first and name.endswith(f".{first}")]
+    shorter = [first.removesuffix(name) for name in present if name and first.endswith(f".{name}")]
+    ways = [{name: prefix + name for name in saved} for prefix in longer]
+    ways += [{name: name.removeprefix(prefix) for name in saved} for prefix in shorter]
+    found = [way for way in ways if all(name in present for name in way.values())]
+    return found[0] if len(found) == 1 else {}
+
+
+def rename_layers(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a state that `read_state` has checked, with its layers called as in this model.
+
+    Others are left out, and the log names them. The diagnosis and the autopilot rename theirs where they are loaded.
+
+    Args:
+        state: the state.
+        names: by a layer's name in the state, that in this model.
+    """
+
+    def renamed(by_name: Mapping[str, Any]) -> dict[str, Any]:
+        return {names[name]: value for name, value in by_name.items() if name in names}
+
+    lost = [name for name in state["ledger"]["nonfinite"] if name not in names]
+    if lost:
+        logger.warning(
+            "ess_monitor: the state to go on from has layers that are not among the measured ones, or could be several "
+            "of them: %s. What was known of them is dropped, a treatment included.",
+            ", ".join(map(layer_title, lost)),
+        )
+    result = state["evidence"]
+    if result is not None:
+        readings = [{**each, "layer": names[each["layer"]]} for each in result["readings"] if each["layer"] in names]
+        nonfinite = [names[name] for name in result["nonfinite"] if name in names]
+        result = {**result, "readings": readings, "nonfinite": nonfinite, "changes": renamed(result["changes"])}
+    ledger = {**state["ledger"], "nonfinite": renamed(state["ledger"]["nonfinite"])}
+    replays = {**state["replays"], "sums": renamed(state["replays"]["sums"])}
+    return {**state, "evidence": result, "ledger": ledger, "replays": replays}

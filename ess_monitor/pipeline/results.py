@@ -67,12 +67,16 @@ class ResultHandler:
             on_failure=context.guards["intervention"].count,
         )
         self._context, self._guards = context, context.guards
+        quiet = () if config.judge_uninformative else (layer for layer in context.layers if layer.spec.uninformative)
+        self._undiagnosed = frozenset(layer.name for layer in quiet)
+        """Layers that are measured and stay of unknown condition, because ESS says little of their kind."""
         examined = context.layer_names if evidence.enabled else ()
         self._tracker = Tracker(
             config,
             examined={name: obstacles.get(name, "") for name in examined},
             examined_states={name: state_obstacles.get(name, "") for name in examined},
             recheck_measurements=evidence.recheck_measurements,
+            layers=tuple(name for name in context.layer_names if name not in self._undiagnosed),
         )
         self._absent = AbsentMetric(config)
         self._warnings: tuple[str, ...] = ()
@@ -81,9 +85,6 @@ class ResultHandler:
         if contradicts:
             self._warn(f"diagnosis: {contradicts}")
         self._export_to_sinks = export
-        quiet = () if config.judge_uninformative else (layer for layer in context.layers if layer.spec.uninformative)
-        self._undiagnosed = frozenset(layer.name for layer in quiet)
-        """Layers that are measured and stay of unknown condition, because ESS says little of their kind."""
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -150,16 +151,20 @@ class ResultHandler:
         """Return the state of diagnosis and autopilot, for a checkpoint."""
         return {"autopilot": self.autopilot.state_dict(), "diagnosis": self._tracker.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], names: Mapping[str, str]) -> None:
         """Go on from `state_dict`.
+
+        Args:
+            state: of a monitor.
+            names: by a layer's name in the state, that in this model. Others are dropped.
 
         Raises:
             CheckpointError: one of them cannot read its part. Both are left as they were.
         """
         before = self._tracker.state_dict()
-        self._tracker.load_state_dict(state["diagnosis"])
+        self._tracker.load_state_dict(state["diagnosis"], names)
         try:
-            self.autopilot.load_state_dict(state["autopilot"])
+            self.autopilot.load_state_dict(state["autopilot"], names)
         except CheckpointError:
             self._tracker.load_state_dict(before)
             raise

@@ -62,7 +62,7 @@ def whole_state() -> dict[str, Any]:
             "changes": {"model": changes},
         },
         "judge_at": 6,
-        "autopilot": {**state["autopilot"], "given_up": ["x"], "treatments": [treatment("rescale_alpha")]},
+        "autopilot": {**state["autopilot"], "given_up": ["model"], "treatments": [treatment("rescale_alpha")]},
         "cadence": {**state["cadence"], "steps": [0.1, 0.2]},
         "diagnosis": {**state["diagnosis"], "metrics": [0.5], "layers": [layer]},
     }

@@ -168,7 +168,8 @@ DIAGNOSIS: dict[str, Case] = {
         lambda: {"readings": [READING], "metrics": {"loss": 1.0}, "step": 3},
     ),
     "Tracker.load_state_dict": Case(
-        lambda state: diagnosis.Tracker().load_state_dict(state), lambda: {"state": diagnosis.Tracker().state_dict()}
+        lambda **given: diagnosis.Tracker().load_state_dict(**given),
+        lambda: {"state": diagnosis.Tracker().state_dict()},
     ),
     "judge": Case(
         diagnosis.judge, lambda: {"reading": READING, "context": diagnosis.Context(), "config": DiagnosisConfig()}
