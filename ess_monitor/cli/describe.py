@@ -9,11 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ess_monitor.cli.model_loading import load_model, model_of_hf_config
 from ess_monitor.cli.options import AsJson, Kwargs, Layers, layer_filter
 from ess_monitor.cli.tables import layer_table, print_json, print_table
 from ess_monitor.errors import ConfigError
-from ess_monitor.inspection import describe as describe_model
 
 
 def describe(
@@ -26,6 +24,9 @@ def describe(
     as_json: AsJson = False,
 ) -> None:
     """List the layers that can be measured, and why the others cannot. Nothing is run."""
+    from ess_monitor.cli.model_loading import load_model, model_of_hf_config
+    from ess_monitor.inspection import describe as describe_model
+
     with redirect_stdout(sys.stderr):
         if target is not None and hf_config is None:
             model = load_model(target, kwargs)

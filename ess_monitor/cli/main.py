@@ -15,6 +15,7 @@ as a table or with `--json`; everything else goes to standard error. Exit status
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
@@ -24,7 +25,6 @@ from ess_monitor.cli.describe import describe
 from ess_monitor.cli.profile import profile_app
 from ess_monitor.cli.report import compare, report
 from ess_monitor.errors import EssMonitorError
-from ess_monitor.pipeline.run_info import installed_versions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(describe)
@@ -36,7 +36,7 @@ app.add_typer(alerts_app, name="alerts")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"ess-monitor {installed_versions()['ess_monitor']}")
+        print(f"ess-monitor {installed_version('ess-monitor')}")
         raise typer.Exit
 
 

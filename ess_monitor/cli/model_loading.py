@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import sys
-from enum import Enum
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ess_monitor.cli.options import InputKind
 from ess_monitor.errors import ConfigError
-
-
-class InputKind(str, Enum):
-    """Kind of random input."""
-
-    gaussian = "gaussian"
-    tokens = "tokens"
 
 
 def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.Module:

@@ -1,0 +1,88 @@
+"""Measures for `ess-monitor profile`: a model on random input, and new featurizers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ess_monitor.capture import CaptureConfig, LayerFilter
+from ess_monitor.cli.model_loading import make_inputs
+from ess_monitor.cli.options import InputKind, ScaleName, Unknown
+from ess_monitor.config import MonitorConfig
+from ess_monitor.errors import CaptureError, EssMonitorError
+from ess_monitor.featurizers import build_mixer
+from ess_monitor.inspection import Profile, profile
+
+FEATURIZER_ROWS: dict[str, tuple[str, dict[str, float]]] = {
+    "LA": ("la", {}),
+    "WLA": ("wla", {}),
+    "GLA": ("gla", {}),
+    "SA": ("sa", {}),
+    "S6": ("s6", {}),
+    "GLA-S6 alpha=1": ("gla_s6", {"alpha": 1.0}),
+    "GLA-S6 alpha=1000": ("gla_s6", {"alpha": 1000.0}),
+}
+"""Label -> featurizer and options: the six featurizers, GLA-S6 before and after the paper's remedy (section 4.1)."""
+
+
+def config_of(
+    batch: int,
+    length: int,
+    tolerance: float,
+    scale: ScaleName,
+    positions: str,
+    *,
+    layers: LayerFilter | None = None,
+    unknown: Unknown = Unknown.skip,
+) -> MonitorConfig:
+    """Return the settings of a profile, from the options."""
+    return MonitorConfig.load(
+        environment=False,
+        tolerance=tolerance,
+        tolerance_scale=scale.value,
+        positions=int(positions) if positions.isdecimal() else positions,
+        layers=layers or LayerFilter(),
+        capture=CaptureConfig(samples=batch, heads=None, max_length=max(length, 2), unknown=unknown.value),
+    )
+
+
+def tau(config: MonitorConfig) -> str:
+    """Return the tolerance in words."""
+    of = " of each token's output" if config.tolerance_scale == "output" else ""
+    return f"{config.tolerance:g}{of}"
+
+
+def measure(model: nn.Module, inputs: torch.Tensor, config: MonitorConfig) -> Profile:
+    """Return the profile of a model.
+
+    Raises:
+        CaptureError: the model does not run on these inputs.
+    """
+    try:
+        return profile(model, inputs, config=config)
+    except EssMonitorError:
+        raise
+    except Exception as error:  # from the model's own code: only the user knows which input it takes
+        first_line = next(iter(str(error).splitlines()), "")
+        raise CaptureError(
+            f"input: {type(model).__name__} does not run on {inputs.dtype} of shape {tuple(inputs.shape)}: "
+            f"{type(error).__name__}: {first_line}; set --input, --width, --vocab-size or --length to what it takes"
+        ) from error
+
+
+def initial_ess(
+    label: str, width: int, num_heads: int, size: int, seeds: int, config: MonitorConfig
+) -> tuple[float, float]:
+    """Return the tolerance- and entropy-ESS of a new mixer of this row and TSS, averaged over the seeds."""
+    name, options = FEATURIZER_ROWS[label]
+    sizes = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        mixer = build_mixer(name, width, num_heads, size, **options)
+        length = config.capture.max_length or 0
+        inputs = make_inputs(mixer, InputKind.gaussian, batch=1, length=length, width=width, seed=seed)
+        [reading] = profile(mixer, inputs, config=config).readings
+        if reading.effective_size is None or reading.entropy_size is None:
+            raise CaptureError(f"featurizer {label} at TSS {size}: {reading.status}: {reading.message}")
+        sizes.append((reading.effective_size, reading.entropy_size))
+    return sum(size for size, _ in sizes) / seeds, sum(size for _, size in sizes) / seeds
