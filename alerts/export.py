@@ -19,6 +19,7 @@ from ess_monitor.alerts.config import AlertsConfig
 from ess_monitor.alerts.dashboards import render_dashboards
 from ess_monitor.alerts.rules import render_grafana, render_rules
 from ess_monitor.errors import ConfigError
+from ess_monitor.runtime.files import replace_file, require_regular
 
 _ROOT = Path(__file__).resolve().parent
 _KINDS = (".json", ".md", ".yaml", ".yml")
@@ -90,8 +91,7 @@ def export(
         if not overwrite:
             _refuse_to_overwrite(target, files)
         for name, text in files.items():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_text(text, encoding="utf-8")
+            replace_file(target / name, text.encode())
     except OSError as error:
         raise ConfigError(
             f"directory: cannot write {error.filename or target} ({error.strerror}); give a folder that takes files"
@@ -116,7 +116,7 @@ def _refuse_to_overwrite(target: Path, files: Mapping[str, str]) -> None:
     changed = [
         name
         for name, text in files.items()
-        if (target / name).exists() and (target / name).read_bytes() != text.encode("utf-8")
+        if require_regular(target / name) is not None and (target / name).read_bytes() != text.encode("utf-8")
     ]
     if changed:
         raise ConfigError(

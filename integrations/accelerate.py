@@ -19,6 +19,7 @@ from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, loss_factor
 from ess_monitor.integrations.json_state import checkpoint_state, from_json
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.pipeline.context import Metrics
+from ess_monitor.runtime.files import replace_file
 
 require("accelerate", extra="accelerate")
 
@@ -92,7 +93,7 @@ class ESSMonitorCallback(ExplicitLoop):
             state = checkpoint_state(self.state_dict)
             everywhere = accelerator.project_configuration.save_on_each_node
             if accelerator.is_local_main_process if everywhere else accelerator.is_main_process:
-                Path(folder, name).write_text(json.dumps(state or {}), encoding="utf-8")
+                replace_file(Path(folder, name), json.dumps(state or {}).encode())
 
         def load(models: Any, folder: str) -> None:
             path = Path(folder, name)

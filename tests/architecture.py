@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
         "runtime",
         "validation",
     },
-    "alerts": {"errors", "records", "validation"},
+    "alerts": {"errors", "records", "runtime", "validation"},
     "report": {"diagnosis", "errors", "exporters", "records", "validation"},
 }
 """Package -> the packages it may import, itself apart. What is not listed stands above them all."""

@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 from ess_monitor.errors import ConfigError
+from ess_monitor.exporters import read_event_log
+from ess_monitor.exporters.event_log.rotating_file import rotated_path
 from ess_monitor.report import load_history, render_comparison, render_report
+from ess_monitor.runtime.files import is_same_file, replace_file
 
 Output = Annotated[
     str | None,
@@ -26,7 +29,7 @@ def report(
     The page works without a network or another file. Without -o it is written beside the event log, as ess_report.html.
     """
     history = load_history(run)
-    _write(render_report(history), output or str(history.path.with_name("ess_report.html")))
+    _write(render_report(history), output or str(history.path.with_name("ess_report.html")), history.path)
 
 
 def compare(
@@ -38,19 +41,29 @@ def compare(
 
     Without -o it is written to the working directory, as ess_compare.html.
     """
-    _write(render_comparison(load_history(run_a), load_history(run_b)), output or "ess_compare.html")
+    first, second = load_history(run_a), load_history(run_b)
+    _write(render_comparison(first, second), output or "ess_compare.html", first.path, second.path)
 
 
-def _write(page: str, output: str) -> None:
+def _write(page: str, output: str, *logs: Path) -> None:
     if output == "-":
         sys.stdout.buffer.write(page.encode())
         return
     path = Path(output)
+    if any(is_same_file(path, part) for log in logs for part in (log, rotated_path(log))) or _is_event_log(path):
+        raise ConfigError(f"--output: {path} is an event log, which a page does not replace; give another file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
+        replace_file(path, page.encode())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--output: {path} cannot be written ({error.strerror}); give a file in a folder this user may write to"
+            f"--output: {path} cannot be written ({reason}); give a file in a folder this user may write to"
         ) from error
     print(path)
+
+
+def _is_event_log(path: Path) -> bool:
+    try:
+        return path.is_file() and next(read_event_log(path), None) is not None
+    except (OSError, ValueError):
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -139,12 +140,11 @@ def find_event_log(path: str | Path) -> Path:
     if is_file:
         return path
     if not is_folder:
-        raise ConfigError(
-            f"RUN_DIR: {validation.shown(str(path))} does not exist; give the folder of a run, or its event log"
-        )
-    files = [file for pattern in _LOG_PATTERNS for file in path.rglob(pattern)]
-    with_events = [file for file in files if next(read_event_log(file), None) is not None]
-    logs = sorted({file.with_name(file.name.removesuffix(".1")) for file in with_events})
+        found = "is not a file" if os.path.exists(path) else "does not exist"
+        raise ConfigError(f"RUN_DIR: {validation.shown(str(path))} {found}; give the folder of a run, or its event log")
+    files = [file for pattern in _LOG_PATTERNS for file in path.rglob(pattern) if _has_events(file)]
+    by_target = {(log := file.with_name(file.name.removesuffix(".1"))).resolve(): log for file in files}
+    logs = sorted(by_target.values())
     if not logs:
         raise ConfigError(
             f"RUN_DIR: {path} holds no event log; train with the exporter `event_log` "
@@ -154,6 +154,13 @@ def find_event_log(path: str | Path) -> Path:
         names = ", ".join(str(log) for log in logs[:8]) + (", ..." if len(logs) > 8 else "")
         raise ConfigError(f"RUN_DIR: {path} holds {len(logs)} event logs; give one of them: {names}")
     return logs[0]
+
+
+def _has_events(file: Path) -> bool:
+    try:
+        return file.is_file() and next(read_event_log(file), None) is not None
+    except OSError:
+        return False  # not readable for this user
 
 
 def load_history(path: str | Path) -> RunHistory:

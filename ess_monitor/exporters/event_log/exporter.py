@@ -30,6 +30,7 @@ from ess_monitor.exporters.event_log.events import (
 )
 from ess_monitor.exporters.event_log.rotating_file import LineFile
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.runtime.files import require_regular
 
 
 class EventLogConfig(BaseModel):
@@ -72,10 +73,11 @@ class EventLogExporter:
         """Open the file and write `run_started`.
 
         Raises:
-            ExporterError: the path cannot be created, opened or written.
+            ExporterError: the path cannot be created, opened or written, or is no file.
         """
         file = LineFile(self.config.path)
         try:
+            require_regular(self.config.path)
             file.open()
             file.write(self._started_line(run))
         except OSError as error:

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ess_monitor.runtime.files import target_of
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -35,9 +37,13 @@ class LineFile:
         self._torn = False
 
     def open(self) -> None:
-        """Open the file at the path for appending, and close the previous one. Raises OSError."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = io.FileIO(self.path, "ab")
+        """Open the file at the path, or that a link there leads to, for appending, and close the previous one.
+
+        Raises:
+            OSError: it cannot be opened; a pipe without a reader is not waited for.
+        """
+        target_of(self.path).parent.mkdir(parents=True, exist_ok=True)
+        file = io.FileIO(self.path, "ab", opener=_open_without_waiting)
         try:
             found = os.fstat(file.fileno())
             torn = found.st_size > 0 and not _ends_with_newline(self.path, found.st_size)
@@ -70,7 +76,7 @@ class LineFile:
         self._append(line)
 
     def rotate(self) -> bool:
-        """Rename the file to `<name>.1`, replacing an older one, and begin a new one.
+        """Rename the file to `<name>.1`, replacing an older one, and begin a new one. Of a link the target is renamed.
 
         Of several processes that try at once, one does it; the others go on in its new file.
 
@@ -87,7 +93,7 @@ class LineFile:
             if self._is_at_path():
                 if _WINDOWS:
                     file.close()  # Windows does not rename an open file
-                os.replace(self.path, rotated_path(self.path))
+                os.replace(target_of(self.path), rotated_path(self.path))
         finally:
             _unlock(file)
             self.open()
@@ -129,12 +135,17 @@ class LineFile:
 
 
 def rotated_path(path: Path) -> Path:
-    """Return the path of the older part of a rotated file.
+    """Return the path of the older part of a rotated file. That of a link is beside the file that it leads to.
 
     >>> rotated_path(Path("runs/events.jsonl")).name
     'events.jsonl.1'
     """
+    path = target_of(path)
     return path.with_name(path.name + ".1")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def _ends_with_newline(path: Path, size: int) -> bool:

@@ -1,14 +1,11 @@
-"""Makes collectors, registries and files for the exporters of Prometheus metrics.
+"""Makes collectors and registries for the exporters of Prometheus metrics.
 
 `prometheus_client` is imported when an exporter starts, not before.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ess_monitor.errors import ExporterError
@@ -46,23 +43,3 @@ def new_registry(collector: SnapshotCollector | None = None) -> CollectorRegistr
     if collector is not None:
         registry.register(collector)
     return registry
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file as a whole, so that its readers see the old content or the new one, never a part.
-
-    Missing folders are created. The permissions are those of the process's umask: the standard library's temporary
-    files are readable by their owner only, and the readers (Prometheus, node_exporter) run as other users.
-
-    Raises:
-        OSError: the file cannot be written; nothing is left behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # neither `*.json` nor `*.prom` matches it
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

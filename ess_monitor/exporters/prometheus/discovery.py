@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from ess_monitor.exporters.prometheus.base import replace_file
 from ess_monitor.exporters.prometheus.identity import RunIdentity
+from ess_monitor.runtime.files import replace_file
 
 _ALL_ADDRESSES = ("", "0.0.0.0", "::")
 

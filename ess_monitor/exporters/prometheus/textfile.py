@@ -12,9 +12,10 @@ from pydantic import field_validator
 from ess_monitor import validation
 from ess_monitor.errors import ExporterError, format_error
 from ess_monitor.exporters.base import final_snapshot
-from ess_monitor.exporters.prometheus.base import new_collector, new_registry, replace_file
+from ess_monitor.exporters.prometheus.base import new_collector, new_registry
 from ess_monitor.exporters.prometheus.identity import IdentifiedConfig, RunIdentity, identify
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.runtime.files import replace_file
 
 
 class TextfileConfig(IdentifiedConfig):

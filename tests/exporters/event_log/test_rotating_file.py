@@ -286,3 +286,11 @@ def test_two_runs_on_one_event_log_that_rotates_are_both_whole_in_what_is_left(p
         for part in (older, path):
             assert next(event.event for event in read_event_log(part) if event.run == name) == "run_started"
         assert [event.event for event in events if event.run == name][-1] == "run_finished"
+
+
+def test_a_pipe_that_takes_the_place_of_the_file_is_not_waited_for(new: Callable[[], LineFile], path: Path) -> None:
+    file = new()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="No such device or address"):
+        file.write(b"a\n")
