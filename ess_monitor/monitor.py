@@ -226,10 +226,9 @@ class Monitor(RunSampling):
         return {"version": STATE_VERSION, "step": self._step, "turn": self._trigger.turn, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()` of an earlier run, under the present settings.
+        """Go on from `state_dict()` of an earlier run, under the present settings and whatever the model is wrapped in.
 
-        Layers are found by their names, whatever the model is wrapped in now or was then. What is known of layers that
-        are not measured any more is dropped, and the log names them.
+        What is known of layers that are not measured any more is dropped, and the log names them.
 
         Raises:
             CheckpointError: the state was written by another version, or is not a monitor's state. The monitor is left
@@ -238,8 +237,7 @@ class Monitor(RunSampling):
         checked = read_state(state)
         names = match_layers(checked["ledger"]["nonfinite"], self.layers)
         self._results.load_state_dict(checked, names)  # checks its parts, and may still refuse
-        checked = rename_layers(checked, names)
-        self._context.load_state_dict(checked)
+        self._context.load_state_dict(checked := rename_layers(checked, names))
         self._schedule.load_state_dict(checked)
         self._step, self._trigger.turn = checked["step"], checked["turn"]
         self._results.report_resumed(self._step, may_act=self._schedule.may_act)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from ess_monitor import validation
 from ess_monitor.errors import ConfigError
@@ -23,7 +24,10 @@ from ess_monitor.records import Action, Condition, Finding, LayerInfo, Measureme
 
 MEASUREMENTS_KEPT = 2000
 """Above this number every other measurement is dropped, so that the log of a very long run fits into memory. It is more
-than a chart can show. All findings and actions are kept."""
+than a chart can show."""
+EVENTS_KEPT = 1000
+"""Of the findings, and of the actions, so many of the first and so many of the newest are kept; the others are counted.
+A page lists 300."""
 
 _LOG_PATTERNS = ("*.jsonl", "*.jsonl.1")
 
@@ -52,7 +56,9 @@ class RunHistory:
     earlier_runs: int = 0
     """Number of runs before this one in the same log."""
     thinned: int = 1
-    """k where only every k-th measurement was kept."""
+    """k where only every k-th measurement was kept. The measurements have neither findings nor actions of their own."""
+    events_dropped: int = 0
+    """Number of findings and actions that were not kept."""
     skipped_lines: int = 0
     """Number of lines that are not events of this schema: cut off by a kill, or of another version."""
 
@@ -191,6 +197,33 @@ def load_history(path: str | Path) -> RunHistory:
     return run.history(log, reader.skipped_lines)
 
 
+EventT = TypeVar("EventT", Finding, Action)
+
+
+@dataclass
+class _Events(Generic[EventT]):
+    """Keeps the first and the newest events of one kind, each once although a log holds it twice."""
+
+    first: dict[EventT, None] = field(default_factory=dict)
+    newest: dict[EventT, None] = field(default_factory=dict)
+    dropped: int = 0
+
+    def add(self, event: EventT) -> None:
+        if event in self.first or event in self.newest:
+            return
+        (self.first if len(self.first) < EVENTS_KEPT else self.newest)[event] = None
+        if len(self.newest) > EVENTS_KEPT:
+            del self.newest[next(iter(self.newest))]
+            self.dropped += 1
+
+    def keep_before(self, step: int) -> None:
+        self.first = {event: None for event in self.first if event.step < step}
+        self.newest = {event: None for event in self.newest if event.step < step}
+
+    def by_step(self) -> tuple[EventT, ...]:
+        return tuple(sorted({**self.first, **self.newest}, key=attrgetter("step")))
+
+
 @dataclass
 class _RunBuilder:
     """Collects the events of one run."""
@@ -199,8 +232,8 @@ class _RunBuilder:
     start_seconds: float
     earlier_runs: int
     measurements: list[Measurement] = field(default_factory=list)
-    findings: dict[Finding, None] = field(default_factory=dict)
-    actions: dict[Action, None] = field(default_factory=dict)
+    findings: _Events[Finding] = field(default_factory=_Events)
+    actions: _Events[Action] = field(default_factory=_Events)
     warnings: dict[str, None] = field(default_factory=dict)
     final: Snapshot | None = None
     end_seconds: float = 0.0
@@ -219,28 +252,31 @@ class _RunBuilder:
         self.warnings = {}  # of other settings perhaps; what still holds is said again
         self.resumed_at = [*(each for each in self.resumed_at if each < step), step]
         self.measurements = [each for each in self.measurements if each.step < step]
-        self.findings = {each: None for each in self.findings if each.step < step}
-        self.actions = {each: None for each in self.actions if each.step < step}
+        self.findings.keep_before(step)
+        self.actions.keep_before(step)
 
     def add(self, measurement: Measurement) -> None:
-        self.findings.update(dict.fromkeys(measurement.findings))
-        self.actions.update(dict.fromkeys(measurement.actions))
-        self.warnings.update(dict.fromkeys(measurement.warnings))
+        for finding in measurement.findings:
+            self.findings.add(finding)
+        for action in measurement.actions:
+            self.actions.add(action)
+        if len(self.warnings) < EVENTS_KEPT:
+            self.warnings.update(dict.fromkeys(measurement.warnings))
         self._seen += 1
         if (self._seen - 1) % self.thinned == 0:
-            self.measurements.append(measurement)
+            self.measurements.append(measurement.model_copy(update={"findings": (), "actions": ()}))
         if len(self.measurements) > MEASUREMENTS_KEPT:
             self.measurements = self.measurements[::2]
             self.thinned *= 2
 
     def history(self, path: Path, skipped_lines: int) -> RunHistory:
-        by_step = attrgetter("step")
         return RunHistory(
             path=path,
             info=self.info,
-            measurements=tuple(sorted(self.measurements, key=by_step)),
-            findings=tuple(sorted(self.findings, key=by_step)),
-            actions=tuple(sorted(self.actions, key=by_step)),
+            measurements=tuple(sorted(self.measurements, key=attrgetter("step"))),
+            findings=self.findings.by_step(),
+            actions=self.actions.by_step(),
+            events_dropped=self.findings.dropped + self.actions.dropped,
             warnings=tuple(self.warnings),
             final=self.final,
             start_seconds=self.start_seconds,
@@ -276,9 +312,9 @@ def _last_run(events: Iterable[Event]) -> _RunBuilder | None:
                     restart = None
                 run.add(measurement)
             case FindingEvent(data=finding) if run is not None:
-                run.findings.setdefault(finding)
+                run.findings.add(finding)
             case ActionEvent(data=action) if run is not None:
-                run.actions.setdefault(action)
+                run.actions.add(action)
             case RunFinishedEvent(data=final) if run is not None:
                 run.final = final
         if run is not None:

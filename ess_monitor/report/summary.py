@@ -12,6 +12,7 @@ from ess_monitor.records import (
     Action,
     Condition,
     Finding,
+    Outcome,
     Reading,
     RunStatus,
     Status,
@@ -75,7 +76,7 @@ def paragraphs(history: RunHistory) -> tuple[Paragraph, ...]:
     ]
     rank = {condition: index for index, condition in enumerate(ATTENTION)}
     layers.sort(key=lambda paragraph: rank.get(paragraph.condition, len(rank)))
-    limits = (_settings, _not_judged, _bad_readings, _short_sequences, _cost, _losses)
+    limits = (_not_measured, _settings, _not_judged, _bad_readings, _short_sequences, _cost, _losses)
     return (*layers, *chain.from_iterable(find(history) for find in limits))
 
 
@@ -123,8 +124,8 @@ def sentence(event: Finding | Action) -> str:
 
 
 def _outcome(history: RunHistory) -> str:
-    if not history.measurements:
-        return "Nothing was measured: the run ended before its first sample, or no sample reached the log."
+    if not any(map(history.ok, history.layers)):
+        return f"Nothing was measured: {'; '.join(_why_nothing(history))}."
     total, conditions = len(history.layers), history.conditions
     alarming = " or ".join(ATTENTION)
     sentences = []
@@ -195,6 +196,42 @@ def _settings(history: RunHistory) -> Iterator[Paragraph]:
         seen.append(absence(str(metric), len(history.measurements), history.metric_names))
     if seen:
         yield Paragraph("Settings to look at", tuple(map(_sentence, seen)))
+
+
+def _why_nothing(history: RunHistory) -> list[str]:
+    """Return what the log knows of why there is no reading with a size."""
+    final, samples = history.final, len(history.measurements)
+    if not history.layers:
+        return ["the model has no layer that can be measured"]
+    if samples:
+        return [f"no reading of {samples} sample{'s' if samples > 1 else ''} has a size, for the reasons below"]
+    if final is None:
+        return ["the log has no sample; the run was killed before its first one, or has not come to it yet"]
+    counts, health = final.measurements_total, final.health
+    reasons = [f"{counts[k]} sampled steps {word}" for k, word in _ENDED.items() if counts.get(k)]
+    reasons += [f"{n} failures in {part}" for part, n in health.part_failures_total.items() if n]
+    reasons += [f"{part} turned itself off" for part in health.parts_off]
+    if counts.get("ok"):
+        reasons.append(f"{counts['ok']} sampled steps were measured, and none reached this log")
+    after = f"the run ended after {final.steps_total} steps, before its first sample was measured"
+    return reasons or [after]
+
+
+_ENDED: dict[Outcome, str] = {
+    "skipped": "were skipped (the queue was full, nothing was captured, or ranks did not agree in time)",
+    "failed": "failed",
+}
+
+
+def _not_measured(history: RunHistory) -> Iterator[Paragraph]:
+    if any(map(history.ok, history.layers)):
+        return
+    advice = "Look into the process's log. A sample needs a forward pass whose backward pass reaches parameters."
+    if not history.layers:
+        advice = "ess-monitor describe TARGET says of each layer why it cannot be measured."
+    elif history.final is not None and not history.final.health.parts_off and not history.measurements:
+        advice = f"Train longer, or lower every_n_steps. {advice}"
+    yield Paragraph("Nothing was measured", tuple(map(_sentence, _why_nothing(history))), (advice,))
 
 
 def _not_judged(history: RunHistory) -> Iterator[Paragraph]:
@@ -272,6 +309,11 @@ def _losses(history: RunHistory) -> Iterator[Paragraph]:
     if history.skipped_lines:
         seen.append(
             f"{history.skipped_lines} lines of the log are not events: cut off by a kill, or of another version."
+        )
+    if history.events_dropped:
+        seen.append(
+            f"{history.events_dropped} findings and actions between the first and the newest are counted and not kept: "
+            "what is said of layers rests on the others."
         )
     if history.final is not None:
         dropped, errors = history.final.export_dropped_total, history.final.export_errors_total

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import EventLogConfig, EventLogExporter
+from ess_monitor.exporters.event_log.events import MeasurementEvent, RunStartedEvent, encode_event
 from ess_monitor.records import RunInfo
-from ess_monitor.report import find_event_log, load_history
+from ess_monitor.report import find_event_log, load_history, render_comparison, render_report
 from ess_monitor.report import history as history_module
 from tests.report.helpers import (
     LAYERS,
+    Page,
     action,
     finding,
     measurement,
@@ -161,3 +166,65 @@ def test_what_is_no_run_is_refused_with_the_way_out(tmp_path: Path, log: Path) -
     write_log(log.with_name("second.jsonl"), [])
     with pytest.raises(ConfigError, match=r"2 event logs; give one of them: .*ess_events\.jsonl, .*second\.jsonl"):
         load_history(log.parent)
+
+
+BOM = b"\xef\xbb\xbf"
+REWRITTEN: dict[str, Callable[[bytes], bytes]] = {
+    "BOM": lambda text: BOM + text,
+    "CRLF": lambda text: text.replace(b"\n", b"\r\n"),
+    "blank lines": lambda text: b"\n \n" + text.replace(b"\n", b"\n\n\t\n"),
+    "all of them": lambda text: BOM + b"\r\n" + text.replace(b"\n", b"\r\n\r\n"),
+    "no last newline": lambda text: text.rstrip(b"\n"),
+    "a part with a BOM behind another": lambda text: BOM + text[: (at := text.index(b"\n") + 1)] + BOM + text[at:],
+}
+
+
+@pytest.mark.parametrize("how", REWRITTEN)
+def test_a_log_that_an_editor_has_rewritten_is_read(how: str, log: Path) -> None:
+    expected = load_history(write_log(log, rescued_run()))
+    log.write_bytes(REWRITTEN[how](log.read_bytes()))
+    assert load_history(log) == expected
+    assert load_history(log.parent).skipped_lines == 0
+
+
+def test_of_very_many_findings_the_first_and_the_newest_are_kept(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "EVENTS_KEPT", 5)
+    measurements = [
+        measurement(step, findings=(finding(LAYERS[0], step),), actions=(action(LAYERS[1], step),))
+        for step in range(0, 60, 2)
+    ]
+    history = load_history(write_log(log, measurements))
+    for kept in (history.findings, history.actions):
+        assert [each.step for each in kept] == [0, 2, 4, 6, 8, 50, 52, 54, 56, 58]
+    assert history.events_dropped == 2 * 20
+    assert not any(each.findings or each.actions for each in history.measurements)
+    text = Page(render_report(history)).text
+    assert "40 findings and actions between the first and the newest are counted and not kept" in text
+
+
+def test_memory_does_not_grow_with_the_findings_of_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "EVENTS_KEPT", 40)
+    monkeypatch.setattr(history_module, "MEASUREMENTS_KEPT", 10)
+
+    def peak(measurements: int) -> int:
+        """Bytes at most in use while a log with 40 findings a measurement is read, shown, and compared."""
+        path = tmp_path / f"{measurements}.jsonl"
+        with path.open("wb") as file:
+            file.write(encode_event(RunStartedEvent(timestamp_seconds=0.0, run="demo", data=run_info())))
+            for step in range(measurements):
+                found = tuple(finding(LAYERS[0], step, reason=f"{step} {k}: " + "x" * 500) for k in range(40))
+                data = measurement(step, findings=found)
+                file.write(encode_event(MeasurementEvent(timestamp_seconds=0.0, run="demo", data=data)))
+        gc.collect()
+        tracemalloc.start()
+        try:
+            history = load_history(path)
+            render_report(history)
+            render_comparison(history, load_history(path))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(20)  # templates and validators are built once
+    small, large = peak(20), peak(160)
+    assert large < 1.5 * small, (small, large)

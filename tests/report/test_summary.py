@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ess_monitor.records import LayerInfo, Measurement
-from ess_monitor.report import RunHistory
+from ess_monitor.records import HealthData, LayerInfo, Measurement
+from ess_monitor.report import RunHistory, render_report
 from ess_monitor.report.summary import Paragraph, headline, paragraphs
-from tests.report.helpers import LAYERS, action, finding, measurement, reading, rescued_run, run_info, snapshot
+from tests.report.helpers import LAYERS, Page, action, finding, measurement, reading, rescued_run, run_info, snapshot
 
 FIRST, SECOND = LAYERS
 
@@ -169,3 +169,37 @@ def test_short_sequences_an_exceeded_budget_and_lost_lines_are_said() -> None:
     assert "20.00%" in _about(history, "The monitor cost more").seen[0]
     missing = " ".join(_about(history, "What is missing").seen)
     assert all(part in missing for part in ("4 lines", "prometheus dropped 3", "tensorboard failed 2"))
+
+
+UNREAD = measurement(100, readings=tuple(reading(layer, 100, status="failed", message="odd") for layer in LAYERS))
+OFF = HealthData(part_failures_total={"capture": 5}, parts_off=("capture",))
+NOTHING: dict[str, tuple[dict[str, Any], str]] = {
+    "no layers": ({"info": run_info(())}, "no layer that can be measured"),
+    "killed": ({"final": None}, "the log has no sample; the run was killed before its first one"),
+    "short": ({"final": snapshot(steps_total=7, measurements_total={})}, "after 7 steps, before its first sample"),
+    "skipped": ({"final": snapshot(measurements_total={"skipped": 3, "failed": 0})}, "3 sampled steps were skipped"),
+    "failed": ({"final": snapshot(measurements_total={"failed": 2})}, "2 sampled steps failed"),
+    "off": ({"final": snapshot(measurements_total={"failed": 5}, health=OFF)}, "capture turned itself off"),
+    "lost": ({"final": snapshot(measurements_total={"ok": 4})}, "4 sampled steps were measured, and none reached this"),
+    "unread": ({"measurements": (UNREAD,)}, "no reading of 1 sample has a size"),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_run_without_a_measurement_says_so_and_why(case: str) -> None:
+    fields, why = NOTHING[case]
+    history = RunHistory(**{"path": Path("log"), "info": run_info(), "final": snapshot(), **fields})
+    assert headline(history).startswith("Nothing was measured: ")
+    assert why in headline(history)
+    first = paragraphs(history)[0]
+    assert first.heading == "Nothing was measured"
+    assert why.lower() in " ".join(first.seen).lower()
+    assert first.advice
+    page = Page(render_report(history)).text
+    assert "Nothing that needs attention" not in page
+    assert why in page
+
+
+def test_a_run_with_a_measurement_does_not_say_that_there_is_none() -> None:
+    history = RunHistory(Path("log"), run_info(), (UNREAD, measurement(200)), final=snapshot())
+    assert "Nothing was measured" not in Page(render_report(history)).text

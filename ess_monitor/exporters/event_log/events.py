@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -104,6 +105,7 @@ class EventReader(Iterator[Event]):
                             pass
                         self.skipped_lines += 1
                         continue
+                    line = line.removeprefix(codecs.BOM_UTF8)  # of an editor, or of a file put behind another
                     if not line.strip():
                         continue
                     try:
