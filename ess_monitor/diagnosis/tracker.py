@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.diagnosis.config import DiagnosisConfig
-from ess_monitor.diagnosis.layer_history import LayerHistory, LayerState, Suspicion
+from ess_monitor.diagnosis.layer_history import Examination, LayerHistory, LayerState, Suspicion
 from ess_monitor.diagnosis.rules import RULES, Context, Rule, Verdict, check_rules, judge, task_solved
 from ess_monitor.diagnosis.task_metric import TaskMetric, TaskMetricState
 from ess_monitor.diagnosis.utilization import attainable_utilization
@@ -91,12 +91,12 @@ class Tracker:
     @property
     def suspects(self) -> tuple[str, ...]:
         """Layers that will be called collapsed at the next reading like the last one, if the evidence supports it."""
-        return self._suspected_of("collapsed")
+        return tuple(name for name in self._suspected_of("collapsed") if self._examined.get(name) == "")
 
     @property
     def full_suspects(self) -> tuple[str, ...]:
         """Layers that will be called saturated at the next reading like the last one, if the evidence supports it."""
-        return self._suspected_of("saturated")
+        return tuple(name for name in self._suspected_of("saturated") if not self._why_no_state_evidence(name))
 
     @property
     def task_solved(self) -> bool:
@@ -140,6 +140,11 @@ class Tracker:
         self._task.observe(metrics)
         findings = (self._follow(reading, step) for reading in readings)
         return tuple(finding for finding in findings if finding is not None)
+
+    def forget_evidence(self) -> None:
+        """Forget what is known from batches that were run again. Conditions stay, and layers are examined anew."""
+        for layer in self._layers.values():
+            layer.decay, layer.state = Examination(), Examination()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on exactly here, as JSON-serializable values."""

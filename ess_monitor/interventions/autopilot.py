@@ -340,6 +340,7 @@ class Autopilot:
             "given_up": sorted(self._given_up),
             "told": dict(self._advised_layers),
             "settings": AnswerSettings.of(self.config).model_dump(mode="json"),
+            "loss": self.config.loss,
             "treatments": [treatment.state_dict() for treatment in self._treatments.values()],
         }
 
@@ -347,8 +348,9 @@ class Autopilot:
         """Go on from `state_dict`; active regularizers are attached again.
 
         In a mode other than auto treatments end here: nothing is attached, and a rescaled alpha stays what it is.
-        Advice is forgotten where a setting that it rests on has changed since, and a layer that was given up is tried
-        again under another ladder or budget. `names` has the present names of the state's layers; others are dropped.
+        Otherwise they take over the present ladder. Advice is forgotten where a setting that it rests on has changed
+        since, and a layer that was given up is tried again under another ladder or budget. `names` has the present
+        names of the state's layers; others are dropped.
 
         Raises:
             CheckpointError: another version, or a treated layer that the model does not have in this form. The
@@ -369,7 +371,9 @@ class Autopilot:
         settings = AnswerSettings.of(self.config)
         self._given_up, self._advised_layers = parsed.given_up_under(settings), dict(parsed.advised_under(settings))
         self._treatments = {
-            t.layer: Treatment.from_state(self._make(remedy, layers[t.layer]), t, remedy_state)
+            t.layer: Treatment.from_state(
+                self._make(remedy, layers[t.layer]), parsed.treatment_under(self.config, remedy, t), remedy_state
+            )
             for remedy, t, remedy_state in treated
         }
 

@@ -42,7 +42,11 @@ class AnswerSettings(BaseModel):
 
     def same_treatment(self, other: AnswerSettings) -> bool:
         """Return whether a treatment would take the same course under both: the same rungs, as many actions."""
-        return all(getattr(self, name) == getattr(other, name) for name in ("budget", "strengths", "alpha_factors"))
+        return self.budget == other.budget and self.same_ladders(other)
+
+    def same_ladders(self, other: AnswerSettings) -> bool:
+        """Return whether both have the same rungs."""
+        return (self.strengths, self.alpha_factors) == (other.strengths, other.alpha_factors)
 
 
 class AutopilotState(BaseModel):
@@ -54,6 +58,8 @@ class AutopilotState(BaseModel):
     given_up: list[str]
     advised_layers: dict[str, bool] = Field(alias="told")
     treatments: list[TreatmentState]
+    loss: str | None = None
+    """Name of the loss in that run. None: it was saved before the name was."""
     settings: AnswerSettings | None = None
     """Settings of the run that was saved. None: it was saved by 0.1, which did not name them."""
 
@@ -65,6 +71,26 @@ class AutopilotState(BaseModel):
         """Return the layers that stay given up under `settings`. Unknown settings are taken for the same."""
         kept = self.settings is None or self.settings.same_treatment(settings)
         return set(self.given_up) if kept else set()
+
+    def treatment_under(
+        self, config: AutopilotConfig, remedy: type[Remedy], treatment: TreatmentState
+    ) -> TreatmentState:
+        """Return a treatment as it goes on under the present settings.
+
+        It takes the strength of the same rung of the present ladder, of a shorter one the last; a change that is
+        permanent has been made. The loss at its start counts only against the same loss, and a comparison that is none
+        of the probation's checks any more is given up.
+        """
+        changes: dict[str, Any] = {}
+        settings, trial = self.settings, treatment.trial
+        if settings is not None and not remedy.is_permanent and not settings.same_ladders(AnswerSettings.of(config)):
+            ladder = remedy.strengths(config)
+            changes["strength"] = ladder[min(treatment.rung, len(ladder) - 1)]
+        if self.loss not in (None, config.loss):
+            changes["loss_at_start"] = None
+        if trial is not None and trial.check not in config.probation.checks:
+            changes["trial"] = trial.model_copy(update={"compared": True})
+        return treatment.model_copy(update=changes)
 
     def with_names(self, names: Mapping[str, str]) -> AutopilotState:
         """Return the state under the present names of the layers, without those that `names` does not have."""

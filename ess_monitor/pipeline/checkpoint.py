@@ -80,6 +80,8 @@ class _ReplaysState(_StatePart):
     left: _Count = 0
     begins_at: _Count = 0
     sums: dict[str, _ChangesState] = {}
+    settings: dict[str, Any] | None = None
+    """Settings of the evidence. None: saved before they were."""
 
 
 class _ResultState(_StatePart):

@@ -121,7 +121,8 @@ class Replays:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far, for a checkpoint."""
-        return {"replays": {"left": self._left, "begins_at": self._begins_at, "sums": changes_state(self._sums)}}
+        sums, settings = changes_state(self._sums), self._context.config.evidence.model_dump(mode="json")
+        return {"replays": {"left": self._left, "begins_at": self._begins_at, "sums": sums, "settings": settings}}
 
     def load_state_dict(
         self,
@@ -136,7 +137,8 @@ class Replays:
         self._counterfactuals, self._sums = {}, {}
         self.ask(suspects, full, trials, begins_at)
         sums = changes_from_state(saved["sums"])
-        if sums.keys() == self._sums.keys():
+        same_settings = saved["settings"] in (None, self._context.config.evidence.model_dump(mode="json"))
+        if same_settings and sums.keys() == self._sums.keys():
             self._sums, self._left, self._begins_at = sums, saved["left"], saved["begins_at"]
         else:  # taken with a sample that is still to be judged, or asked for by other settings
             self._sums, self._counterfactuals, self._left = {}, {}, 0

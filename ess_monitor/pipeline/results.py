@@ -161,13 +161,18 @@ class ResultHandler:
         Raises:
             CheckpointError: one of them cannot read its part. Both are left as they were.
         """
-        before = self._tracker.state_dict()
-        self._tracker.load_state_dict(state["diagnosis"], names)
+        evidence, before = self._context.config.evidence, self._tracker.state_dict()
+        judged = {saved: name for saved, name in names.items() if name not in self._undiagnosed}
+        self._tracker.load_state_dict(state["diagnosis"], judged)
         try:
             self.autopilot.load_state_dict(state["autopilot"], names)
         except CheckpointError:
             self._tracker.load_state_dict(before)
             raise
+        if state["replays"]["settings"] not in (None, evidence.model_dump(mode="json")):
+            self._tracker.forget_evidence()  # it was weighed by other thresholds
+        for treatment in () if evidence.enabled else self.autopilot.active:
+            treatment.trial = None  # nothing is compared any more
 
     @property
     def _is_auto(self) -> bool:
