@@ -108,17 +108,11 @@ class Monitor(RunSampling):
         self._step, self._last_call, self._optimizer = 0, float("nan"), cast(Optimizers, None)
         self._running, self._samples = None, False
 
-    def __enter__(self) -> Monitor:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        self.close("finished" if kind is None else "failed")
-
     def start(self) -> None:
         """Open the exporters and arm the first sample. A second call does nothing."""
         if self._running:
             return
+        self._close_abandoned()
         self._running = False  # and not None: a training goes on although the start has raised
         here, context = self._rank, self._context
         configs = configs_of_rank(self.config.exporters, here.rank, here.local_rank)

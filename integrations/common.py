@@ -194,8 +194,9 @@ class CallbackBase:
         state = self._state_to_go_on_from(model, facts.step)
         if state is not None:
             monitor.load_state_dict(state)
-        elif facts.step:
-            monitor.load_state_dict({**monitor.state_dict(), "step": facts.step})
+        present = monitor.state_dict()
+        if facts.step and present["step"] < facts.step:  # the steps in between were made without the monitor
+            monitor.load_state_dict({**present, "step": facts.step})
         monitor.start()
         self.monitor, self._state = monitor, None
         # A loop that dies without calling its callbacks, and is dropped with them, still ends the run in the exporters.

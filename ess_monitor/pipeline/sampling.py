@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 from ess_monitor import validation
 from ess_monitor.config import MonitorConfig
@@ -11,6 +13,9 @@ from ess_monitor.pipeline.context import Metrics
 from ess_monitor.pipeline.queue import MeasurementQueue
 from ess_monitor.pipeline.schedule import Schedule
 from ess_monitor.pipeline.view import RunView
+from ess_monitor.records import RunStatus
+
+Self = TypeVar("Self", bound="RunSampling")
 
 
 class RunSampling(RunView):
@@ -19,6 +24,23 @@ class RunSampling(RunView):
     config: MonitorConfig
     _queue: MeasurementQueue
     _schedule: Schedule
+
+    def __enter__(self: Self) -> Self:
+        self.start()
+        self._in_block = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        self._in_block = False
+        self.close("finished" if kind is None else "failed")
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin the run."""
+
+    @abstractmethod
+    def close(self, status: RunStatus = "finished") -> None:
+        """End the run."""
 
     def arm(self, *, any_pass: bool = False) -> None:
         """Sample the next forward pass. `step` does this by itself when training batches are the source.

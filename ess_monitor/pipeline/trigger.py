@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 from torch import nn
 
 from ess_monitor.capture import Captured, CaptureFailure, Sampler, TokenProbe, find_layers
@@ -50,6 +53,8 @@ class SampleTrigger:
         self._mixing = FirstSampleProbe(model) if config.capture.source == "train" and context.layers else None
         self._asked: FirstSampleProbe | None = None
         """The probe whose answers are on their way."""
+        attached = (self._sampler,) if self._mixing is None else (self._sampler, self._mixing)
+        weakref.finalize(self, _remove_hooks, *map(weakref.ref, attached)).atexit = False
 
     @property
     def turn(self) -> int:
@@ -181,6 +186,13 @@ class SampleTrigger:
                 "Attach a new monitor to measure it.",
                 ", ".join(layer.name for layer in new),
             )
+
+
+def _remove_hooks(*parts: weakref.ref[Any]) -> None:
+    """Remove the hooks of a monitor that nobody has closed or holds any more; the model may live on."""
+    for part in parts:
+        if (attached := part()) is not None:
+            attached.remove()
 
 
 def _module_ids(model: nn.Module) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from ess_monitor.pipeline.results import ResultHandler
 from ess_monitor.pipeline.trigger import SampleTrigger
 from ess_monitor.records import Action, Condition, Finding, Reading, Snapshot
 from ess_monitor.runtime.guard import logger
+from ess_monitor.runtime.shutdown import close_abandoned
 
 
 class RunView:
@@ -30,6 +31,8 @@ class RunView:
     _terminated = False
     """True once SIGTERM has ended the run in the sinks."""
     _said_closed = False
+    _in_block = False
+    """Whether a with-block will close the monitor."""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -97,6 +100,18 @@ class RunView:
     def _alive(self) -> bool:
         """False before the start and after the end, and in a forked child."""
         return bool(self._running) and not self._context.health.forked
+
+    def _close_abandoned(self) -> None:
+        """Close monitors of the same layers that nobody has closed: their hooks would stay in the model."""
+        mine = {id(layer.module) for layer in self._context.layers}
+        close_abandoned(
+            lambda other: (
+                isinstance(other, RunView)
+                and not other._in_block
+                and not mine.isdisjoint(id(layer.module) for layer in other._context.layers)
+            ),
+            "model",
+        )
 
     def _require_start(self, call: str) -> None:
         """Raise `ConfigError` where the monitor was never started."""

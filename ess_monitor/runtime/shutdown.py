@@ -70,25 +70,31 @@ def forget(monitor: Closeable) -> None:
     _OPEN.pop(monitor, None)
 
 
-def close_abandoned(exporter: object) -> bool:
-    """Close the monitor that `exporter` belongs to if its training is over: another one begins, and needs its address.
+def close_abandoned(is_in_the_way: Callable[[Closeable], bool], needed: str) -> bool:
+    """Close the monitors that are in the way of another one that begins, if their training is over.
 
     It is over where the monitor was started in this thread and has made steps: a notebook's cell that was interrupted
     runs again. Two monitors that are to run side by side are both started before the first step.
 
+    Args:
+        is_in_the_way: whether a monitor is.
+        needed: what the other one needs of it, in a word.
+
     Returns:
-        Whether the monitor was closed.
+        Whether one was closed.
     """
+    closed = False
     for monitor, thread in list(_OPEN.items()):
-        is_its = any(other is exporter for other in monitor.exporters)
-        if is_its and thread == threading.get_ident() and monitor.snapshot().of_process.steps_total > 0:
+        is_over = thread == threading.get_ident() and monitor.snapshot().of_process.steps_total > 0
+        if is_over and is_in_the_way(monitor):
             logger.warning(
-                "a monitor of this process was never closed, and another one needs its address: it is closed now, and "
-                "its run counts as failed. Call close() at the end of a run, or use `with`."
+                "a monitor of this process was never closed, and another one needs its %s: it is closed now, and its "
+                "run counts as failed. Call close() at the end of a run, or use `with`.",
+                needed,
             )
             monitor.close("failed")
-            return True
-    return False
+            closed = True
+    return closed
 
 
 @cache

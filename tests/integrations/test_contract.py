@@ -283,6 +283,17 @@ def test_a_checkpoint_loads_with_the_monitor_or_without(loop: str, saved: bool, 
         assert [m.step for m in sink.measurements] == [first_step]
 
 
+def test_a_monitor_that_was_left_out_between_two_checkpoints_goes_on_at_the_loops_step(
+    loop: str, tmp_path: Path
+) -> None:
+    sink, first = Collecting(), train(loop, tmp_path / "a", callback(loop), steps=3)
+    between = train(loop, tmp_path / "b", steps=7, resume=first.checkpoint)
+    last = train(loop, tmp_path / "c", callback(loop, exporters=[sink]), steps=9, resume=between.checkpoint)
+    assert same(last.model, train(loop, tmp_path / "bare", steps=9).model)
+    counts = loop in ("lightning", "transformers")
+    assert [m.step for m in sink.measurements] == ([7] if counts else [0])
+
+
 def test_settings_win_over_the_config_and_unknown_ones_are_refused(loop: str) -> None:
     assert callback(loop, config=MonitorConfig(tolerance=0.5), positions=7).config.tolerance == 0.5
     assert callback(loop, config={"tolerance": 0.5}).config.tolerance == 0.5

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import pickle
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,62 @@ def test_new_settings_hold_from_the_resume_on(modes: tuple[str, str]) -> None:
     taken = [number for number, is_armed in armed if is_armed]
     # In lockstep the sample of step 0 is judged first, at the next step.
     assert taken == ([8, 12] if modes == ("auto", "auto") else [7, 11, 15])
+
+
+def hooks_in(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def interrupted_cell(model: nn.Module, steps: int = 2, **settings: Any) -> Monitor:
+    """What a notebook's cell leaves behind that was interrupted between start and close."""
+    monitor = Monitor(model, MonitorConfig(**FAST, **settings))
+    monitor.start()
+    for _ in range(steps):
+        step(model, monitor)
+    return monitor
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_monitor_that_was_left_open_leaves_the_model_to_the_next_one(
+    wrapped: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model()
+    left = interrupted_cell(model)
+    assert left.armed
+    again = interrupted_cell(nn.Sequential(model) if wrapped else model)
+    assert left.snapshot().status == "failed"
+    assert ("never closed" in caplog.text, "its model" in caplog.text) == (True, True)
+    assert [reading.status for reading in again.flush()] == ["ok"]
+    again.close()
+    assert hooks_in(model) == 0
+
+
+def test_a_monitor_that_was_dropped_while_it_was_open_leaves_no_hook() -> None:
+    model = Model()
+    left = interrupted_cell(model)
+    assert hooks_in(model) > 0
+    gone = weakref.ref(left)
+    del left
+    gc.collect()
+    assert gone() is None
+    assert hooks_in(model) == 0
+    model(TOKENS)
+
+
+def test_monitors_of_one_model_run_side_by_side_where_somebody_will_close_them() -> None:
+    model = Model()
+    with Monitor(model, MonitorConfig(**FAST)) as outer:
+        step(model, outer)
+        with Monitor(model, MonitorConfig(**FAST, capture={"source": "validation"})) as inner, inner.sample():
+            model(TOKENS)
+        assert outer.snapshot().status == "running"
+    first, second = interrupted_cell(model, steps=0), interrupted_cell(model, steps=0)
+    step(model, first)
+    step(model, second)
+    other = interrupted_cell(Model())
+    assert [each.snapshot().status for each in (first, second, other)] == ["running"] * 3
+    for each in (first, second, other):
+        each.close()
 
 
 def free_port() -> int:

@@ -184,7 +184,7 @@ class PrometheusExporter:
     def release(self) -> bool:
         """Stop serving if the run is over, lingering or abandoned; return whether it was."""
         if self._timer is None:
-            return close_abandoned(self)
+            return close_abandoned(lambda monitor: any(each is self for each in monitor.exporters), "address")
         self.stop()
         return True
 
