@@ -92,9 +92,9 @@ class Executor(Generic[AnyJob]):
         job.submitted = self._clock()
         for task in job.tasks:
             task.ready = task.backend.ready()
-        self._open.append(job)
         with self._wake:
             self._todo.append(job)
+            self._open.append(job)  # after it: a signal handler that drains here waits for no job that is not begun
             self._wake.notify_all()
         if self._thread is None or not self._thread.is_alive():
             self._thread = TorchThread(self._work, "ess-monitor-worker", self._request_stop)

@@ -84,15 +84,24 @@ class Run:
 
 
 @pytest.fixture
-def lines(tmp_path: Path) -> int:
-    """Number of lines of the package in such a step. The first one does more, once in a process."""
-    for name in ("first", "second"):
-        counted, run = At(0, lambda: None), Run(tmp_path / name)
-        with counted:
-            run.monitor.step()
-        run.monitor.close()
-    assert -counted.left > 300
-    return -counted.left
+def lines_of(tmp_path: Path) -> Callable[[str], int]:
+    """Counts the lines of the package in a call of such a monitor. The first one has more, once in a process."""
+
+    def count(call: str) -> int:
+        for name in ("first", "second"):
+            counted, run = At(0, lambda: None), Run(tmp_path / name)
+            with counted:
+                getattr(run.monitor, call)()
+            run.monitor.close()
+        assert -counted.left > 200
+        return -counted.left
+
+    return count
+
+
+@pytest.fixture
+def lines(lines_of: Callable[[str], int]) -> int:
+    return lines_of("step")
 
 
 def spread(lines: int, number: int) -> Iterator[int]:
@@ -100,23 +109,33 @@ def spread(lines: int, number: int) -> Iterator[int]:
     return iter(range(1, lines - 20, lines // number))
 
 
-def test_close_ends_the_run_at_any_line_of_a_step(lines: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for line in spread(lines, 30):
+@pytest.mark.parametrize(("call", "number"), [("step", 30), ("flush", 8), ("disarm", 8), ("close", 8)])
+def test_close_ends_the_run_at_any_line_of_a_call(
+    call: str,
+    number: int,
+    lines_of: Callable[[str], int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for line in spread(lines_of(call), number):
         run = Run(tmp_path / str(line))
-
         closed: list[tuple[str, ...]] = []
 
         def close(run: Run = run, closed: list[tuple[str, ...]] = closed) -> None:
             run.monitor.close("failed")
-            closed.append((run.queued.calls[-1], *run.ends))
+            closed.append((run.queued.calls[-1].split()[0], *run.ends))
 
         with At(line, close):
-            run.monitor.step()
-        assert closed == [("close failed", "failed")], f"line {line}"
-        assert (run.inline.calls.count("close failed"), run.inline.calls[-1]) == (1, "close failed"), f"line {line}"
+            getattr(run.monitor, call)()
+        status = run.ends[0]
+        assert status in (("failed", "finished") if call == "close" else ("failed",))
+        assert closed == [("close", status)], f"line {line}"
+        assert (run.inline.calls.count(f"close {status}"), run.inline.calls[-1]) == (1, f"close {status}"), (
+            f"line {line}"
+        )
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in run.model.modules())
         run.monitor.close()
-        assert run.ends == ["failed"]
+        assert run.ends == [status]
     assert "left behind" not in caplog.text
 
 
