@@ -170,7 +170,8 @@ class _Hook(ModuleHook):
     def __call__(self, module: nn.Module, *call: Any) -> None:
         if torch.compiler.is_compiling() or getattr(module, "_is_replica", False):
             return
-        self._function(module, *call)
+        if 1 + len(call) >= self._least:
+            self._function(module, *call)
 
 
 def _held(value: Any, tensors: list[torch.Tensor]) -> Any:

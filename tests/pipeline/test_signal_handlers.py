@@ -139,6 +139,16 @@ def test_close_ends_the_run_at_any_line_of_a_call(
     assert "left behind" not in caplog.text
 
 
+def test_close_at_any_line_of_a_sampled_forward_pass_leaves_it_alone(tmp_path: Path) -> None:
+    """PyTorch goes on with the hooks that were there when it began with them, and passes them less once removed."""
+    for line in range(1, 250, 10):
+        run = Run(tmp_path / str(line))
+        with At(line, lambda run=run: run.monitor.close("failed")):  # type: ignore[misc]
+            run.forward()
+        assert run.monitor.snapshot().status == "failed", f"line {line}"
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in run.model.modules())
+
+
 def test_snapshot_and_flush_answer_at_any_line_of_a_step(
     lines: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

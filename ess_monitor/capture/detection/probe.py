@@ -109,7 +109,9 @@ class MixingProbe:
                 continue
             if not self._in_training and name:
                 self._handles.append(module.register_forward_pre_hook(ModuleHook(_with_graph), with_kwargs=True))
-            ask = ModuleHook(lambda *call, name=name: self._ask(name, *call))
+            ask = ModuleHook(
+                lambda called, args, kwargs, output, name=name: self._ask(name, called, args, kwargs, output)
+            )
             self._handles.append(module.register_forward_hook(ask, with_kwargs=True))
 
     def remove(self) -> None:

@@ -81,6 +81,9 @@ class ModuleHook:
 
     The copy is not watched, and what the hook refers to cannot be pickled. Every hook on a module of the model is one.
 
+    It does nothing either once it was removed within the call that it belongs to, by a signal handler that closes the
+    monitor: PyTorch still calls it then, but without the keyword arguments.
+
     Example:
         >>> import pickle
         >>> model = nn.Linear(2, 2)
@@ -91,14 +94,24 @@ class ModuleHook:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
+        self._least = _least_arguments(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
+        return self._function(*args, **kwargs) if len(args) >= self._least else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # PyTorch cannot leave a hook out of a copy. This is a method of Python's own that takes anything and returns
         # None.
         return getattr, (nullcontext(), "__exit__")
+
+
+def _least_arguments(function: Callable[..., Any]) -> int:
+    """Return how many positional arguments a Python function cannot do without, as far as that is known."""
+    inner = inspect.unwrap(function)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return 0
+    return int(code.co_argcount) - len(inner.__defaults__ or ()) - inspect.ismethod(inner)
 
 
 def is_own_hook(hook: object) -> bool:
