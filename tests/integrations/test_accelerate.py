@@ -24,14 +24,15 @@ def prepared(**options: object):
     return accelerator, *accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
 
 
-def test_readings_go_through_every_tracker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name_of_own", ["rows", "wandb"])
+def test_readings_go_through_every_tracker(name_of_own: str, tmp_path: Path) -> None:
     from accelerate.tracking import GeneralTracker
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rows: list[tuple[int, dict]] = []
 
     class Rows(GeneralTracker):
-        name, requires_logging_directory, tracker = "rows", False, None
+        name, requires_logging_directory, tracker = name_of_own, False, None
 
         def store_init_configuration(self, values: dict) -> None: ...
 
