@@ -20,28 +20,40 @@ Output = Annotated[
 ]
 
 
+_WHICH = "Run of a log that has several: its name, or its number from 1. Default: the last."
+
+
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, or its event log.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of runs, or an event log.")],
     output: Output = None,
+    which: Annotated[str | None, typer.Option("--run", metavar="NAME|NUMBER", help=_WHICH)] = None,
 ) -> None:
     """Write one HTML page about a run: what was found, what to do next, and every layer over the steps.
 
-    The page works without a network or another file. Without -o it is written beside the event log, as ess_report.html.
+    Of a folder with several logs it is the one that was written last. The page works without a network or another file.
+    Without -o it is written beside the event log, as ess_report.html.
     """
-    history = load_history(run)
+    history = load_history(run, which)
     _write(render_report(history), output or str(history.path.with_name("ess_report.html")), history.path)
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a run, or its event log.")],
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of runs, or an event log.")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run to compare it with.")],
     output: Output = None,
+    which_a: Annotated[str | None, typer.Option("--run-a", metavar="NAME|NUMBER", help=_WHICH)] = None,
+    which_b: Annotated[str | None, typer.Option("--run-b", metavar="NAME|NUMBER", help="The same of RUN_B.")] = None,
 ) -> None:
-    """Write one HTML page that compares two runs at equal steps.
+    """Write one HTML page that compares two runs at equal steps; --run-a and --run-b take two of one log.
 
     Without -o it is written to the working directory, as ess_compare.html.
     """
-    first, second = load_history(run_a), load_history(run_b)
+    first, second = load_history(run_a, which_a), load_history(run_b, which_b)
+    if is_same_file(first.path, second.path) and first.earlier_runs == second.earlier_runs:
+        raise ConfigError(
+            f"RUN_B: {run_b} and {run_a} are one run, {first.info.run_name} in {first.path}; give two logs, or two "
+            "runs of one with --run-a and --run-b"
+        )
     _write(render_comparison(first, second), output or "ess_compare.html", first.path, second.path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -20,6 +20,7 @@ from ess_monitor.exporters.event_log.events import (
     RunFinishedEvent,
     RunStartedEvent,
 )
+from ess_monitor.exporters.event_log.rotating_file import rotated_path
 from ess_monitor.records import Action, Condition, Finding, LayerInfo, Measurement, Reading, RunInfo, Snapshot
 
 MEASUREMENTS_KEPT = 2000
@@ -29,6 +30,7 @@ EVENTS_KEPT = 1000
 """Of the findings, and of the actions, so many of the first and so many of the newest are kept; the others are counted.
 A page lists 300."""
 
+_RUNS_NAMED = 8
 _LOG_PATTERNS = ("*.jsonl", "*.jsonl.1")
 
 
@@ -134,8 +136,10 @@ class RunHistory:
 def find_event_log(path: str | Path) -> Path:
     """Return the event log in a run's folder, or `path` itself where it is a file.
 
+    Of several in the folder and below it, it is the one that was written last.
+
     Raises:
-        ConfigError: the folder holds no event log, or several.
+        ConfigError: the folder holds no event log.
     """
     validation.instance("RUN_DIR", path, (str, Path), hint="the folder of a run, or its event log")
     path = Path(path)
@@ -156,10 +160,7 @@ def find_event_log(path: str | Path) -> Path:
             f"RUN_DIR: {path} holds no event log; train with the exporter `event_log` "
             '(exporters=["event_log"]) and give the folder it writes to'
         )
-    if len(logs) > 1:
-        names = ", ".join(str(log) for log in logs[:8]) + (", ..." if len(logs) > 8 else "")
-        raise ConfigError(f"RUN_DIR: {path} holds {len(logs)} event logs; give one of them: {names}")
-    return logs[0]
+    return max(logs, key=_written_seconds)
 
 
 def _has_events(file: Path) -> bool:
@@ -169,32 +170,53 @@ def _has_events(file: Path) -> bool:
         return False  # not readable for this user
 
 
-def load_history(path: str | Path) -> RunHistory:
-    """Read the last run in an event log.
+def _written_seconds(log: Path) -> float:
+    """Return when a log was written last; of one that was only rotated, its older part."""
+    return max(part.stat().st_mtime for part in (log, rotated_path(log)) if part.is_file())
+
+
+def load_history(path: str | Path, run: str | int | None = None) -> RunHistory:
+    """Read one run in an event log, by default the last.
 
     A resumed run is one run: measurements after the checkpoint that it was resumed from are dropped. A run of another
     model, or one that started again from its first step, is a new run.
 
     Args:
-        path: the log, or a folder that holds exactly one.
+        path: the log, or a folder: the log in it that was written last.
+        run: which run of the log: its name, of several with one name the last, or its number, counted from 1.
 
     Raises:
-        ConfigError: there is no log, or it holds no run.
+        ConfigError: there is no log, or it holds no run, or not this one.
     """
     log = find_event_log(path)
+    if not (run is None or isinstance(run, str)):
+        run = validation.whole("run", run, 1, hint="the number of a run, or its name")
+    name = None if run is None else str(run)
+    names: list[str] = []
+    found: _RunBuilder | None = None
     try:
         reader = read_event_log(log, rotated=True)
-        run = _last_run(reader)
+        for each in _runs(reader):
+            names.append(each.info.run_name)
+            by_number = name == str(len(names)) and (found is None or found.info.run_name != name)
+            if name is None or each.info.run_name == name or by_number:
+                found = each
     except OSError as error:
         raise ConfigError(
             f"RUN_DIR: {log} cannot be read ({error.strerror}); give a file this user may read"
         ) from error
-    if run is None:
+    if not names:
         raise ConfigError(
             f"RUN_DIR: {log} holds no run: {reader.skipped_lines} lines are not events of this schema version; "
             "give the file that the exporter `event_log` wrote"
         )
-    return run.history(log, reader.skipped_lines)
+    if found is None:
+        listed = ", ".join(f"{number} {each}" for number, each in list(enumerate(names, 1))[-_RUNS_NAMED:])
+        raise ConfigError(
+            f"run: {log} holds no {validation.shown(run)}; give number or name of one of its {len(names)} runs: "
+            f"{'..., ' if len(names) > _RUNS_NAMED else ''}{listed}"
+        )
+    return found.history(log, reader.skipped_lines)
 
 
 EventT = TypeVar("EventT", Finding, Action)
@@ -288,7 +310,8 @@ class _RunBuilder:
         )
 
 
-def _last_run(events: Iterable[Event]) -> _RunBuilder | None:
+def _runs(events: Iterable[Event]) -> Iterator[_RunBuilder]:
+    """Yield each run of a log when it is read to its end."""
     run: _RunBuilder | None = None
     restart: RunInfo | None = None  # a start that no measurement has followed yet
 
@@ -297,6 +320,7 @@ def _last_run(events: Iterable[Event]) -> _RunBuilder | None:
         return _RunBuilder(info, info.start_timestamp_seconds or time_seconds, earlier_runs)
 
     for event in events:
+        before = run
         match event:
             case RunStartedEvent(data=info):
                 if run is None or not run.continues_with(info):
@@ -317,6 +341,9 @@ def _last_run(events: Iterable[Event]) -> _RunBuilder | None:
                 run.actions.add(action)
             case RunFinishedEvent(data=final) if run is not None:
                 run.final = final
+        if before is not None and before is not run:
+            yield before
         if run is not None:
             run.end_seconds = event.timestamp_seconds
-    return run
+    if run is not None:
+        yield run

@@ -55,11 +55,11 @@ def _recorded(**given: Any) -> None:
         exporter.close("finished")
 
 
-def _told(path: Any) -> Any:
+def _told(path: Any, run: Any = None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "events.jsonl")
         log.write_bytes(encode_event(RunStartedEvent(timestamp_seconds=0.0, run="demo", data=RUN)))
-        return report.load_history(log if path == FOLDER else path)
+        return report.load_history(log if path == FOLDER else path, run)
 
 
 def _exported(**given: Any) -> Any:

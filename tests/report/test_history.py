@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ess_monitor.cli.report import compare
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import EventLogConfig, EventLogExporter
 from ess_monitor.exporters.event_log.events import MeasurementEvent, RunStartedEvent, encode_event
@@ -162,10 +164,62 @@ def test_what_is_no_run_is_refused_with_the_way_out(tmp_path: Path, log: Path) -
     empty.write_text("{}\nnot json\n")
     with pytest.raises(ConfigError, match=r"holds no run: 2 lines"):
         load_history(empty)
-    write_log(log, [])
-    write_log(log.with_name("second.jsonl"), [])
-    with pytest.raises(ConfigError, match=r"2 event logs; give one of them: .*ess_events\.jsonl, .*second\.jsonl"):
-        load_history(log.parent)
+
+
+def _written(log: Path, seconds: int) -> Path:
+    os.utime(log, (seconds, seconds))
+    return log
+
+
+def test_of_several_logs_in_a_folder_the_one_that_was_written_last_is_read(log: Path, tmp_path: Path) -> None:
+    third = _written(write_log(tmp_path / "c" / "a.jsonl", [measurement(3)]), 3000)
+    _written(write_log(log, [measurement(1)]), 1000)
+    second = write_log(log.with_name("second.jsonl"), [measurement(2)])
+    assert find_event_log(tmp_path) == second
+    _written(second, 2000)
+    assert find_event_log(tmp_path) == third
+    # A run that was killed during a rotation has left the older part alone.
+    os.rename(log, log.with_name(log.name + ".1"))
+    _written(log.with_name(log.name + ".1"), 4000)
+    assert find_event_log(tmp_path) == log
+    assert _steps(tmp_path) == [1]
+
+
+def _three_runs(log: Path) -> Path:
+    for number, name in enumerate(("first", "3", "first"), start=1):
+        info = run_info(run_name=name, start_timestamp_seconds=1_700_000_000.0 + 1000 * number)
+        write_log(log, [measurement(step) for step in (0, 10 * number)], info)
+    return log
+
+
+@pytest.mark.parametrize(
+    ("run", "step"), [(None, 30), ("first", 30), ("3", 20), (3, 20), (1, 10), ("1", 10), (2, 20), ("2", 20)]
+)
+def test_a_run_of_a_log_is_found_by_its_name_or_its_number(log: Path, run: str | int | None, step: int) -> None:
+    history = load_history(_three_runs(log), run)
+    assert [each.step for each in history.measurements] == [0, step]
+    assert history.earlier_runs == step // 10 - 1
+
+
+@pytest.mark.parametrize("run", ["second", "4", "0", "-1", "", 4])
+def test_a_run_that_a_log_does_not_hold_is_an_error_that_lists_them(log: Path, run: str | int) -> None:
+    with pytest.raises(ConfigError, match=r"run: .* holds no .*one of its 3 runs: 1 first, 2 3, 3 first"):
+        load_history(_three_runs(log), run)
+
+
+def test_a_run_is_not_compared_with_itself(log: Path, tmp_path: Path) -> None:
+    _three_runs(log)
+    (link := log.with_name("link.jsonl")).symlink_to(log)
+    page = tmp_path / "page.html"
+    for one, other, options in (
+        (log, log, {}), (log.parent, log, {}), (log, link, {}), (log, log, {"which_a": "first"}),
+        (log, log, {"which_a": "2", "which_b": "3"}),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"are one run, (first|3) in .*--run-a and --run-b"):
+            compare(one, other, str(page), **options)
+    assert not page.exists()
+    compare(log, log, str(page), which_a="1")
+    assert "step 0" in Page(page.read_text()).text
 
 
 BOM = b"\xef\xbb\xbf"

@@ -288,6 +288,14 @@ def test_the_command_compares_two_runs(run: Run, rescued: Path, alone: Path) -> 
     assert "two runs compared" in Path("ess_compare.html").read_text()
 
 
+def test_the_command_takes_a_run_of_a_log(run: Run, rescued: Path) -> None:
+    write_log(rescued, rescued_run()[:3], run_info(run_name="again", start_timestamp_seconds=1.0))
+    assert "again: memory report" in run("report", rescued, "-o", "-")[1]
+    assert "demo: memory report" in run("report", rescued, "--run", "demo", "-o", "-")[1]
+    assert "demo and again: two runs compared" in run("compare", rescued, rescued, "--run-a", "1", "-o", "-")[1]
+    assert run("report", rescued, "--run", "other")[0] == 2
+
+
 def test_the_command_explains_what_it_cannot_do(run: Run, rescued: Path, tmp_path: Path) -> None:
     status, out, err = run("report", tmp_path / "nothing")
     assert (status, out) == (2, "")
