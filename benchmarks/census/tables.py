@@ -34,8 +34,8 @@ def page(outcomes: Iterable[Outcome], versions: Iterable[str], *, missing: int) 
         seconds += outcome.seconds
         by_source[outcome.source].append(outcome)
     made = f"{', '.join(versions)}; {seconds / 60:.0f} minutes of processor time"
-    if missing:
-        made += f". {missing} items are not made yet: the same command goes on with them"
+    if missing:  # so that the time of all is not known
+        made = f"{', '.join(versions)}. {missing} items are not made yet: the same command goes on with them"
     lines = [_HEAD, f"{made}.", "", *_counts(by_source)]
     for source, members in by_source.items():
         lines += ["", f"## {source[0].upper()}{source[1:]}", ""]
