@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,8 @@ from benchmarks import padding
 from benchmarks.padding import FAMILIES, FORMS, REAL
 from ess_monitor import CaptureConfig, MonitorConfig, profile
 from ess_monitor.records import Reading
+from tests.ess.kinds import KINDS
+from tests.programs import ROOT, run_program
 
 pytest.importorskip("transformers")
 
@@ -60,3 +65,10 @@ def assert_same(one: Reading, other: Reading) -> None:
     names = ("status", "length", "positions", "operators", "effective_size", "state_capacity", "attainable_size")
     assert [getattr(one, name) for name in names] == [getattr(other, name) for name in names]
     assert one.far_share_ratio == pytest.approx(other.far_share_ratio, rel=1e-5)
+
+
+def test_on_an_accelerator_the_crop_is_the_same_and_the_host_reads_nothing(tmp_path: Path) -> None:
+    run = run_program(["-m", "tests.capture.crop_on_second_device"], tmp_path, cwd=ROOT)
+    found = json.loads(run.stdout)
+    assert set(found) == set(KINDS)
+    assert all(difference < 1e-12 and reads == [] for difference, reads in found.values()), found
