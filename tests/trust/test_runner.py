@@ -151,7 +151,6 @@ def test_the_command_line_selects_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.count("healthy") == 2
 
 
-@pytest.mark.skipif(not RECORDED.exists(), reason="no results are recorded yet")
 def test_the_recorded_results_are_of_this_catalog_and_of_the_defaults() -> None:
     results = read_results(RECORDED)
     assert missing(CATALOG, results) == [], "the catalog or the defaults have changed: run and record again"
