@@ -209,11 +209,11 @@ KEYS = [
 
 
 @pytest.mark.parametrize("featurizer", ["wla", "s6"])
-def test_the_keys_of_state_version_1_are_those_of_0_1_and_the_trial(featurizer: str) -> None:
+def test_the_keys_of_state_version_1_are_those_of_0_1_the_trial_and_the_name_of_the_loss(featurizer: str) -> None:
     run = Run(featurizer)
     run.measure(COLLAPSED)
     state = run.pilot.state_dict()
-    assert list(state) == ["version", "spent", "given_up", "told", "settings", "treatments"]
+    assert list(state) == ["version", "spent", "given_up", "told", "settings", "loss", "treatments"]
     [treated] = state["treatments"]
     assert list(treated) == KEYS
     if featurizer == "wla":
