@@ -194,8 +194,8 @@ class CallbackBase:
         state = self._state_to_go_on_from(model, facts.step)
         if state is not None:
             monitor.load_state_dict(state)
-        present = monitor.state_dict()
-        if facts.step and present["step"] < facts.step:  # the steps in between were made without the monitor
+        # The steps in between, if any, were made without the monitor.
+        if facts.step and (present := monitor.state_dict())["step"] < facts.step:
             monitor.load_state_dict({**present, "step": facts.step})
         monitor.start()
         self.monitor, self._state = monitor, None

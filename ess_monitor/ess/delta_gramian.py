@@ -218,7 +218,7 @@ class _Windows:
         missing = -length % parts
         joined = cls.looped(steps.in_parts(parts, missing), batch, heads)
         for _ in range(joins):
-            newer, older = joined.every_other(0), joined.every_other(1)
+            newer, older = joined.at(slice(0, None, 2)), joined.at(slice(1, None, 2))
             size = older.rows.shape[-2]
             carried = newer.applied_to(torch.cat([older.rows, older.left], dim=-2))
             joined = _Windows(
@@ -255,10 +255,7 @@ class _Windows:
         rows, carried_left = carried.permute(1, 2, 3, 4, 0, 5).unbind(0)
         return cls(rows, carried_left, reads.permute(1, 2, 3, 0, 4), decayed[..., None, :], squares)
 
-    def every_other(self, first: int) -> _Windows:
-        return _Windows(*(tensor[:, :, first::2] for tensor in (self.rows, self.left, self.right, self.decay)))
-
-    def at(self, window: int) -> _Windows:
+    def at(self, window: int | slice) -> _Windows:
         return _Windows(*(tensor[:, :, window] for tensor in (self.rows, self.left, self.right, self.decay)))
 
     def carry_gramians_(self, gramians: Tensor, window: int) -> None:

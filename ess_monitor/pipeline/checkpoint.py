@@ -169,6 +169,11 @@ def read_state(state: Any) -> dict[str, Any]:
         ) from None
 
 
+def has_settings(replays: Mapping[str, Any], evidence: BaseModel) -> bool:
+    """Return whether the `replays` of a state are under these settings of the evidence, or older than such states."""
+    return replays["settings"] in (None, evidence.model_dump(mode="json"))
+
+
 def match_layers(saved: Iterable[str], present: Collection[str]) -> dict[str, str]:
     """Return which layer of this model each layer of a state is, by their names.
 

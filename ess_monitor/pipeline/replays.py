@@ -26,7 +26,7 @@ from ess_monitor.evidence.counterfactual import (
 from ess_monitor.evidence.data_parallel import why_not_alone
 from ess_monitor.evidence.state_reduction import can_reduce
 from ess_monitor.evidence.verdict import add_changes
-from ess_monitor.pipeline.checkpoint import changes_from_state, changes_state
+from ess_monitor.pipeline.checkpoint import changes_from_state, changes_state, has_settings
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.records import Changes
 
@@ -137,7 +137,7 @@ class Replays:
         self._counterfactuals, self._sums = {}, {}
         self.ask(suspects, full, trials, begins_at)
         sums = changes_from_state(saved["sums"])
-        same_settings = saved["settings"] in (None, self._context.config.evidence.model_dump(mode="json"))
+        same_settings = has_settings(saved, self._context.config.evidence)
         if same_settings and sums.keys() == self._sums.keys():
             self._sums, self._left, self._begins_at = sums, saved["left"], saved["begins_at"]
         else:  # taken with a sample that is still to be judged, or asked for by other settings

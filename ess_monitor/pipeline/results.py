@@ -14,6 +14,7 @@ from ess_monitor.evidence.verdict import weigh, weigh_state
 from ess_monitor.interventions import Autopilot
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.remedy import GradScale
+from ess_monitor.pipeline.checkpoint import has_settings
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.records import (
     MEASURED,
@@ -169,7 +170,7 @@ class ResultHandler:
         except CheckpointError:
             self._tracker.load_state_dict(before)
             raise
-        if state["replays"]["settings"] not in (None, evidence.model_dump(mode="json")):
+        if not has_settings(state["replays"], evidence):
             self._tracker.forget_evidence()  # it was weighed by other thresholds
         for treatment in () if evidence.enabled else self.autopilot.active:
             treatment.trial = None  # nothing is compared any more
