@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,15 +57,14 @@ def _device() -> Path:
     return Path(os.ttyname(os.openpty()[1]))
 
 
-def _bound(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(os.path.relpath(path))  # addresses are short
+def _socket(path: Path) -> None:
+    os.mknod(path, stat.S_IFSOCK | 0o600)  # a bound socket's address would have to be shorter than such a path can be
 
 
 KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "folder": (Path.mkdir, "is a folder, not a file"),
     "pipe": (os.mkfifo, "is a named pipe, not a file"),
-    "socket": (_bound, "is a socket, not a file"),
+    "socket": (_socket, "is a socket, not a file"),
     "link to a pipe": (lambda path: (os.mkfifo(path.with_name("p")), path.symlink_to("p")), "is a named pipe, not"),
     "link to a device": (lambda path: path.symlink_to(_device()), "is a device, not a file"),
     "link to itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
