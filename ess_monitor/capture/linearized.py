@@ -79,7 +79,7 @@ def linearized(call: Call) -> LazyOperator:
     def form(samples: slice, heads: Sequence[int], tokens: int) -> Operator:
         alone = running_alone()
         inputs = alone.inputs if is_indivisible else alone.inputs[samples, :tokens]
-        return JacobianOperator(inputs[:, None], alone)
+        return JacobianOperator(inputs[:, None], alone, is_divisible=not is_indivisible)
 
     return LazyOperator(batch, 1, length, form, is_indivisible=is_indivisible)
 

@@ -141,6 +141,39 @@ def test_a_layer_of_ones_own_keeps_its_other_arguments(scaled: bool) -> None:
     torch.testing.assert_close(values[:, 0, 0, :5], expected[:, :5], rtol=1e-6, atol=1e-8)
 
 
+class Masked(nn.Module):
+    """Attention of one's own with a mask of padding, which is one more tensor of the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = torch.ones(x.shape[1], x.shape[1]).triu(1).bool() | (attention_mask[:, None] == 0)
+        return (self.inner(x) @ x.mT).masked_fill(hidden, -1e4).softmax(-1) @ torch.tanh(x)
+
+
+@pytest.mark.parametrize(
+    "real", [((0, 9), (0, 9)), ((3, 12), (3, 12)), ((0, 12), (4, 12))], ids=["after", "before", "one"]
+)
+def test_padded_rows_have_the_rank_of_the_block_of_their_real_tokens(real: tuple[tuple[int, int], ...]) -> None:
+    torch.manual_seed(0)
+    layer, u, mask = Masked(), torch.randn(2, 12, 5), torch.zeros(2, 12)
+    for row, (start, stop) in enumerate(real):
+        mask[row, start:stop] = 1
+    [reading] = profile(
+        layer, u, attention_mask=mask, config=CONFIG.model_copy(update={"positions": "midpoint"})
+    ).readings
+    assert reading.status == "ok", reading.message
+    exact, ranks = layer.double(), []
+    for row, (start, stop) in enumerate(real):
+        J = full_jacobian(lambda v, row=row: exact(v, mask[row : row + 1]), u[row : row + 1].double())[0]
+        J, middle = J.reshape(12, 5, 12, 5), start + (stop - start) // 2
+        block_of_real = J[middle:stop, :, start:middle].reshape((stop - middle) * 5, -1)
+        ranks.append(int((torch.linalg.svdvals(block_of_real) > 1e-3).sum()))
+    assert reading.effective_size == pytest.approx(sum(ranks) / 2)
+
+
 class Products(nn.Module):
     """Attention of one's own, called with the same tensor three times."""
 

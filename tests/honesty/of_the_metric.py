@@ -62,7 +62,13 @@ ESS: dict[str, Case] = {
     ),
     "JacobianOperator": Case(
         lambda **given: ess.measure(ess.JacobianOperator(**given), [3]),
-        lambda: {"inputs": floats(1, 1, 6, 2), "function": lambda u: u.cumsum(1), "tolerance": 0.1, "largest": 4},
+        lambda: {
+            "inputs": floats(1, 1, 6, 2),
+            "function": lambda u: u.cumsum(1),
+            "tolerance": 0.1,
+            "largest": 4,
+            "is_divisible": True,
+        },
     ),
     "ReadFirstRecurrence": Case(
         lambda **given: used(ess.ReadFirstRecurrence(**given)), lambda: _vectors("log_decay", "b", "c")

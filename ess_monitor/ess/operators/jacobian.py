@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from torch import Tensor
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.operators.base import Operator
-from ess_monitor.ess.operators.fields import check_floating
+from ess_monitor.ess.operators.fields import Tokens, check_floating
 from ess_monitor.ess.products import Function, JacobianProducts
 from ess_monitor.ess.range_finder import Found, singular_values_by_products
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _PROBES = 16
 
@@ -35,6 +39,8 @@ class JacobianOperator(Operator):
             during `singular_values`.
         tolerance: tau, above which all singular values are to be found.
         largest: how many singular values are looked for at most.
+        is_divisible: whether f takes fewer samples and tokens than `inputs` has. If not, as with other arguments for
+            each of them, those not selected keep their inputs: H_i is a block of the whole Jacobian.
 
     Raises:
         OperatorError: `inputs` has another shape or dtype, or `largest` is below 1. In `singular_values`: f cannot be
@@ -53,6 +59,7 @@ class JacobianOperator(Operator):
     function: Function
     tolerance: float = 1e-3
     largest: int = 256
+    is_divisible: bool = True
     unit_rows: bool = field(default=False, init=False)
     found: dict[int, Found] = field(default_factory=dict, init=False, repr=False)
     """By position: what the last call of `singular_values` found, and how certain it is."""
@@ -60,6 +67,7 @@ class JacobianOperator(Operator):
     """The products of that call."""
 
     def __post_init__(self) -> None:
+        validation.flag("is_divisible", self.is_divisible)
         check_floating("inputs", self.inputs, "(batch, 1, length, D)", 4)
         if self.inputs.is_meta:
             raise OperatorError("inputs is on the device meta, without values; a layer is linearized at real ones.")
@@ -88,6 +96,14 @@ class JacobianOperator(Operator):
 
     def _capacity_at(self, position: int) -> int:
         return self.block_size * position
+
+    def _narrow(self, samples: Sequence[int] | None, heads: Sequence[int] | None, tokens: Tokens | None) -> Self:
+        few = super()._narrow(samples, heads, tokens)
+        if self.is_divisible or (samples is None and tokens is None):
+            return few
+        if isinstance(tokens, Tensor):
+            raise OperatorError("f takes all tokens of inputs at once, so it cannot be cut at tokens of a device.")
+        return replace(few, function=_part(self.function, self.inputs[:, 0], samples, tokens or slice(None)))
 
     def _materialize(self) -> Tensor:
         """Return J: (batch, 1, E L, D L). Costs E L products."""
@@ -146,3 +162,16 @@ class JacobianOperator(Operator):
         images = products.forward(torch.randn(shape, generator=generator, dtype=torch.float64).to(self.inputs))
         squares = images.square().mean((0, 3)).unsqueeze(-1)
         return squares.rsqrt().masked_fill_(squares == 0, 0.0)
+
+
+def _part(function: Function, whole: Tensor, samples: Sequence[int] | None, tokens: slice) -> Function:
+    """Return `function` as one of some samples and neighboring tokens; the others stay as they are in `whole`."""
+    rows = torch.arange(len(whole)) if samples is None else torch.tensor(list(samples))
+    rows = rows.to(whole.device)
+    start, stop, _ = tokens.indices(whole.shape[1])
+
+    def part(inputs: Tensor) -> Tensor:
+        filled = torch.cat((whole[rows, :start], inputs, whole[rows, stop:]), 1)
+        return function(whole.index_copy(0, rows, filled))[rows, start:stop]
+
+    return part
