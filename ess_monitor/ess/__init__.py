@@ -24,6 +24,8 @@ from ess_monitor.ess.operators.dense import DenseOperator
 from ess_monitor.ess.operators.jacobian import JacobianOperator
 from ess_monitor.ess.operators.recurrence import DiagonalRecurrence, ReadFirstRecurrence
 from ess_monitor.ess.positions import Bounds, ess_bounds, midpoint_index, operator_positions
+from ess_monitor.ess.realization.energy import causal_singular_values, tail_energy, truncation_errors
+from ess_monitor.ess.realization.realize import Realization, realize
 
 __all__ = [
     "Aggregation",
@@ -38,9 +40,11 @@ __all__ = [
     "Measured",
     "Operator",
     "ReadFirstRecurrence",
+    "Realization",
     "SoftmaxAttention",
     "ToleranceScale",
     "aggregate",
+    "causal_singular_values",
     "complex_recurrence",
     "decay_product_norm",
     "entropy_ess",
@@ -50,7 +54,10 @@ __all__ = [
     "measure",
     "midpoint_index",
     "operator_positions",
+    "realize",
     "retention",
     "retention_ratio",
+    "tail_energy",
     "tolerance_ess",
+    "truncation_errors",
 ]

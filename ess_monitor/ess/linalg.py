@@ -1,4 +1,4 @@
-"""Guards the two factorizations of the metric against NaN, Inf and failed convergence.
+"""Guards the factorizations of the metric against NaN, Inf and failed convergence.
 
 Everything is computed in float64, also for float32 and half inputs: batched LAPACK on matrices of this size is not
 slower in float64, sums of thousands of log decays stay exact, and the singular values far below the largest, which
@@ -66,6 +66,33 @@ def singular_values_(matrix: Tensor) -> Tensor:
         each = [_stubborn_singular_values(one) for one in matrix.reshape(-1, *matrix.shape[-2:])]
         values = torch.stack(each).reshape(*matrix.shape[:-2], -1)
     return values.masked_fill_(broken.squeeze(-1), torch.nan)
+
+
+def singular_vectors_(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return singular values, descending, and right singular vectors V. (..., m, n) -> (..., k), (..., n, k).
+
+    k is min(m, n). Overwrites `matrix` where it is not finite. There, and where no driver converges, the values are NaN
+    and V is 0.
+    """
+    broken = _clear_nonfinite_(matrix)
+    try:
+        _, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    except LinAlgError:
+        each = [_stubborn_singular_vectors(one) for one in matrix.reshape(-1, *matrix.shape[-2:])]
+        values, right = (
+            torch.stack(parts).reshape(*matrix.shape[:-2], *parts[0].shape) for parts in zip(*each, strict=True)
+        )
+    unknown = broken | values.isnan().any(-1)[..., None, None]
+    return values.masked_fill(unknown.squeeze(-1), torch.nan), right.mT.masked_fill(unknown, 0.0)
+
+
+def _stubborn_singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        _, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    except LinAlgError:
+        size = min(matrix.shape)
+        return matrix.new_full((size,), torch.nan), matrix.new_zeros((size, matrix.shape[1]))
+    return values, right
 
 
 def _clear_nonfinite_(matrix: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.ess.Bounds",
             "ess_monitor.ess.FarShare",
             "ess_monitor.ess.Measured",
+            "ess_monitor.ess.Realization",
             "ess_monitor.interventions.AlphaAdvice",
             "ess_monitor.interventions.AlphaCopy",
             "ess_monitor.report.RunHistory",

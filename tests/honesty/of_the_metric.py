@@ -54,6 +54,14 @@ ESS: dict[str, Case] = {
     "DenseOperator": Case(
         lambda **given: used(ess.DenseOperator(**given)), lambda: {"T": floats(1, 2, 6, 6).tril(), "block_size": 2}
     ),
+    "causal_singular_values": Case(ess.causal_singular_values, lambda: {"operator": recurrence(), "positions": [1, 3]}),
+    "tail_energy": Case(ess.tail_energy, lambda: {"operator": recurrence(), "sizes": [0, 2], "positions": [1, 3]}),
+    "truncation_errors": Case(
+        ess.truncation_errors, lambda: {"realization": ess.realize(recurrence()), "sizes": [0, 2]}
+    ),
+    "realize": Case(ess.realize, lambda: {"operator": recurrence(), "size": 2}),
+    "Realization.outputs": Case(ess.realize(recurrence()).outputs, lambda: {"inputs": floats(1, 2, 6, 1, 3)}),
+    "Realization.truncated": Case(ess.realize(recurrence()).truncated, lambda: {"size": 2}),
     "complex_recurrence": Case(
         lambda **given: used(ess.complex_recurrence(**given)), lambda: _vectors("log_decay", "b", "c")
     ),

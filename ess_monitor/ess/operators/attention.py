@@ -115,6 +115,11 @@ class SoftmaxAttention(Operator):
     def _capacities(self, positions: Sequence[int]) -> Tensor:
         if self.mask is None:
             return super()._capacities(positions)
+        return self._stored(positions).float().mean((0, 1))
+
+    def _stored(self, positions: Sequence[int]) -> Tensor:
+        if self.mask is None:
+            return super()._stored(positions)
         token = torch.arange(self.length, device=self.device)
         keep = kept_by(self.mask).expand(-1, -1, -1, self.length)
         if keep.shape[2] == 1:
@@ -123,7 +128,7 @@ class SoftmaxAttention(Operator):
             last_reader = torch.where(keep.tril(), token[:, None].int(), -1).amax(2)
         place = index_tensor(positions, self.device)[:, None]
         held = (last_reader[:, :, None] >= place) & (token < place)
-        return held.sum(3, dtype=torch.float32).mean((0, 1))
+        return held.sum(3)
 
     def finite(self) -> Tensor:
         finite = all_finite(self.q) & self._per_head(all_finite(self.k))

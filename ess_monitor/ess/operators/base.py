@@ -26,6 +26,8 @@ from ess_monitor.ess.segments import UNKNOWN, spans
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from ess_monitor.ess.realization.state_space import StateSpace
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operator(ABC):
@@ -264,6 +266,17 @@ class Operator(ABC):
         Broadcastable to (batch, heads), in the working dtype. Entries of operators that are not finite may hold
         anything.
         """
+
+    def _state_space(self) -> StateSpace | None:
+        """Return the recurrence of a fixed state that T comes from, without regard to segments; None: there is none."""
+        return None
+
+    def _stored(self, positions: Sequence[int]) -> Tensor:
+        """Return how many inputs the trivial realization stores (B.2.3 of the paper).
+
+        Broadcastable to (batch, heads, positions).
+        """
+        return index_tensor([self.block_size * i for i in positions], self.device)[None, None]
 
     @abstractmethod
     def _unit_rows(self) -> Operator:

@@ -36,6 +36,7 @@ from ess_monitor.ess.operators.fields import (
     per_head,
 )
 from ess_monitor.ess.positions import LONGEST
+from ess_monitor.ess.realization.state_space import StateSpace, last_inputs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,6 +88,13 @@ class Convolution(Operator):
     @torch.no_grad()
     def _materialize(self) -> Tensor:
         return _toeplitz(self.kernel.to(self.result_dtype), self.length)
+
+    def _state_space(self) -> StateSpace | None:
+        one = self.kernel.new_ones((1, 1, 1))
+        return _state_space(self.kernel, self.length, one, one)
+
+    def _stored(self, positions: Sequence[int]) -> Tensor:
+        return _stored(positions, self.kernel)
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         values = _hankel_singular_values(self.kernel.flatten(0, 1), self.length, positions)
@@ -168,6 +176,12 @@ class GatedConvolution(Operator):
         operator = self.c.to(dtype)[..., :, None] * _toeplitz(self.kernel.to(dtype), self.length)
         return operator * self.b.to(dtype)[..., None, :]
 
+    def _state_space(self) -> StateSpace | None:
+        return _state_space(self.kernel, self.length, self.b, self.c)
+
+    def _stored(self, positions: Sequence[int]) -> Tensor:
+        return _stored(positions, self.kernel)
+
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         b, kernel, c = (pairs(tensor, self.batch, self.heads) for tensor in (self.b, self.kernel, self.c))
         values = _hankel_singular_values(kernel, self.length, positions, gates=(b, c))
@@ -218,6 +232,19 @@ def _used_taps(kernel: Tensor, tokens: Tokens | None) -> Tensor:
 def _capacity(state_size: int | None, position: int, taps: int) -> int:
     """Return TSS: the state the kernel comes from, or else the last K - 1 inputs, or all so far."""
     return min(position, taps - 1) if state_size is None else state_size
+
+
+def _state_space(kernel: Tensor, length: int, b: Tensor, c: Tensor) -> StateSpace | None:
+    """Return the recurrence that holds the last K - 1 inputs; None where these are most of the sequence."""
+    taps = kernel[..., :length]
+    if 2 * (taps.shape[2] - 1) > length:
+        return None
+    dtype = working_dtype(kernel.device)
+    return last_inputs(length, taps.to(dtype), b.to(dtype), c.to(dtype))
+
+
+def _stored(positions: Sequence[int], kernel: Tensor) -> Tensor:
+    return index_tensor([min(i, kernel.shape[2] - 1) for i in positions], kernel.device)[None, None]
 
 
 def _hankel_singular_values(

@@ -19,6 +19,7 @@ from ess_monitor.ess.delta_gramian import (
 from ess_monitor.ess.linalg import result_dtype
 from ess_monitor.ess.operators.fields import check_floating
 from ess_monitor.ess.operators.recurrence import VECTOR_SHAPE, DiagonalRecurrence, Recurrence, resets
+from ess_monitor.ess.realization.state_space import StateSpace, diagonal_plus_rank_one
 from ess_monitor.ess.row_squares import Windows, row_squares, split_row_squares
 
 
@@ -133,6 +134,15 @@ class DeltaRecurrence(Recurrence):
     @property
     def _windows(self) -> Windows:
         return delta_windows(self.transitions, self.q, self.batch, self.heads)
+
+    def _state_space(self) -> StateSpace:
+        steps = self.transitions.steps(lambda tensor: tensor)
+        decay = steps.decay.expand(-1, -1, self.length, self.state_size)
+        q = self.q.to(decay.dtype)
+        read = q * decay + (q * steps.left).sum(-1, keepdim=True) * steps.right  # q^T A
+        return StateSpace(
+            diagonal_plus_rank_one(decay, steps.left, steps.right), steps.entering, read, (q * steps.entering).sum(-1)
+        )
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return delta_singular_values(self.transitions, self.q, positions, self.batch, self.heads)

@@ -16,6 +16,7 @@ from ess_monitor.ess.gramian import recurrence_singular_values
 from ess_monitor.ess.linalg import result_dtype, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import all_finite, check_batch_and_heads, check_floating, check_same_device
+from ess_monitor.ess.realization.state_space import StateSpace, diagonal
 from ess_monitor.ess.row_squares import Windows, diagonal_windows, row_squares, split_row_squares
 
 VECTOR_SHAPE = "(batch, heads, length, state)"
@@ -173,6 +174,16 @@ class DiagonalRecurrence(Recurrence):
         fields = (self.log_decay, self.b, self.c)
         return diagonal_windows(*fields, longest, self.batch, self.heads, present=present)
 
+    def _state_space(self) -> StateSpace:
+        decay, b, c = self._vectors_of_tokens()
+        return StateSpace(diagonal(decay), b, c * decay, (b * c).sum(-1))
+
+    def _vectors_of_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the decays, b and c of every token, (batch|1, heads|1, length, state), in the working dtype."""
+        dtype = working_dtype(self.device)
+        decay, b, c = (tensor.to(dtype) for tensor in (self.log_decay, self.b, self.c))
+        return decay.exp().expand(-1, -1, self.length, self.state_size), b, c
+
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return recurrence_singular_values(self.log_decay, self.b, self.c, positions, self.batch, self.heads)
 
@@ -207,6 +218,11 @@ class ReadFirstRecurrence(DiagonalRecurrence):
 
     def _windows(self, longest: int, *, present: bool = False) -> Windows:
         return self._updated_first()._windows(longest, present=present)
+
+    def _state_space(self) -> StateSpace:
+        decay, b, c = self._vectors_of_tokens()
+        c = c.masked_fill(self.log_decay.isneginf(), 0.0)
+        return StateSpace(diagonal(decay), b, c, torch.zeros_like(b * c).sum(-1))
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return self._updated_first()._raw_singular_values(positions)
