@@ -5,7 +5,8 @@ from ess_monitor.capture.check import CaptureCheck, check_capture
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, Transition
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.registry import register_capture
-from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
+from ess_monitor.capture.rotation import CaptureConfig
+from ess_monitor.capture.sampler import Captured, CaptureFailure, Sampler
 from ess_monitor.capture.spec import CaptureSpec
 from ess_monitor.capture.token_probe import TokenProbe
 

@@ -20,7 +20,8 @@ from ess_monitor.capture.layers import (
     layer_infos,
     skipped_of_libraries,
 )
-from ess_monitor.capture.sampler import CaptureConfig, Captured, CaptureFailure, Sampler
+from ess_monitor.capture.rotation import CaptureConfig
+from ess_monitor.capture.sampler import Captured, CaptureFailure, Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
 

@@ -11,6 +11,14 @@ from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.records import Status
 
 _STATES = ("initial_state", "recurrent_state", "initial_states", "cache_params", "past_key_values", "past_key_value")
+SEVERAL_CALLS = (
+    "calls its op more than once in one forward pass, so that its y is not T u with the T of one of the calls; give "
+    "each call a module of its own, or leave the layer out with `layers`"
+)
+SPREAD = (
+    "it runs inside context_parallel, where a process has some of the tokens only, so its state is spread over all "
+    "of them; measure without context parallelism, or train without the monitor"
+)
 TRANSFORMED = (
     "the model runs inside of a transform of torch.func (vmap, grad, jvp), where its tensors stand for many; call it "
     "without the transform to measure it"

@@ -1,9 +1,57 @@
-"""Choose the heads and rows of a sample, and how many of them, so that all have their turn.
+"""Choose the heads, rows and tokens of a sample, and how many of them, so that all have their turn.
 
-The choice depends on the number of the sample alone: a resumed run and all ranks make the same one.
+The choice depends on shapes and the number of the sample alone: a resumed run and all ranks make the same one.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ess_monitor.capture.causality.claims import collecting
+from ess_monitor.capture.spec import LazyOperator
+from ess_monitor.ess import Operator, SoftmaxAttention
+from ess_monitor.ess.operators.recurrence import Recurrence
+
+SHORT = 1024
+"""Tokens of a sequence that is taken whole whatever its kind, and of a crop of a longer one."""
+
+ATTENTION_KEYS = 2**15
+"""Tokens up to which attention is looked at: with 1024 rows as many entries as 32 operators of 1024 tokens."""
+
+
+class CaptureConfig(BaseModel):
+    """Sets how much of one forward pass is copied. The defaults keep a sample at a few megabytes and milliseconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(default=4, ge=1)
+    """Sequences of the batch, rotating through all of its rows over the samples. The paper averages over 8; 4 with 4
+    heads gives as many operators at half the memory."""
+    heads: int | None = Field(default=4, ge=1)
+    """Heads (or channels) per layer and sample, rotating through all of them over the samples; None takes all."""
+    max_length: Annotated[int, Field(ge=2)] | Literal["auto"] | None = "auto"
+    """Tokens from the start of the sequence: of a padded or packed row, from that of its longest one (on an accelerator
+    it is looked for in the first 8192 tokens of the row). T is causal, so the crop is the exact operator of a shorter
+    sequence; None takes the whole sequence. "auto", because collapse shows with length: up to 1024 tokens all; of
+    longer sequences a recurrence is taken whole, in as many samples and heads as `max_bytes` allow, of attention 1024
+    rows with all keys before them, at another place in each sample (within 32,768 tokens), of other kinds 1024
+    tokens."""
+    max_bytes: int = Field(default=64 * 2**20, ge=2**20)
+    """Bytes of one layer that a sample holds, where `max_length` is "auto" and sequences are longer than 1024 tokens.
+    64 MB are 87,000 tokens of one head of GLA with n = 64 in float32."""
+    unknown: Literal["skip", "jacobian"] = "skip"
+    """What becomes of a layer that mixes tokens and that no reader knows (LSTM, GRU, a class of your own). "skip": it
+    is listed with the reason. "jacobian": a copy is linearized at the sampled input, and its memory is the rank of
+    d y[i:] / d u[:i] (`ess_monitor.ess.JacobianOperator`). It costs hundreds of forward passes of the layer, beside the
+    training, and the interval between samples stretches to keep the budget; `positions: midpoint` takes a third."""
+    source: Literal["train", "validation", "random_tokens"] = "train"
+    """What is sampled: batches the model trains on (the forward pass that gets a backward pass; no rollout, evaluation
+    or teacher, in whatever mode), batches it is validated on, or random tokens that are sent through it for this
+    purpose (models with a token embedding; costs a forward pass of `samples` sequences). Data with few
+    distinct tokens cap the ESS; random ones lift the cap: collapsed WLA runs show .15-.18 of TSS, rescued ones .6."""
 
 
 def rotate_heads(total: int, take: int | None, turn: int) -> tuple[int, ...]:
@@ -32,6 +80,19 @@ def rotate_rows(total: int, take: int, turn: int) -> slice:
     return slice(start, start + reach, apart)
 
 
+def rotate_window(length: int, take: int, turn: int) -> int:
+    """Return where a window of `take` tokens ends: anywhere in the sequence, evenly over many turns, in no period.
+
+    The first one is at the start. Multiples of the golden ratio fall into the gaps that the earlier ones left, whatever
+    the numbers of heads and rows that rotate beside it.
+
+    >>> [rotate_window(4096, 1024, turn) for turn in range(4)]
+    [1024, 2923, 1749, 3648]
+    """
+    share = turn * 0x9E3779B97F4A7C15 % 2**64
+    return take + (share * (length - take + 1) >> 64)
+
+
 def share_of(count: int, share: float) -> int:
     """Return `share` of `count`, and at least one.
 
@@ -39,3 +100,84 @@ def share_of(count: int, share: float) -> int:
     (4, 2, 1)
     """
     return max(1, int(count * share))
+
+
+class Size(NamedTuple):
+    """How much is copied of one layer."""
+
+    samples: int
+    heads: int
+    length: int
+    """Tokens from the start of the sequence."""
+
+
+def fitting(wanted: Size, token_bytes: int, max_bytes: int) -> Size:
+    """Return the largest part of `wanted` within `max_bytes`, of `token_bytes` for each token of one sample and head.
+
+    Samples step down first, then heads, then tokens.
+
+    >>> fitting(Size(4, 4, 4096), 768, 2**26), fitting(Size(4, 4, 16384), 768, 2**26)
+    (Size(samples=4, heads=4, length=4096), Size(samples=1, heads=4, length=16384))
+    >>> fitting(Size(4, 4, 65536), 768, 2**26), fitting(Size(4, 4, 2**20), 768, 2**26)
+    (Size(samples=1, heads=1, length=65536), Size(samples=1, heads=1, length=87381))
+    """
+    tokens = max_bytes // max(1, token_bytes)
+    return _stepped_down(wanted, tokens // wanted.length)._replace(length=max(2, min(wanted.length, tokens)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Says what a sample takes of one layer."""
+
+    samples: slice
+    heads: tuple[int, ...]
+    length: int
+    """Tokens from the start of the sequence."""
+    window: int | None = None
+    """Tokens at the end of these among which positions are placed. None: all."""
+
+
+def part_of(whole: Operator | LazyOperator, config: CaptureConfig, share: float, turn: int) -> Part:
+    """Return what a sample takes of an operator.
+
+    Args:
+        whole: the operator of all samples, heads and tokens.
+        config: how much of it at most.
+        share: of the samples and heads of `config`; 0 for one of each.
+        turn: number of the sample.
+    """
+    most = whole.heads if config.heads is None else min(config.heads, whole.heads)
+    limit = config.max_length if isinstance(config.max_length, int) else whole.length
+    samples = share_of(min(config.samples, whole.batch), share)
+    size, window = Size(samples, share_of(most, share), min(limit, whole.length)), None
+    if config.max_length == "auto" and whole.length > SHORT:
+        size, window = _of_long(whole, size, turn, config.max_bytes)
+    heads, rows = rotate_heads(whole.heads, size.heads, turn), rotate_rows(whole.batch, size.samples, turn)
+    return Part(rows, heads, size.length, window)
+
+
+def _of_long(whole: Operator | LazyOperator, wanted: Size, turn: int, max_bytes: int) -> tuple[Size, int | None]:
+    crop = wanted._replace(length=SHORT)
+    if getattr(whole, "is_indivisible", False) or getattr(whole, "shift_invariant", False):
+        return crop, None
+    with collecting():  # statements about two tokens are not those that count
+        two = whole.select(samples=slice(1), heads=(0,), length=2)
+    if isinstance(two, Recurrence):
+        each = [tensor.numel() * tensor.element_size() for tensor in two.tensors if tensor.shape[2] == 2]
+        return fitting(wanted, sum(each) // 2, max_bytes), None
+    if not isinstance(two, SoftmaxAttention):
+        return crop, None
+    tokens = sum(tensor.numel() * tensor.element_size() for tensor in (two.q, two.k)) // 2
+    square = 0 if two.mask is None or two.mask.shape[2] == 1 else two.mask.element_size()
+    reach = min(wanted.length, ATTENTION_KEYS)
+    while reach > SHORT and reach * (tokens + square * reach) > max_bytes:
+        reach = max(SHORT, reach // 2)
+    entries, copies = 2 * wanted.samples * wanted.heads * SHORT, max_bytes // (reach * (tokens + square * reach))
+    size = _stepped_down(wanted, min(entries // reach, copies))
+    return size._replace(length=rotate_window(reach, SHORT, turn)), SHORT
+
+
+def _stepped_down(wanted: Size, operators: int) -> Size:
+    """Return fewer samples, then fewer heads, which differ more, so that there are at most so many operators."""
+    heads = max(1, min(wanted.heads, operators))
+    return wanted._replace(samples=max(1, min(wanted.samples, operators // heads)), heads=heads)

@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ess_monitor import validation
@@ -28,9 +27,18 @@ from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
 from ess_monitor.capture.hooks.compiler import EagerStance
 from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.hooks.given_tokens import TokenWatch
-from ess_monitor.capture.ignored_calls import TRANSFORMED, UNTRAINED, Ignored, is_transformed, why_ignored, why_not_seen
+from ess_monitor.capture.ignored_calls import (
+    SEVERAL_CALLS,
+    SPREAD,
+    TRANSFORMED,
+    UNTRAINED,
+    Ignored,
+    is_transformed,
+    why_ignored,
+    why_not_seen,
+)
 from ess_monitor.capture.layers import Layer
-from ess_monitor.capture.rotation import rotate_heads, rotate_rows, share_of
+from ess_monitor.capture.rotation import CaptureConfig, part_of
 from ess_monitor.capture.training_pass import Candidate, TrainingPass
 from ess_monitor.distributed.context_parallel import tokens_are_spread
 from ess_monitor.errors import CaptureError, NotCausalError, format_error
@@ -38,32 +46,6 @@ from ess_monitor.ess import Operator
 from ess_monitor.records import Status
 
 logger = logging.getLogger("ess_monitor")
-
-
-class CaptureConfig(BaseModel):
-    """Sets how much of one forward pass is copied. The defaults keep a sample at a few megabytes and milliseconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    samples: int = Field(default=4, ge=1)
-    """Sequences of the batch, rotating through all of its rows over the samples. The paper averages over 8; 4 with 4
-    heads gives as many operators at half the memory."""
-    heads: int | None = Field(default=4, ge=1)
-    """Heads (or channels) per layer and sample, rotating through all of them over the samples; None takes all."""
-    max_length: int | None = Field(default=1024, ge=2)
-    """Tokens from the start of the sequence: of a padded or packed row, from that of its longest one (on an accelerator
-    it is looked for in the first 8192 tokens of the row). T is causal, so the crop is the exact operator of a shorter
-    sequence; None takes the whole sequence."""
-    unknown: Literal["skip", "jacobian"] = "skip"
-    """What becomes of a layer that mixes tokens and that no reader knows (LSTM, GRU, a class of your own). "skip": it
-    is listed with the reason. "jacobian": a copy is linearized at the sampled input, and its memory is the rank of
-    d y[i:] / d u[:i] (`ess_monitor.ess.JacobianOperator`). It costs hundreds of forward passes of the layer, beside the
-    training, and the interval between samples stretches to keep the budget; `positions: midpoint` takes a third."""
-    source: Literal["train", "validation", "random_tokens"] = "train"
-    """What is sampled: batches the model trains on (the forward pass that gets a backward pass; no rollout, evaluation
-    or teacher, in whatever mode), batches it is validated on, or random tokens that are sent through it for this
-    purpose (models with a token embedding; costs a forward pass of `samples` sequences). Data with few
-    distinct tokens cap the ESS; random ones lift the cap: collapsed WLA runs show .15-.18 of TSS, rescued ones .6."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +62,8 @@ class Captured:
     """id of each layer's module -> its calls in this forward pass of the model, complete once the pass is over."""
     length: int = 0
     """Tokens of a whole sequence."""
+    window: int | None = None
+    """Tokens at the end of `operator` among which positions are placed. None: all."""
     claims: tuple[Claim, ...] = ()
     """Statements about the call on which the reading rests, still to be looked at."""
     unproven: str = ""
@@ -108,15 +92,6 @@ class CaptureFailure:
 
 Taken = Captured | CaptureFailure
 """What a layer's call gave."""
-
-_SEVERAL_CALLS = (
-    "calls its op more than once in one forward pass, so that its y is not T u with the T of one of the calls; give "
-    "each call a module of its own, or leave the layer out with `layers`"
-)
-_SPREAD = (
-    "it runs inside context_parallel, where a process has some of the tokens only, so its state is spread over all "
-    "of them; measure without context parallelism, or train without the monitor"
-)
 
 
 class Sampler:
@@ -303,7 +278,7 @@ class Sampler:
         try:
             earlier = self._first.get(layer.name) or self._training.latest(layer.name)
             if earlier is not None and self._is_second_call(layer, call, earlier):
-                earlier.result = _failure(layer, CaptureError(_SEVERAL_CALLS))
+                earlier.result = _failure(layer, CaptureError(SEVERAL_CALLS))
             elif self._takes_any:
                 if layer.name not in self._first and (candidate := self._candidate(layer, call)) is not None:
                     self._first[layer.name] = candidate
@@ -344,7 +319,7 @@ class Sampler:
 
     def _take(self, layer: Layer, call: Call) -> Captured | None:
         if tokens_are_spread():
-            raise CaptureError(_SPREAD)
+            raise CaptureError(SPREAD)
         if is_transformed():
             raise CaptureError(TRANSFORMED)
         with collecting() as claims, torch.no_grad(), torch.autocast(_device_type(call), enabled=False):
@@ -353,12 +328,8 @@ class Sampler:
                 if call.output is not None:  # None: a placeholder of a fused op
                     self._ignored[layer.name] = why_ignored(call)
                 return None
-            most = whole.heads if self.config.heads is None else min(self.config.heads, whole.heads)
-            heads = rotate_heads(whole.heads, share_of(most, self.share), self.turn)
-            samples = share_of(min(self.config.samples, whole.batch), self.share)
-            rows = rotate_rows(whole.batch, samples, self.turn)
-            length = whole.length if self.config.max_length is None else min(whole.length, self.config.max_length)
-            few = self._tokens.select(call, whole, rows, heads, length, most=self.config.samples)
+            part = part_of(whole, self.config, self.share, self.turn)
+            few = self._tokens.select(call, whole, part.samples, part.heads, part.length, most=self.config.samples)
             operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
             if layer.spec.is_taught and layer.name not in self._checked:
                 self._checked.add(layer.name)
@@ -367,10 +338,11 @@ class Sampler:
         captured = Captured(
             layer,
             operator,
-            heads,
+            part.heads,
             whole.heads,
             self._tokens.calls,
             whole.length,
+            part.window,
             (*claims.pending, *(claim for claim in known or () if claim.holds.device == operator.device)),
             claims.unproven if known is None else "",
         )

@@ -79,7 +79,7 @@ def initial_ess(
     for seed in range(seeds):
         torch.manual_seed(seed)
         mixer = build_mixer(name, width, num_heads, size, **options)
-        length = config.capture.max_length or 0
+        length = config.capture.max_length if isinstance(config.capture.max_length, int) else 0
         inputs = make_inputs(mixer, InputKind.gaussian, batch=1, length=length, width=width, seed=seed)
         [reading] = profile(mixer, inputs, config=config).readings
         if reading.effective_size is None or reading.entropy_size is None:

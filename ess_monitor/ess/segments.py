@@ -23,6 +23,9 @@ UNKNOWN = -2
 HIDDEN_LOGIT = -1000.0
 """An additive mask below this leaves no weight: exp(-745) is already 0 in float64."""
 
+_MASK_ROWS = 1024
+"""Rows of an attention mask that are looked at together."""
+
 Span = tuple[int, int]
 """First token of a segment, and the one after its last."""
 
@@ -73,21 +76,35 @@ def of_mask(mask: Tensor) -> Tensor:
     >>> of_mask(packed[None, None])
     tensor([[0, 1, 1]])
     """
-    keep = kept_by(mask).any(1)
-    if keep.shape[1] == 1:
-        return of_real(keep[:, 0])
-    length = keep.shape[2]
+    if mask.shape[2] == 1:
+        return of_real(kept_by(mask).any(1)[:, 0])
+    length = mask.shape[3]
     token = torch.arange(length, device=mask.device)
-    sees_all = keep.all(2)
+    blocks = [slice(first, first + _MASK_ROWS) for first in range(0, length, _MASK_ROWS)]  # bounds what is held at once
+    kept = ((rows, kept_by(mask[:, :, rows]).any(1)) for rows in blocks)
+    seen = [(keep.all(2), keep[:, :, rows].diagonal(dim1=1, dim2=2)) for rows, keep in kept]
+    sees_all, itself = (torch.cat(each, 1) for each in zip(*seen, strict=True))
     # The last token of any sequence may attend to all: it is padding where the one before it is.
     is_filler = torch.cat([sees_all[:, :-1], sees_all[:, -2:].all(1, keepdim=True)], 1)
-    real = keep.diagonal(dim1=1, dim2=2) & ~is_filler
+    real = itself & ~is_filler
     # Nobody attends to himself, or everybody to all: such a mask does not say what is padding.
     real = real | ~real.any(1, keepdim=True)
-    past = keep & real[:, :, None] & real[:, None, :] & (token <= token[:, None])
-    last_reader = torch.where(past, token[:, None].int(), -1).amax(1)
+    last_reader = torch.full((mask.shape[0], length), -1, dtype=torch.int32, device=mask.device)
+    for rows in blocks:
+        readers = token[rows, None].int()
+        past = kept_by(mask[:, :, rows]).any(1) & real[:, rows, None] & real[:, None, :] & (token <= readers)
+        last_reader = torch.maximum(last_reader, torch.where(past, readers, -1).amax(1))
     is_passed = last_reader.cummax(1).values[:, :-1] >= token[1:]
     return torch.where(real, _numbered(~is_passed), PADDING)
+
+
+def of_neighbors(keep: Tensor) -> Tensor:
+    """Return segments (R, L) from what each token attends to of itself and of the one before it: (R, 2, L) bool.
+
+    >>> of_neighbors(torch.tensor([[[True, True, True, False], [False, True, False, False]]]))
+    tensor([[ 0,  0,  1, -1]])
+    """
+    return torch.where(keep[:, 0], _numbered(~keep[:, 1, 1:]), PADDING)
 
 
 def merged(given: Sequence[Tensor]) -> Tensor:

@@ -56,6 +56,13 @@ class _Placed:
 
     operator: Operator
     positions: tuple[int, ...]
+    first: int = 0
+    """Token from which on positions are placed."""
+
+    @property
+    def middle(self) -> int:
+        """Index of the position nearest the middle of the tokens from `first` on."""
+        return midpoint_index([i - self.first for i in self.positions], self.operator.length - self.first)
 
 
 def compute(captured: Captured, positions: Positions, tolerance: float, scale: ToleranceScale = "absolute") -> Results:
@@ -70,7 +77,8 @@ def compute(captured: Captured, positions: Positions, tolerance: float, scale: T
     with torch.no_grad():
         claims = {claim_name(k): claim.holds for k, claim in enumerate(getattr(captured, "claims", ()))}
         parts = captured.operator.longest_segments()
-        placed = _placed([part for part in parts if part.length > 1], positions)
+        window = getattr(captured, "window", None)
+        placed = _placed([part for part in parts if part.length > 1], positions, window)
         if not placed:
             longest = max((part.length for part in parts), default=0)
             return {**claims, "lengths": index_tensor([longest], captured.operator.device)}
@@ -83,7 +91,7 @@ def compute(captured: Captured, positions: Positions, tolerance: float, scale: T
             if len(each) == len(measured):
                 results[name] = torch.stack(each).sum(0) if name in _SUMS else torch.cat(each)
         # Beyond the smaller side of H_i there is only padding.
-        middle = midpoint_index(shortest.positions, shortest.operator.length)
+        middle = shortest.middle
         place = shortest.positions[middle]
         side = shortest.operator.block_size * min(place, shortest.operator.length - place)
         last = min(side, *(values.shape[2] for values in spectra))
@@ -94,22 +102,31 @@ def compute(captured: Captured, positions: Positions, tolerance: float, scale: T
         return {**results, **claims, "spectrum": spectrum[ranks], "spectrum_ranks": ranks + 1}
 
 
-def _placed(parts: Sequence[Operator], positions: Positions) -> list[_Placed]:
-    """Place as many positions in each segment, at the same shares of it; leave out segments too short for so many."""
+def _placed(parts: Sequence[Operator], positions: Positions, window: int | None = None) -> list[_Placed]:
+    """Place as many positions in each segment, at the same shares of it; leave out segments too short for so many.
+
+    With `window` they are placed among so many tokens at the end of each.
+    """
     if not parts:
         return []
-    longest = max(part.length for part in parts)
     if isinstance(positions, tuple):
         return [_Placed(part, positions) for part in parts]
+    seen = [(part, part.length if window is None else min(window, part.length)) for part in parts]
+    longest = max(tokens for _, tokens in seen)
     if positions == "midpoint":
-        return [_Placed(part, operator_positions(part.length, "midpoint")) for part in parts]
+        return [_among(part, tokens, "midpoint") for part, tokens in seen]
     if positions == "all":
         # All of the shortest, once those are left out whose number of positions says little of the others.
-        parts = [part for part in parts if 2 * part.length > longest]
-        number = min(part.length for part in parts) - 1
+        seen = [(part, tokens) for part, tokens in seen if 2 * tokens > longest]
+        number = min(tokens for _, tokens in seen) - 1
     else:
         number = len(operator_positions(longest, positions))
-    return [_Placed(part, operator_positions(part.length, number)) for part in parts if part.length > number]
+    return [_among(part, tokens, number) for part, tokens in seen if tokens > number]
+
+
+def _among(part: Operator, tokens: int, positions: Literal["midpoint"] | int) -> _Placed:
+    first = part.length - tokens
+    return _Placed(part, tuple(first + i for i in operator_positions(tokens, positions)), first)
 
 
 def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results:
@@ -119,7 +136,7 @@ def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results
     length, batch = operator.length, operator.batch
     measured = measure(operator, positions, tolerance=tolerance, tolerance_scale=scale)
     results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
-    middle = midpoint_index(positions, length)
+    middle = part.middle
     values = results.pop("singular_values")
     results["middle_values"] = values[:, :, middle]
     results["sizes"] = torch.stack([tolerance_ess(values, each).mean(-1) for each in _tolerances(tolerance)], dim=-1)
@@ -127,7 +144,7 @@ def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results
     results["state_capacity"] = measured.state_capacity.expand(batch, -1)
     results["positions"] = index_tensor(positions, operator.device).expand(batch, -1)
     results["lengths"] = index_tensor([length], operator.device).expand(batch)
-    distance = length // _FAR
+    distance = (length - part.first) // _FAR
     if isinstance(operator, JacobianOperator):
         results["at_most"] = torch.stack([operator.found[i].at_most(tolerance) for i in positions], dim=-1)
         results["products"] = torch.full((), operator.products[0].count, device=operator.device)
@@ -231,6 +248,7 @@ def reading(
         "layer": name,
         "operators": finite.numel(),
         "length": length,
+        "row_length": captured.length,
         "calls": captured.calls,
         "positions": positions,
         "tolerance": tolerance,
@@ -249,7 +267,8 @@ def reading(
         for held, i in zip(holds, places, strict=True)
     ]
     effective, mean_capacity = float(sizes.mean()), float(capacity.mean())
-    middle = min(range(len(positions)), key=lambda p: abs(positions[p] - length / 2))
+    first = 0 if captured.window is None else max(0, length - captured.window)
+    middle = min(range(len(positions)), key=lambda p: abs(positions[p] - (first + length) / 2))
     undecayed = results.get("undecayed_ess")
     measured = Reading(
         status="ok",

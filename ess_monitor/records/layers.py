@@ -59,6 +59,9 @@ class Reading(Record):
     length: int = 0
     """Tokens of a sequence after the length crop, without padding and without other sequences packed into the same row.
     Where lengths differ, those of the shortest sequence that was measured."""
+    row_length: int = 0
+    """Tokens of a row as the layer was given it. Of longer rows than `length` the first `length` tokens were seen, or
+    those of one sequence; 0 where it is not known."""
     calls: int = 1
     """How often the layer was called in the forward pass (a block that is used several times). The first call is
     measured."""

@@ -9,7 +9,7 @@ from torch import nn
 from ess_monitor import CaptureConfig, CaptureError, OperatorError, capture_operators
 from ess_monitor.capture import Captured, CaptureFailure, CaptureSpec, Sampler, find_layers
 from ess_monitor.capture.registry import add_spec
-from ess_monitor.capture.sampler import rotate_heads
+from ess_monitor.capture.rotation import rotate_heads
 from ess_monitor.featurizers import FEATURIZERS, GLA, build_mixer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from torch import Tensor
 
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess import SoftmaxAttention, entropy_ess, linalg, tolerance_ess
+from ess_monitor.ess import SoftmaxAttention, entropy_ess, linalg, operators, tolerance_ess
 from tests.ess import reference
 
 
@@ -198,3 +200,24 @@ def test_arguments_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(OperatorError, match=message):
         SoftmaxAttention(torch.zeros(q), torch.zeros(k), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["plain", "window and cap", "sinks", "grouped keys"])
+def test_a_wide_submatrix_agrees_in_blocks_of_columns(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that is larger than what is formed at once."""
+    for module in (linalg, operators.attention):
+        monkeypatch.setattr(module, "SLAB_ELEMENTS", 300)
+    length, positions = 64, [45, 50, 61]
+    q, k = torch.randn(1, 2, length, 4, dtype=torch.float64), torch.randn(1, 2, length, 4, dtype=torch.float64)
+    options: dict[str, object] = {}
+    logits = q @ (k[:, :1] if kind == "grouped keys" else k).mT / 2
+    if kind == "window and cap":
+        options = {"mask": _window(length, 30), "softcap": 3.0}
+        logits = (3.0 * (logits / 3.0).tanh()).masked_fill(~_window(length, 30), -torch.inf)
+    weights = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if kind == "sinks":
+        options, total = {"sinks": torch.full((1, 2, 1), 2.0, dtype=torch.float64)}, total + math.exp(2.0)
+    attention = SoftmaxAttention(q, k[:, :1] if kind == "grouped keys" else k, **options)  # type: ignore[arg-type]
+    T = (weights / total).masked_fill(total == 0, 0.0)
+    reference.assert_agrees(attention, T, positions=positions)

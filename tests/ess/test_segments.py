@@ -204,3 +204,13 @@ def test_what_is_said_in_several_ways_holds_together() -> None:
     rows = torch.tensor([[P, P, 0, 0, 0, 1], [0, 0, 1, P, P, P]])
     assert segments.at_start(rows, 4).tolist() == [[0, 0, 0, P], [0, 0, P, P]]
     assert (segments.at_start(unknown, 4) == segments.UNKNOWN).all()
+
+
+def test_a_mask_says_the_same_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = [torch.rand(3, 2, 11, 11) < share for share in (0.2, 0.5, 0.9)]
+    masks += [mask.tril() for mask in masks]
+    masks[-1][:, :, :3] = True
+    whole = [segments.of_mask(mask) for mask in masks]
+    monkeypatch.setattr(segments, "_MASK_ROWS", 4)
+    for mask, expected in zip(masks, whole, strict=True):
+        assert torch.equal(segments.of_mask(mask), expected)

@@ -42,7 +42,8 @@ _POSITIONS = ("position_ids",)
 _NAMES = frozenset((*_MASKS, *_PADDING, *_ENDS, *_NUMBERS, *_POSITIONS))
 _LOOKED_AT = 8192
 """Tokens of a row in which its longest sequence is looked for on an accelerator, where the host does not know where it
-begins: up to there the operator is formed, one row at a time."""
+begins: up to there the operator is formed, one row at a time. Also those up to which every entry of a mask of flex
+attention is computed."""
 _OF_A_DECODER = "decoder_"
 """Where a module has arguments with this prefix, those without it are of the encoder."""
 
@@ -53,7 +54,7 @@ class Rows:
 
     batch: int
     length: int
-    samples: slice = field(compare=False)  # the same for all layers of a pass
+    samples: slice = field(hash=False)  # a slice has no hash before Python 3.12
     """Rows that are wanted."""
     tokens: int
     """Tokens that are wanted, from the first on."""
@@ -321,6 +322,14 @@ def _of_block_mask(value: Any, rows: Rows) -> Tensor | None:
     batch, _, queries, keys = value.shape
     if min(queries, keys) < rows.length or batch not in (1, rows.batch):
         return None
-    mask = create_mask(value.mask_mod, batch, 1, rows.tokens, rows.tokens, device=value.kv_num_blocks.device)
-    few = rows.of(mask)
-    return None if few is None else forms.of_mask(few)
+    device, is_long = value.kv_num_blocks.device, rows.tokens > _LOOKED_AT
+    mod = _of_neighbors(value.mask_mod) if is_long else value.mask_mod
+    few = rows.of(create_mask(mod, batch, 1, 2 if is_long else rows.tokens, rows.tokens, device=device))
+    if few is None:
+        return None
+    return forms.of_neighbors(few[:, 0]) if is_long else forms.of_mask(few)
+
+
+def _of_neighbors(mask_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a mask whose two rows say what every token attends to: of itself, and of the one before it."""
+    return lambda batch, head, back, token: mask_mod(batch, head, token, (token - back).clamp(min=0))

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.linalg import index_tensor, result_dtype, singular_values_, slabs, working_dtype
+from ess_monitor.ess.linalg import (
+    SLAB_ELEMENTS,
+    index_tensor,
+    result_dtype,
+    singular_values_,
+    slabs,
+    triangular_factor,
+    working_dtype,
+)
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import (
     Tokens,
@@ -154,8 +162,7 @@ class SoftmaxAttention(Operator):
             start = min(positions)
             normalizer = rows.log_normalizer(start)
             for p, i in enumerate(positions):
-                block = (rows.logits(slice(i, length), i) - normalizer[:, i - start :]).exp_()
-                values = singular_values_(block)
+                values = singular_values_(_past(rows, i, normalizer[:, i - start :]))
                 out[slab, p, : values.shape[-1]] = values
         return per_head(out, self.batch, self.heads)
 
@@ -258,15 +265,15 @@ class _Rows:
             self.sinks = pairs(attention.sinks, batch, heads)[slab].to(dtype)[..., None]
         self.members = [divmod(pair, heads) for pair in range(slab.start, slab.stop)]
 
-    def logits(self, tokens: Tokens, columns: int) -> Tensor:
-        """Return masked, not yet causal logits of some rows and the first keys: (G, rows, columns)."""
-        logits = self.q[:, tokens] @ self.k[:, :columns].mT
+    def logits(self, tokens: Tokens, columns: int, first: int = 0) -> Tensor:
+        """Return masked, not yet causal logits of some rows and the keys first..columns: (G, rows, columns - first)."""
+        logits = self.q[:, tokens] @ self.k[:, first:columns].mT
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.mask is None:
             return logits
         rows = tokens if self.mask.shape[2] > 1 else slice(None)
-        keys = slice(columns) if self.mask.shape[3] > 1 else slice(None)
+        keys = slice(first, columns) if self.mask.shape[3] > 1 else slice(None)
         mask = torch.stack([self.mask[sample, head, rows, keys] for sample, head in self.members])
         if mask.dtype == torch.bool:
             return logits.masked_fill_(~mask, -torch.inf)
@@ -310,6 +317,22 @@ class _Rows:
 
     def _sinks(self, start: int, stop: int) -> Tensor | None:
         return self.sinks if self.sinks is None or self.sinks.shape[1] == 1 else self.sinks[:, start:stop]
+
+
+def _past(rows: _Rows, position: int, normalizer: Tensor) -> Tensor:
+    """Return H_i of G operators, (G, length - i, i); where it is large and wide a matrix of the same singular values.
+
+    That is L of H_i = L Q, (G, length - i, length - i), from some columns after the others.
+    """
+    length = rows.q.shape[1]
+    tokens, height = slice(position, length), length - position
+    if position <= 2 * height or position * height <= SLAB_ELEMENTS:
+        return (rows.logits(tokens, position) - normalizer).exp_()
+    factor = rows.q.new_zeros((rows.q.shape[0], 0, height))
+    for columns in slabs(position, height):
+        part = (rows.logits(tokens, columns.stop, columns.start) - normalizer).exp_()
+        factor = triangular_factor(torch.cat([factor, part.mT], dim=1))
+    return factor.mT
 
 
 def _key_heads(heads: Sequence[int], group: int) -> Sequence[int]:
