@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ess_monitor import validation
+from ess_monitor.capture.captured import Captured, CaptureFailure
 from ess_monitor.capture.causality.claims import claim_name, refuted
 from ess_monitor.capture.causality.layer_tests import Test
 from ess_monitor.capture.layers import (
@@ -21,7 +22,7 @@ from ess_monitor.capture.layers import (
     skipped_of_libraries,
 )
 from ess_monitor.capture.rotation import CaptureConfig
-from ess_monitor.capture.sampler import Captured, CaptureFailure, Sampler
+from ess_monitor.capture.sampler import Sampler
 from ess_monitor.errors import CaptureError, NoLayersError
 from ess_monitor.ess import Operator
 

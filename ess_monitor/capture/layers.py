@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from ess_monitor import validation
 from ess_monitor.capture.detection import (
@@ -303,13 +303,17 @@ class FirstSampleProbe:
         self._forget = when_raised(self._model, self.remove)
 
     def remove(self) -> None:
-        """Remove the hooks, and start to bring the answers to the host."""
+        """Remove the hooks."""
         self._forget()
         self._probe.remove()
-        self._probe.bring_to_host()
 
-    def unlisted(self) -> tuple[str, ...]:
-        """Return name and reason of each; once the device has come past that forward pass nobody waits for it."""
+    def flags(self) -> tuple[Tensor, ...]:
+        """Return the answers, on the devices of the modules."""
+        return tuple(self._probe.flags())
+
+    def unlisted(self, flags: Iterable[Tensor]) -> tuple[str, ...]:
+        """Return name and reason of each, from copies of `flags` on the host."""
+        self._probe.take_from_host(flags)
         found = self._probe.unlisted()
         return tuple(f"{_clean_name(name)}: {_why_unlisted(self._modules[name])}" for name in found)
 

@@ -7,7 +7,7 @@ shares no tensor with the model: what is computed with it later, on another thre
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -58,6 +58,19 @@ class LayerAlone:
         if output is None:
             raise CaptureError("its output holds no tensor")
         return self._batch_first(output)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that a call reads, apart from its inputs."""
+        held = [self._others, *map(vars, self._module.modules())]  # parameters and buffers among the latter
+        return tuple({id(tensor): tensor for tensor in tensors_in(held)}.values())
+
+    def with_tensors(self, new: Mapping[int, Tensor]) -> LayerAlone:
+        """Return a copy that reads other tensors, given by the id of those in their place."""
+        copied = copy.copy(self)
+        copied._others, copied._module = copy.deepcopy((self._others, self._module), dict(new))
+        del copied.inputs  # on the old device
+        return copied
 
     def _batch_first(self, tensor: Tensor) -> Tensor:
         if self._is_unbatched and tensor.dim() == 2:

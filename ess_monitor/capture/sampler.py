@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -20,19 +19,22 @@ import torch
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.causality.claims import Claim, collecting
+from ess_monitor.capture.captured import Captured, CaptureFailure, Taken, failure, proven
+from ess_monitor.capture.causality.claims import collecting
 from ess_monitor.capture.causality.layer_tests import LayerTests, Test
 from ess_monitor.capture.check import log_misfit
 from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
 from ess_monitor.capture.hooks.compiler import EagerStance
 from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.hooks.given_tokens import TokenWatch
-from ess_monitor.capture.ignored_calls import (
+from ess_monitor.capture.hooks.ignored_calls import (
+    RECORDED,
     SEVERAL_CALLS,
     SPREAD,
     TRANSFORMED,
     UNTRAINED,
     Ignored,
+    is_recorded,
     is_transformed,
     why_ignored,
     why_not_seen,
@@ -41,57 +43,9 @@ from ess_monitor.capture.layers import Layer
 from ess_monitor.capture.rotation import CaptureConfig, part_of
 from ess_monitor.capture.training_pass import Candidate, TrainingPass
 from ess_monitor.distributed.context_parallel import tokens_are_spread
-from ess_monitor.errors import CaptureError, NotCausalError, format_error
-from ess_monitor.ess import Operator
-from ess_monitor.records import Status
+from ess_monitor.errors import CaptureError
 
 logger = logging.getLogger("ess_monitor")
-
-
-@dataclass(frozen=True)
-class Captured:
-    """One layer's narrowed operator of one forward pass. Its tensors are copies that no other code holds."""
-
-    layer: Layer
-    operator: Operator
-    heads: tuple[int, ...]
-    """Indices of the heads in `operator`."""
-    channels: int
-    """Number of heads of the whole layer."""
-    calls_in_pass: Mapping[int, int] = field(default_factory=dict)
-    """id of each layer's module -> its calls in this forward pass of the model, complete once the pass is over."""
-    length: int = 0
-    """Tokens of a whole sequence."""
-    window: int | None = None
-    """Tokens at the end of `operator` among which positions are placed. None: all."""
-    claims: tuple[Claim, ...] = ()
-    """Statements about the call on which the reading rests, still to be looked at."""
-    unproven: str = ""
-    """Why it is not known that T is lower triangular; empty where it is."""
-
-    @property
-    def calls(self) -> int:
-        """How often the layer was called in this forward pass. The operator is that of the first call."""
-        return max(1, self.calls_in_pass.get(id(self.layer.module), 1))
-
-
-@dataclass(frozen=True)
-class CaptureFailure:
-    """A layer that could not be read in this forward pass."""
-
-    layer: Layer
-    error: str
-    cause: Exception | None = None
-    """Without its traceback, whose frames would keep the activations of the step in memory. None where nothing failed:
-    the layer was not called, or not on a whole sequence."""
-    status: Status = "failed"
-    """Of the reading."""
-    was_called: bool = True
-    """Whether the layer's forward was called."""
-
-
-Taken = Captured | CaptureFailure
-"""What a layer's call gave."""
 
 
 class Sampler:
@@ -107,6 +61,7 @@ class Sampler:
         share: returns the share of the samples and heads of `config` to copy, 0 for one of each, None to skip all
             layers for one sample. Called whenever a sample is armed.
         on_operator: called with each operator.
+        ready: called with their device right behind the copies of a layer; marks the moment on its current stream.
         causality: test of whether a layer's call is causal, made once for each layer. Without it the call that is read
             has to show it.
         clock: measures the seconds that the hooks add to the training step (`capture_seconds`).
@@ -121,6 +76,7 @@ class Sampler:
         off: Container[str] = (),
         share: Callable[[], float | None] = lambda: 1.0,
         on_operator: Callable[[Captured], Any] | None = None,
+        ready: Callable[[torch.device], Any] | None = None,
         causality: Test | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -143,7 +99,8 @@ class Sampler:
         self._forget: Callable[[], None] | None = None
         self._off, self._next_share = off, share
         self._on_operator = on_operator
-        self._tests = LayerTests(causality, model, clock)
+        self._ready = (lambda device: None) if ready is None else ready
+        self._tests = LayerTests(causality, model, clock, self._ready)
         self._clock = clock
         self._hooks: list[HookHandle] = []
         self._tokens = TokenWatch()
@@ -206,7 +163,7 @@ class Sampler:
                 self._hooks.append(handle)
                 self._hooks.append(layer.spec.site.watch(layer.module, after=partial(self._on_call, layer)))
             except Exception as error:
-                self._failures[layer.name] = _failure(layer, error)
+                self._failures[layer.name] = failure(layer, error)
         self._hooks.append(self._tests.attach(layers))
 
     def collect(self) -> tuple[Captured | CaptureFailure, ...]:
@@ -227,7 +184,7 @@ class Sampler:
     def _found(self) -> dict[str, Taken]:
         first = {name: candidate.result for name, candidate in self._first.items()}
         found = {**self._failures, **self._training.found, **first}
-        return {name: _unproven(item) for name, item in found.items()}
+        return {name: proven(item) for name, item in found.items()}
 
     def _unread(self, layer: Layer) -> CaptureFailure:
         if layer.name in self._untrained:
@@ -276,9 +233,12 @@ class Sampler:
             return
         started = self._clock()
         try:
+            if is_recorded(_device_type(call)):
+                self._ignored[layer.name] = Ignored("skipped", RECORDED)
+                return
             earlier = self._first.get(layer.name) or self._training.latest(layer.name)
             if earlier is not None and self._is_second_call(layer, call, earlier):
-                earlier.result = _failure(layer, CaptureError(SEVERAL_CALLS))
+                earlier.result = failure(layer, CaptureError(SEVERAL_CALLS))
             elif self._takes_any:
                 if layer.name not in self._first and (candidate := self._candidate(layer, call)) is not None:
                     self._first[layer.name] = candidate
@@ -288,7 +248,7 @@ class Sampler:
                 self._untrained.add(layer.name)
                 self._training.add(candidate, layer.module, call.output)
         except Exception as error:
-            self._failures[layer.name] = _failure(layer, error)
+            self._failures[layer.name] = failure(layer, error)
         self.capture_seconds += self._clock() - started
 
     def _is_second_call(self, layer: Layer, call: Call, earlier: Candidate[Taken]) -> bool:
@@ -309,7 +269,7 @@ class Sampler:
         try:
             result: Taken | None = self._take(layer, call)
         except Exception as error:
-            result = _failure(layer, error)
+            result = failure(layer, error)
         if result is None:
             return None
         candidate = Candidate(layer.name, result, call.forward_number, call.end_number)
@@ -345,24 +305,11 @@ class Sampler:
             part.window,
             (*claims.pending, *(claim for claim in known or () if claim.holds.device == operator.device)),
             claims.unproven if known is None else "",
+            (self._ready(operator.device),),
         )
         if self._on_operator is not None:
             self._on_operator(captured)
         return captured
-
-
-def _unproven(item: Taken) -> Taken:
-    """Return a failure in the place of an operator of which it is not known that it is causal."""
-    if isinstance(item, Captured) and item.unproven:
-        return _failure(item.layer, NotCausalError(item.unproven))
-    return item
-
-
-def _failure(layer: Layer, error: Exception) -> CaptureFailure:
-    logger.debug("ess_monitor: layer %s could not be read", layer.name, exc_info=error)
-    if isinstance(error, NotCausalError):
-        return CaptureFailure(layer, str(error), status="skipped")
-    return CaptureFailure(layer, format_error(error), error.with_traceback(None))
 
 
 def _device_type(call: Call) -> str:

@@ -5,7 +5,7 @@ slower in float64, sums of thousands of log decays stay exact, and the singular 
 entropy-ESS sums up, do not drown in rounding. Results are handed out in float32 unless the inputs were float64.
 
 Nothing here reads a tensor's value on the host. A matrix that holds NaN or Inf never reaches LAPACK; it gives NaN.
-(torch's own SVD checks its status on the host on CUDA: a caller that must not wait runs this on a thread of its own.)
+(torch's own SVD checks its status on the host on CUDA. The monitor computes on the CPU alone.)
 """
 
 from __future__ import annotations

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ess_monitor import validation
 from ess_monitor.capture import Captured, CaptureFailure, Layer
 from ess_monitor.capture.capture_pass import require_layers
+from ess_monitor.capture.linearized import LayerAlone
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import ConfigError
+from ess_monitor.ess import JacobianOperator
 from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.pipeline.health import Health
 from ess_monitor.records import RUN_STATUSES, Changes, Part, Phase, RunStatus
@@ -113,7 +116,8 @@ class RunContext:
 class Sample(Job):
     """Holds what was captured in one sampled forward pass, and the tasks that measure it.
 
-    There is a task for each captured layer, in order, and one more for each device that has metrics.
+    There is a task for each captured layer, in order, and one more for each device that has metrics. Those of layers
+    are given without the layer, whose tensors change on the way: `begin` puts it first among the arguments.
     """
 
     step: int
@@ -133,6 +137,34 @@ class Sample(Job):
     """Metrics of the training loop that were numbers already."""
     changes: dict[str, Changes] = field(default_factory=dict)
     """Of batches that were run again since the sample before."""
+
+    def begin(self) -> None:
+        """Start to bring the tensors to the host, let go of those on the device, and give each task its layer."""
+        super().begin()
+        pairs = zip(self.captured, self.tasks, strict=False)
+        self.captured = tuple(_with_tensors(captured, task.inputs) for captured, task in pairs)
+        for captured, task in zip(self.captured, self.tasks, strict=False):
+            task.compute = partial(task.compute, captured)
+
+
+def tensors_of(captured: Captured) -> tuple[Tensor, ...]:
+    """Return all tensors that a measurement of a captured layer reads: of operator, linearized layer and claims."""
+    function = getattr(captured.operator, "function", None)
+    of_function = function.tensors if isinstance(function, LayerAlone) else ()
+    return (*captured.operator.tensors, *of_function, *(claim.holds for claim in captured.claims))
+
+
+def _with_tensors(captured: Captured, given: tuple[Tensor, ...]) -> Captured:
+    """Return what was captured with other tensors, in the order of `tensors_of`; without any, as it was."""
+    before = tensors_of(captured)
+    if not given or all(map(operator.is_, before, given)):
+        return captured
+    new = dict(zip(map(id, before), given, strict=True))
+    changed = captured.operator.map(lambda tensor: new[id(tensor)])
+    if isinstance(changed, JacobianOperator) and isinstance(changed.function, LayerAlone):
+        changed = replace(changed, function=changed.function.with_tensors(new))
+    claims = tuple(replace(claim, holds=new[id(claim.holds)]) for claim in captured.claims)
+    return replace(captured, operator=changed, claims=claims, ready=())
 
 
 def check_run(

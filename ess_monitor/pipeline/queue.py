@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 
 from ess_monitor.capture import Captured
 from ess_monitor.capture.causality.claims import refuted
 from ess_monitor.errors import format_error
-from ess_monitor.pipeline.context import Metrics, RunContext, Sample
+from ess_monitor.pipeline.context import Metrics, RunContext, Sample, tensors_of
 from ess_monitor.pipeline.readings import compute, lost_reading, reading
 from ess_monitor.records import MEASURED, SampleResult
-from ess_monitor.runtime import ComputeBackend, Executor, Task, backend_for, is_out_of_memory
+from ess_monitor.runtime import ComputeBackend, Executor, Task, is_out_of_memory
 
 
 class MeasurementQueue:
@@ -23,14 +23,13 @@ class MeasurementQueue:
 
     Args:
         context: of the run.
-        backends: gives the backend that computes the tensors of a device, by default one of `ess_monitor.runtime`.
+        backend_of: gives the backend for the tensors of a device.
     """
 
-    def __init__(self, context: RunContext, backends: Callable[[torch.device], ComputeBackend] | None = None) -> None:
+    def __init__(self, context: RunContext, backend_of: Callable[[torch.device], ComputeBackend]) -> None:
         self._context = context
         self._config, self._health, self._guards = context.config, context.health, context.guards
-        threads = context.config.runtime.threads
-        self._backend_of = cache(backends or (lambda device: backend_for(device, threads=threads)))
+        self._backend_of = backend_of
         self._executor: Executor[Sample] = Executor(context.config.runtime)
         self._timeouts_in_a_row = 0
 
@@ -47,7 +46,8 @@ class MeasurementQueue:
         sample.tasks = [self._task(captured) for captured in sample.captured]
         sample.metrics, tensors = self._context.metrics.read(metrics)
         for device, values in tensors.items():
-            sample.tasks.append(Task(self._backend_of(device), tuple(values.values()), partial(dict, values)))
+            backend, named = self._backend_of(device), partial(_named, tuple(values))
+            sample.tasks.append(Task(backend, tuple(values.values()), named, (backend.ready(),)))
         if not self._guards["measurement"].open or not self._executor.submit(sample):
             why = "the measurement queue was full; raise every_n_steps or runtime.queue_length"
             if self._executor.stuck:
@@ -76,13 +76,14 @@ class MeasurementQueue:
         self._executor.close(min(2.0, timeout_seconds))
 
     def _task(self, captured: Captured) -> Task:
-        operator, config = captured.operator, self._config
-        work = lambda: compute(captured, config.positions, config.tolerance, config.tolerance_scale)  # noqa: E731
-        tensors = (*operator.tensors, *(claim.holds for claim in captured.claims))
-        return Task(self._backend_of(operator.device), tensors, work)
+        return Task(self._backend_of(captured.operator.device), tensors_of(captured), self._compute, captured.ready)
+
+    def _compute(self, captured: Captured, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Measure a layer whose tensors are `inputs`, on the worker thread."""
+        return compute(captured, self._config.positions, self._config.tolerance, self._config.tolerance_scale)
 
     def _finish(self, sample: Sample) -> SampleResult:
-        cost = sum(task.cost_seconds() for task in sample.tasks if task.has_results())
+        cost = sum(task.cost_seconds for task in sample.tasks)
         self._context.charge("measure", cost)
         self._count_timeouts(sample)
         result = self._read(sample)
@@ -112,7 +113,7 @@ class MeasurementQueue:
             readings.append(lost_reading(sample.step, name, "failed", error))
         metrics = dict(sample.metrics)
         for task in sample.tasks[len(sample.captured) :]:
-            if task.results is not None and task.arrived():
+            if task.results is not None:
                 metrics.update({name: float(value) for name, value in task.results.items()})
         readings.sort(key=lambda r: self._context.layer_names.index(r.layer))
         nonfinite = frozenset(name for name, value in metrics.items() if not math.isfinite(value))
@@ -153,3 +154,7 @@ class MeasurementQueue:
         elif measured:
             backoff.record_success(sample.share)
         return self._health.layers_failed({k: v for k, v in failed.items() if k not in out_of_memory}, measured)
+
+
+def _named(names: tuple[str, ...], *values: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(zip(names, values, strict=True))

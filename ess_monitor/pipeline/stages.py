@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from ess_monitor.pipeline.results import ResultHandler
 from ess_monitor.pipeline.schedule import Immediate, Lockstep, Schedule
 from ess_monitor.pipeline.trigger import SampleTrigger
 from ess_monitor.records import Measurement
-from ess_monitor.runtime import ComputeBackend
+from ess_monitor.runtime import ComputeBackend, backend_for
 
 
 class Stages(NamedTuple):
@@ -51,11 +52,13 @@ def build_stages(
         world_size: processes of the run.
         agreement: the exchange between the ranks; None builds one where it is needed.
         grad_scale: what the loss is multiplied with before backward.
-        backends: gives the backend that computes the tensors of a device.
+        backends: gives the backend for the tensors of a device; None for those of `ess_monitor.runtime`.
         export: takes each measurement to the sinks.
     """
     acts, settings = context.config.autopilot.mode == "auto", context.config.distributed
-    queue = MeasurementQueue(context, backends)
+    threads = context.config.runtime.threads
+    backend_of = cache(backends or (lambda device: backend_for(device, threads=threads)))
+    queue = MeasurementQueue(context, backend_of)
     schedule: Schedule = Immediate(context, queue)
     if locked:
         consensus = agreement or consensus_of_the_run(settings, world_size, acts=acts)
@@ -67,4 +70,4 @@ def build_stages(
         together=lambda: schedule.exchanges,
     )
     results = ResultHandler(context, grad_scale, export, replays.obstacles, replays.state_obstacles)
-    return Stages(SampleTrigger(model, context), queue, schedule, replays, results)
+    return Stages(SampleTrigger(model, context, backend_of), queue, schedule, replays, results)

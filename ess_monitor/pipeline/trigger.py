@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ess_monitor.capture import Captured, CaptureFailure, Sampler, TokenProbe, find_layers
@@ -13,6 +15,7 @@ from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.causality import is_causal
 from ess_monitor.evidence.undisturbed import undisturbed_evaluation
 from ess_monitor.pipeline.context import RunContext, Sample
+from ess_monitor.runtime import ComputeBackend, Job, Task
 from ess_monitor.runtime.guard import logger
 
 _UNSEEN_STEPS = 3
@@ -25,9 +28,12 @@ class SampleTrigger:
     Args:
         model: the watched model.
         context: of the run.
+        backend_of: gives the backend for the tensors of a device.
     """
 
-    def __init__(self, model: nn.Module, context: RunContext) -> None:
+    def __init__(
+        self, model: nn.Module, context: RunContext, backend_of: Callable[[torch.device], ComputeBackend]
+    ) -> None:
         config, health = context.config, context.health
         off, share = health.not_measured, health.backoff.next_share
         self.armed_at: int | None = None
@@ -39,6 +45,7 @@ class SampleTrigger:
             off=off,
             share=share,
             causality=is_causal,
+            ready=lambda device: backend_of(device).ready(),
             clock=context.clock,
         )
         self._probe = None
@@ -51,8 +58,9 @@ class SampleTrigger:
         self._modules = _module_ids(model)
         self._unread: set[str] = set()
         self._mixing = FirstSampleProbe(model) if config.capture.source == "train" and context.layers else None
-        self._asked: FirstSampleProbe | None = None
-        """The probe whose answers are on their way."""
+        self._asked: tuple[FirstSampleProbe, Job] | None = None
+        """The probe whose answers are on their way to the host, and what brings them."""
+        self._backend_of = backend_of
         attached = (self._sampler,) if self._mixing is None else (self._sampler, self._mixing)
         weakref.finalize(self, _remove_hooks, *map(weakref.ref, attached)).atexit = False
 
@@ -142,7 +150,7 @@ class SampleTrigger:
             return None
         if self._mixing is not None and items:
             self._mixing.remove()
-            self._asked, self._mixing = self._mixing, None
+            self._asked, self._mixing = (self._mixing, self._brought(self._mixing.flags())), None
         return Sample(
             step,
             tuple(item for item in items if isinstance(item, Captured)),
@@ -165,12 +173,21 @@ class SampleTrigger:
         return unread
 
     def _report_unlisted(self) -> None:
-        """Log which modules mixed tokens in the first sample and are not in the list. Later than that sample, when the
-        device has come past it.
-        """
-        asked, self._asked = self._asked, None
-        for found in asked.unlisted() if asked is not None else ():
-            logger.warning("ess_monitor: %s", found)
+        """Log which modules mixed tokens in the first sample and are not in the list, once that is on the host."""
+        if self._asked is None or not all(task.arrived() for task in self._asked[1].tasks):
+            return
+        (probe, job), self._asked = self._asked, None
+        if not any(task.error for task in job.tasks):
+            for found in probe.unlisted(task.inputs[0] for task in job.tasks):
+                logger.warning("ess_monitor: %s", found)
+
+    def _brought(self, tensors: tuple[torch.Tensor, ...]) -> Job:
+        """Start to bring tensors of any devices to the host."""
+        backends = [self._backend_of(tensor.device) for tensor in tensors]
+        pairs = zip(tensors, backends, strict=True)
+        job = Job(tasks=[Task(backend, (tensor,), dict, (backend.ready(),)) for tensor, backend in pairs])
+        job.begin()
+        return job
 
     def _report_new_layers(self) -> None:
         """Log once which layers were added after the monitor was attached: no reading mentions them."""

@@ -1,4 +1,4 @@
-"""Decides when and where measurements run: cadence and budget, worker and side stream, failure guards.
+"""Decides when and where measurements run: cadence and budget, worker, transfer to the host, failure guards.
 
 Names are imported at their first use: exporters and reports use `guard` and `shutdown`, and must not load torch.
 """

@@ -1,13 +1,12 @@
-"""Runs a measurement beside the training, without making it wait.
+"""Brings captured tensors to the host and computes with them there, without making the training wait.
 
-    HostBackend     CPU tensors. The worker thread computes, with its own number of threads.
-    StreamBackend   tensors of an accelerator. The worker thread *launches* on a low-priority side stream, which waits
-                    for the event recorded behind the copies. Results go to pinned host memory, and the training thread
-                    polls the event behind them with `query()`. The training thread cannot launch itself, because
-                    `torch.linalg.svdvals` checks for convergence and so waits for its stream.
+    HostBackend     CPU tensors. They are where they have to be.
+    StreamBackend   tensors of an accelerator. The training thread starts one copy of a sample on a side stream, behind
+                    the events that mark the captured tensors, into one flat page-locked buffer. It polls the event
+                    behind the copy with `query()` at later steps, and then gives the sample to the worker.
 
-Both use torch's generic stream and event interface: `torch.get_device_module(device)` has the same names for cuda, xpu
-and others. Tests replace it by a simulated one.
+The worker thread computes on the CPU in both cases, with its own number of threads. It makes no call to the device: a
+CUDA graph that another thread records at the time would be lost by one, and it would need a context of its own there.
 """
 
 from __future__ import annotations
@@ -15,14 +14,20 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any, Protocol
 
 import torch
 
 from ess_monitor import validation
+
+_ALIGNMENT = 64
+"""Bytes: every tensor in a buffer begins at a multiple, whatever its dtype."""
 
 
 class StreamEvent(Protocol):
@@ -31,44 +36,40 @@ class StreamEvent(Protocol):
     def query(self) -> bool:
         """Return whether everything recorded before it is done."""
 
-    def record(self, stream: Any) -> None:
-        """Mark the present end of `stream`."""
-
-    def elapsed_time(self, end: Any) -> float:
-        """Return the milliseconds from this event to `end`, both done."""
-
 
 @dataclass(eq=False)
 class Task:
-    """Describes a computation on tensors of one device, and holds its results on their way to the host."""
+    """Describes a computation with tensors that are on their way to the host, and holds its results."""
 
     backend: ComputeBackend
     inputs: tuple[torch.Tensor, ...]
-    compute: Callable[[], dict[str, torch.Tensor]]
-    ready: Any = None
-    """The moment when `inputs` are complete, as the backend tells it."""
+    """On their device; from `backend.begin` on the host, where they hold the values once `arrived()`."""
+    compute: Callable[..., dict[str, torch.Tensor]]
+    """Called with the inputs on the host."""
+    ready: tuple[Any, ...] = ()
+    """The moments from which `inputs` are complete, each as `backend.ready` gave it."""
+    arrived: Callable[[], bool] = lambda: True
+    """Returns whether the inputs are on the host. May ask the device: to be called on the training thread."""
     results: dict[str, torch.Tensor] | None = None
-    """Host tensors; they hold the values once `has_results()`. None before the launch, and where it failed."""
-    arrived: Callable[[], bool] = lambda: False
-    cost_seconds: Callable[[], float] = lambda: 0.0
-    """Returns the seconds the computation took; call it only once `has_results()`."""
+    """Host tensors. None before the computation, and where it failed."""
+    cost_seconds: float = 0.0
+    """Processor time of the computation."""
     error: str = ""
     cause: BaseException | None = None
     """The exception behind `error`, without its traceback, whose frames would keep the tensors alive."""
-
-    def has_results(self) -> bool:
-        """Return whether the results are on the host."""
-        return self.results is not None and self.arrived()
 
 
 class ComputeBackend(Protocol):
     """Runs a computation on captured tensors beside the training."""
 
     def ready(self) -> Any:
-        """Return a token for the moment when the copies made so far are complete. Called on the training thread."""
+        """Return a token for this moment, from which copies made so far are complete. Called on the training thread."""
+
+    def begin(self, tasks: Sequence[Task]) -> None:
+        """Start to bring the inputs of one sample's tasks to the host. Called on the training thread."""
 
     def launch(self, task: Task) -> None:
-        """Compute behind `task.ready` and start copying the results to the host. Called on the worker thread."""
+        """Compute with inputs that have arrived. Called on the worker thread."""
 
 
 _THREAD_COUNT_LOCK = threading.Lock()
@@ -118,8 +119,12 @@ class HostBackend:
         self._clock = validation.function("clock", clock)
         self._calling_thread = threading.local()
 
-    def ready(self) -> None:
+    def ready(self) -> Any:
         """Return None: copies on the host are complete when they return."""
+        return None
+
+    def begin(self, tasks: Sequence[Task]) -> None:
+        """Do nothing: the inputs are on the host."""
 
     def launch(self, task: Task) -> None:
         """Compute now. The first call in a thread limits that thread's number of threads."""
@@ -127,95 +132,181 @@ class HostBackend:
             limit_this_thread(self._threads)
             self._calling_thread.is_limited = True
         started = self._clock()
-        results = task.compute()
-        seconds = (self._clock() - started) * self._threads
-        task.arrived, task.cost_seconds = lambda: True, lambda: seconds
+        results = task.compute(*task.inputs)
+        task.cost_seconds = (self._clock() - started) * self._threads
         task.results = results  # last: the training thread may look at any time
 
 
 class Streams(Protocol):
-    """Gives access to an accelerator's streams."""
+    """Gives access to an accelerator. Everything is called on the training thread."""
 
-    def side_stream(self) -> Any:
-        """Return a new stream of low priority."""
+    def now(self) -> StreamEvent:
+        """Return an event at the present end of the stream that the calling thread launches on."""
 
-    def current_stream(self) -> Any:
-        """Return the stream that the calling thread launches on."""
+    def copying(self, after: Sequence[Any]) -> AbstractContextManager[Any]:
+        """Inside the block, launch on a side stream, behind these events."""
 
-    def use(self, stream: Any) -> AbstractContextManager[Any]:
-        """Launch on `stream` inside the block."""
+    def host_memory(self, size: int) -> torch.Tensor:
+        """Return that many bytes of page-locked host memory."""
 
-    def event(self) -> StreamEvent:
-        """Return a new event that records times."""
+    def copy(self, host: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Start a copy to host memory on the current stream, and keep the memory of `tensor` until it is done."""
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Start a pinned host copy on the current stream and return it without waiting."""
-
-    def keep_until_done(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Keep this tensor's memory from being reused before `stream` has passed this point."""
+    def is_capturing(self) -> bool:
+        """Return whether the calling thread records a graph, in which nothing else may be asked of the device."""
 
 
 class TorchStreams:
-    """Implements `Streams` for a real device, through `torch.get_device_module`."""
+    """Implements `Streams` for a real device, through `torch.get_device_module`: cuda, xpu and others alike."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._module = torch.get_device_module(device)
-
-    def side_stream(self) -> Any:
         # Priority 0 is torch's lowest. The training's own stream has it too; communication streams are above it.
-        return self._module.Stream(device=self._device, priority=0)
+        self._side = self._module.Stream(device=device, priority=0)
+        self._is_capturing = getattr(self._module, "is_current_stream_capturing", lambda: False)
 
-    def current_stream(self) -> Any:
-        return self._module.current_stream(self._device)
-
-    def use(self, stream: Any) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self._module.stream(stream)
-        return context
-
-    def event(self) -> StreamEvent:
-        event: StreamEvent = self._module.Event(enable_timing=True)
+    def now(self) -> StreamEvent:
+        event: StreamEvent = self._module.current_stream(self._device).record_event()
         return event
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+    def copying(self, after: Sequence[Any]) -> AbstractContextManager[Any]:
+        for event in after:
+            self._side.wait_event(event)
+        context: AbstractContextManager[Any] = self._module.stream(self._side)
+        return context
 
-    def keep_until_done(self, tensor: torch.Tensor, stream: Any) -> None:
-        tensor.record_stream(stream)
+    def host_memory(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def copy(self, host: torch.Tensor, tensor: torch.Tensor) -> None:
+        host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._side)
+
+    def is_capturing(self) -> bool:
+        return bool(self._is_capturing())
 
 
-class StreamBackend:
-    """Computes on a side stream of an accelerator."""
+class MpsStreams:
+    """Implements `Streams` for GPUs of Apple, whose one stream does everything in order, in memory of the host."""
 
-    def __init__(self, streams: Streams) -> None:
+    def now(self) -> StreamEvent:
+        event: StreamEvent = torch.mps.event.Event()
+        event.record()  # type: ignore[attr-defined]
+        return event
+
+    def copying(self, after: Sequence[Any]) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def host_memory(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+    def copy(self, host: torch.Tensor, tensor: torch.Tensor) -> None:
+        host.copy_(tensor, non_blocking=True)
+
+    def is_capturing(self) -> bool:
+        return False
+
+
+class _Lease:
+    """Held by the tasks whose inputs are in a buffer; the buffer is free when it is gone."""
+
+
+@dataclass(eq=False)
+class _Buffer:
+    memory: torch.Tensor
+    lease: weakref.ref[_Lease]
+    written: StreamEvent | None = None
+    """Behind the copies into it."""
+
+    def is_free(self) -> bool:
+        return self.lease() is None and (self.written is None or self.written.query())
+
+
+class StreamBackend(HostBackend):
+    """Brings the tensors of an accelerator to the host, and computes there as `HostBackend` does.
+
+    Args:
+        streams: of the device.
+        threads, clock: those of `HostBackend`.
+    """
+
+    def __init__(self, streams: Streams, *, threads: int = 1, clock: Callable[[], float] = time.thread_time) -> None:
+        super().__init__(threads=threads, clock=clock)
         self._streams = streams
-        self._side = streams.side_stream()
+        self._buffers: list[_Buffer] = []
+        """Page-locked memory, used again from sample to sample: it takes milliseconds to come by."""
 
     def ready(self) -> StreamEvent:
         """Return an event behind the copies, on the stream that made them."""
-        event = self._streams.event()
-        event.record(self._streams.current_stream())
-        return event
+        return self._streams.now()
 
-    def launch(self, task: Task) -> None:
-        """Launch behind `task.ready` on the side stream; return without waiting for the results' copies."""
-        side, streams = self._side, self._streams
-        started, done = streams.event(), streams.event()
-        side.wait_event(task.ready)
-        with streams.use(side):
-            for tensor in task.inputs:
-                streams.keep_until_done(tensor, side)
-            started.record(side)
-            results = {name: streams.to_host(tensor) for name, tensor in task.compute().items()}
-            done.record(side)
-        task.arrived, task.cost_seconds = done.query, lambda: started.elapsed_time(done) / 1e3
-        task.results = results  # last: the training thread may look at any time
+    def begin(self, tasks: Sequence[Task]) -> None:
+        """Start to copy all inputs into one buffer, on a side stream; return without waiting.
+
+        Raises:
+            RuntimeError: the step is being recorded into a graph, or there is no host memory.
+        """
+        streams = self._streams
+        if streams.is_capturing():
+            raise RuntimeError("the step is being recorded into a CUDA graph; call monitor.step() outside of it")
+        sizes = [[_room(tensor) for tensor in task.inputs] for task in tasks]
+        lease = _Lease()
+        buffer = self._free_buffer(sum(map(sum, sizes)), lease)
+        begin, on_host = 0, []
+        with streams.copying([event for task in tasks for event in task.ready]):
+            try:
+                for task, rooms in zip(tasks, sizes, strict=True):
+                    places = [begin := begin + room for room in (0, *rooms)]
+                    on_host.append(tuple(map(partial(_place, buffer.memory), places, task.inputs)))
+                    for host, tensor in zip(on_host[-1], task.inputs, strict=True):
+                        copy = torch.Tensor.copy_ if tensor.device.type == "cpu" else streams.copy
+                        copy(host, tensor)
+            finally:
+                buffer.written = streams.now()
+        arrival = _Arrival(streams, buffer.written, lease)
+        for task, task.inputs in zip(tasks, on_host, strict=True):
+            task.arrived = arrival
+
+    def _free_buffer(self, size: int, lease: _Lease) -> _Buffer:
+        free = [buffer for buffer in self._buffers if buffer.is_free()]
+        found = next((buffer for buffer in free if len(buffer.memory) >= size), None)
+        if found is None:
+            self._buffers = [buffer for buffer in self._buffers if buffer not in free]
+            found = _Buffer(self._streams.host_memory(size), weakref.ref(lease))
+            self._buffers.append(found)
+        found.lease = weakref.ref(lease)
+        return found
+
+
+class _Arrival:
+    """Tells whether the copies of a sample are done, without waiting for them."""
+
+    def __init__(self, streams: Streams, written: StreamEvent, lease: _Lease) -> None:
+        self._streams, self._written, self._lease = streams, written, lease
+        self._is_done = False
+
+    def __call__(self) -> bool:
+        if not self._is_done and not self._streams.is_capturing():
+            self._is_done = self._written.query()
+        return self._is_done
+
+
+def _room(tensor: torch.Tensor) -> int:
+    """Return the bytes that a tensor takes in a buffer."""
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+
+
+def _place(memory: torch.Tensor, begin: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the part of a buffer for a tensor, with its shape and dtype."""
+    size = prod(like.shape) * like.element_size()
+    return memory[begin : begin + size].view(like.dtype).view(like.shape)
 
 
 def backend_for(device: torch.device, *, threads: int) -> ComputeBackend:
-    """Return the backend for tensors of `device`; `threads` limits computations on the CPU."""
+    """Return the backend for tensors of `device`; `threads` limits its computations."""
     validation.instance("device", device, torch.device, hint='torch.device("cpu")')
     if device.type in ("cpu", "meta"):
         return HostBackend(threads=threads)
-    return StreamBackend(TorchStreams(device))
+    streams = MpsStreams() if device.type == "mps" else TorchStreams(device)
+    return StreamBackend(streams, threads=threads)

@@ -24,7 +24,7 @@ from ess_monitor.runtime.shutdown import SHUTDOWN_GRACE_SECONDS, TorchThread
 _LAST_TASK_SECONDS = 30.0
 """Seconds for which the end of the process waits for the task that the worker computes."""
 _POLL_SECONDS = 0.005
-"""Seconds between two looks at a job that is waited for: results on a device arrive without a notification."""
+"""Seconds between two looks at a job that is waited for: copies from a device arrive without a notification."""
 
 
 class RuntimeConfig(BaseModel):
@@ -47,13 +47,21 @@ class Job:
     tasks: list[Task] = field(default_factory=list)
     submitted: float = 0.0
     state: Literal["submitted", "abandoned"] = "submitted"
+    handed_over: bool = False
+    """True once the worker was given it, which it is when its inputs are on the host."""
     finished: bool = False
-    """True once the worker is through with it; results may still be on their way to the host."""
+    """True once the worker is through with it."""
     error: str = ""
 
-    def done(self) -> bool:
-        """Return whether every task has failed or has its results on the host."""
-        return self.finished and all(task.results is None or task.arrived() for task in self.tasks)
+    def begin(self) -> None:
+        """Start to bring the inputs of the tasks to the host. Where that fails, the tasks say why."""
+        for backend in dict.fromkeys(task.backend for task in self.tasks):
+            tasks = [task for task in self.tasks if task.backend is backend]
+            try:
+                backend.begin(tasks)
+            except Exception as error:
+                for task in tasks:
+                    _fail(task, error)
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -90,12 +98,9 @@ class Executor(Generic[AnyJob]):
             self.dropped += 1
             return False
         job.submitted = self._clock()
-        for task in job.tasks:
-            task.ready = task.backend.ready()
-        with self._wake:
-            self._todo.append(job)
-            self._open.append(job)  # after it: a signal handler that drains here waits for no job that is not begun
-            self._wake.notify_all()
+        job.begin()
+        self._open.append(job)
+        self._hand_over()
         if self._thread is None or not self._thread.is_alive():
             self._thread = TorchThread(self._work, "ess-monitor-worker", self._request_stop)
             self._thread.start()
@@ -104,8 +109,9 @@ class Executor(Generic[AnyJob]):
     def poll(self) -> list[AnyJob]:
         """Return jobs that are done or given up, oldest first, without waiting. A later job never passes an earlier."""
         finished: list[AnyJob] = []
+        self._hand_over()
         while (job := self._oldest()) is not None:
-            if not job.done():
+            if not job.finished:
                 if self._clock() - job.submitted < self.config.timeout_seconds:
                     break
                 self._give_up(job, f"not measured within runtime.timeout_seconds = {self.config.timeout_seconds:g}")
@@ -124,7 +130,7 @@ class Executor(Generic[AnyJob]):
         if job is None:
             return None
         self._wait_for([job], timeout_seconds)
-        if not job.done():
+        if not job.finished:
             self._give_up(job, f"not measured within {timeout_seconds:g} seconds of its judgment")
         return job if self._take_out(job) else None
 
@@ -151,8 +157,22 @@ class Executor(Generic[AnyJob]):
     def _wait_for(self, jobs: Collection[AnyJob], timeout_seconds: float) -> None:
         deadline, jobs = self._clock() + timeout_seconds, tuple(jobs)
         with self._wake:
-            while self._clock() < deadline and not all(job.done() for job in jobs):
+            while self._clock() < deadline and not all(job.finished for job in jobs):
+                self._hand_over()
                 self._wake.wait(timeout=_POLL_SECONDS)
+
+    def _hand_over(self) -> None:
+        """Give the worker the jobs whose inputs have arrived, in order. Called on the training thread alone."""
+        with self._wake:
+            for job in tuple(self._open):
+                if job.handed_over:
+                    continue
+                if not all(task.error or task.arrived() for task in job.tasks):
+                    break
+                # In this order: a signal handler that drains in between waits for no job that is not begun.
+                self._todo.append(job)
+                job.handed_over = True
+            self._wake.notify_all()
 
     def _give_up(self, job: AnyJob, why: str) -> None:
         job.state, job.error = "abandoned", why
@@ -187,9 +207,15 @@ class Executor(Generic[AnyJob]):
         for task in job.tasks:
             if job.state == "abandoned" or self._closing:
                 break
+            if task.error or task.results is not None:  # handed over twice, by a signal handler
+                continue
             try:
                 task.backend.launch(task)
             except BaseException as error:  # sys.exit() in a task must not end the worker with an unfinished job
-                task.error = format_error(error)
-                logger.debug("ess_monitor: failure in the worker", exc_info=error)
-                task.cause = error.with_traceback(None)
+                _fail(task, error)
+
+
+def _fail(task: Task, error: BaseException) -> None:
+    logger.debug("ess_monitor: failure in the worker", exc_info=error)
+    task.error, task.cause = format_error(error), error.with_traceback(None)
+    task.inputs = ()

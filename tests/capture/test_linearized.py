@@ -13,7 +13,7 @@ from benchmarks.census.own_layers import NeuralMemory, TTTLinear
 from ess_monitor import CaptureConfig, Monitor, MonitorConfig, NoLayersError, describe, profile
 from ess_monitor.capture import Captured, find_layers
 from ess_monitor.capture.hooks.call_site import Call
-from ess_monitor.capture.linearized import LINEARIZED, linearized
+from ess_monitor.capture.linearized import LINEARIZED, LayerAlone, linearized
 from ess_monitor.cli.tables import reading_table
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import JacobianOperator
@@ -277,3 +277,17 @@ def test_what_cannot_be_called_alone_says_why(module: nn.Module, args: Any, reas
     with pytest.raises(CaptureError, match=reason):
         _operator(module, *args)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(4, 3, 2), nn.GRU(4, 3, bidirectional=True)])
+def test_a_layer_runs_alone_on_other_tensors_that_take_the_place_of_its_own(module: nn.Module) -> None:
+    x = torch.randn(2, 6, 4)
+    alone, expected = (LayerAlone(module, (x.transpose(0, 1),), {}, torch.float64) for _ in range(2))
+    # Zeros, but for the moment of the comparison: what were kept of the old tensors would show.
+    new = {id(tensor): torch.zeros_like(tensor) for tensor in alone.tensors}
+    moved = alone.with_tensors(new)
+    assert not torch.equal(moved(x.double()), alone(x.double()))
+    for tensor in alone.tensors:
+        new[id(tensor)].copy_(tensor)
+        tensor.data = torch.zeros_like(tensor)
+    assert torch.equal(moved(x.double()), expected(x.double()))

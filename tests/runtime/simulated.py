@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,22 +14,16 @@ from ess_monitor.runtime import Job
 
 
 class SimulatedEvent:
-    def __init__(self, device: SimulatedStreams) -> None:
-        self.device = device
-        self.stream: SimulatedStream | None = None
-        self.place = 0
-
-    def record(self, stream: SimulatedStream) -> None:
-        self.stream, self.place = stream, len(stream.work)
+    def __init__(self, device: SimulatedStreams, stream: SimulatedStream) -> None:
+        self.device, self.stream, self.place = device, stream, len(stream.work)
 
     def query(self) -> bool:
-        assert self.stream is not None, "an event that was never recorded says nothing"
-        return self.stream.done >= self.place
+        self.device.is_asked()
+        return self.is_done
 
-    def elapsed_time(self, end: SimulatedEvent) -> float:
-        assert self.query(), "elapsed_time of unfinished events is an error on a real device"
-        assert end.query()
-        return 2.0
+    @property
+    def is_done(self) -> bool:
+        return self.stream.done >= self.place
 
 
 class SimulatedStream:
@@ -40,13 +35,10 @@ class SimulatedStream:
         self.done = 0
         self.waits: list[tuple[int, SimulatedEvent]] = []
 
-    def wait_event(self, event: SimulatedEvent) -> None:
-        self.waits.append((len(self.work), event))
-
     def run(self, pieces: int | None = None) -> None:
         end = len(self.work) if pieces is None else min(len(self.work), self.done + pieces)
         while self.done < end:
-            blocked = [e for place, e in self.waits if place <= self.done and not e.query()]
+            blocked = [e for place, e in self.waits if place <= self.done and not e.is_done]
             if blocked:
                 return
             self.work[self.done]()
@@ -54,37 +46,52 @@ class SimulatedStream:
 
 
 class SimulatedStreams:
-    """The `Streams` interface over simulated streams; host copies hold garbage until their stream has run them."""
+    """The `Streams` interface over simulated streams; host memory holds garbage until the copies into it have run."""
 
     def __init__(self) -> None:
-        self.main = SimulatedStream("main")
-        self.side: list[SimulatedStream] = []
+        self.main, self.side = SimulatedStream("main"), SimulatedStream("side")
         self.active: list[SimulatedStream] = [self.main]
-        self.kept: list[tuple[torch.Tensor, SimulatedStream]] = []
+        self.kept: list[torch.Tensor] = []
+        self.memory: list[torch.Tensor] = []
+        self.threads: set[str] = set()
+        """Names of the threads that made a call."""
+        self.recording: str | None = None
+        """Name of the thread that records a graph. One call of any thread to the device loses it."""
+        self.is_lost = False
 
-    def side_stream(self) -> SimulatedStream:
-        self.side.append(SimulatedStream(f"side{len(self.side)}"))
-        return self.side[-1]
+    def is_asked(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.is_lost |= self.recording is not None
 
-    def current_stream(self) -> SimulatedStream:
-        return self.main
+    def now(self) -> SimulatedEvent:
+        self.is_asked()
+        return SimulatedEvent(self, self.active[-1])
 
     @contextmanager
-    def use(self, stream: SimulatedStream) -> Iterator[None]:
+    def copying(self, after: Sequence[Any]) -> Iterator[None]:
+        self.is_asked()
+        self.side.waits += [(len(self.side.work), event) for event in after]
+        with self.on(self.side):
+            yield
+
+    @contextmanager
+    def on(self, stream: SimulatedStream) -> Iterator[None]:
         self.active.append(stream)
         yield
         self.active.pop()
 
-    def event(self) -> SimulatedEvent:
-        return SimulatedEvent(self)
+    def host_memory(self, size: int) -> torch.Tensor:
+        self.is_asked()
+        self.memory.append(torch.full((size,), 255, dtype=torch.uint8))  # NaN in every floating dtype
+        return self.memory[-1]
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        host = torch.full_like(tensor, float("nan"))
+    def copy(self, host: torch.Tensor, tensor: torch.Tensor) -> None:
+        self.is_asked()
+        self.kept.append(tensor)
         self.active[-1].work.append(lambda: host.copy_(tensor))
-        return host
 
-    def keep_until_done(self, tensor: torch.Tensor, stream: SimulatedStream) -> None:
-        self.kept.append((tensor, stream))
+    def is_capturing(self) -> bool:
+        return self.recording == threading.current_thread().name
 
 
 @dataclass(eq=False)

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from ess_monitor.runtime import Executor, HostBackend, RuntimeConfig, StreamBackend, Task
-from tests.runtime.simulated import SimulatedStreams, Tagged
+from ess_monitor.runtime import Executor, HostBackend, RuntimeConfig, Task
+from tests.runtime.simulated import Tagged
 
 
 class Clock:
@@ -25,13 +25,6 @@ def host_task(value: float, gate: threading.Event | None = None) -> Task:
         return {"value": torch.tensor(value)}
 
     return Task(HostBackend(), (), compute)
-
-
-def wait_until_launched(executor: Executor[Tagged], jobs: int) -> None:
-    deadline = time.monotonic() + 10
-    while sum(job.finished for job in executor._open) < jobs:
-        assert time.monotonic() < deadline, "the worker never launched the jobs"
-        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -140,90 +133,3 @@ def test_close_ends_the_worker_and_refuses_new_jobs(executor: Executor[Tagged]) 
     assert executor._thread is not None
     assert not executor._thread.is_alive()
     assert not executor.submit(Tagged("b", tasks=[host_task(1.0)]))
-
-
-class TestOnASimulatedDevice:
-    """Completion is late and out of turn; what the training thread sees must not depend on it."""
-
-    @pytest.fixture
-    def device(self) -> SimulatedStreams:
-        return SimulatedStreams()
-
-    def stream_task(self, backend: StreamBackend, tensor: torch.Tensor) -> Task:
-        return Task(backend, (tensor,), lambda: {"double": tensor * 2})
-
-    def test_nothing_is_done_before_the_side_stream_has_run(self, device: SimulatedStreams, executor) -> None:
-        backend = StreamBackend(device)
-        executor.submit(Tagged("a", tasks=[self.stream_task(backend, torch.ones(2))]))
-        wait_until_launched(executor, 1)
-        assert executor.poll() == []
-        device.side[0].run()
-        (job,) = executor.poll()
-        assert job.tasks[0].results["double"].tolist() == [2.0, 2.0]
-
-    def test_the_side_stream_waits_for_the_copies_on_the_main_stream(self, device: SimulatedStreams, executor) -> None:
-        backend = StreamBackend(device)
-        device.main.work.append(lambda: None)  # the copy, still queued
-        executor.submit(Tagged("a", tasks=[self.stream_task(backend, torch.ones(2))]))
-        wait_until_launched(executor, 1)
-        device.side[0].run()
-        assert executor.poll() == []
-        device.main.run()
-        device.side[0].run()
-        assert [job.tag for job in executor.poll()] == ["a"]
-
-    def test_a_later_job_that_is_done_first_waits_for_the_earlier_one(self, device: SimulatedStreams, executor) -> None:
-        slow, fast = StreamBackend(device), StreamBackend(device)
-        executor.submit(Tagged("first", tasks=[self.stream_task(slow, torch.ones(1))]))
-        executor.submit(Tagged("second", tasks=[self.stream_task(fast, torch.ones(1))]))
-        wait_until_launched(executor, 2)
-        device.side[1].run()
-        assert executor.poll() == []
-        device.side[0].run()
-        assert [job.tag for job in executor.poll()] == ["first", "second"]
-
-    def test_the_allocator_is_told_of_every_input_that_the_side_stream_reads(self, device, executor) -> None:
-        backend = StreamBackend(device)
-        tensor = torch.ones(2)
-        executor.submit(Tagged("a", tasks=[self.stream_task(backend, tensor)]))
-        wait_until_launched(executor, 1)
-        assert [(t is tensor, stream) for t, stream in device.kept] == [(True, device.side[0])]
-
-    def test_a_job_with_one_unfinished_task_is_not_done(self, device: SimulatedStreams, executor) -> None:
-        one, other = StreamBackend(device), StreamBackend(device)
-        executor.submit(
-            Tagged("a", tasks=[self.stream_task(one, torch.ones(1)), self.stream_task(other, torch.ones(1))])
-        )
-        wait_until_launched(executor, 1)
-        device.side[0].run()
-        assert executor.poll() == []
-        device.side[1].run()
-        (job,) = executor.poll()
-        assert sum(t.cost_seconds() for t in job.tasks) == pytest.approx(0.004)
-
-    def test_a_device_that_never_finishes_is_given_up(self, device: SimulatedStreams) -> None:
-        clock = Clock()
-        executor: Executor[Tagged] = Executor(RuntimeConfig(timeout_seconds=1.0), clock=clock)
-        executor.submit(Tagged("a", tasks=[self.stream_task(StreamBackend(device), torch.ones(1))]))
-        wait_until_launched(executor, 1)
-        clock.now = 2.0
-        assert [job.state for job in executor.poll()] == ["abandoned"]
-        executor.close()
-
-
-@pytest.mark.gpu
-def test_results_of_a_real_side_stream_arrive_on_the_host() -> None:
-    from ess_monitor.runtime import backend_for
-
-    backend = backend_for(torch.device("cuda"), threads=1)
-    assert isinstance(backend, StreamBackend)
-    executor: Executor[Tagged] = Executor(RuntimeConfig())
-    x = torch.randn(4, 64, 64, device="cuda")
-    executor.submit(Tagged("a", tasks=[Task(backend, (x,), lambda: {"s": torch.linalg.svdvals(x)})]))
-    (job,) = executor.drain(60)
-    result = job.tasks[0].results["s"]
-    assert result.device.type == "cpu"
-    assert result.is_pinned()
-    torch.testing.assert_close(result, torch.linalg.svdvals(x.cpu()), atol=1e-4, rtol=1e-4)
-    assert job.tasks[0].cost_seconds() > 0
-    executor.close()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step
@@ -124,7 +125,9 @@ def _recurrence(
 
 def _row_sums(b: Tensor, c: Tensor, first: Tensor | None) -> Tensor:
     """Return sum_j T_ij of linear attention, each row from the beginning of its own sequence."""
-    sums = b.double().cumsum(2)
+    sums, shift = b.double(), 1
+    while shift < sums.shape[2]:  # torch's cumsum raises on CUDA where deterministic algorithms are asked for
+        sums, shift = sums + F.pad(sums[:, :, :-shift], (0, 0, shift, 0)), 2 * shift
     if first is not None:
         tokens = torch.arange(len(first), device=first.device)
         begins = torch.where(first, tokens, 0).cummax(0).values

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture.causality.claims import Claim
@@ -48,10 +49,17 @@ class LayerTests:
         test: the test; None for none.
         model: the model of the layers; without it only the layers themselves can be tested.
         clock: measures how long tests take.
+        ready: called with the device of a test's outcome, to mark the moment behind it.
     """
 
-    def __init__(self, test: Test | None, model: nn.Module | None, clock: Callable[[], float]) -> None:
-        self._test, self._model, self._clock = test, model, clock
+    def __init__(
+        self,
+        test: Test | None,
+        model: nn.Module | None,
+        clock: Callable[[], float],
+        ready: Callable[[torch.device], Any],
+    ) -> None:
+        self._test, self._model, self._clock, self._ready = test, model, clock, ready
         self.seconds = 0.0
         """How long the tests of this sample took."""
         self._claims: dict[str, tuple[Claim, ...]] = {}
@@ -119,4 +127,6 @@ class LayerTests:
             self._claims[name] = (Claim(holds, _NOT_CAUSAL.format(what)),)
         result = waiting.candidate.result
         if hasattr(result, "claims"):
-            waiting.candidate.result = replace(result, claims=(*result.claims, *self._claims[name]), unproven="")
+            ready = (*result.ready, *(self._ready(claim.holds.device) for claim in self._claims[name]))
+            claims = (*result.claims, *self._claims[name])
+            waiting.candidate.result = replace(result, claims=claims, unproven="", ready=ready)

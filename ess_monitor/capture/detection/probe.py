@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ess_monitor.capture.hooks.call_site import ModuleHook, is_own_hook, tensors_in
-from ess_monitor.capture.ignored_calls import is_transformed
+from ess_monitor.capture.hooks.ignored_calls import is_recorded, is_transformed
 
 _POINTWISE = (
     nn.Linear,
@@ -129,7 +129,7 @@ class MixingProbe:
         if name in self.found or (name not in self._listed and not self._in_training and self._holds_mixing(name)):
             return
         y = next((t for t in tensors_in(output) if t.requires_grad), None)
-        if y is None or is_transformed():
+        if y is None or is_transformed() or is_recorded(y.device.type):
             return
         given = (*args, *kwargs.values())
         tracked = [x for x in given if isinstance(x, Tensor) and x.requires_grad and x is not y]
@@ -152,13 +152,13 @@ class MixingProbe:
     def _holds_mixing(self, name: str) -> bool:
         return any(other != name and is_inside(other, name) and m.mixes for other, m in self.found.items())
 
-    def bring_to_host(self) -> None:
-        """Start to copy the answers to the host, without waiting for the device."""
-        for name, mixing in self.found.items():
-            if mixing.seen.device.type != "cpu":
-                flags = torch.stack((mixing.past, mixing.future, mixing.seen))
-                host = torch.empty_like(flags, device="cpu", pin_memory=True).copy_(flags, non_blocking=True)
-                self.found[name] = Mixing(*host)
+    def flags(self) -> list[Tensor]:
+        """Return the answers as tensors of three bools, one for each module that was asked."""
+        return [torch.stack((mixing.past, mixing.future, mixing.seen)) for mixing in self.found.values()]
+
+    def take_from_host(self, flags: Iterable[Tensor]) -> None:
+        """Put copies of `flags` on the host in the place of the answers."""
+        self.found = {name: Mixing(*host) for name, host in zip(self.found, flags, strict=True)}
 
     def unlisted(self) -> dict[str, Mixing]:
         """Return the modules that mix tokens, and are not listed, nor inside of or around one that is.

@@ -23,6 +23,10 @@ TRANSFORMED = (
     "the model runs inside of a transform of torch.func (vmap, grad, jvp), where its tensors stand for many; call it "
     "without the transform to measure it"
 )
+RECORDED = (
+    "the forward pass was being recorded into a CUDA graph, which would repeat the copies at every replay and reads "
+    "nothing; call the model outside of the graph at some steps to measure it"
+)
 UNTRAINED = (
     "it was called, but no gradient arrived at what it put out, so none of its passes trains; to measure batches of an "
     "evaluation set capture.source='validation'"
@@ -74,6 +78,14 @@ def why_not_seen(site: CallSite, *, was_called: bool) -> str:
 def is_transformed() -> bool:
     """Return whether the code that runs is inside of a transform of torch.func."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_recorded(device_type: str) -> bool:
+    """Return whether this thread's current stream records a graph: what it launches is then not run, but repeated."""
+    if device_type == "cpu":
+        return False
+    is_capturing = getattr(torch.get_device_module(device_type), "is_current_stream_capturing", None)
+    return is_capturing is not None and bool(is_capturing())
 
 
 def _attention_lengths(call: Call) -> tuple[int, int] | None:
