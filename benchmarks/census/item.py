@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -13,13 +14,24 @@ from ess_monitor import CaptureConfig, LayerInfo, MonitorConfig, describe, profi
 from ess_monitor.capture.detection import Mixing, MixingProbe, is_inside
 
 Verdict = Literal[
-    "fully", "partly", "skipped", "no mixer", "with inputs", "silent", "wrong", "crashed", "not run", "not built"
+    "fully",
+    "partly",
+    "skipped",
+    "no mixer",
+    "with inputs",
+    "silent",
+    "wrong",
+    "crashed",
+    "not run",
+    "no package",
+    "not built",
 ]
 """fully: every mixer is measured. partly: some are, the others have a reason. skipped: none is, all have a reason.
 no mixer: nothing mixes tokens, and nothing is listed. with inputs: a module that mixes tokens is listed by
 `describe(model, *inputs)` alone, and by the first sample of a run. silent: one is listed by neither. wrong: a module
 is listed that treats every token by itself. crashed: `describe` or `profile` raised. not run: nothing is
-listed, and there is no forward pass to tell. not built: the library's own code failed."""
+listed, and there is no forward pass to tell. no package: it is built with a package that is not installed. not built:
+the library's own code failed."""
 
 CONFIG = MonitorConfig(positions=2, capture=CaptureConfig(samples=1, heads=2, max_length=64))
 
@@ -66,6 +78,9 @@ def examine(item: Item) -> Outcome:
     try:
         model, inputs = item.build()
         model.eval()
+    except ImportError as error:
+        outcome.verdict, outcome.problem = "no package", _needed(error)
+        return outcome
     except Exception as error:
         outcome.problem = _shown(error)
         return outcome
@@ -131,5 +146,10 @@ def _is_guess(layer: LayerInfo) -> bool:
     return layer.supported or "register_capture" in layer.reason
 
 
+def _needed(error: ImportError) -> str:
+    found = re.search(r"requires the (\w+)|install (\w+) package|named '(\w+)", str(error))
+    return f"needs {next(filter(None, found.groups()))}" if found else _shown(error)
+
+
 def _shown(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:200]

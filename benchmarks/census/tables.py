@@ -10,6 +10,7 @@ from typing import get_args
 from benchmarks.census.item import Outcome, Verdict
 
 _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+_WITH_PROBLEM = ("with inputs", "silent", "wrong", "crashed", "no package", "not built")
 _HEAD = """# Census of layers
 
 What `describe` and `profile` say of every model type of transformers, of every layer class of flash-linear-attention
@@ -21,7 +22,8 @@ _LEGEND = """
 *no mixer*: no module mixes tokens, and none is listed. *with inputs*: a mixer is listed by `describe(model, *inputs)`
 and by the first sample of a run alone. *silent*: by neither. *wrong*: what is listed treats every token by itself.
 *crashed*: `describe` or `profile` raised. *not run*: nothing is listed, and there is no forward pass to tell.
-*not built*: the library's own code failed on its default configuration, made small, or asked for another package.
+*no package*: it cannot be built without a package that is not installed. *not built*: the library's own code failed on
+its default configuration, made small.
 Where there was no forward pass (in italics below), the list of `describe` alone is known.
 """
 
@@ -56,8 +58,9 @@ def _counts(by_source: dict[str, list[Outcome]]) -> list[str]:
 
 
 def _name(outcome: Outcome) -> str:
-    problem = outcome.problem if outcome.verdict in ("with inputs", "silent", "wrong", "crashed") else ""
-    shown = outcome.name if outcome.ran or outcome.verdict in ("not run", "not built") else f"*{outcome.name}*"
+    problem = outcome.problem if outcome.verdict in _WITH_PROBLEM else ""
+    has_list = outcome.verdict not in ("not run", "no package", "not built")
+    shown = f"*{outcome.name}*" if has_list and not outcome.ran else outcome.name
     return f"{shown} ({problem})" if problem else shown
 
 

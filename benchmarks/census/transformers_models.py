@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from functools import partial
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
 
 from benchmarks.census.item import Built, Item
+from benchmarks.census.model_inputs import inputs_on_which
+from benchmarks.census.small_config import SHRINKS, shrunk
 
-_LAYERS = re.compile(
-    r"(num|n)_\w*(layers?|blocks)$|^n_layer$|^(en|de)coder_layers$|^layers$|_layers$|^depth$|num_stages|^e_layers$"
-)
-_WIDTH = re.compile(
-    r"hidden|d_model|n_embd|embed|embd|^dim$|_dim$|d_ff|^d_kv$|ffn|inner|intermediate|width|_rank$|channels|latent|_size$|_units"
-)
-_NO_WIDTH = re.compile(
-    r"image|patch|vocab|position|max_|window|kernel|stride|token|_id$|version|length|sample|rate|frames|num_|chunk|block"
-    r"|pool|group|conv_|in_channels|merge|tile|crop|batch|input|layers|factor|height|mask|mel|codebook|n_head"
-)
-_WIDTHS_DIVIDED_BY = 8
-_LONGEST = 24
-_MOST_PARAMETERS = 2e8
+_MOST_PARAMETERS = 1e8
+_SERIES = {"prediction_length": 8}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_ROPE_IN_SECTIONS = {**_ROPE, "mrope_section": [16, 16, 16, 16]}
+_ROPE_BY_KIND = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+_WITHOUT_DEFAULT: dict[str, dict[str, Any]] = {
+    "autoformer": _SERIES,
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
+    "cohere_compass": {"text_config": {"rope_parameters": _ROPE_BY_KIND}},
+    "cohere_compass_text": {"rope_parameters": _ROPE_BY_KIND},
+    "chameleon": {"vocabulary_map": {"<image>": 4, **{f"IMGIMGB{letter}Z": 5 + n for n, letter in enumerate("BCDE")}}},
+    "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE_IN_SECTIONS}},
+    "hunyuan_vl_text": {"rope_parameters": _ROPE_IN_SECTIONS},
+    "reformer": {"is_decoder": True, "axial_pos_shape": (4, 6)},
+}
+"""Settings that a model needs and its configuration has no default for."""
+_KERNELS = ("fla", "causal_conv1d", "mamba_ssm", "natten")
+"""Packages whose kernels need a device; models have code of their own where they are not installed."""
 
 
 def items() -> Iterator[Item]:
     """Yield every model type that has a model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-
-    for name in sorted({*MODEL_MAPPING_NAMES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}):
+    import_module("transformers.models.llama.modeling_llama")  # once, for all processes of the run
+    for name in sorted(_classes()):
         yield Item("transformers", name, partial(build, name))
 
 
@@ -39,100 +49,71 @@ def build(name: str) -> Built:
 
     The last is on the device without memory, and has no inputs.
     """
-    for divisor in (_WIDTHS_DIVIDED_BY, 1):
-        try:
-            config = _small(_config(name), divisor)
-            model = _auto(name).from_config(config).eval()
-            if sum(p.numel() for p in model.parameters()) > _MOST_PARAMETERS:
-                break
-            args, kwargs = _inputs(model, config)
-            with torch.no_grad():
-                model(*args, **kwargs)
-            return Built(model, (args, kwargs))
-        except Exception:
-            continue
+    with _without(_KERNELS):
+        for by, cls in product(SHRINKS, _classes()[name]):
+            try:
+                config = shrunk(_config(name), by)
+                if _parameters(cls, config) > _MOST_PARAMETERS:
+                    continue
+                model = _model(cls, config).eval()
+                return Built(model, ((), inputs_on_which(model, config)))
+            except ImportError:
+                raise
+            except Exception:
+                continue
+        for by, cls in product(SHRINKS, _classes()[name]):
+            try:
+                return Built(_without_memory(cls, shrunk(_config(name), by)), None)
+            except Exception as error:
+                problem = error
+    raise problem
+
+
+@contextmanager
+def _without(packages: Sequence[str]) -> Iterator[None]:
+    """Make packages unknown to what is imported meanwhile."""
+    known = {name: sys.modules.get(name) for name in packages}
+    sys.modules.update(dict.fromkeys(packages))
+    try:
+        yield
+    finally:
+        for name, module in known.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def _parameters(cls: str, config: Any) -> int:
+    return sum(parameter.numel() for parameter in _without_memory(cls, config).parameters())
+
+
+def _without_memory(cls: str, config: Any) -> Any:
     with torch.device("meta"):
-        return Built(_auto(name).from_config(_small(_config(name), 1)), None)
+        return _model(cls, config)
+
+
+def _model(cls: str, config: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, cls)._from_config(config, experts_implementation="eager")
 
 
 def _config(name: str) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(name)
+    return AutoConfig.for_model(name, **_WITHOUT_DEFAULT.get(name, {}))
 
 
-def _auto(name: str) -> Any:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+@cache
+def _classes() -> dict[str, list[str]]:
+    """Return the classes of each model type: with the head that trains it where there is one, or any."""
+    from transformers.models.auto import modeling_auto
 
-    is_causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
-
-
-def _small(config: Any, divisor: int) -> Any:
-    for name, value in list(vars(config).items()):
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            _small(value, divisor)
-        elif isinstance(value, bool) or name.startswith("_"):
-            continue
-        elif isinstance(value, int):
-            _set(config, name, _smaller(name, value, divisor))
-        elif isinstance(value, list) and value and name in ("layer_types", "layers_block_type", "mlp_layer_types"):
-            kinds = list(dict.fromkeys(value))
-            _set(config, name, (kinds * 2)[: max(2, len(kinds))])
-    kinds = getattr(config, "layer_types", None)
-    if isinstance(kinds, list) and len(kinds) > 2 and isinstance(getattr(config, "num_hidden_layers", None), int):
-        _set(config, "num_hidden_layers", len(kinds))
-    for name in ("use_cache", "output_attentions"):
-        if hasattr(config, name):
-            _set(config, name, False)
-    return config
-
-
-def _smaller(name: str, value: int, divisor: int) -> int:
-    if re.search(r"vocab_size", name) and value > 400:
-        return 400
-    if re.search(r"token_id|_index$", name):
-        return min(value, 399)
-    if _LAYERS.search(name):
-        return min(value, 2)
-    if re.search(r"experts_per_tok|top_?k|topk", name):
-        return min(value, 2)
-    if re.search(r"num_\w*experts|n_routed", name):
-        return min(value, 4)
-    if _WIDTH.search(name) and not _NO_WIDTH.search(name) and value >= 64 and value % divisor == 0:
-        return value // divisor
-    return value
-
-
-def _set(config: Any, name: str, value: Any) -> None:
-    try:
-        setattr(config, name, value)
-    except Exception:  # a property that cannot be set
-        return
-
-
-def _inputs(model: Any, config: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    main = getattr(model, "main_input_name", "input_ids")
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", getattr(config, "image_size", 64))
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    tokens = torch.randint(5, 90, (1, _LONGEST))
-    given: dict[str, torch.Tensor] = {}
-    if main == "pixel_values":
-        given[main] = torch.randn(1, getattr(vision, "num_channels", 3), int(height), int(width))
-    elif main == "pixel_values_videos":
-        given[main] = torch.randn(1, getattr(config, "num_frames", 4), 3, int(height), int(width))
-    elif main == "input_values":
-        given[main] = torch.randn(1, 4000)
-    elif main == "input_features":
-        given[main] = torch.randn(
-            1, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 100)
-        )
-    elif main in ("past_values", "x"):
-        given[main] = torch.randn(1, getattr(config, "context_length", 64), getattr(config, "num_input_channels", 1))
-    else:
-        given[main] = tokens
-    if getattr(config, "is_encoder_decoder", False):
-        given["decoder_input_ids"] = tokens
-    return (), given
+    others = [name for name in vars(modeling_auto) if name.endswith("_MAPPING_NAMES")]
+    first = ["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES"]
+    found: dict[str, list[str]] = {}
+    for mapping in dict.fromkeys((*first, *others)):
+        for name, classes in getattr(modeling_auto, mapping).items():
+            if mapping != "CONFIG_MAPPING_NAMES":
+                found.setdefault(name, []).extend([classes] if isinstance(classes, str) else classes)
+    return {name: list(dict.fromkeys(classes))[:3] for name, classes in found.items()}
