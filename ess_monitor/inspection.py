@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from ess_monitor.capture.layers import probed_infos
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.evidence.causality import is_causal
-from ess_monitor.pipeline.readings import compute, lost_reading, reading
+from ess_monitor.pipeline.readings import compute, lost_reading, reading, reduce_long
 from ess_monitor.records import LayerInfo, Reading
 
 DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
@@ -123,8 +124,8 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         model: the model.
         inputs, named_inputs: arguments of its forward.
         config: `tolerance`, `tolerance_scale`, `positions`, `layers` and `capture` are used; the default measures 8
-            samples, all heads and 8 positions of at most 1024 tokens. With `strict` a layer that could not be measured
-            is an error.
+            samples, all heads and 8 positions; of sequences above 1024 tokens what `capture.max_length` says. With
+            `strict` a layer that could not be measured is an error.
 
     Raises:
         NoLayersError: no layer of the model can be measured.
@@ -138,7 +139,16 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         [8.0]
     """
     config = validation.optional("config", config, MonitorConfig) or DEFAULTS
-    items = capture_pass(model, inputs, named_inputs, layers=config.layers, config=config.capture, causality=is_causal)
+    reduce = partial(reduce_long, positions=config.positions, scale=config.tolerance_scale)
+    items = capture_pass(
+        model,
+        inputs,
+        named_inputs,
+        layers=config.layers,
+        config=config.capture,
+        causality=is_causal,
+        reduce=reduce,
+    )
     if config.strict:
         raise_failures(items)
     infos = layer_infos(model, config.layers, unknown=config.capture.unknown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -66,6 +66,7 @@ def capture_pass(
     layers: LayerFilter | None = None,
     config: CaptureConfig = EVERYTHING,
     causality: Test | None = None,
+    reduce: Callable[[Operator], Operator] | None = None,
 ) -> tuple[Captured | CaptureFailure, ...]:
     """Run `model(*inputs, **named_inputs)` once and return every layer's narrowed operator, or why it has none.
 
@@ -74,10 +75,12 @@ def capture_pass(
         layers: the layers to read.
         config: how much of each to copy.
         causality: test of each layer, as in `Sampler`.
+        reduce: of recurrences that are too long to be held, as in `Sampler`.
     """
     validation.instance("config", config, CaptureConfig)
     found = require_layers(model, layers, unknown=config.unknown)
-    sampler = Sampler(found, config.model_copy(update={"source": "validation"}), model=model, causality=causality)
+    config = config.model_copy(update={"source": "validation"})
+    sampler = Sampler(found, config, model=model, causality=causality, reduce=reduce)
     sampler.arm()
     try:
         with evaluating(model):

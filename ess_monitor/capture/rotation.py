@@ -41,7 +41,8 @@ class CaptureConfig(BaseModel):
     tokens."""
     max_bytes: int = Field(default=64 * 2**20, ge=2**20)
     """Bytes of one layer that a sample holds, where `max_length` is "auto" and sequences are longer than 1024 tokens.
-    64 MB are 87,000 tokens of one head of GLA with n = 64 in float32."""
+    64 MB are 87,000 tokens of one head of GLA with n = 64 in float32. On the host longer recurrences are reduced to
+    what is measured of them as they are read; of tensors of an accelerator the first tokens are taken that fit."""
     unknown: Literal["skip", "jacobian"] = "skip"
     """What becomes of a layer that mixes tokens and that no reader knows (LSTM, GRU, a class of your own). "skip": it
     is listed with the reason. "jacobian": a copy is linearized at the sampled input, and its memory is the rank of
@@ -135,9 +136,13 @@ class Part:
     """Tokens from the start of the sequence."""
     window: int | None = None
     """Tokens at the end of these among which positions are placed. None: all."""
+    fits: int | None = None
+    """Tokens that may be held, where `length` is more. None: all may be."""
 
 
-def part_of(whole: Operator | LazyOperator, config: CaptureConfig, share: float, turn: int) -> Part:
+def part_of(
+    whole: Operator | LazyOperator, config: CaptureConfig, share: float, turn: int, *, can_reduce: bool = False
+) -> Part:
     """Return what a sample takes of an operator.
 
     Args:
@@ -145,15 +150,18 @@ def part_of(whole: Operator | LazyOperator, config: CaptureConfig, share: float,
         config: how much of it at most.
         share: of the samples and heads of `config`; 0 for one of each.
         turn: number of the sample.
+        can_reduce: whether a recurrence of which a single head is too long to be held can be reduced as it is read.
     """
     most = whole.heads if config.heads is None else min(config.heads, whole.heads)
     limit = config.max_length if isinstance(config.max_length, int) else whole.length
     samples = share_of(min(config.samples, whole.batch), share)
-    size, window = Size(samples, share_of(most, share), min(limit, whole.length)), None
+    size, window, fits = Size(samples, share_of(most, share), min(limit, whole.length)), None, None
     if config.max_length == "auto" and whole.length > SHORT:
         size, window = _of_long(whole, size, turn, config.max_bytes)
+        if can_reduce and window is None and SHORT < size.length < whole.length:
+            size, fits = size._replace(length=whole.length), size.length
     heads, rows = rotate_heads(whole.heads, size.heads, turn), rotate_rows(whole.batch, size.samples, turn)
-    return Part(rows, heads, size.length, window)
+    return Part(rows, heads, size.length, window, fits)
 
 
 def _of_long(whole: Operator | LazyOperator, wanted: Size, turn: int, max_bytes: int) -> tuple[Size, int | None]:

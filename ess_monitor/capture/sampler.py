@@ -40,10 +40,12 @@ from ess_monitor.capture.hooks.ignored_calls import (
     why_not_seen,
 )
 from ess_monitor.capture.layers import Layer
-from ess_monitor.capture.rotation import CaptureConfig, part_of
+from ess_monitor.capture.rotation import CaptureConfig, Part, part_of
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.capture.training_pass import Candidate, TrainingPass
 from ess_monitor.distributed.context_parallel import tokens_are_spread
 from ess_monitor.errors import CaptureError
+from ess_monitor.ess import Operator
 
 logger = logging.getLogger("ess_monitor")
 
@@ -65,6 +67,8 @@ class Sampler:
         causality: test of whether a layer's call is causal, made once for each layer. Without it the call that is read
             has to show it.
         clock: measures the seconds that the hooks add to the training step (`capture_seconds`).
+        reduce: returns what is measured of a recurrence on the host that is too long to be held. Without it, and on an
+            accelerator, only a part is taken.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Sampler:
         ready: Callable[[torch.device], Any] | None = None,
         causality: Test | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        reduce: Callable[[Operator], Operator] | None = None,
     ) -> None:
         self.layers = validation.several("layers", layers, Layer, hint="find_layers(model)")
         self.config = validation.instance("config", config, CaptureConfig)
@@ -98,7 +103,7 @@ class Sampler:
         self._takes_any = False
         self._forget: Callable[[], None] | None = None
         self._off, self._next_share = off, share
-        self._on_operator = on_operator
+        self._on_operator, self._reduce = on_operator, reduce
         self._ready = (lambda device: None) if ready is None else ready
         self._tests = LayerTests(causality, model, clock, self._ready)
         self._clock = clock
@@ -288,9 +293,8 @@ class Sampler:
                 if call.output is not None:  # None: a placeholder of a fused op
                     self._ignored[layer.name] = why_ignored(call)
                 return None
-            part = part_of(whole, self.config, self.share, self.turn)
-            few = self._tokens.select(call, whole, part.samples, part.heads, part.length, most=self.config.samples)
-            operator = few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
+            part = part_of(whole, self.config, self.share, self.turn, can_reduce=self._reduce is not None)
+            operator = self._copied(call, whole, part)
             if layer.spec.is_taught and layer.name not in self._checked:
                 self._checked.add(layer.name)
                 log_misfit(layer, whole, call)
@@ -310,6 +314,14 @@ class Sampler:
         if self._on_operator is not None:
             self._on_operator(captured)
         return captured
+
+    def _copied(self, call: Call, whole: Operator | LazyOperator, part: Part) -> Operator:
+        """Return a copy of a part of an operator, or of what is measured of it, where the part is too large."""
+        select = partial(self._tokens.select, call, whole, part.samples, part.heads, most=self.config.samples)
+        few = select(part.length)
+        if part.fits is not None and self._reduce is not None:
+            few = self._reduce(few) if few.device.type == "cpu" else select(part.fits)
+        return few.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
 
 
 def _device_type(call: Call) -> str:

@@ -29,7 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ess_monitor.ess.gramian import Carry, FactorRows, Pick, chunk_length, two_sided_singular_values, windows_before
+from ess_monitor.ess.gramian import (
+    Carry,
+    FactorRows,
+    Pick,
+    chunk_length,
+    two_sided_cores,
+    two_sided_singular_values,
+    windows_before,
+)
 from ess_monitor.ess.linalg import slabs, working_dtype
 from ess_monitor.ess.row_squares import Passed, Windows
 
@@ -112,12 +120,22 @@ def delta_singular_values(
 
     `q` is (B|1, H|1, L, N). A head with NaN or Inf in it gives NaN.
     """
+    return two_sided_singular_values(*_sides(transitions, q, len(positions), batch, heads), positions)
+
+
+def delta_cores(transitions: Transitions, q: Tensor, positions: Sequence[int], batch: int, heads: int) -> Tensor:
+    """Return matrices with the singular values of every H_i: (B, H, P, N, N), in the working dtype."""
+    return two_sided_cores(*_sides(transitions, q, len(positions), batch, heads), positions)
+
+
+def _sides(
+    transitions: Transitions, q: Tensor, positions: int, batch: int, heads: int
+) -> tuple[FactorRows, FactorRows]:
     length, state = q.shape[2:]
     # A longer chunk saves factorizations, but each of its rows takes one more step with all rows before it.
-    chunk = min(chunk_length(length, state, len(positions)), max(16, state // 2))
+    chunk = min(chunk_length(length, state, positions), max(16, state // 2))
     control = _DeltaRows(transitions.k.flip(2), False, batch, heads, chunk, transitions.newest_first())
-    observation = _DeltaRows(q, True, batch, heads, chunk, transitions)
-    return two_sided_singular_values(control, observation, positions)
+    return control, _DeltaRows(q, True, batch, heads, chunk, transitions)
 
 
 def delta_windows(transitions: Transitions, q: Tensor, batch: int, heads: int) -> Windows:
@@ -129,7 +147,7 @@ def transition_product(transitions: Transitions, batch: int, heads: int) -> Tens
     """Return A_L ... A_1: (B, H, N, N), in the working dtype."""
     length, state = transitions.k.shape[2:]
     device = transitions.k.device
-    size = math.isqrt(length)
+    size = min(math.isqrt(length), max(32, 2 * state))
     ends = [*range(size, length, size), length]
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     newest_first = transitions.newest_first()

@@ -21,7 +21,7 @@ inputs stay broadcast for as long as possible.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,32 +85,57 @@ def recurrence_singular_values(
     `log_decay` is (B|1, H|1, L|1, N|1); `b` and `c` are (B|1, H|1, L, N). In the working dtype. A head with NaN or Inf
     in it gives NaN.
     """
+    return two_sided_singular_values(*_sides(log_decay, b, c, len(positions), batch, heads), positions)
+
+
+def recurrence_cores(
+    log_decay: Tensor, b: Tensor, c: Tensor, positions: Sequence[int], batch: int, heads: int
+) -> Tensor:
+    """Return matrices with the singular values of every H_i of a diagonal recurrence: (B, H, P, N, N)."""
+    return two_sided_cores(*_sides(log_decay, b, c, len(positions), batch, heads), positions)
+
+
+def _sides(
+    log_decay: Tensor, b: Tensor, c: Tensor, positions: int, batch: int, heads: int
+) -> tuple[FactorRows, FactorRows]:
     length, state = b.shape[2:]
-    chunk = chunk_length(length, state, len(positions))
+    chunk = chunk_length(length, state, positions)
     whole = (-1, -1, length, -1)
     control = _DiagonalRows(b.flip(2), False, batch, heads, chunk, log_decay.flip(2).expand(whole))
-    observation = _DiagonalRows(c, True, batch, heads, chunk, log_decay.expand(whole))
-    return two_sided_singular_values(control, observation, positions)
+    return control, _DiagonalRows(c, True, batch, heads, chunk, log_decay.expand(whole))
 
 
 def two_sided_singular_values(control: FactorRows, observation: FactorRows, positions: Sequence[int]) -> Tensor:
     """Return the singular values of the product of both factors at every position: (B, H, P, rank)."""
+    length, state = control.length, control.state
+    rank = min(state, max(min(i, length - i) for i in positions))
+    shape = (control.batch, control.heads, len(positions), rank)
+    out = control.rows.new_empty(shape, dtype=working_dtype(control.rows.device))
+    for slab, core in _cores(control, observation, positions):
+        out[:, :, slab] = singular_values_(core)[..., :rank]
+    return out
+
+
+def two_sided_cores(control: FactorRows, observation: FactorRows, positions: Sequence[int]) -> Tensor:
+    """Return the product of both factors at every position: (B, H, P, N, N)."""
+    return torch.cat([core for _, core in _cores(control, observation, positions)], dim=2)
+
+
+def _cores(control: FactorRows, observation: FactorRows, positions: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which positions these are, and R_O R_C^T there."""
     batch, heads, length, state = control.batch, control.heads, control.length, control.state
     reverse_positions = [length - i for i in positions]
     control_starts = _chunk_factors(control, positions)
     observation_starts = _chunk_factors(observation, reverse_positions)
-    rank = min(state, max(min(i, length - i) for i in positions))
-    out = control.rows.new_empty((batch, heads, len(positions), rank), dtype=working_dtype(control.rows.device))
     for slab in slabs(len(positions), control.window_elements + batch * heads * state * state):
         r_c = _factors_at(control, control_starts, positions[slab])
         r_o = _factors_at(observation, observation_starts, reverse_positions[slab])
-        out[:, :, slab] = singular_values_(r_o @ r_c.mT)[..., :rank]
-    return out
+        yield slab, r_o @ r_c.mT
 
 
 def chunk_length(length: int, state: int, positions: int) -> int:
     """Return rows per chunk: many for few positions (fewer sequential steps), few for many (less padding)."""
-    shortest, longest = max(8, state // 2), max(128, 2 * state)
+    shortest, longest = max(8, state // 2), max(128, 2 * state, length // 128)
     return max(1, min(length, longest, max(shortest, length // (positions + 1))))
 
 

@@ -20,6 +20,9 @@ from ess_monitor.ess.metrics import (
 from ess_monitor.ess.operators.base import Operator, check_operator
 from ess_monitor.ess.operators.fields import check_same_device
 from ess_monitor.ess.operators.recurrence import Recurrence
+from ess_monitor.ess.operators.reduced import ReducedRecurrence
+
+_WITH_DECAY = (Recurrence, ReducedRecurrence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,11 +193,11 @@ def _scaled(operator: Operator, scale: ToleranceScale) -> Operator:
 
 
 def _decay_product_norm(operator: Operator, finite: Tensor) -> Tensor | None:
-    return _where(finite, operator._product_norm(), operator) if isinstance(operator, Recurrence) else None
+    return _where(finite, operator._product_norm(), operator) if isinstance(operator, _WITH_DECAY) else None
 
 
 def _mean_decay(operator: Operator, finite: Tensor) -> Tensor | None:
-    return _where(finite, operator._mean_diagonal(), operator) if isinstance(operator, Recurrence) else None
+    return _where(finite, operator._mean_diagonal(), operator) if isinstance(operator, _WITH_DECAY) else None
 
 
 def _where(finite: Tensor, values: Tensor, operator: Operator) -> Tensor:

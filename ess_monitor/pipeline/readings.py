@@ -24,6 +24,8 @@ from ess_monitor.ess import (
     tolerance_ess,
 )
 from ess_monitor.ess.linalg import index_tensor
+from ess_monitor.ess.operators.recurrence import Recurrence
+from ess_monitor.ess.operators.reduced import ReducedRecurrence, reduced
 from ess_monitor.records import Reading, Status
 
 SPECTRUM_VALUES = 32
@@ -41,6 +43,8 @@ _FAR = 8
 """Farther back than this part of the sequence is afar."""
 
 Results = dict[str, torch.Tensor]
+
+_REDUCED_BYTES = 2**25
 
 _SUMS = ("far_squared", "total_squared", "products")
 """Results that are sums over all operators. The others have an entry for each sample."""
@@ -78,6 +82,8 @@ def compute(captured: Captured, positions: Positions, tolerance: float, scale: T
         claims = {claim_name(k): claim.holds for k, claim in enumerate(getattr(captured, "claims", ()))}
         parts = captured.operator.longest_segments()
         window = getattr(captured, "window", None)
+        if isinstance(captured.operator, ReducedRecurrence):
+            positions = captured.operator.positions
         placed = _placed([part for part in parts if part.length > 1], positions, window)
         if not placed:
             longest = max((part.length for part in parts), default=0)
@@ -122,6 +128,27 @@ def _placed(parts: Sequence[Operator], positions: Positions, window: int | None 
     else:
         number = len(operator_positions(longest, positions))
     return [_among(part, tokens, number) for part, tokens in seen if tokens > number]
+
+
+def reduce_long(operator: Operator, positions: Positions, scale: ToleranceScale = "absolute") -> Operator:
+    """Return what is measured of a recurrence, of the longest sequence in its row, where that has two tokens.
+
+    All positions are as many evenly spaced ones as need 32 MB.
+
+    Args:
+        operator: A recurrence of one sample, whose `segments` the host may read.
+        positions, scale: As in `compute`.
+    """
+    part = next(iter(operator.longest_segments()), None)
+    if part is None or part.length < 2 or not isinstance(part, Recurrence):
+        return operator.select(length=1)
+    if positions == "all" or isinstance(positions, int):
+        most = max(1, _REDUCED_BYTES // (16 * part.state_size**2))
+        positions = min(most, part.length - 1 if positions == "all" else positions)
+    [placed] = _placed([part], positions)
+    split, distance = placed.positions[placed.middle], part.length // _FAR
+    rows = (split, split + distance) if 0 < distance < part.length - split else None
+    return reduced(part, placed.positions, rows=rows, unit_rows=scale == "output")
 
 
 def _among(part: Operator, tokens: int, positions: Literal["midpoint"] | int) -> _Placed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ess_monitor.errors import CaptureError
 from ess_monitor.evidence.causality import is_causal
 from ess_monitor.evidence.undisturbed import undisturbed_evaluation
 from ess_monitor.pipeline.context import RunContext, Sample
+from ess_monitor.pipeline.readings import reduce_long
 from ess_monitor.runtime import ComputeBackend, Job, Task
 from ess_monitor.runtime.guard import logger
 
@@ -47,6 +49,7 @@ class SampleTrigger:
             causality=is_causal,
             ready=lambda device: backend_of(device).ready(),
             clock=context.clock,
+            reduce=partial(reduce_long, positions=config.positions, scale=config.tolerance_scale),
         )
         self._probe = None
         if config.capture.source == "random_tokens":

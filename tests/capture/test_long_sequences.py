@@ -13,9 +13,10 @@ from ess_monitor.capture import Captured, Sampler, find_layers
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.hooks.given_tokens import Rows, TokenWatch
 from ess_monitor.capture.rotation import Size, fitting
-from ess_monitor.ess import segments
+from ess_monitor.ess import DiagonalRecurrence, operator_positions, segments
+from ess_monitor.ess.operators.reduced import ReducedRecurrence
 from ess_monitor.featurizers import GLA, SA
-from ess_monitor.pipeline.readings import compute, reading
+from ess_monitor.pipeline.readings import compute, reading, reduce_long
 from ess_monitor.records import Reading
 
 LENGTH = 1200
@@ -153,15 +154,7 @@ def test_the_middle_of_the_rows_of_attention_is_what_the_spectrum_is_of() -> Non
 def test_a_short_sequence_in_a_long_row_of_attention_is_seen_to_its_end() -> None:
     """The window is of the row, and a sequence in it may end before."""
 
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mixer = SA(4, 1)
-
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.mixer(x)
-
-    model, x = Padded(), torch.randn(1, LENGTH, 4)
+    model, x = Padded(SA(4, 1)), torch.randn(1, LENGTH, 4)
     mask = (torch.arange(LENGTH) < 1100)[None]
     sampler = Sampler(find_layers(model), CaptureConfig(source="validation"), model=model)
     sampler.turn = 1
@@ -224,3 +217,75 @@ def test_flex_masks_of_long_rows_are_asked_for_neighbors_alone() -> None:
     found = TokenWatch().segments(call, Rows(2, length, slice(2), length))
     assert found is not None
     assert segments.spans(found) == [[(0, 4000), (4000, 8990), (8990, 9000)], [(0, 8000)]]
+
+
+class Padded(nn.Module):
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.mixer(x)
+
+
+def both_profiles(
+    model: nn.Module, x: Tensor, mask: Tensor | None = None, **settings: object
+) -> tuple[Reading, Reading]:
+    """Of one row and head: held within 1 MiB, and whole."""
+    few = {"samples": 1, "heads": 1}
+    capture = (CaptureConfig(max_bytes=MEBIBYTE, **few), CaptureConfig(max_length=None, **few))
+    configs = (MonitorConfig(capture=each, **settings) for each in capture)
+    one, other = (profile(model, x, attention_mask=mask, config=config).readings[0] for config in configs)
+    return one, other
+
+
+@pytest.mark.parametrize("scale", ["absolute", "output"])
+def test_what_does_not_fit_is_reduced_to_what_is_measured_of_it(scale: str) -> None:
+    """It was cropped to what fits."""
+    length = 25_000
+    model, x = Padded(GLA(8, 2)), torch.randn(1, length, 8)
+    reduced, whole = both_profiles(model, x, tolerance_scale=scale)
+    assert (reduced.status, reduced.length) == ("ok", length)
+    for name, value in whole.model_dump().items():
+        if isinstance(value, float):
+            assert getattr(reduced, name) == pytest.approx(value, rel=1e-5), name
+        elif name not in ("effective_size_at", "per_head", "per_position", "spectrum"):
+            assert getattr(reduced, name) == value, name
+    assert reduced.per_position == whole.per_position
+    assert reduced.spectrum == pytest.approx(whole.spectrum, rel=1e-3)
+
+
+@pytest.mark.parametrize("positions", [1, "midpoint", 5])
+def test_a_reduced_row_is_that_of_its_longest_sequence(positions: object) -> None:
+    mask = (torch.arange(30_000) >= 4000)[None]
+    reduced, whole = both_profiles(Padded(GLA(8, 2)), torch.randn(1, 30_000, 8), mask, positions=positions)
+    assert (reduced.length, reduced.row_length) == (26_000, 30_000)
+    assert (reduced.positions, reduced.per_position) == (whole.positions, whole.per_position)
+
+
+def test_a_reduced_row_without_a_real_token_is_too_short() -> None:
+    mask = torch.zeros(1, 30_000, dtype=torch.bool)
+    reduced, _ = both_profiles(Padded(GLA(8, 2)), torch.randn(1, 30_000, 8), mask)
+    assert reduced.status == "too_short"
+
+
+def test_all_positions_of_a_reduced_row_are_as_many_as_are_bounded() -> None:
+    operator = DiagonalRecurrence(torch.zeros(1, 1, 1, 1), torch.randn(1, 1, 200, 256), torch.randn(1, 1, 200, 256))
+    few = reduce_long(operator, "all")
+    assert isinstance(few, ReducedRecurrence)
+    assert few.positions == operator_positions(200, 32)
+    assert few.cores.numel() * 16 == 2**25
+
+
+def test_nothing_of_a_reduced_row_belongs_to_the_training() -> None:
+    model, x = GLA(8, 2), torch.randn(1, 25_000, 8)
+    sampler = Sampler(
+        find_layers(model), CaptureConfig(max_bytes=MEBIBYTE), reduce=lambda operator: reduce_long(operator, 3)
+    )
+    sampler.arm()
+    model(x).sum().backward()
+    (item,) = sampler.collect()
+    assert isinstance(item, Captured)
+    assert isinstance(item.operator, ReducedRecurrence)
+    assert not any(tensor.requires_grad for tensor in item.operator.tensors)
+    assert held(item) < 2000

@@ -11,6 +11,7 @@ from torch import Tensor
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.delta_gramian import (
     Transitions,
+    delta_cores,
     delta_singular_values,
     delta_windows,
     mean_diagonal,
@@ -146,3 +147,6 @@ class DeltaRecurrence(Recurrence):
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return delta_singular_values(self.transitions, self.q, positions, self.batch, self.heads)
+
+    def _cores(self, positions: Sequence[int]) -> Tensor:
+        return delta_cores(self.transitions, self.q, positions, self.batch, self.heads)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.gramian import recurrence_singular_values
-from ess_monitor.ess.linalg import result_dtype, working_dtype
+from ess_monitor.ess.gramian import recurrence_cores, recurrence_singular_values
+from ess_monitor.ess.linalg import result_dtype, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import all_finite, check_batch_and_heads, check_floating, check_same_device
 from ess_monitor.ess.realization.state_space import StateSpace, diagonal
@@ -51,6 +51,17 @@ class Recurrence(Operator):
     @abstractmethod
     def _mean_diagonal(self) -> Tensor:
         """Return the mean of A's diagonal in the working dtype, broadcastable to (batch, heads)."""
+
+    @abstractmethod
+    def without_decay(self) -> Recurrence:
+        """Return the operator with A := I, as in `Operator`."""
+
+    @abstractmethod
+    def _unit_rows(self) -> Recurrence: ...
+
+    @abstractmethod
+    def _cores(self, positions: Sequence[int]) -> Tensor:
+        """Return matrices with the singular values of H_i, (batch, heads, positions, n, n), in the working dtype."""
 
     def __post_init__(self) -> None:
         vectors = self._vectors
@@ -160,8 +171,11 @@ class DiagonalRecurrence(Recurrence):
         return (repeated * (2 * total).exp().sum(-1)).sqrt()
 
     def _mean_diagonal(self) -> Tensor:
-        decay = self.log_decay.to(result_dtype(self.log_decay.dtype)).exp()
-        return decay.mean((2, 3), dtype=working_dtype(self.device))
+        samples, heads, tokens, state = self.log_decay.shape
+        dtype = result_dtype(self.log_decay.dtype)
+        parts = (self.log_decay[:, :, part] for part in slabs(tokens, min(samples * heads * state, 1024)))
+        sums = [part.to(dtype).exp().sum((2, 3), dtype=working_dtype(self.device)) for part in parts]
+        return torch.stack(sums).sum(0) / (tokens * state)
 
     def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
         longest = max(position, start - position, self.length - start)
@@ -186,6 +200,9 @@ class DiagonalRecurrence(Recurrence):
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return recurrence_singular_values(self.log_decay, self.b, self.c, positions, self.batch, self.heads)
+
+    def _cores(self, positions: Sequence[int]) -> Tensor:
+        return recurrence_cores(self.log_decay, self.b, self.c, positions, self.batch, self.heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,3 +243,6 @@ class ReadFirstRecurrence(DiagonalRecurrence):
 
     def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
         return self._updated_first()._raw_singular_values(positions)
+
+    def _cores(self, positions: Sequence[int]) -> Tensor:
+        return self._updated_first()._cores(positions)
