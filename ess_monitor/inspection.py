@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from ess_monitor.capture.capture_pass import capture_pass, raise_failures
 from ess_monitor.capture.layers import probed_infos
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, format_error
+from ess_monitor.ess import Operator
 from ess_monitor.evidence.causality import is_causal
 from ess_monitor.pipeline.readings import compute, lost_reading, reading, reduce_long
 from ess_monitor.records import LayerInfo, Reading
@@ -140,6 +142,28 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
     """
     config = validation.optional("config", config, MonitorConfig) or DEFAULTS
     reduce = partial(reduce_long, positions=config.positions, scale=config.tolerance_scale)
+    items, skipped = captured_layers(model, inputs, named_inputs, config, reduce)
+    return Profile(type(model).__name__, tuple(_measured(item, config) for item in items), skipped)
+
+
+def captured_layers(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    named_inputs: dict[str, Any],
+    config: MonitorConfig,
+    reduce: Callable[[Operator], Operator] | None = None,
+) -> tuple[tuple[Captured | CaptureFailure, ...], tuple[LayerInfo, ...]]:
+    """Return what one forward pass shows of every layer that can be measured, and the other mixers with the reason.
+
+    Args:
+        model, inputs, named_inputs: what is called.
+        config: `layers`, `capture` and `strict` are used.
+        reduce: of recurrences that are too long to be held, as in `Sampler`.
+
+    Raises:
+        NoLayersError: no layer of the model can be measured.
+        CaptureError: with `config.strict`, a layer could not be read.
+    """
     items = capture_pass(
         model,
         inputs,
@@ -152,11 +176,7 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
     if config.strict:
         raise_failures(items)
     infos = layer_infos(model, config.layers, unknown=config.capture.unknown)
-    return Profile(
-        type(model).__name__,
-        tuple(_measured(item, config) for item in items),
-        tuple(info for info in infos if not info.supported),
-    )
+    return items, tuple(info for info in infos if not info.supported)
 
 
 def _measured(item: Captured | CaptureFailure, config: MonitorConfig) -> Reading:

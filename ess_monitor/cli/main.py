@@ -4,6 +4,8 @@
     ess-monitor describe --hf-config FILE     the same for the model of a transformers config.json, without its weights
     ess-monitor profile TARGET                ESS of every layer, from one forward pass on random input
     ess-monitor profile featurizers           the paper's featurizers at initialization (its Finding 4)
+    ess-monitor minimal-state TARGET          the smallest state that does what each layer did, exactly or nearly
+    ess-monitor distill-check TARGET          the loss that no student with a smaller state can avoid
     ess-monitor report RUN_DIR                one HTML page about a run, from its event log
     ess-monitor compare RUN_A RUN_B           one HTML page that compares two runs
     ess-monitor alerts export DIR             alerting rules, dashboards and runbooks, as files
@@ -21,6 +23,8 @@ from typing import Annotated
 import typer
 
 from ess_monitor.cli.alerts import alerts_app
+from ess_monitor.cli.analysis.distill_check import distill_check
+from ess_monitor.cli.analysis.minimal_state import minimal_state
 from ess_monitor.cli.describe import describe
 from ess_monitor.cli.profile import profile_app
 from ess_monitor.cli.report import compare, report
@@ -29,6 +33,8 @@ from ess_monitor.errors import EssMonitorError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(describe)
 app.add_typer(profile_app, name="profile")
+app.command()(minimal_state)
+app.command()(distill_check)
 app.command()(report)
 app.command()(compare)
 app.add_typer(alerts_app, name="alerts")

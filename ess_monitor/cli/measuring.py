@@ -1,17 +1,24 @@
-"""Measures for `ess-monitor profile`: a model on random input, and new featurizers."""
+"""Runs models of the command line on random input, and measures new featurizers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ess_monitor.capture import CaptureConfig, LayerFilter
-from ess_monitor.cli.model_loading import make_inputs
+from ess_monitor.cli.model_loading import load_model, make_inputs
 from ess_monitor.cli.options import InputKind, ScaleName, Unknown
+from ess_monitor.cli.weights import load_into
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, EssMonitorError
 from ess_monitor.featurizers import build_mixer
-from ess_monitor.inspection import Profile, profile
+from ess_monitor.inspection import profile
+
+T = TypeVar("T")
 
 FEATURIZER_ROWS: dict[str, tuple[str, dict[str, float]]] = {
     "LA": ("la", {}),
@@ -52,14 +59,34 @@ def tau(config: MonitorConfig) -> str:
     return f"{config.tolerance:g}{of}"
 
 
-def measure(model: nn.Module, inputs: torch.Tensor, config: MonitorConfig) -> Profile:
-    """Return the profile of a model.
+def loaded(
+    target: str,
+    kwargs: str | None,
+    checkpoint: Path | None,
+    prefix: str,
+    kind: InputKind,
+    batch: int,
+    length: int,
+    width: int | None,
+    vocab_size: int | None,
+    seed: int,
+) -> tuple[nn.Module, torch.Tensor]:
+    """Return the model and the random batch that the options name."""
+    model = load_model(target, kwargs, seed=seed)
+    if checkpoint is not None:
+        load_into(model, checkpoint, prefix=prefix)
+    inputs = make_inputs(model, kind, batch=batch, length=length, width=width, vocab_size=vocab_size, seed=seed)
+    return model, inputs
+
+
+def run_on(model: nn.Module, inputs: torch.Tensor, function: Callable[..., T], **settings: Any) -> T:
+    """Return `function(model, inputs, **settings)`.
 
     Raises:
         CaptureError: the model does not run on these inputs.
     """
     try:
-        return profile(model, inputs, config=config)
+        return function(model, inputs, **settings)
     except EssMonitorError:
         raise
     except Exception as error:  # from the model's own code: only the user knows which input it takes

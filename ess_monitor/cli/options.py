@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,21 @@ if TYPE_CHECKING:
 Kwargs = Annotated[str | None, typer.Option(help="Keyword arguments of the class or function, as a JSON object.")]
 Layers = Annotated[list[str] | None, typer.Option("--layer", help="Only layers that match this pattern; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Html = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Also write one HTML page with figures; '-' is standard output.")
+]
+Target = Annotated[
+    str, typer.Argument(help="package.module:name of a model, or of a class or function that returns one.")
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Weights: safetensors, or a torch.save file that holds only tensors.")
+]
+Prefix = Annotated[str, typer.Option(help="Cut this off the names in the checkpoint, e.g. 'model.'.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Features per token of Gaussian input.")]
+VocabSize = Annotated[int | None, typer.Option(min=1, help="Of tokens; default: the first embedding's.")]
+Seed = Annotated[int, typer.Option(help="Of the initialization and of the input.")]
 
 
 class InputKind(str, Enum):
@@ -20,6 +36,9 @@ class InputKind(str, Enum):
 
     gaussian = "gaussian"
     tokens = "tokens"
+
+
+Input = Annotated[InputKind, typer.Option("--input", help="Kind of random input.")]
 
 
 class ScaleName(str, Enum):

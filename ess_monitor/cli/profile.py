@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -13,7 +12,24 @@ from rich.console import Console
 from rich.progress import track
 from typer.core import TyperGroup
 
-from ess_monitor.cli.options import AsJson, InputKind, Kwargs, Layers, ScaleName, Unknown, layer_filter
+from ess_monitor.cli.options import (
+    AsJson,
+    Batch,
+    Checkpoint,
+    Input,
+    InputKind,
+    Kwargs,
+    Layers,
+    Length,
+    Prefix,
+    ScaleName,
+    Seed,
+    Target,
+    Unknown,
+    VocabSize,
+    Width,
+    layer_filter,
+)
 from ess_monitor.cli.tables import featurizer_table, print_json, print_table, reading_table
 from ess_monitor.errors import ConfigError
 
@@ -44,21 +60,17 @@ profile_app = typer.Typer(
 
 @profile_app.command("model")
 def profile_target(
-    target: Annotated[
-        str, typer.Argument(help="package.module:name of a model, or of a class or function that returns one.")
-    ],
+    target: Target,
     kwargs: Kwargs = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights: safetensors, or a torch.save file that holds only tensors.")
-    ] = None,
-    prefix: Annotated[str, typer.Option(help="Cut this off the names in the checkpoint, e.g. 'model.'.")] = "",
+    checkpoint: Checkpoint = None,
+    prefix: Prefix = "",
     layer: Layers = None,
-    kind: Annotated[InputKind, typer.Option("--input", help="Kind of random input.")] = InputKind.gaussian,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 4,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 128,
-    width: Annotated[int | None, typer.Option(min=1, help="Features per token of Gaussian input.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="Of tokens; default: the first embedding's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the initialization and of the input.")] = 0,
+    kind: Input = InputKind.gaussian,
+    batch: Batch = 4,
+    length: Length = 128,
+    width: Width = None,
+    vocab_size: VocabSize = None,
+    seed: Seed = 0,
     tolerance: Tolerance = 1e-3,
     tolerance_scale: ToleranceScale = ScaleName.absolute,
     positions: Positions = "8",
@@ -68,9 +80,8 @@ def profile_target(
     as_json: AsJson = False,
 ) -> None:
     """Measure every layer of a model, at initialization or with the weights of a checkpoint."""
-    from ess_monitor.cli.measuring import config_of, measure, tau
-    from ess_monitor.cli.model_loading import load_model, make_inputs
-    from ess_monitor.cli.weights import load_into
+    from ess_monitor.cli.measuring import config_of, loaded, run_on, tau
+    from ess_monitor.inspection import profile
 
     if target == "featurizers":
         raise ConfigError("target: the options come after the word: ess-monitor profile featurizers [OPTIONS]")
@@ -78,11 +89,8 @@ def profile_target(
         batch, length, tolerance, tolerance_scale, positions, layers=layer_filter(layer), unknown=unknown
     )
     with redirect_stdout(sys.stderr):
-        model = load_model(target, kwargs, seed=seed)
-        if checkpoint is not None:
-            load_into(model, checkpoint, prefix=prefix)
-        inputs = make_inputs(model, kind, batch=batch, length=length, width=width, vocab_size=vocab_size, seed=seed)
-        result = measure(model, inputs, config)
+        model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
+        result = run_on(model, inputs, profile, config=config)
     if as_json:
         skipped = [layer.model_dump(mode="json") for layer in result.skipped]
         readings = [reading.model_dump(mode="json") for reading in result.readings]

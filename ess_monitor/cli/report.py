@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -34,7 +34,7 @@ def report(
     Without -o it is written beside the event log, as ess_report.html.
     """
     history = load_history(run, which)
-    _write(render_report(history), output or str(history.path.with_name("ess_report.html")), history.path)
+    write_page(render_report(history), output or str(history.path.with_name("ess_report.html")), history.path)
 
 
 def compare(
@@ -54,24 +54,29 @@ def compare(
             f"RUN_B: {run_b} and {run_a} are one run, {first.info.run_name} in {first.path}; give two logs, or two "
             "runs of one with --run-a and --run-b"
         )
-    _write(render_comparison(first, second), output or "ess_compare.html", first.path, second.path)
+    write_page(render_comparison(first, second), output or "ess_compare.html", first.path, second.path)
 
 
-def _write(page: str, output: str, *logs: Path) -> None:
+def write_page(page: str, output: str, *logs: Path, option: str = "--output", announced: TextIO | None = None) -> None:
+    """Write a page to a file, or to standard output for '-', and name the file in `announced`, standard output.
+
+    Raises:
+        ConfigError: the file is an event log, or cannot be written.
+    """
     if output == "-":
         sys.stdout.buffer.write(page.encode())
         return
     path = Path(output)
     if any(is_same_file(path, part) for log in logs for part in (log, rotated_path(log))) or _is_event_log(path):
-        raise ConfigError(f"--output: {path} is an event log, which a page does not replace; give another file")
+        raise ConfigError(f"{option}: {path} is an event log, which a page does not replace; give another file")
     try:
         replace_file(path, page.encode())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--output: {path} cannot be written ({reason}); give a file in a folder this user may write to"
+            f"{option}: {path} cannot be written ({reason}); give a file in a folder this user may write to"
         ) from error
-    print(path)
+    print(path, file=announced)
 
 
 def _is_event_log(path: Path) -> bool:

@@ -28,7 +28,7 @@ def print_json(**content: Any) -> None:
 
 def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
     """Return what `describe` found, with a row for each layer."""
-    table = _table(title, "layer", "module", "operator", numbers=("TSS", "channels"))
+    table = plain_table(title, "layer", "module", "operator", numbers=("TSS", "channels"))
     table.add_column("handles or reason", overflow="fold")
     for layer in layers:
         if layer.supported:
@@ -48,7 +48,7 @@ def reading_table(title: str, readings: Iterable[Reading], skipped: Iterable[Lay
     tolerance-ESS."""
     readings = list(readings)
     numbers = ("ESS", "all positions", "entropy", "TSS", "ESS/TSS", "retention", "mean A", "far share")
-    table = _table(title, "layer", numbers=numbers)
+    table = plain_table(title, "layer", numbers=numbers)
     table.caption, table.caption_justify = _explained(readings), "left"
     for reading in readings:
         if reading.status != "ok":
@@ -72,14 +72,14 @@ def reading_table(title: str, readings: Iterable[Reading], skipped: Iterable[Lay
 
 def featurizer_table(title: str, sizes: Sequence[int], rows: Iterable[dict[str, Any]]) -> Table:
     """Return the tolerance-ESS of each featurizer, with a column for each TSS."""
-    table = _table(title, "featurizer", numbers=[f"TSS {size}" for size in sizes])
+    table = plain_table(title, "featurizer", numbers=[f"TSS {size}" for size in sizes])
     table.add_column("ESS over TSS")
     for row in rows:
         table.add_row(row["featurizer"], *(f"{ess:.1f}" for ess in row["tolerance_ess"]), row["scaling"])
     return table
 
 
-def _table(title: str, *texts: str, numbers: Iterable[str]) -> Table:
+def plain_table(title: str, *texts: str, numbers: Iterable[str]) -> Table:
     """Return a table with columns of text, then columns of numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in texts:

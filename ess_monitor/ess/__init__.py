@@ -24,7 +24,7 @@ from ess_monitor.ess.operators.dense import DenseOperator
 from ess_monitor.ess.operators.jacobian import JacobianOperator
 from ess_monitor.ess.operators.recurrence import DiagonalRecurrence, ReadFirstRecurrence
 from ess_monitor.ess.positions import Bounds, ess_bounds, midpoint_index, operator_positions
-from ess_monitor.ess.realization.energy import causal_singular_values, tail_energy, truncation_errors
+from ess_monitor.ess.realization.energy import causal_singular_values, squared_norm, tail_energy, truncation_errors
 from ess_monitor.ess.realization.realize import Realization, realize
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "realize",
     "retention",
     "retention_ratio",
+    "squared_norm",
     "tail_energy",
     "tolerance_ess",
     "truncation_errors",

@@ -1,4 +1,4 @@
-"""HTML reports from event logs: one page for a run, one page for two runs.
+"""HTML reports: one page for a run or for two runs, from event logs, and one for each analysis of a model.
 
 This room reads event logs through `ess_monitor.exporters` and works on records only; it imports no model code and no
 torch. The data flows
@@ -11,6 +11,7 @@ policy forbids everything else.
 
 from __future__ import annotations
 
+from ess_monitor.report.analysis import render_compressibility, render_minimal_state
 from ess_monitor.report.compare import render_comparison
 from ess_monitor.report.history import RunHistory, find_event_log, load_history
 from ess_monitor.report.page import render_report
@@ -18,4 +19,12 @@ from ess_monitor.report.page import render_report
 RunStory, load_story = RunHistory, load_history
 """Their names in 0.1."""
 
-__all__ = ["RunHistory", "find_event_log", "load_history", "render_comparison", "render_report"]
+__all__ = [
+    "RunHistory",
+    "find_event_log",
+    "load_history",
+    "render_comparison",
+    "render_compressibility",
+    "render_minimal_state",
+    "render_report",
+]

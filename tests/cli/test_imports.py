@@ -29,7 +29,13 @@ print(json.dumps(seen), file=sys.stderr)
 
 def test_commands_that_need_no_model_do_not_load_torch(tmp_path: Path) -> None:
     logs = [write_log(tmp_path / name / "events.jsonl", rescued_run()) for name in ("a", "b")]
-    commands = [[], *([command] for command in ("describe", "profile", "report", "compare", "alerts"))]
+    commands = [
+        [],
+        *(
+            [command]
+            for command in ("describe", "profile", "minimal-state", "distill-check", "report", "compare", "alerts")
+        ),
+    ]
     commands = [[*command, "--help"] for command in [*commands, ["profile", "model"], ["profile", "featurizers"]]]
     commands += [["--version"], ["report", str(logs[0])], ["compare", *map(str, logs), "-o", str(tmp_path / "c.html")]]
     commands += [["alerts", "export", str(tmp_path / "alerts")], ["report", str(tmp_path / "nothing")]]

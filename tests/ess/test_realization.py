@@ -23,6 +23,7 @@ from ess_monitor.ess import (
     causal_singular_values,
     complex_recurrence,
     realize,
+    squared_norm,
     tail_energy,
     truncation_errors,
 )
@@ -220,6 +221,13 @@ def test_the_tail_energy_is_that_of_the_blocks(case: Case) -> None:
     torch.testing.assert_close(few, tail_energy(operator, [1])[:, :, [4, 1]])
 
 
+def test_the_squared_norm_is_that_of_all_entries(case: Case) -> None:
+    operator, T = case
+    if isinstance(operator, DenseOperator):
+        operator = DenseOperator(T, operator.block_size)
+    torch.testing.assert_close(squared_norm(operator), T.square().sum((2, 3)))
+
+
 def test_truncation_errors_are_those_of_the_truncated_operators(case: Case) -> None:
     operator, T = case
     realization = realize(operator)
@@ -277,6 +285,7 @@ def test_segments_and_padding_are_realized_apart(name: str) -> None:
     realization = realize(packed)
     _assert_close(realization.materialize(), T)
     assert (realization.state_sizes[0, :, [0, 10, 25, 31]] == 0).all()
+    torch.testing.assert_close(squared_norm(packed), T.square().sum((2, 3)))
     energy = tail_energy(packed, [1])
     expected = _values(packed, T).square()[..., 1:].sum(-1)
     torch.testing.assert_close(energy[..., 0], expected, atol=1e-9, rtol=1e-9)

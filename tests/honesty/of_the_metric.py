@@ -55,6 +55,7 @@ ESS: dict[str, Case] = {
         lambda **given: used(ess.DenseOperator(**given)), lambda: {"T": floats(1, 2, 6, 6).tril(), "block_size": 2}
     ),
     "causal_singular_values": Case(ess.causal_singular_values, lambda: {"operator": recurrence(), "positions": [1, 3]}),
+    "squared_norm": Case(ess.squared_norm, lambda: {"operator": recurrence()}),
     "tail_energy": Case(ess.tail_energy, lambda: {"operator": recurrence(), "sizes": [0, 2], "positions": [1, 3]}),
     "truncation_errors": Case(
         ess.truncation_errors, lambda: {"realization": ess.realize(recurrence()), "sizes": [0, 2]}

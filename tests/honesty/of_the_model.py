@@ -9,7 +9,7 @@ import torch
 from torch.distributed import HashStore
 
 import ess_monitor
-from ess_monitor import Monitor, capture, diagnosis, distributed, interventions, runtime
+from ess_monitor import Monitor, analysis, capture, diagnosis, distributed, interventions, runtime
 from ess_monitor.capture import find_layers
 from ess_monitor.diagnosis import DiagnosisConfig
 from tests.honesty.case import Case
@@ -137,6 +137,19 @@ PACKAGE: dict[str, Case] = {
     "check_capture": Case(
         lambda layer, inputs: ess_monitor.check_capture(layer, inputs),
         lambda: {"layer": layer_with_alpha(), "inputs": floats(2, 6, 8)},
+        exempt={"inputs": OF_THE_MODEL},
+    ),
+}
+
+ANALYSIS: dict[str, Case] = {
+    "compressibility": Case(
+        lambda model, inputs, **given: analysis.compressibility(model, inputs, **given),
+        lambda: {"model": model(), "inputs": floats(2, 6, 8), "student_states": [1, 2], "progress": iter},
+        exempt={"inputs": OF_THE_MODEL},
+    ),
+    "minimal_state": Case(
+        lambda model, inputs, **given: analysis.minimal_state(model, inputs, **given),
+        lambda: {"model": model(), "inputs": floats(2, 6, 8), "relative_errors": [0.1], "progress": iter},
         exempt={"inputs": OF_THE_MODEL},
     ),
 }

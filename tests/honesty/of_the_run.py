@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ess_monitor import alerts, exporters, report
+from ess_monitor.analysis import Compressibility, MinimalStates
 from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
 from ess_monitor.pipeline.counters import RunCounters
@@ -107,6 +108,13 @@ REPORT: dict[str, Case] = {
     "find_event_log": Case(report.find_event_log, lambda: {"path": Path(__file__)}, named={"path": "RUN_DIR"}),
     "load_history": Case(_told, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
     "render_comparison": Case(report.render_comparison, lambda: {"first": HISTORY, "second": HISTORY}),
+    "render_compressibility": Case(
+        report.render_compressibility,
+        lambda: {"result": Compressibility(model="Net", student_states=(4,), layers=())},
+    ),
+    "render_minimal_state": Case(
+        report.render_minimal_state, lambda: {"result": MinimalStates(model="Net", layers=())}
+    ),
     "render_report": Case(report.render_report, lambda: {"history": HISTORY}),
 }
 

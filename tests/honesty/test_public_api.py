@@ -22,6 +22,7 @@ from tests.honesty.wrong import wrong_values
 REGISTRY: dict[str, dict[str, Case]] = {
     "ess_monitor": of_the_model.PACKAGE,
     "ess_monitor.alerts": of_the_run.ALERTS,
+    "ess_monitor.analysis": of_the_model.ANALYSIS,
     "ess_monitor.capture": of_the_model.CAPTURE,
     "ess_monitor.diagnosis": of_the_model.DIAGNOSIS,
     "ess_monitor.distributed": of_the_model.DISTRIBUTED,

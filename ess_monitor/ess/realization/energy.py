@@ -11,6 +11,7 @@ from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import singular_values_, working_dtype
 from ess_monitor.ess.operators.base import Operator, check_operator
+from ess_monitor.ess.operators.jacobian import JacobianOperator
 from ess_monitor.ess.positions import LONGEST, check_positions
 from ess_monitor.ess.realization.balanced import control_factors
 from ess_monitor.ess.realization.realize import Realization
@@ -141,7 +142,14 @@ def truncation_errors(realization: Realization, sizes: Sequence[int]) -> Tensor:
     """
     hint = "realize(operator) gives one"
     validation.instance("realization", realization, Realization, hint=hint, error=OperatorError)
-    checked = _checked_sizes(sizes)
+    lost, total = squared_truncation_errors(realization, _checked_sizes(sizes))
+    ratio = lost / total.masked_fill(total == 0, 1.0)[..., None]
+    return ratio.sqrt().to(realization.A.dtype)
+
+
+@torch.no_grad()
+def squared_truncation_errors(realization: Realization, checked: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return ||T - T_r||_F^2, (batch, heads, sizes), and ||T||_F^2, (batch, heads), in the working dtype."""
     A, B, C, D = (each.to(working_dtype(each.device)) for each in _matrices(realization))
     r = realization.size
     token = torch.arange(r, device=A.device)
@@ -162,9 +170,22 @@ def truncation_errors(realization: Realization, sizes: Sequence[int]) -> Tensor:
         kept_A = inside * a
         error, crossed = kept_A @ missed @ kept_A.mT, kept_A @ both @ a.mT
         state = a @ state @ a.mT + b @ b.mT
-    total = total[..., None]
-    ratio = lost.clamp(min=0.0) / total.masked_fill(total == 0, 1.0)
-    return ratio.sqrt().to(realization.A.dtype)
+    return lost.clamp(min=0.0), total
+
+
+@torch.no_grad()
+def squared_norm(operator: Operator) -> Tensor:
+    """Return ||T||_F^2, by the factors where the operator has them: (batch, heads), in the working dtype.
+
+    Example:
+        >>> from ess_monitor.ess import DenseOperator
+        >>> squared_norm(DenseOperator(torch.tensor([[3.0, 0.0], [0.0, 4.0]])))
+        tensor([[25.]], dtype=torch.float64)
+    """
+    check_operator(operator)
+    if operator.segments is not None or isinstance(operator, JacobianOperator):
+        return operator.materialize().to(working_dtype(operator.device)).square().sum((2, 3))
+    return operator._row_squares(0, 0)[1].expand(operator.batch, operator.heads)
 
 
 def _matrices(realization: Realization) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -171,10 +171,14 @@ def _sizes(size: int | None, tolerance: float | None) -> Sizes:
 
 
 def _elements_of_a_token(operator: Operator) -> int:
+    state = state_of_recurrence(operator)
+    return int(operator.length * operator.block_size**2 if state is None else state**2)
+
+
+def state_of_recurrence(operator: Operator) -> int | None:
+    """Return the state size of the recurrence that an operator comes from; None where none is known."""
     recurrence = operator.select(samples=[0], heads=[0])._state_space()
-    if recurrence is None:
-        return operator.length * operator.block_size**2
-    return int(recurrence.state**2)
+    return None if recurrence is None else recurrence.state
 
 
 def _realized(operator: Operator, sizes: Sizes) -> Parts:

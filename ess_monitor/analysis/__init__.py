@@ -1,0 +1,46 @@
+"""What is asked of a finished or untrained model: the smallest state that does, what a smaller one costs.
+
+Each function runs the model once, as `profile` does, and returns records: `.rows()`, `.to_dataframe()` and
+`.model_dump(mode="json")`. The commands of the same names print them as a table, as JSON or as an HTML page.
+
+Names are imported at their first use: reports use the records, and must not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ess_monitor.analysis.results import (
+        Compressibility,
+        LayerCompressibility,
+        LayerMinimalState,
+        MinimalStates,
+        StateError,
+        StateFor,
+        StudentLoss,
+    )
+    from ess_monitor.analysis.smallest_states import minimal_state
+    from ess_monitor.analysis.student_states import compressibility
+
+__all__ = [
+    "Compressibility",
+    "LayerCompressibility",
+    "LayerMinimalState",
+    "MinimalStates",
+    "StateError",
+    "StateFor",
+    "StudentLoss",
+    "compressibility",
+    "minimal_state",
+]
+
+_MODULES = {"minimal_state": "smallest_states", "compressibility": "student_states"}
+"""Functions, and the modules that they are in. All other names are records, in `results`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'results')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,160 @@
+"""Defines the results of analyses: frozen records, as rows for a data frame. Loads no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ess_monitor.errors import ConfigError
+from ess_monitor.records import LayerInfo, Record, Status
+
+
+class AnalysisResult(Record):
+    """Base of all results."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the result as flat rows, all with the same keys."""
+        raise NotImplementedError
+
+    def to_dataframe(self) -> Any:
+        """Return the rows as a pandas DataFrame.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            pandas: Any = import_module("pandas")
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                'to_dataframe: needs pandas: pip install "ess-monitor[pandas]"; rows() gives the same as a list'
+            ) from error
+        return pandas.DataFrame(self.rows())
+
+
+class StateError(Record):
+    """What a state of one size costs a layer, for white inputs."""
+
+    size: int
+    """State dimensions per head, r."""
+    floor: float
+    """Relative error of the outputs, ||T - T'||_F / ||T||_F over all measured operators, below which no recurrence T'
+    with this state gets."""
+    error: float | None = None
+    """The error that the truncated realization reaches. None where it was not computed."""
+
+
+class StateFor(Record):
+    """The smallest state for a relative error of the outputs."""
+
+    relative_error: float
+    """||T - T'||_F / ||T||_F at most."""
+    at_least: int
+    """No smaller state can do: the floor of one dimension less is above this error."""
+    size: int | None = None
+    """The smallest size among those of `LayerMinimalState.errors` whose truncation does."""
+
+
+class LayerMinimalState(Record):
+    """How small the state of one layer can be. Sizes are state dimensions per head or channel."""
+
+    layer: str
+    status: Status
+    message: str = ""
+    """What happened, when `status` is not ok, and what else to know of the numbers."""
+    operator: str = ""
+    """Kind of operator, a class name of `ess_monitor.ess`."""
+    operators: int = 0
+    """How many operators (samples x heads or channels) were measured."""
+    length: int = 0
+    """Tokens that were measured, of the shortest sequence."""
+    state_capacity: float | None = None
+    """TSS per channel, at the middle of the sequence."""
+    capacity_grows: bool = False
+    """True where TSS grows with the position (softmax attention)."""
+    rank: int | None = None
+    """Largest rank(H_i) over operators and positions: the state that a recurrence for T needs (theorem 2.2). Singular
+    values below the rounding of T's dtype count as 0."""
+    mean_rank: float | None = None
+    """Mean of the same."""
+    causal_rank: int | None = None
+    """Largest rank of C_i, what the inputs leave in the state: between rank(H_i) and TSS. Where no recurrence is known,
+    the inputs that the trivial realization stores."""
+    errors: tuple[StateError, ...] = ()
+    """For sizes from 0 up to `rank`: all to 8, then four in each doubling."""
+    states: tuple[StateFor, ...] = ()
+    """For each relative error that was asked for."""
+
+
+class MinimalStates(AnalysisResult):
+    """How small the states of a model's layers can be, on one batch."""
+
+    model: str
+    """Class of the model."""
+    layers: tuple[LayerMinimalState, ...]
+    """In model order. A layer that could not be analyzed has another status than ok, and a message."""
+    skipped: tuple[LayerInfo, ...] = ()
+    """The other sequence mixers, each with the reason."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each layer and relative error."""
+        rows = []
+        for layer in self.layers:
+            facts = layer.model_dump(exclude={"errors", "states"})
+            wanted = layer.states or (None,)
+            for state in wanted:
+                found = dict.fromkeys(StateFor.model_fields) if state is None else state.model_dump()
+                rows.append({"model": self.model, **facts, **found})
+        return rows
+
+
+class StudentLoss(Record):
+    """What a student with a smaller state loses. Losses are ||T_s - T_t||_F^2 / ||T_t||_F^2 over all operators."""
+
+    state_size: int
+    """State dimensions of the student per head, r."""
+    floor: float
+    """No student gets below: max_i sum_{m>r} sigma_m(H_i)^2 / ||T_t||_F^2."""
+    truncation: float
+    """Loss of the truncated realization, from which a student can start."""
+
+
+class LayerCompressibility(Record):
+    """What students with smaller states lose of one layer."""
+
+    layer: str
+    status: Status
+    message: str = ""
+    """What happened, when `status` is not ok, and what else to know of the numbers."""
+    operator: str = ""
+    """Kind of operator, a class name of `ess_monitor.ess`."""
+    operators: int = 0
+    """How many operators (samples x heads or channels) were measured."""
+    length: int = 0
+    """Tokens that were measured, of the shortest sequence."""
+    state_capacity: float | None = None
+    """TSS per channel, at the middle of the sequence."""
+    capacity_grows: bool = False
+    """True where TSS grows with the position (softmax attention)."""
+    students: tuple[StudentLoss, ...] = ()
+    """In the order of their sizes."""
+
+
+class Compressibility(AnalysisResult):
+    """What students with smaller states lose of each layer of a teacher, on one batch."""
+
+    model: str
+    """Class of the teacher."""
+    student_states: tuple[int, ...]
+    """State sizes that were asked for, ascending."""
+    layers: tuple[LayerCompressibility, ...]
+    """In model order. A layer that could not be analyzed has another status than ok, and a message."""
+    skipped: tuple[LayerInfo, ...] = ()
+    """The other sequence mixers, each with the reason."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each layer and student."""
+        return [
+            {"model": self.model, **layer.model_dump(exclude={"students"}), **student}
+            for layer in self.layers
+            for student in ([each.model_dump() for each in layer.students] or [dict.fromkeys(StudentLoss.model_fields)])
+        ]

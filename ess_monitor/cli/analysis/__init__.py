@@ -1,0 +1,1 @@
+"""Commands that analyze a model, one file a command."""

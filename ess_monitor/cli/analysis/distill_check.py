@@ -1,0 +1,91 @@
+"""`ess-monitor distill-check`: what students with smaller states must lose."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ess_monitor.cli.analysis.output import Heads, add_without_result, config_of, progress, put_out
+from ess_monitor.cli.options import (
+    AsJson,
+    Batch,
+    Checkpoint,
+    Html,
+    Input,
+    InputKind,
+    Kwargs,
+    Layers,
+    Length,
+    Prefix,
+    Seed,
+    Target,
+    VocabSize,
+    Width,
+)
+from ess_monitor.cli.tables import plain_table
+from ess_monitor.errors import ConfigError
+from ess_monitor.records import layer_title
+
+if TYPE_CHECKING:
+    from ess_monitor.analysis import Compressibility
+
+States = Annotated[str, typer.Option(metavar="R,R,...", help="State dimensions per head of each student.")]
+
+
+def distill_check(
+    target: Target,
+    kwargs: Kwargs = None,
+    checkpoint: Checkpoint = None,
+    prefix: Prefix = "",
+    layer: Layers = None,
+    kind: Input = InputKind.gaussian,
+    batch: Batch = 2,
+    heads: Heads = 16,
+    length: Length = 128,
+    width: Width = None,
+    vocab_size: VocabSize = None,
+    seed: Seed = 0,
+    student_states: States = "4,8,16",
+    as_json: AsJson = False,
+    html: Html = None,
+) -> None:
+    """Show the operator loss that no student with a smaller state can avoid, layer by layer.
+
+    The loss is that of section 4.3, the squared difference of T as a share of the teacher's. Nothing is trained.
+    """
+    from ess_monitor.analysis import compressibility
+    from ess_monitor.cli.measuring import loaded, run_on
+    from ess_monitor.report import render_compressibility
+
+    config = config_of(layer, batch, heads, length)
+    try:
+        states = tuple(int(each) for each in student_states.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"student_states: {student_states!r} is not a list of whole numbers; write it as 4,8,16"
+        ) from None
+    with redirect_stdout(sys.stderr):
+        model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
+        result = run_on(model, inputs, compressibility, student_states=states, config=config, progress=progress)
+    title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}: operator loss of a student, at least"
+    page = render_compressibility(result) if html is not None else None
+    put_out(result.model_dump(mode="json"), _table(title, result), page, as_json=as_json, html=html)
+
+
+def _table(title: str, result: Compressibility) -> Table:
+    columns = ("TSS", *(f"state {state}" for state in result.student_states))
+    table = plain_table(title, "layer", "operator", numbers=columns)
+    for layer in result.layers:
+        if layer.status == "ok":
+            capacity = f"{layer.state_capacity:g}" + (" (grows)" if layer.capacity_grows else "")
+            losses = [f"{100 * each.floor:.2g} % ({100 * each.truncation:.2g} %)" for each in layer.students]
+            table.add_row(layer_title(layer.layer), layer.operator, capacity, *losses)
+    first = (
+        "As a share of the teacher's operator, squared. In brackets: the truncation, which a student can start from."
+    )
+    add_without_result(table, result.layers, result.skipped, first)
+    return table

@@ -1,0 +1,139 @@
+"""The pages of analyses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ess_monitor import validation
+from ess_monitor.analysis.results import Compressibility, LayerCompressibility, LayerMinimalState, MinimalStates
+from ess_monitor.records import LayerInfo, layer_title
+from ess_monitor.report.components import Table, cell, present
+from ess_monitor.report.figures import Chart, Scale, Series, line_chart, log_scale
+from ess_monitor.report.page import render
+
+_LEAST_ERROR = 1e-7
+"""Relative errors below this are rounding, and are left out of logarithmic charts."""
+
+
+def render_minimal_state(result: MinimalStates) -> str:
+    """Return the page of `minimal_state` as HTML: a table of all layers, and the error over the size of the state.
+
+    Args:
+        result: what `minimal_state` returned.
+
+    Returns:
+        One whole document; it needs no other file.
+
+    Example:
+        >>> page = render_minimal_state(MinimalStates(model="Net", layers=()))
+        >>> "Net: smallest states" in page, "<script" in page
+        (True, False)
+    """
+    validation.instance("result", result, MinimalStates, hint="minimal_state(model, ...) returns one")
+    layers = [layer for layer in result.layers if layer.status == "ok"]
+    wanted = [state.relative_error for state in layers[0].states] if layers else []
+    columns = ("layer", "operator", "TSS", "rank", "mean rank", "causal rank")
+    notes = ["State dimensions per head or channel. In brackets: no recurrence with a smaller state does."]
+    notes += [f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message]
+    return render(
+        "analysis.html",
+        title=f"{result.model}: smallest states",
+        lead="The rank is the state that a recurrence needs to do what the layer did on this input. A smaller one "
+        "makes an error, given as a share of the layer's outputs.",
+        table=Table(
+            "Smallest state of every layer",
+            (*columns, *(f"for {100 * error:g} % error" for error in wanted)),
+            tuple(_sizes(layer) for layer in layers),
+        ),
+        notes=notes,
+        charts_title="Relative error over the size of the state",
+        charts=present(*(_errors_chart(layer) for layer in layers)),
+        details=[_errors_table(layer) for layer in layers],
+        skipped=without_result(((layer.layer, layer.status, layer.message) for layer in result.layers), result.skipped),
+    )
+
+
+def without_result(layers: Iterable[tuple[str, str, str]], skipped: Sequence[LayerInfo]) -> Table | None:
+    """Return the layers that have no result with the reason, from names, statuses and messages; None without any."""
+    rows = [(layer_title(name), f"{status}: {message}") for name, status, message in layers if status != "ok"]
+    rows += [(layer_title(info.name), f"skipped: {info.reason}") for info in skipped]
+    return Table("Layers without a result", ("layer", "reason"), tuple(rows)) if rows else None
+
+
+def _sizes(layer: LayerMinimalState) -> tuple[str, ...]:
+    states = [f"{'–' if each.size is None else each.size} ({each.at_least})" for each in layer.states]
+    ranks = (str(layer.rank), cell(layer.mean_rank), str(layer.causal_rank))
+    return (layer_title(layer.layer), layer.operator, _capacity(layer), *ranks, *states)
+
+
+def _errors_chart(layer: LayerMinimalState) -> Chart | None:
+    errors = [(each.size, each.floor, each.error or 0.0) for each in layer.errors]
+    return _chart(layer_title(layer.layer), errors, "floor of any recurrence", _LEAST_ERROR)
+
+
+def _chart(title: str, sizes: Sequence[tuple[int, float, float]], floor_label: str, least: float) -> Chart | None:
+    """Draw the floor and what a truncation reaches over the size of the state, as far as they are above `least`."""
+    floor = [(float(size), value) for size, value, _ in sizes if value > least]
+    reached = [(float(size), value) for size, _, value in sizes if value > least]
+    if not reached:
+        return None
+    return line_chart(
+        title,
+        [Series("truncated realization", "a", reached), Series(floor_label, "limit", floor)],
+        Scale(0.0, float(max(1, *(size for size, _, _ in sizes)))),
+        x_label="state size",
+        y=log_scale([value for _, value in [*reached, *floor]]),
+    )
+
+
+def _errors_table(layer: LayerMinimalState) -> Table:
+    rows = tuple((str(each.size), cell(each.floor), cell(each.error)) for each in layer.errors)
+    columns = ("state size", "floor of any recurrence", "truncated realization")
+    return Table(f"{layer_title(layer.layer)}: relative error of the outputs", columns, rows)
+
+
+def render_compressibility(result: Compressibility) -> str:
+    """Return the page of `compressibility` as HTML: what each student must lose, layer by layer.
+
+    Args:
+        result: what `compressibility` returned.
+
+    Returns:
+        One whole document; it needs no other file.
+
+    Example:
+        >>> page = render_compressibility(Compressibility(model="Net", student_states=(4,), layers=()))
+        >>> "Net: what a smaller state must lose" in page, "<script" in page
+        (True, False)
+    """
+    validation.instance("result", result, Compressibility, hint="compressibility(model, ...) returns one")
+    layers = [layer for layer in result.layers if layer.status == "ok"]
+    columns = ("layer", "operator", "TSS", *(f"state {state}" for state in result.student_states))
+    notes = ["In brackets: the loss of the truncated realization, which a student can start from."]
+    notes += [f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message]
+    return render(
+        "analysis.html",
+        title=f"{result.model}: what a smaller state must lose",
+        lead="The operator loss, squared and as a share of the teacher's operator, that no student with a state of "
+        "this size can avoid on this input.",
+        table=Table("Smallest loss of a student", columns, tuple(_losses(layer) for layer in layers)),
+        notes=notes,
+        charts_title="Operator loss over the state of the student",
+        charts=present(*(_losses_chart(layer) for layer in layers)),
+        details=[],
+        skipped=without_result(((layer.layer, layer.status, layer.message) for layer in result.layers), result.skipped),
+    )
+
+
+def _losses(layer: LayerCompressibility) -> tuple[str, ...]:
+    losses = [f"{100 * each.floor:.2g} % ({100 * each.truncation:.2g} %)" for each in layer.students]
+    return (layer_title(layer.layer), layer.operator, _capacity(layer), *losses)
+
+
+def _capacity(layer: LayerMinimalState | LayerCompressibility) -> str:
+    return cell(layer.state_capacity) + (" (grows)" if layer.capacity_grows else "")
+
+
+def _losses_chart(layer: LayerCompressibility) -> Chart | None:
+    losses = [(each.state_size, each.floor, each.truncation) for each in layer.students]
+    return _chart(layer_title(layer.layer), losses, "floor of any student", _LEAST_ERROR**2)

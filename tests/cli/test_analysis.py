@@ -1,0 +1,88 @@
+"""The commands that analyze a model: table, JSON, page, and one line for a mistake."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ess_monitor import CaptureConfig, LayerFilter, MonitorConfig
+from ess_monitor.analysis import compressibility, minimal_state
+from tests.cli.test_main import Run
+
+NET = ("cli_models:Net", "--input", "tokens", "--length", "24")
+
+
+def test_minimal_state_gives_what_it_gives_in_python(run: Run) -> None:
+    answer = run("minimal-state", "cli_models:mixer", "--width", "16", "--length", "24", "--json", "--error", "0.2")
+    assert answer.status == 0
+
+    import cli_models  # type: ignore[import-not-found]
+
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))
+    config = MonitorConfig(capture=CaptureConfig(samples=2, heads=16, max_length=24))
+    expected = minimal_state(cli_models.mixer(), inputs, relative_errors=[0.2], config=config)
+    assert answer.json == {"schema_version": 1, **expected.model_dump(mode="json")}
+
+
+def test_minimal_state_shows_a_table_and_writes_a_page(run: Run, tmp_path: Path) -> None:
+    answer = run("minimal-state", *NET, "--html", "page.html")
+    assert answer.status == 0
+    assert re.search(r"layer +operator +TSS +rank +mean rank +causal rank +for 10 % +error", answer.out)
+    assert re.search(r"mixer +DiagonalRecurrence +4 +4 +[\d.]+ +4 +\d \(\d\)", answer.out)
+    assert re.search(r"attention +SoftmaxAttention +12 \(grows\) +\d+", answer.out)
+    assert re.search(r"lstm +skipped: ", answer.out)
+    assert "page.html" in answer.err
+    page = (tmp_path / "page.html").read_text()
+    assert "Net: smallest states" in page
+    assert "<script" not in page
+    to_output = run("minimal-state", *NET, "--html", "-")
+    assert to_output.out.startswith("<!doctype html>")
+
+
+def test_distill_check_gives_what_it_gives_in_python_and_shows_a_table(run: Run, tmp_path: Path) -> None:
+    answer = run("distill-check", *NET, "--layer", "mixer", "--json", "--student-states", "2,3")
+    [layer] = answer.json["layers"]
+    assert [student["state_size"] for student in layer["students"]] == [2, 3]
+
+    import cli_models
+
+    torch.manual_seed(0)
+    tokens = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
+    config = MonitorConfig(layers=LayerFilter(include=("mixer",)), capture=CaptureConfig(samples=2, heads=16))
+    expected = compressibility(cli_models.Net(), tokens, student_states=[2, 3], config=config)
+    assert layer == expected.model_dump(mode="json")["layers"][0]
+    shown = run("distill-check", *NET, "--student-states", "2,3", "--html", "page.html")
+    assert re.search(r"layer +operator +TSS +state 2 +state 3", shown.out)
+    assert re.search(r"mixer +DiagonalRecurrence +4 +[\d.e-]+ % \([\d.e-]+ %\)", shown.out)
+    assert re.search(r"lstm +skipped: ", shown.out)
+    assert "what a smaller state must lose" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("minimal-state", "cli_models:plain", "--width", "4"), "no sequence mixer that can be measured"),
+        (("minimal-state", "cli_models:mixer"), "--width N"),
+        (("minimal-state", "cli_models:mixer", "--width", "16", "--error", "2"), "relative_errors=2"),
+        (("minimal-state", "cli_models:mixer", "--width", "16", "--checkpoint", "none.pt"), "none.pt is not a file"),
+        (("distill-check", "cli_models:mixer", "--width", "16", "--student-states", "four"), "'four' is not a list"),
+        (("distill-check", "cli_models:mixer", "--width", "16", "--student-states", "-4"), "student_states=-4"),
+        (("minimal-state", "cli_models:Net", "--width", "17"), "does not run on torch.float32"),
+        (
+            ("minimal-state", *NET, "--layer", "mixer", "--html", "cli_models.py/x.html"),
+            "--html: cli_models.py/x.html cannot",
+        ),
+        (("minimal-state", *NET, "--layer", "mixer", "--html", "-", "--json"), "standard output"),
+    ],
+)
+def test_a_mistake_gives_one_line_that_names_it_and_status_2(run: Run, arguments: tuple[str, ...], says: str) -> None:
+    answer = run(*arguments)
+    assert answer.status == 2
+    assert answer.out == ""
+    [line] = [line for line in answer.err.splitlines() if line != "building"]
+    assert line.startswith("error: ")
+    assert says in line
