@@ -157,11 +157,19 @@ def part_of(
     samples = share_of(min(config.samples, whole.batch), share)
     size, window, fits = Size(samples, share_of(most, share), min(limit, whole.length)), None, None
     if config.max_length == "auto" and whole.length > SHORT:
-        size, window = _of_long(whole, size, turn, config.max_bytes)
-        if can_reduce and window is None and SHORT < size.length < whole.length:
-            size, fits = size._replace(length=whole.length), size.length
+        wanted = _formable(whole, size, config.max_bytes)
+        size, window = _of_long(whole, wanted, turn, config.max_bytes)
+        if can_reduce and window is None and SHORT < size.length < wanted.length:
+            size, fits = size._replace(length=wanted.length), size.length
     heads, rows = rotate_heads(whole.heads, size.heads, turn), rotate_rows(whole.batch, size.samples, turn)
     return Part(rows, heads, size.length, window, fits)
+
+
+def _formable(whole: Operator | LazyOperator, wanted: Size, max_bytes: int) -> Size:
+    """Return the part of `wanted` that is formed in four times the bytes, 1024 tokens of one sample at least."""
+    tokens = 4 * max_bytes // max(1, getattr(whole, "forming_bytes", 0))
+    length = min(wanted.length, max(SHORT, tokens))
+    return wanted._replace(length=length, samples=max(1, min(wanted.samples, tokens // length)))
 
 
 def _of_long(whole: Operator | LazyOperator, wanted: Size, turn: int, max_bytes: int) -> tuple[Size, int | None]:

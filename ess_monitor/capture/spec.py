@@ -27,6 +27,8 @@ class LazyOperator:
     """`(samples, heads, length) -> Operator` of that part."""
     shift_invariant: bool = False
     """Whether T_ij depends on i - j alone, for all samples alike. `form` may then leave out tokens beyond its reach."""
+    forming_bytes: int = 0
+    """Bytes that `form` needs for each token of a sample beside its result, where that is of the size of the layer."""
     is_indivisible: bool = False
     """Whether `form` gives all samples and tokens, whatever is selected."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from ess_monitor import CaptureConfig, MonitorConfig, profile
 from ess_monitor.capture import Captured, Sampler, find_layers
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.hooks.given_tokens import Rows, TokenWatch
-from ess_monitor.capture.rotation import Size, fitting
+from ess_monitor.capture.rotation import Size, fitting, part_of
+from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import DiagonalRecurrence, operator_positions, segments
 from ess_monitor.ess.operators.reduced import ReducedRecurrence
 from ess_monitor.featurizers import GLA, SA
@@ -289,3 +291,18 @@ def test_nothing_of_a_reduced_row_belongs_to_the_training() -> None:
     assert isinstance(item.operator, ReducedRecurrence)
     assert not any(tensor.requires_grad for tensor in item.operator.tensors)
     assert held(item) < 2000
+
+
+@pytest.mark.parametrize(
+    ("forming_bytes", "taken"), [(0, (3, 8000)), (1024, (1, 4096)), (2048, (1, 2048)), (2**20, (1, 1024))]
+)
+def test_an_operator_that_is_formed_from_the_whole_layer_is_formed_in_part(
+    forming_bytes: int, taken: tuple[int, int]
+) -> None:
+    def form(samples: slice, heads: Sequence[int], length: int) -> DiagonalRecurrence:
+        features = torch.zeros(len(range(4)[samples]), len(heads), length, 4)
+        return DiagonalRecurrence(features[..., :1], features, features)
+
+    whole = LazyOperator(4, 1, 8000, form, forming_bytes=forming_bytes)
+    part = part_of(whole, CaptureConfig(max_bytes=MEBIBYTE), 1.0, 0, can_reduce=True)
+    assert (len(range(4)[part.samples]), part.length, part.fits) == (*taken, None)

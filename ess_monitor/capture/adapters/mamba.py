@@ -109,8 +109,12 @@ def fused(call: Call) -> LazyOperator | None:
         dt, softplus = _fused_dt(x, given), bool(given["delta_softplus"])
         return scan_operator(heads, dt, given["A"], given["delta_bias"], b, c, softplus=softplus)
 
-    return LazyOperator(batch, channels, length, form)
+    return LazyOperator(batch, channels, length, form, forming_bytes=_CONVOLVED_BYTES * channels)
 
+
+_CONVOLVED_BYTES = 6 * 8
+"""For each token and channel, where B and C are computed from the convolved input of all channels: some copies of it in
+float64."""
 
 _NOT_IN_T = ("xz", "out_proj_weight", "out_proj_bias", "D")
 """Arguments of the fused op that need no conversion: T does not depend on them, and xz is cut first."""
@@ -265,7 +269,7 @@ def own_code(call: Call) -> LazyOperator | None:
         b, c = (_by_state(_normalized(t, name, given), slice(None), heads, length, channels) for t, name in named)
         return scan_operator(heads, dt, -layer.A_log.double().exp(), layer.dt_proj.bias, b, c)
 
-    return LazyOperator(batch, channels, length, form)
+    return LazyOperator(batch, channels, length, form, forming_bytes=8 * channels)
 
 
 def zamba(call: Call) -> LazyOperator | None:
@@ -290,7 +294,7 @@ def zamba(call: Call) -> LazyOperator | None:
         A, bias = (-exact["A_log"].exp()).flatten(0, 1), exact["dt_proj_bias"].flatten()
         return scan_operator(heads, dt, A, bias, b, c)
 
-    return LazyOperator(batch, channels, length, form)
+    return LazyOperator(batch, channels, length, form, forming_bytes=_CONVOLVED_BYTES * channels)
 
 
 def _zamba_inner(x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

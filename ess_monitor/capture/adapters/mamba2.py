@@ -80,14 +80,15 @@ class _Projection(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Compute B and C, (batch, length, groups, n) each, by the convolution of x, B and C, in float64."""
         stop = projected.shape[-1] - self.heads
-        x = projected[..., stop - self.inner - 2 * self.groups * self.state : stop].mT.double()
+        size = 2 * self.groups * self.state
+        few = projected[..., stop - size : stop].mT.double()  # each channel has a convolution of its own
         if real is not None:
-            x = x * real[:, None]
-        taps = shifted(x, weight.shape[-1], segments)
-        convolved = short_conv(taps, weight.double(), None if bias is None else bias.double())
+            few = few * real[:, None]
+        taps = shifted(few, weight.shape[-1], segments)
+        convolved = short_conv(taps, weight[-size:].double(), None if bias is None else bias[-size:].double())
         if activation is not None:
             convolved = activation(convolved)
-        both = convolved[:, self.inner :].mT
+        both = convolved.mT
         both = both.reshape(*both.shape[:2], 2 * self.groups, self.state)
         return both[:, :, : self.groups], both[:, :, self.groups :]
 
@@ -268,7 +269,8 @@ def projection_of_own_code(call: Call) -> LazyOperator | None:
         A = -layer.A_log.double().exp()
         return scan_operator(heads, projection.dt(few), A, layer.dt_bias, b, c, limits=_limits_of(layer))
 
-    return LazyOperator(batch, projection.heads, length, form)
+    forming_bytes = 4 * call.output.shape[2] if hasattr(layer, "mup_vector") else 0
+    return LazyOperator(batch, projection.heads, length, form, forming_bytes=forming_bytes)
 
 
 def _is_fla(layer: nn.Module) -> bool:
