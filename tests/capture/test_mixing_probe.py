@@ -250,3 +250,47 @@ def test_channels_that_mix_are_not_taken_for_tokens() -> None:
     assert [(info.name, info.supported) for info in found] == [("conv", True)]
     channels_first = nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 3, padding=1))
     assert not describe(channels_first, torch.randn(2, WIDTH, 6)).supported
+
+
+class Scaled(nn.Module):
+    """A norm of one's own, over channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+class TwoTowers(nn.Module):
+    """Text of as many tokens as the image's patches have channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, WIDTH)
+        self.vision = nn.Sequential(nn.Linear(12, WIDTH), nn.LayerNorm(WIDTH), Scaled(), nn.Linear(WIDTH, WIDTH))
+        self.layers = nn.ModuleList([Scaled(), AcrossLast()])
+
+    def forward(self, words: Tensor, patches: Tensor) -> Tensor:
+        x = self.words(words) + self.vision(patches).mean(1, keepdim=True)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class AcrossLast(nn.Module):
+    """Moves the tokens to the last axis, for two modules inside of one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x[:, :, :5].mT).mT
+
+
+def test_channels_as_many_as_the_tokens_are_not_taken_for_tokens() -> None:
+    net, inputs = TwoTowers(), (torch.randint(9, (2, WIDTH)), torch.randn(2, 5, 12))
+    with MixingProbe(net, listed=["layers.1"], in_training=True) as probe:
+        net(*inputs)
+    assert probe.found
+    assert not [name for name, mixing in probe.found.items() if mixing.mixes]
+    found = describe(net, *inputs).layers
+    assert [info.name for info in found] == ["layers.1.inner.0.0"]

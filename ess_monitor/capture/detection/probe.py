@@ -37,6 +37,7 @@ _POINTWISE = (
 """Classes of torch that treat each vector of the last axis by itself. `nn.Linear` mixes tokens where they are on that
 axis, and is asked only then."""
 
+_CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 _LARGEST_GRAPH = 20_000
 """Nodes of a graph that is looked at."""
 
@@ -89,6 +90,8 @@ class MixingProbe:
         """Name -> what its first call showed, of every module that was asked."""
         self._model, self._listed, self._in_training = model, frozenset(listed), in_training
         self._length: int | None = None
+        self._shapes: dict[str, list[tuple[int, ...]]] = {}
+        """Name -> shapes of the tensors that a module was called with last."""
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> MixingProbe:
@@ -105,6 +108,8 @@ class MixingProbe:
         before = ModuleHook(self._learn_length)
         self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
         for name, module in self._model.named_modules():
+            note = ModuleHook(lambda _, args, kwargs, name=name: self._note_shapes(name, args, kwargs))
+            self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
             if self._in_training and any(is_inside(name, other) or is_inside(other, name) for other in self._listed):
                 continue
             if not self._in_training and name:
@@ -125,6 +130,23 @@ class MixingProbe:
             self._length = next((t.shape[1] for t in sequences), None)
         return None if self._in_training else _with_graph(module, args, kwargs)
 
+    def _note_shapes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._shapes[name] = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
+
+    def _has_tokens_last(self, name: str) -> bool:
+        """Return whether the last axis of what a module is given can be that of tokens, by what is around the module.
+
+        Channels may be as many. Then no module around it is given tokens on another axis, up to one without them.
+        """
+        while name:
+            name = name.rpartition(".")[0]
+            shapes = self._shapes.get(name, [])
+            if any(self._length in shape[1 : max(2, len(shape) - 1)] for shape in shapes):
+                return True
+            if shapes and not any(shape[-1:] == (self._length,) for shape in shapes):
+                return False
+        return True
+
     def _ask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if name in self.found or (name not in self._listed and not self._in_training and self._holds_mixing(name)):
             return
@@ -136,8 +158,12 @@ class MixingProbe:
         if self._in_training and (len(tracked) != 1 or _keeps_statistics(module) or not _is_plain(y, tracked[0])):
             return  # of several the first may have been computed from the second
         axes = {k: axis for k, x in enumerate(tracked) if (axis := _token_axis(module, x, y, self._length)) is not None}
+        last = {k: axis for k, axis in axes.items() if axis == tracked[k].dim() - 1}
+        if last and not isinstance(module, _CONVOLUTIONS) and not self._has_tokens_last(name):
+            axes = {k: axis for k, axis in axes.items() if k not in last}
+            last = {}
         if type(module) in _POINTWISE:
-            axes = {k: axis for k, axis in axes.items() if axis == tracked[k].dim() - 1}
+            axes = last
         if not axes:
             return
         try:
@@ -239,7 +265,7 @@ def _token_axis(module: nn.Module, x: Tensor, y: Tensor, length: int | None) -> 
     if x.dim() != y.dim() or x.dim() < 3:
         return None
     axes = [axis for axis in range(1, x.dim()) if x.shape[axis] == y.shape[axis] > 2]
-    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+    if isinstance(module, _CONVOLUTIONS):
         return 2 if 2 in axes else None
     if length is not None:
         return next((axis for axis in axes if x.shape[axis] == length), None)
