@@ -43,7 +43,10 @@ def main() -> int:
         print(f"{outcome.source} {outcome.name}: {outcome.verdict} {outcome.problem}", flush=True)
     if given.page is not None:
         known = {(outcome.source, outcome.name) for outcome in outcomes}
-        missing = sum((item.source, item.name) not in known for items in SOURCES.values() for item in items())
+        missing: dict[str, list[str]] = {}
+        for item in (item for items in SOURCES.values() for item in items()):
+            if (item.source, item.name) not in known:
+                missing.setdefault(item.source, []).append(item.name)
         given.page.write_text(page(outcomes, _versions(), missing=missing) + "\n", encoding="utf-8")
     return int(any(outcome.verdict in ("silent", "wrong", "crashed") for outcome in outcomes))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 from benchmarks.census.item import Outcome, Verdict
@@ -28,23 +28,26 @@ Where there was no forward pass (in italics below), the list of `describe` alone
 """
 
 
-def page(outcomes: Iterable[Outcome], versions: Iterable[str], *, missing: int) -> str:
-    """Return the page; `missing` counts the items that have no outcome yet."""
+def page(outcomes: Iterable[Outcome], versions: Iterable[str], *, missing: Mapping[str, Sequence[str]]) -> str:
+    """Return the page; `missing` names the items of each source that have no outcome yet."""
     by_source: defaultdict[str, list[Outcome]] = defaultdict(list)
     seconds = 0.0
     for outcome in outcomes:
         seconds += outcome.seconds
         by_source[outcome.source].append(outcome)
     made = f"{', '.join(versions)}; {seconds / 60:.0f} minutes of processor time"
-    if missing:  # so that the time of all is not known
-        made = f"{', '.join(versions)}. {missing} items are not made yet: the same command goes on with them"
+    if count := sum(map(len, missing.values())):  # so that the time of all is not known
+        made = f"{', '.join(versions)}. Items not made yet: {count}; the same command goes on with them"
     lines = [_HEAD, f"{made}.", "", *_counts(by_source)]
-    for source, members in by_source.items():
+    for source in dict.fromkeys((*by_source, *missing)):
+        members = sorted(by_source[source], key=lambda outcome: outcome.name)
         lines += ["", f"## {source[0].upper()}{source[1:]}", ""]
         for verdict in _VERDICTS:
             chosen = [o for o in members if o.verdict == verdict]
             if chosen:
                 lines += [f"**{verdict}** ({len(chosen)}): {', '.join(_name(o) for o in chosen)}", ""]
+        if names := missing.get(source):
+            lines += [f"**not made yet** ({len(names)}): {', '.join(names)}", ""]
     return "\n".join((*lines, "", *_reasons(by_source)))
 
 

@@ -33,8 +33,9 @@ def test_a_layer_is_listed_with_a_reason_where_it_mixes_tokens(item: Item) -> No
 
 def test_the_page_names_every_item_and_counts_it() -> None:
     outcomes = [examine(item) for item in ITEMS[:2]]
-    text = page(outcomes, ["torch 2.13.0"], missing=7)
-    assert "7 items are not made yet" in text
+    text = page(outcomes, ["torch 2.13.0"], missing={"written small": ["SRU", "GRU"], "packages": ["minGRU"]})
+    assert "Items not made yet: 3;" in text
+    assert "**not made yet** (2): SRU, GRU" in text
     assert "| written small | 0 | 0 | 2 |" in text
     assert all(item.name in text for item in ITEMS[:2])
 
@@ -46,7 +47,7 @@ def needs_a_package() -> Built:
 def test_a_package_that_is_not_installed_is_an_outcome_with_its_name() -> None:
     outcome = examine(Item("transformers", "detr", needs_a_package))
     assert (outcome.verdict, outcome.problem) == ("no package", "needs timm")
-    assert "**no package** (1): detr (needs timm)" in page([outcome], [], missing=0)
+    assert "**no package** (1): detr (needs timm)" in page([outcome], [], missing={})
 
 
 class Settings(SimpleNamespace):
