@@ -24,10 +24,11 @@ from ess_monitor.capture.causality.claims import collecting
 from ess_monitor.capture.causality.layer_tests import LayerTests, Test
 from ess_monitor.capture.check import log_misfit
 from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook
-from ess_monitor.capture.hooks.compiler import EagerStance
+from ess_monitor.capture.hooks.compiler import EagerStance, runs_flex_attention
 from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.hooks.given_tokens import TokenWatch
 from ess_monitor.capture.hooks.ignored_calls import (
+    FLEX,
     RECORDED,
     SEVERAL_CALLS,
     SPREAD,
@@ -66,6 +67,8 @@ class Sampler:
         ready: called with their device right behind the copies of a layer; marks the moment on its current stream.
         causality: test of whether a layer's call is causal, made once for each layer. Without it the call that is read
             has to show it.
+        runs_flex: whether a model with flex attention may run as it is written, not compiled. Otherwise its layers are
+            skipped.
         clock: measures the seconds that the hooks add to the training step (`capture_seconds`).
         reduce: returns what is measured of a recurrence on the host that is too long to be held. Without it, and on an
             accelerator, only a part is taken.
@@ -82,6 +85,7 @@ class Sampler:
         on_operator: Callable[[Captured], Any] | None = None,
         ready: Callable[[torch.device], Any] | None = None,
         causality: Test | None = None,
+        runs_flex: bool = True,
         clock: Callable[[], float] = time.perf_counter,
         reduce: Callable[[Operator], Operator] | None = None,
     ) -> None:
@@ -106,7 +110,7 @@ class Sampler:
         self._on_operator, self._reduce = on_operator, reduce
         self._ready = (lambda device: None) if ready is None else ready
         self._tests = LayerTests(causality, model, clock, self._ready)
-        self._clock = clock
+        self._clock, self._runs_flex = clock, validation.flag("runs_flex", runs_flex)
         self._hooks: list[HookHandle] = []
         self._tokens = TokenWatch()
         self._eager = EagerStance()
@@ -150,6 +154,9 @@ class Sampler:
         share = self._next_share()
         layers = () if share is None else tuple(layer for layer in self.layers if layer.name not in self._off)
         self.asked, self.share = tuple(layer.name for layer in layers), share or 0.0
+        if layers and not self._runs_flex and self._model is not None and runs_flex_attention(self._model):
+            self._ignored = {layer.name: Ignored("skipped", FLEX) for layer in layers}
+            layers = ()
         if layers:
             self._eager.begin()
         self._armed = True

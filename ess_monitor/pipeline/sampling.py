@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from ess_monitor import validation
+from ess_monitor.capture.hooks.compiler import has_compiled
 from ess_monitor.config import MonitorConfig
 from ess_monitor.pipeline.context import Metrics
 from ess_monitor.pipeline.queue import MeasurementQueue
@@ -123,7 +124,10 @@ class RunSampling(RunView):
                 sample.changes = changes
                 schedule.taken(step)
                 self._queue.submit(sample, metrics)
-                seconds = sample.hook_seconds + context.clock() - started
+                in_step = sample.hook_seconds
+                if has_compiled():  # the step ran eagerly
+                    in_step = max(in_step, context.cadence.excess_seconds - sample.test_seconds)
+                seconds = in_step + context.clock() - started
                 context.charge("capture", seconds, once_seconds=sample.test_seconds)
             else:
                 context.metrics.keep(metrics)

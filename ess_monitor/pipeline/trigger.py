@@ -47,6 +47,7 @@ class SampleTrigger:
             off=off,
             share=share,
             causality=is_causal,
+            runs_flex=False,
             ready=lambda device: backend_of(device).ready(),
             clock=context.clock,
             reduce=partial(reduce_long, positions=config.positions, scale=config.tolerance_scale),

@@ -50,6 +50,8 @@ class Cadence:
         """Total cost of the monitor so far."""
         self.train_seconds = 0.0
         """Total time between steps so far."""
+        self.excess_seconds = 0.0
+        """By how much the last step took longer than the median of those before it."""
         self.next_step = 0
         self.interval_steps = self.every_n_steps
         self._locked = locked
@@ -82,6 +84,7 @@ class Cadence:
 
     def stepped(self, seconds: float) -> None:
         """Record the duration of one training step."""
+        self.excess_seconds = max(0.0, seconds - median(self._steps)) if self._steps else 0.0
         self._steps.append(seconds)
         self.train_seconds += seconds
 

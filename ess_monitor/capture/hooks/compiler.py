@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import weakref
 from typing import Any
 
 import torch
+from torch import nn
+
+from ess_monitor.capture.hooks.global_names import names_used
 
 _COMPILER = "torch._dynamo"
 """Imported by the first torch.compile, or optimizer, of a process."""
@@ -52,6 +56,35 @@ class EagerStance:
         """Restore the stance before, unless another object holds this one. A second call does nothing."""
         if self._release is not None:
             self._release()
+
+
+def has_compiled() -> bool:
+    """Return whether `torch.compile` has compiled anything in this process."""
+    counters = getattr(sys.modules.get(f"{_COMPILER}.utils"), "counters", {})
+    return bool(counters.get("frames", {}).get("ok", 0))
+
+
+_FLEX = re.compile(r"flex_?att(?!\w*mask)")
+
+
+def runs_flex_attention(model: nn.Module) -> bool:
+    """Return whether a module's code calls flex attention, by the names in it and by transformers' configurations.
+
+    Run as it is written it holds the scores of all pairs of tokens: gigabytes, where compiled code needs none.
+
+    Example:
+        >>> class Layer(nn.Module):
+        ...     def forward(self, q):
+        ...         return flex_attention(q, q, q)
+        >>> runs_flex_attention(nn.Sequential(Layer())), runs_flex_attention(nn.Sequential(nn.Linear(2, 2)))
+        (True, False)
+    """
+    return any(_is_flex(module) for module in model.modules())
+
+
+def _is_flex(module: nn.Module) -> bool:
+    kernel = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return kernel == "flex_attention" if kernel else any(map(_FLEX.search, names_used(type(module))))
 
 
 def _release_holder(holder: object) -> None:

@@ -23,6 +23,10 @@ TRANSFORMED = (
     "the model runs inside of a transform of torch.func (vmap, grad, jvp), where its tensors stand for many; call it "
     "without the transform to measure it"
 )
+FLEX = (
+    "the model runs flex_attention, which a sampled step would run as it is written, with the scores of all pairs of "
+    "tokens in memory; train with another kernel (attn_implementation='sdpa') to measure it, or profile a small batch"
+)
 RECORDED = (
     "the forward pass was being recorded into a CUDA graph, which would repeat the copies at every replay and reads "
     "nothing; call the model outside of the graph at some steps to measure it"
