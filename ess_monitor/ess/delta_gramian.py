@@ -33,12 +33,13 @@ from ess_monitor.ess.gramian import (
     Carry,
     FactorRows,
     Pick,
+    by_reach,
     chunk_length,
     two_sided_cores,
-    two_sided_singular_values,
     windows_before,
 )
-from ess_monitor.ess.linalg import slabs, working_dtype
+from ess_monitor.ess.linalg import index_tensor, slabs, working_dtype
+from ess_monitor.ess.positions import tokens_in_reach
 from ess_monitor.ess.row_squares import Passed, Windows
 
 VECTORS_PER_TOKEN = 8
@@ -77,6 +78,31 @@ class Transitions:
             return Steps(decay, -entering, decay * k, entering)
         return Steps(decay, self._picked(self.left, pick), self._picked(self.right, pick), entering)
 
+    def of(self, chosen: Tensor) -> Transitions:
+        """Return the transitions of some samples and heads, (B, H) bool, as heads of one sample."""
+        left, right = (None if tensor is None else _chosen(tensor, chosen) for tensor in (self.left, self.right))
+        log_decay, beta, k = (_chosen(tensor, chosen) for tensor in (self.log_decay, self.beta, self.k))
+        return Transitions(log_decay, beta, k, left, right)
+
+    def reach(self, q: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return `tokens_in_reach`, (B|1, H|1), for outputs that read with `q`.
+
+        ||(I - beta k k^T) diag(decay)|| is at most max(1, |1 - beta ||k||^2|) times the largest decay. With `left` and
+        `right` nothing is known, and all tokens are in reach.
+        """
+        if self.left is not None:
+            return torch.zeros((1, 1), dtype=torch.long, device=q.device)
+        length, state = self.k.shape[2:]
+        at = index_tensor(positions, q.device)
+        log_decay = self.log_decay.expand(-1, -1, length, -1)
+        beta = self.beta.expand(-1, -1, length, -1)
+        norm = self.k.to(working_dtype(q.device)).norm(dim=-1)
+        log_norm = log_decay.amax(-1) + (1.0 - beta[..., 0] * norm.square()).abs().clamp(min=1.0).log()
+        read, k = q[:, :, at], self.k[:, :, at]
+        read = (read - beta[:, :, at] * (read * k).sum(-1, keepdim=True) * k) * log_decay[:, :, at].exp()
+        norms = beta[..., 0].abs() * norm, q.to(norm.dtype).norm(dim=-1), read.to(norm.dtype).norm(dim=-1)
+        return tokens_in_reach(log_norm, *norms, positions, state)
+
     def newest_first(self) -> Transitions:
         """Return the transitions with time reversed."""
         left, right = (None if tensor is None else tensor.flip(2) for tensor in (self.left, self.right))
@@ -84,6 +110,11 @@ class Transitions:
 
     def _picked(self, tensor: Tensor, pick: Pick) -> Tensor:
         return pick(tensor.expand(-1, -1, self.k.shape[2], -1)).to(working_dtype(tensor.device))
+
+
+def _chosen(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """Return some samples and heads, (B, H) bool, as heads of one sample."""
+    return tensor.expand(*chosen.shape, -1, -1)[chosen][None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +151,13 @@ def delta_singular_values(
 
     `q` is (B|1, H|1, L, N). A head with NaN or Inf in it gives NaN.
     """
-    return two_sided_singular_values(*_sides(transitions, q, len(positions), batch, heads), positions)
+
+    def sides(chosen: Tensor | None) -> tuple[FactorRows, FactorRows]:
+        if chosen is None or bool(chosen.all()):
+            return _sides(transitions, q, len(positions), batch, heads)
+        return _sides(transitions.of(chosen), _chosen(q, chosen), len(positions), 1, int(chosen.sum()))
+
+    return by_reach(transitions.reach(q, positions).expand(batch, heads), sides, positions)
 
 
 def delta_cores(transitions: Transitions, q: Tensor, positions: Sequence[int], batch: int, heads: int) -> Tensor:
@@ -140,14 +177,14 @@ def _sides(
 
 def delta_windows(transitions: Transitions, q: Tensor, batch: int, heads: int) -> Windows:
     """Return the windows in which squared norms of the rows of T are computed. `q` is (B|1, H|1, L, N)."""
-    return _DeltaWindows(q, batch, heads, ROW_CHUNK, transitions)
+    return _DeltaWindows(q, batch, heads, ROW_CHUNK, max(ROW_CHUNK, q.shape[3] // 2), transitions)
 
 
 def transition_product(transitions: Transitions, batch: int, heads: int) -> Tensor:
     """Return A_L ... A_1: (B, H, N, N), in the working dtype."""
     length, state = transitions.k.shape[2:]
     device = transitions.k.device
-    size = min(math.isqrt(length), max(32, 2 * state))
+    size = max(min(math.isqrt(length), max(32, 2 * state)), min(length, state // 2))
     ends = [*range(size, length, size), length]
     sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     newest_first = transitions.newest_first()
@@ -183,9 +220,9 @@ class _DeltaRows(FactorRows):
         windows = _Windows.of(self._steps(pick), self.batch, self.heads)
         return windows.rows, lambda factor, window: windows.at(window).applied_to(factor)
 
-    def followed(self, before: Tensor, pick: Pick, inside: Tensor) -> Tensor:
+    def followed(self, before: Tensor | None, pick: Pick, inside: Tensor) -> Tensor:
         windows = _Windows.of(self._steps(pick).within(inside), self.batch, self.heads)
-        return torch.cat([windows.applied_to(before), windows.rows], dim=-2)
+        return windows.rows if before is None else torch.cat([windows.applied_to(before), windows.rows], dim=-2)
 
     def _steps(self, pick: Pick) -> Steps:
         steps = self.transitions.steps(pick)

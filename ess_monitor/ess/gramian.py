@@ -26,9 +26,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ess_monitor.ess.linalg import index_tensor, singular_values_, slabs, triangular_factor, working_dtype
+from ess_monitor.ess.linalg import (
+    index_tensor,
+    singular_values_,
+    slabs,
+    triangular_factor,
+    working_dtype,
+)
+from ess_monitor.ess.positions import tokens_in_reach
 
 Pick = Callable[[Tensor], Tensor]
 """Cuts windows out of a sequence: (B|1, H|1, L, N) -> (B|1, H|1, W, K, N)."""
@@ -70,39 +78,104 @@ class FactorRows(ABC):
         """Return rows of windows as seen from each window's end, (B, H, W, K, N), and the carry through the windows."""
 
     @abstractmethod
-    def followed(self, before: Tensor, pick: Pick, inside: Tensor) -> Tensor:
+    def followed(self, before: Tensor | None, pick: Pick, inside: Tensor) -> Tensor:
         """Carry `before` (B, H, W, N, N) through windows and append the rows of these: (B, H, W, N + K, N).
 
-        Where `inside` (W, K, 1) is False there is no token: no row, and a transition that changes nothing.
+        With None before, only these rows. Where `inside` (W, K, 1) is False there is no token: no row, and a transition
+        that changes nothing.
         """
 
 
-def recurrence_singular_values(
-    log_decay: Tensor, b: Tensor, c: Tensor, positions: Sequence[int], batch: int, heads: int
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """Holds a diagonal recurrence: log decays (B|1, H|1, L|1, N|1), and b and c, (B|1, H|1, L, N)."""
+
+    log_decay: Tensor
+    b: Tensor
+    c: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and H."""
+        batch, heads = torch.broadcast_shapes(*(field.shape[:2] for field in (self.log_decay, self.b, self.c)))
+        return batch, heads
+
+    def of(self, chosen: Tensor | None) -> Diagonal:
+        """Return the recurrence of some samples and heads, (B, H) bool, as heads of one sample. None: all of it."""
+        if chosen is None or bool(chosen.all()):
+            return self
+        fields = (field.expand(*self.shape, -1, -1)[chosen][None] for field in (self.log_decay, self.b, self.c))
+        return Diagonal(*fields)
+
+    def sides(self, positions: int) -> tuple[FactorRows, FactorRows]:
+        """Return the factors C^T and O, cut for so many positions."""
+        length, state = self.b.shape[2:]
+        chunk, log_decay = chunk_length(length, state, positions), self.log_decay.expand(-1, -1, length, -1)
+        control = _DiagonalRows(self.b.flip(2), False, *self.shape, chunk, log_decay.flip(2))
+        return control, _DiagonalRows(self.c, True, *self.shape, chunk, log_decay)
+
+
+def recurrence_singular_values(recurrence: Diagonal, positions: Sequence[int]) -> Tensor:
     """Return the singular values of every H_i of a diagonal recurrence: (B, H, P, min(N, largest min(i, L - i))).
 
-    `log_decay` is (B|1, H|1, L|1, N|1); `b` and `c` are (B|1, H|1, L, N). In the working dtype. A head with NaN or Inf
-    in it gives NaN.
+    In the working dtype. A head with NaN or Inf in it gives NaN.
     """
-    return two_sided_singular_values(*_sides(log_decay, b, c, len(positions), batch, heads), positions)
+    b, c, (length, state) = recurrence.b, recurrence.c, recurrence.b.shape[2:]
+    log_decay = recurrence.log_decay.expand(-1, -1, length, -1)
+    at = index_tensor(positions, b.device)
+    norms = (_norms(each) for each in (b, c, c[:, :, at] * log_decay[:, :, at].to(working_dtype(c.device)).exp()))
+    reach = tokens_in_reach(log_decay.amax(-1), *norms, positions, state).expand(recurrence.shape)
+    return by_reach(reach, lambda chosen: recurrence.of(chosen).sides(len(positions)), positions)
 
 
-def recurrence_cores(
-    log_decay: Tensor, b: Tensor, c: Tensor, positions: Sequence[int], batch: int, heads: int
-) -> Tensor:
+def _norms(vectors: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=working_dtype(vectors.device))
+    return norms
+
+
+def recurrence_cores(recurrence: Diagonal, positions: Sequence[int]) -> Tensor:
     """Return matrices with the singular values of every H_i of a diagonal recurrence: (B, H, P, N, N)."""
-    return two_sided_cores(*_sides(log_decay, b, c, len(positions), batch, heads), positions)
+    return two_sided_cores(*recurrence.sides(len(positions)), positions)
 
 
-def _sides(
-    log_decay: Tensor, b: Tensor, c: Tensor, positions: int, batch: int, heads: int
-) -> tuple[FactorRows, FactorRows]:
-    length, state = b.shape[2:]
-    chunk = chunk_length(length, state, positions)
-    whole = (-1, -1, length, -1)
-    control = _DiagonalRows(b.flip(2), False, batch, heads, chunk, log_decay.flip(2).expand(whole))
-    return control, _DiagonalRows(c, True, batch, heads, chunk, log_decay.expand(whole))
+def by_reach(
+    reach: Tensor, sides: Callable[[Tensor | None], tuple[FactorRows, FactorRows]], positions: Sequence[int]
+) -> Tensor:
+    """Return the singular values of the product of both factors at every position: (B, H, P, rank).
+
+    `reach` is that of `tokens_in_reach`, (B, H). `sides` returns the factors of some samples and heads, (B, H) bool, as
+    heads of one sample, or of all of them.
+    """
+    if reach.device.type != "cpu":
+        return two_sided_singular_values(*sides(None), positions)
+    parts = []
+    for size in reach.unique().tolist():
+        factors = sides(reach == size)
+        values = (
+            near_singular_values(*factors, positions, size) if size else two_sided_singular_values(*factors, positions)
+        )
+        parts.append((reach == size, values))
+    length, state = factors[0].length, factors[0].state
+    rank = min(state, max(min(i, length - i) for i in positions))
+    out = values.new_zeros((*reach.shape, len(positions), rank))
+    for chosen, values in parts:
+        kept = values[..., :rank].reshape(-1, len(positions), min(rank, values.shape[-1]))
+        out[chosen] = F.pad(kept, (0, rank - kept.shape[-1]))
+    return out
+
+
+def near_singular_values(control: FactorRows, observation: FactorRows, positions: Sequence[int], size: int) -> Tensor:
+    """Return the singular values of the block of H_i of `size` tokens on either side: (B, H, P, size)."""
+    length = control.length
+    parts = []
+    for slab in slabs(len(positions), control.window_elements * -(-size // control.chunk)):
+        at, device = positions[slab], control.rows.device
+        reverse = [length - i for i in at]
+        columns = control.followed(None, *windows_before(length, at, [min(size, i) for i in at], device))
+        rows = observation.followed(None, *windows_before(length, reverse, [min(size, i) for i in reverse], device))
+        values = singular_values_(rows @ columns.mT)
+        parts.append(F.pad(values, (0, size - values.shape[-1])))
+    return torch.cat(parts, dim=2)
 
 
 def two_sided_singular_values(control: FactorRows, observation: FactorRows, positions: Sequence[int]) -> Tensor:
@@ -135,7 +208,7 @@ def _cores(control: FactorRows, observation: FactorRows, positions: Sequence[int
 
 def chunk_length(length: int, state: int, positions: int) -> int:
     """Return rows per chunk: many for few positions (fewer sequential steps), few for many (less padding)."""
-    shortest, longest = max(8, state // 2), max(128, 2 * state, length // 128)
+    shortest, longest = max(8, state // 2), max(256, 2 * state, length // 128)
     return max(1, min(length, longest, max(shortest, length // (positions + 1))))
 
 
@@ -156,9 +229,10 @@ class _DiagonalRows(FactorRows):
         decay = log_decay.sum(3, keepdim=True).exp()
         return local, lambda factor, window: factor * decay[:, :, window]
 
-    def followed(self, before: Tensor, pick: Pick, inside: Tensor) -> Tensor:
-        rows = pick(self.rows).to(before.dtype).masked_fill_(~inside, 0.0)
-        log_decay = pick(self.log_decay).to(before.dtype).masked_fill_(~inside, 0.0)
+    def followed(self, before: Tensor | None, pick: Pick, inside: Tensor) -> Tensor:
+        dtype = working_dtype(self.rows.device)
+        rows = pick(self.rows).to(dtype).masked_fill_(~inside, 0.0)
+        log_decay = pick(self.log_decay).to(dtype).masked_fill_(~inside, 0.0)
         return self._stacked(before, rows, log_decay)
 
     def _stacked(self, before: Tensor | None, rows: Tensor, log_decay: Tensor) -> Tensor:
@@ -182,14 +256,17 @@ def _chunk_factors(side: FactorRows, ends: Sequence[int]) -> dict[int, Tensor]:
     for slab in slabs(max(wanted), side.window_elements):
         window = slice(side.length - slab.stop * chunk, side.length - slab.start * chunk)
         local, carry = side.chunks(partial(_windows, window=window, chunk=chunk))
-        if chunk > state:  # all chunks at once: only the small combination below is sequential
+        if chunk > state and side.rows.device.type != "cpu":
+            # All chunks at once, so that only small ones follow one another. A CPU takes one after the other anyway.
             local = triangular_factor(local)
         for k in range(slab.start, slab.stop):
             if k in wanted:
                 factors[k] = factor
             newest_first = slab.stop - 1 - k
-            carried = carry(factor, newest_first)
-            factor = triangular_factor(torch.cat([carried, local[:, :, newest_first]], dim=-2))
+            rows = local[:, :, newest_first]
+            if k > 0 or chunk < state:
+                rows = torch.cat([carry(factor, newest_first), rows], dim=-2)
+            factor = triangular_factor(rows)
     factors[max(wanted)] = factor
     return factors
 

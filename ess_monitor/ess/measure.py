@@ -86,11 +86,11 @@ def measure(
     validation.flag("retention", retention)
     check_tolerance_scale(tolerance_scale)
     finite = operator.finite()
-    values = _scaled(operator, tolerance_scale)._singular_values(positions, finite).to(operator.result_dtype)
+    values = _scaled(operator, tolerance_scale)._singular_values(positions, finite, tolerance).to(operator.result_dtype)
     undecayed, undecayed_ess = operator.without_decay() if retention else None, None
     if undecayed is not None:
-        without = _scaled(undecayed, tolerance_scale)._singular_values(positions, finite)
-        undecayed_ess = tolerance_ess(without, tolerance)
+        undecayed_ess = _scaled(undecayed, tolerance_scale)._tolerance_ess(positions, finite, tolerance)
+        undecayed_ess = undecayed_ess.to(operator.result_dtype)
     return Measured(
         singular_values=values,
         tolerance_ess=tolerance_ess(values, tolerance),

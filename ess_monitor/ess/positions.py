@@ -1,4 +1,7 @@
-"""Chooses the positions at which H_i is measured, and bounds tolerance-ESS at those in between."""
+"""Chooses the positions at which H_i is measured, and bounds tolerance-ESS at those in between.
+
+Also finds how far from a position the tokens matter at all.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ from torch import Tensor
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor
+
+NEGLIGIBLE = 1e-17
+"""Share of the norm of a factor that may be left out of it."""
+
+MOST_POSITIONS = 64
+"""At more of them it takes too long to look at each."""
 
 LONGEST = 2**31 - 1
 """Tokens of the longest sequence: kernels may use indices of 32 bits."""
@@ -77,6 +86,40 @@ def check_positions(positions: Sequence[int], length: int) -> tuple[int, ...]:
                 "use operator_positions()."
             )
     return checked
+
+
+def tokens_in_reach(
+    log_norm: Tensor, written: Tensor, read: Tensor, first_read: Tensor, positions: Sequence[int], state: int
+) -> Tensor:
+    """Return how many tokens on either side of every position make H_i, to rounding: N, N/2 or N/4; 0 stands for all.
+
+    What is left out of C_i and O_i is below `NEGLIGIBLE` of their norms; a factorization rounds by more. Looked for on
+    a CPU and at few positions.
+
+    Args:
+        log_norm: (B|1, H|1, L), log of a bound of the spectral norm of A_t.
+        written: (B|1, H|1, L), norms of the inputs of the state.
+        read: (B|1, H|1, L), norms of what reads it.
+        first_read: (B|1, H|1, P), norms of c_i A_i at the positions.
+
+    Returns:
+        (B|1, H|1)
+    """
+    shape = torch.broadcast_shapes(*(each.shape[:2] for each in (log_norm, written, read)))
+    length, reach = log_norm.shape[2], torch.zeros(shape, dtype=torch.long, device=log_norm.device)
+    if log_norm.device.type != "cpu" or len(positions) > MOST_POSITIONS:
+        return reach
+    log_norm = log_norm.double()
+    all_written, all_read = (torch.linalg.vector_norm(each, dim=-1, dtype=torch.float64) for each in (written, read))
+    for size in (state, state // 2, state // 4):
+        enough = (log_norm <= 0.0).all(-1)
+        for p, i in enumerate(positions):
+            older = log_norm[:, :, max(0, i - size) : i].sum(-1).exp() * all_written
+            newer = log_norm[:, :, i : i + size].sum(-1).exp() * all_read
+            enough = enough & ((older < NEGLIGIBLE * written[:, :, i - 1]) | (i <= size))
+            enough = enough & ((newer < NEGLIGIBLE * first_read[:, :, p]) | (length - i <= size))
+        reach = torch.where(enough, size, reach)
+    return reach
 
 
 @dataclass(frozen=True, eq=False)

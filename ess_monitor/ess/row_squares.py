@@ -63,6 +63,8 @@ class Windows(ABC):
     heads: int
     chunk: int
     """Tokens of a window, K."""
+    unread_chunk: int
+    """Those of a window whose outputs are not looked at."""
 
     @abstractmethod
     def passed(self, pick: Pick) -> Passed:
@@ -82,7 +84,7 @@ def diagonal_windows(
     token.
     """
     chunk = min(CHUNK, 1 << (longest - 1).bit_length())
-    return _DiagonalWindows(c, batch, heads, chunk, log_decay, b, present)
+    return _DiagonalWindows(c, batch, heads, chunk, chunk, log_decay, b, present)
 
 
 def split_row_squares(windows: Windows, position: int, start: int) -> tuple[Tensor, Tensor]:
@@ -94,8 +96,9 @@ def split_row_squares(windows: Windows, position: int, start: int) -> tuple[Tens
     squares = torch.zeros((batch, heads, 2), dtype=dtype, device=device)
     for side, first, stop in ((0, 0, position), (1, position, start), (1, start, length)):
         present = gramians[:, :, : side + 1]
-        for pick in _picks(windows, first, stop):
-            by = windows.passed(pick) if stop <= start else windows.passed_and_read(pick)
+        is_read = stop > start
+        for pick in _picks(windows, first, stop, windows.chunk if is_read else windows.unread_chunk):
+            by = windows.passed_and_read(pick) if is_read else windows.passed(pick)
             entering = by.columns.mT @ by.columns
             reading = None if by.rows is None else by.rows.mT @ by.rows
             if by.within is not None:
@@ -114,7 +117,7 @@ def row_squares(windows: Windows) -> Tensor:
     dtype, device = working_dtype(windows.outputs.device), windows.outputs.device
     gramian = torch.zeros((batch, heads, 1, state, state), dtype=dtype, device=device)
     squares = []
-    for pick in _picks(windows, 0, length):
+    for pick in _picks(windows, 0, length, windows.chunk):
         by = windows.passed_and_read(pick)
         assert by.rows is not None
         assert by.within is not None
@@ -185,9 +188,9 @@ def _carry_through(decay: Tensor) -> Callable[[Tensor, int], None]:
     return carry_
 
 
-def _picks(windows: Windows, start: int, stop: int) -> list[Pick]:
+def _picks(windows: Windows, start: int, stop: int, chunk: int) -> list[Pick]:
     """Return cuts of the tokens start..stop into windows, a few at a time; the last window is filled up with zeros."""
-    chunk, state = windows.chunk, windows.outputs.shape[3]
+    state = windows.outputs.shape[3]
     several = slabs(-(-(stop - start) // chunk), windows.batch * windows.heads * max(chunk, state) * state)
     tokens = (slice(start + slab.start * chunk, min(stop, start + slab.stop * chunk)) for slab in several)
     return [partial(_windows, tokens=each, chunk=chunk) for each in tokens]

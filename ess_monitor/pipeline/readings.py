@@ -23,6 +23,7 @@ from ess_monitor.ess import (
     operator_positions,
     tolerance_ess,
 )
+from ess_monitor.ess.gram_spectrum import DECADES, FAR_BELOW, SINGLE_PRECISION
 from ess_monitor.ess.linalg import index_tensor
 from ess_monitor.ess.operators.recurrence import Recurrence
 from ess_monitor.ess.operators.reduced import ReducedRecurrence, reduced
@@ -31,13 +32,6 @@ from ess_monitor.records import Reading, Status
 SPECTRUM_VALUES = 32
 """Singular values that a reading keeps: enough for the shape of a spectrum, and a bound on what every line of an event
 log holds."""
-
-_RESOLUTION = torch.finfo(torch.float32).eps
-"""Share of the largest singular value below which the others mean nothing: features are single precision at best, and
-an error of that size in T moves every singular value by as much (Weyl)."""
-
-_FAR_BELOW = 1e-3
-"""Share of the tolerance below which it does not matter how small a singular value is."""
 
 _FAR = 8
 """Farther back than this part of the sequence is afar."""
@@ -208,9 +202,9 @@ def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor
         >>> mean_spectrum(torch.tensor([[[8.0, 1.0, 0.0], [2.0, 0.25, 0.0]]]))
         tensor([4.0000, 0.5000, 0.0000])
     """
-    floor = values.amax() * _RESOLUTION
+    floor = values.amax() * SINGLE_PRECISION
     if tolerance > 0:
-        floor = floor.clamp(max=_FAR_BELOW * tolerance)
+        floor = floor.clamp(max=FAR_BELOW * tolerance)
     mean = values.clamp(min=floor).log().mean((0, 1)).exp()
     return torch.where((values > floor).any(0).any(0), mean, 0.0)
 
@@ -248,7 +242,7 @@ def _tolerances(tolerance: float) -> tuple[float, ...]:
     >>> _tolerances(1e-3), _tolerances(0.0)
     ((1e-05, 0.0001, 0.001, 0.01, 0.1), (0.0,))
     """
-    return tuple(dict.fromkeys(float(f"{tolerance * 10**power:.6g}") for power in range(-2, 3)))
+    return tuple(dict.fromkeys(float(f"{tolerance * 10.0**power:.6g}") for power in DECADES))
 
 
 def lost_reading(step: int, layer: str, status: Status, message: str) -> Reading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
+from ess_monitor.ess.gram_spectrum import BlockSpectra
 from ess_monitor.ess.linalg import (
     SLAB_ELEMENTS,
     index_tensor,
     result_dtype,
-    singular_values_,
     slabs,
     triangular_factor,
     working_dtype,
@@ -152,17 +152,19 @@ class SoftmaxAttention(Operator):
         weights = (logits - rows.log_total(logits, 0)).exp()
         return per_head(weights, self.batch, self.heads).to(result_dtype(self.q.dtype, self.k.dtype))
 
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+    def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
         length, operators = self.length, self.batch * self.heads
         rank = max(min(i, length - i) for i in positions)
         out = torch.zeros((operators, len(positions), rank), dtype=working_dtype(self.device), device=self.device)
-        largest = max((length - i) * i for i in positions)
-        for slab in slabs(operators, largest):
+        spectra = BlockSpectra(operators, tolerance)
+        smallest_first = sorted(enumerate(positions), key=lambda place: min(place[1], length - place[1]))
+        start, largest = min(positions), max((length - i) * i for i in positions)
+        at_once = (length - start) * length <= SLAB_ELEMENTS
+        for slab in slabs(operators, (length - start) * length if at_once else largest):
             rows = _Rows(self, slab)
-            start = min(positions)
-            normalizer = rows.log_normalizer(start)
-            for p, i in enumerate(positions):
-                values = singular_values_(_past(rows, i, normalizer[:, i - start :]))
+            block = rows.blocks_at_once(start) if at_once else rows.blocks_one_by_one(start)
+            for p, i in smallest_first:
+                values = spectra.values(slab, block(i))
                 out[slab, p, : values.shape[-1]] = values
         return per_head(out, self.batch, self.heads)
 
@@ -279,6 +281,17 @@ class _Rows:
             return logits.masked_fill_(~mask, -torch.inf)
         logits = logits + mask
         return logits.masked_fill_(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+
+    def blocks_at_once(self, start: int) -> Callable[[int], Tensor]:
+        """Form T[start:]; return a function that returns T[i:, :i] for i >= start: (G, length - i, i)."""
+        weights, total = self.unnormalized(start, self.q.shape[1])
+        weights /= total
+        return lambda i: weights[:, i - start :, :i].clone()
+
+    def blocks_one_by_one(self, start: int) -> Callable[[int], Tensor]:
+        """Return the same function, which forms no more than a block."""
+        normalizer = self.log_normalizer(start)
+        return lambda i: _past(self, i, normalizer[:, i - start :])
 
     def causal_logits(self, start: int, stop: int) -> Tensor:
         """Return logits of rows start..stop and the keys up to each row's own: (G, stop - start, stop)."""

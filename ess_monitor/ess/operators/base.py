@@ -19,6 +19,7 @@ from torch import Tensor
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor, result_dtype
+from ess_monitor.ess.metrics import tolerance_ess
 from ess_monitor.ess.operators.fields import Tokens, all_finite, check_same_device, narrowed
 from ess_monitor.ess.positions import check_positions
 from ess_monitor.ess.segments import UNKNOWN, spans
@@ -193,19 +194,26 @@ class Operator(ABC):
         """
         return self._singular_values(positions, self.finite())
 
-    def _singular_values(self, positions: Sequence[int], finite: Tensor) -> Tensor:
-        """Return `singular_values`, NaN where `finite` (batch, heads) is False."""
+    def _singular_values(self, positions: Sequence[int], finite: Tensor, tolerance: float | None = None) -> Tensor:
+        """Return `singular_values`, NaN where `finite` (batch, heads) is False.
+
+        With a tolerance they are right to what `gram_spectrum.known_values` says, which takes less time on a CPU.
+        """
         checked = check_positions(positions, self.length)
         if not checked:
             return torch.zeros((self.batch, self.heads, 0, 0), dtype=self.result_dtype, device=self.device)
         if self.segments is not None:
-            return self._singular_values_of_segments(checked)
-        values = self._raw_singular_values(checked)
+            return self._singular_values_of_segments(checked, tolerance)
+        values = self._raw_singular_values(checked, tolerance if self.device.type == "cpu" else None)
         # Beyond the smaller side of H_i there is nothing: what a factorization leaves there is rounding.
         side = [self.block_size * min(i, self.length - i) for i in checked]
         exists = torch.arange(values.shape[-1], device=self.device) < index_tensor(side, self.device)[:, None]
         broken = values.isnan().any(-1, keepdim=True) | ~finite[..., None, None]
         return torch.where(exists, values, 0.0).masked_fill(broken, torch.nan).to(self.result_dtype)
+
+    def _tolerance_ess(self, positions: Sequence[int], finite: Tensor, tolerance: float) -> Tensor:
+        """Return (batch, heads, positions): how many singular values are above `tolerance`, NaN as above."""
+        return tolerance_ess(self._singular_values(positions, finite, tolerance), tolerance)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return the operator with `function` applied to every tensor (detach, clone, move).
@@ -253,8 +261,8 @@ class Operator(ABC):
         return torch.tensor(capacity, dtype=torch.float32).to(self.device, non_blocking=True)
 
     @abstractmethod
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
-        """Return (batch, heads, positions, rank) in the working dtype, zero-padded.
+    def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
+        """Return (batch, heads, positions, rank) in the working dtype, zero-padded; `tolerance` as above, on a CPU.
 
         Entries of operators that are not finite may hold anything.
         """
@@ -343,13 +351,13 @@ class Operator(ABC):
             if inside:
                 yield rows, start, inside, self._segment(rows, start, stop)
 
-    def _singular_values_of_segments(self, positions: Sequence[int]) -> Tensor:
+    def _singular_values_of_segments(self, positions: Sequence[int], tolerance: float | None) -> Tensor:
         assert self.segments is not None
         rank = self.block_size * max(min(i, self.length - i) for i in positions)
         shape = (self.batch, self.heads, len(positions), rank)
         out = torch.zeros(shape, dtype=self.result_dtype, device=self.device)
         for rows, start, inside, part in self._parts(positions):
-            values = part.singular_values([positions[p] - start for p in inside])
+            values = part._singular_values([positions[p] - start for p in inside], part.finite(), tolerance)
             samples = rows if self.segments.shape[0] > 1 else list(range(self.batch))
             for row, sample in enumerate(samples):
                 out[sample][:, inside, : values.shape[-1]] = values[row if values.shape[0] > 1 else 0]

@@ -96,7 +96,7 @@ class Convolution(Operator):
     def _stored(self, positions: Sequence[int]) -> Tensor:
         return _stored(positions, self.kernel)
 
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+    def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
         values = _hankel_singular_values(self.kernel.flatten(0, 1), self.length, positions)
         return per_head(values, self.batch, self.heads)
 
@@ -182,7 +182,7 @@ class GatedConvolution(Operator):
     def _stored(self, positions: Sequence[int]) -> Tensor:
         return _stored(positions, self.kernel)
 
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+    def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
         b, kernel, c = (pairs(tensor, self.batch, self.heads) for tensor in (self.b, self.kernel, self.c))
         values = _hankel_singular_values(kernel, self.length, positions, gates=(b, c))
         return per_head(values, self.batch, self.heads)

@@ -145,7 +145,7 @@ class DeltaRecurrence(Recurrence):
             diagonal_plus_rank_one(decay, steps.left, steps.right), steps.entering, read, (q * steps.entering).sum(-1)
         )
 
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+    def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
         return delta_singular_values(self.transitions, self.q, positions, self.batch, self.heads)
 
     def _cores(self, positions: Sequence[int]) -> Tensor:

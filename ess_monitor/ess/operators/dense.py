@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.linalg import singular_values_, slabs, working_dtype
+from ess_monitor.ess.gram_spectrum import BlockSpectra
+from ess_monitor.ess.linalg import slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import (
     Tokens,
@@ -87,16 +88,17 @@ class DenseOperator(Operator):
     def _materialize(self) -> Tensor:
         return self.T.detach().to(self.result_dtype)
 
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+    def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
         d, length = self.block_size, self.length
         operator = pairs(self.T, self.batch, self.heads)
         dtype = working_dtype(self.device)
         rank = d * max(min(i, length - i) for i in positions)
         out = torch.zeros((operator.shape[0], len(positions), rank), dtype=dtype, device=self.device)
-        for p, i in enumerate(positions):
+        spectra = BlockSpectra(operator.shape[0], tolerance)
+        for p, i in sorted(enumerate(positions), key=lambda place: min(place[1], length - place[1])):
             for group in slabs(operator.shape[0], d * d * i * (length - i)):
                 block = torch.empty_like(operator[group, d * i :, : d * i], dtype=dtype)
-                values = singular_values_(block.copy_(operator[group, d * i :, : d * i]))
+                values = spectra.values(group, block.copy_(operator[group, d * i :, : d * i]))
                 out[group, p, : values.shape[-1]] = values
         return per_head(out, self.batch, self.heads)
 

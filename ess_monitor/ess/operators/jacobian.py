@@ -126,7 +126,7 @@ class JacobianOperator(Operator):
     def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
         raise OperatorError("The rows of a Jacobian are not formed; there is no far share of a layer without operator.")
 
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
+    def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
         products = JacobianProducts(self.function, self.inputs[:, 0])
         self.products[:] = [products]
         self.found.clear()

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.gramian import recurrence_cores, recurrence_singular_values
+from ess_monitor.ess.gram_spectrum import known_or_exact_values, recurrence_counts
+from ess_monitor.ess.gramian import Diagonal, recurrence_cores, recurrence_singular_values
 from ess_monitor.ess.linalg import result_dtype, slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.fields import all_finite, check_batch_and_heads, check_floating, check_same_device
+from ess_monitor.ess.positions import check_positions
 from ess_monitor.ess.realization.state_space import StateSpace, diagonal
 from ess_monitor.ess.row_squares import Windows, diagonal_windows, row_squares, split_row_squares
 
@@ -198,11 +200,28 @@ class DiagonalRecurrence(Recurrence):
         decay, b, c = (tensor.to(dtype) for tensor in (self.log_decay, self.b, self.c))
         return decay.exp().expand(-1, -1, self.length, self.state_size), b, c
 
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
-        return recurrence_singular_values(self.log_decay, self.b, self.c, positions, self.batch, self.heads)
+    def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
+        recurrence = self._updated_first()._diagonal
+        if tolerance is None:
+            return recurrence_singular_values(recurrence, positions)
+        return known_or_exact_values(recurrence, positions, tolerance)
+
+    def _tolerance_ess(self, positions: Sequence[int], finite: Tensor, tolerance: float) -> Tensor:
+        if not positions or self.segments is not None or self.device.type != "cpu":
+            return super()._tolerance_ess(positions, finite, tolerance)
+        checked = check_positions(positions, self.length)
+        counts = recurrence_counts(self._updated_first()._diagonal, checked, tolerance)
+        return counts.masked_fill(~finite[..., None], torch.nan).to(self.result_dtype)
+
+    @property
+    def _diagonal(self) -> Diagonal:
+        return Diagonal(self.log_decay, self.b, self.c)
+
+    def _updated_first(self) -> DiagonalRecurrence:
+        return self
 
     def _cores(self, positions: Sequence[int]) -> Tensor:
-        return recurrence_cores(self.log_decay, self.b, self.c, positions, self.batch, self.heads)
+        return recurrence_cores(self._updated_first()._diagonal, positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +259,3 @@ class ReadFirstRecurrence(DiagonalRecurrence):
         decay, b, c = self._vectors_of_tokens()
         c = c.masked_fill(self.log_decay.isneginf(), 0.0)
         return StateSpace(diagonal(decay), b, c, torch.zeros_like(b * c).sum(-1))
-
-    def _raw_singular_values(self, positions: Sequence[int]) -> Tensor:
-        return self._updated_first()._raw_singular_values(positions)
-
-    def _cores(self, positions: Sequence[int]) -> Tensor:
-        return self._updated_first()._cores(positions)

@@ -1,0 +1,290 @@
+"""Computes singular values from eigenvalues of Gram matrices, and says of which matrices they are known well enough.
+
+The eigenvalues of H^T H are the squares of the singular values of H, at half the time of an SVD. Rounding moves every
+eigenvalue by up to an error e, a few units in the last place of the largest one. So sigma is known to e / sigma, and a
+singular value below sqrt(e) is not known at all. What is counted, averaged or drawn here decides whether that is enough
+(`known_values`); a matrix of which it is not is left to the caller, who takes the SVD.
+
+Everything here is for a CPU: which matrices are known is read on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ess_monitor.ess.gramian import Diagonal, recurrence_singular_values
+from ess_monitor.ess.linalg import SLAB_ELEMENTS, LinAlgError, singular_values_, slabs, working_dtype
+from ess_monitor.ess.metrics import tolerance_ess
+
+SINGLE_PRECISION = torch.finfo(torch.float32).eps
+"""Share of the largest singular value below which the others mean nothing: features are single precision at best, and
+an error of that size in T moves every singular value by as much (Weyl)."""
+
+FAR_BELOW = 1e-3
+"""Share of the tolerance below which it does not matter how small a singular value is."""
+
+DECADES = (-2, -1, 0, 1, 2)
+"""Powers of ten times the tolerance at which the values are counted."""
+
+SMALLEST_BLOCK = 32
+"""Rows and columns below which an SVD is as fast."""
+
+LARGEST_LOSS = -10.0
+"""Least mean log decay of the N tokens before a position and the N after it, together, for Gramians to be tried."""
+
+GRAMIAN_TOKENS = 256
+"""Tokens of a window of which a Gramian is formed at once."""
+
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
+"""Error of the eigenvalues of a Gram matrix, as a share of what bounds the largest. Measured: below 4 units."""
+_RELATIVE = 1e-4
+"""Error of a singular value that is allowed, as a share of itself."""
+_ENTROPY = 2e-6
+"""Error of the entropy that is allowed, in nats: the relative error of the entropy-ESS."""
+_SMALLEST = 1e-270
+"""Largest square below which products may underflow."""
+
+
+def known_values(squares: Tensor, error: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return singular values, descending, and of which matrices all of them are known well enough.
+
+    Then every value is right to 1e-4 of itself, or below single precision's share of the largest and a thousandth of
+    the tolerance; the counts above the tolerance, ten and a hundred times more and less, are those of the exact values;
+    the entropy-ESS is right to 2e-6 of itself. Values that may be 0 are 0.
+
+    Args:
+        squares: (..., n), ascending, with an error of up to `error` (...).
+        tolerance: tau of the tolerance-ESS.
+
+    Returns:
+        (..., n) and (...), bool.
+    """
+    squares, error = squares.flip(-1), error[..., None]
+    lost = squares <= 2 * error
+    values = squares.masked_fill(lost, 0.0).sqrt()
+    off = torch.where(lost, (3 * error).sqrt(), error / values)
+    floor = SINGLE_PRECISION * values[..., :1]
+    known = (squares[..., 0] > _SMALLEST) & squares.isfinite().all(-1)
+    for power in DECADES:
+        known &= ((values - tolerance * 10.0**power).abs() > off).all(-1)
+    if tolerance > 0:
+        floor = floor.clamp(max=FAR_BELOW * tolerance)
+    known &= ((off <= _RELATIVE * values) | (values + off <= floor)).all(-1)
+    total = values.sum(-1, keepdim=True)
+    logs = -torch.log(torch.maximum(values, off) / total)
+    entropy = (values / total * logs).sum(-1, keepdim=True)
+    known &= (off / total * (logs + entropy)).sum(-1) <= _ENTROPY
+    return values, known
+
+
+class BlockSpectra:
+    """Computes singular values of blocks of the same operators, one position after another, small blocks first.
+
+    An operator of which those of a block are not known from its Gram matrix gets the SVD from then on: they will not be
+    for a larger block either.
+
+    Args:
+        operators: G, how many there are.
+        tolerance: tau of the tolerance-ESS. None: always the SVD.
+    """
+
+    def __init__(self, operators: int, tolerance: float | None) -> None:
+        self._tolerance = tolerance
+        self._by_gram = torch.ones(operators, dtype=torch.bool)
+
+    def values(self, group: slice, blocks: Tensor) -> Tensor:
+        """Return singular values of the blocks of some operators, (G, m, n) -> (G, k), without some that are 0.
+
+        Overwrites blocks that are not finite.
+        """
+        if self._tolerance is None:
+            return singular_values_(blocks)
+        blocks = _without_zeros(blocks)
+        by_gram = self._by_gram[group]
+        if min(blocks.shape[1:]) < SMALLEST_BLOCK or not bool(by_gram.any()):
+            return singular_values_(blocks)
+        values = blocks.new_empty((len(by_gram), min(blocks.shape[1:])))
+        values[by_gram], known = singular_values_by_gram(blocks[by_gram], self._tolerance)
+        if not bool(by_gram.all()):
+            values[~by_gram] = singular_values_(blocks[~by_gram])
+        by_gram[by_gram.clone()] = known  # a view
+        return values
+
+
+def _without_zeros(blocks: Tensor) -> Tensor:
+    """Return blocks without the rows and the columns that are 0 in all of them, as in a sliding window."""
+    filled = (blocks != 0).any(0)
+    rows, columns = filled.any(1), filled.any(0)
+    blocks = blocks if bool(rows.all()) else blocks[:, rows]
+    return blocks if bool(columns.all()) else blocks[:, :, columns]
+
+
+def singular_values_by_gram(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return singular values, and which are from the Gram matrix: (G, m, n) -> (G, min(m, n)) and (G,).
+
+    The others are from an SVD. Overwrites `matrix` where it is not finite; NaN for those.
+    """
+    wide = matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT
+    gram, finite = _finite(_lower_gram(wide))
+    squares = _eigenvalues(gram)
+    values, known = known_values(squares, _ROUNDING * squares[:, -1], tolerance)
+    known &= finite
+    if not bool(known.all()):
+        values[~known] = singular_values_(matrix[~known])
+    return values, known
+
+
+def values_of_product(controllability: Tensor, observability: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return `known_values` of O C from the Gramians C C^T and O^T O of its factors: (..., n, n) -> (..., n), (...)."""
+    product, error, finite = _product(controllability, observability)
+    values, known = known_values(_eigenvalues(product), error, tolerance)
+    return values, known & finite
+
+
+def count_of_product(controllability: Tensor, observability: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return how many singular values of O C are above the tolerance, and where this is known: (...) each."""
+    product, error, known = _product(controllability, observability)
+    state = product.shape[-1]
+    square = tolerance * tolerance
+    shifted = product - torch.diag_embed((square + error)[..., None].expand(*error.shape, state))
+    all_above = torch.linalg.cholesky_ex(shifted).info == 0
+    count = torch.full_like(error, state)
+    rest = ~all_above & known
+    if bool(rest.any()):
+        squares, error = _eigenvalues(product[rest]), error[rest]
+        count[rest] = (squares > square).sum(-1).to(count.dtype)
+        known[rest] = ((squares - square).abs() > error[:, None]).all(-1)
+    return count, known
+
+
+def known_or_exact_values(recurrence: Diagonal, positions: Sequence[int], tolerance: float) -> Tensor:
+    """Return the singular values of every H_i, (B, H, P, rank), from Gramians of the heads of which they are known."""
+    length, state = recurrence.b.shape[2:]
+    rank = min(state, max(min(i, length - i) for i in positions))
+    out = recurrence.b.new_zeros((*recurrence.shape, len(positions), rank), dtype=torch.float64)
+    by_gram = _is_worth_a_gramian(recurrence, positions)
+    if bool(by_gram.any()):
+        values, known = values_of_product(*recurrence_gramians(recurrence.of(by_gram), positions), tolerance)
+        out[by_gram] = values.reshape(-1, *out.shape[2:])
+        by_gram[by_gram.clone()] = known.all(-1).flatten()
+    if not bool(by_gram.all()):
+        exact = recurrence_singular_values(recurrence.of(~by_gram), positions)
+        out[~by_gram] = exact.reshape(-1, *out.shape[2:])
+    return out
+
+
+def recurrence_counts(recurrence: Diagonal, positions: Sequence[int], tolerance: float) -> Tensor:
+    """Return how many singular values of every H_i are above the tolerance: (B, H, P)."""
+    known = _is_worth_a_gramian(recurrence, positions)
+    out = recurrence.b.new_zeros((*recurrence.shape, len(positions)), dtype=torch.float64)
+    if bool(known.any()):
+        counts, is_known = count_of_product(*recurrence_gramians(recurrence.of(known), positions), tolerance)
+        out[known] = counts.reshape(-1, len(positions))
+        known[known.clone()] = is_known.all(-1).flatten()
+    if not bool(known.all()):
+        values = recurrence_singular_values(recurrence.of(~known), positions)
+        out[~known] = tolerance_ess(values, tolerance).reshape(-1, len(positions))
+    return out
+
+
+def _is_worth_a_gramian(recurrence: Diagonal, positions: Sequence[int]) -> Tensor:
+    """Return (B, H) bool: where all singular values will probably be known from Gramians.
+
+    Not where H_i has fewer rows or columns than the state, nor where N tokens lose much of it: then the smallest
+    singular values are far below what a Gramian resolves. Nor at many positions, whose Gramians would take much memory.
+    """
+    length, state = recurrence.b.shape[2:]
+    elements = math.prod(recurrence.shape) * len(positions) * state**2
+    if min(min(i, length - i) for i in positions) < state or elements > 4 * SLAB_ELEMENTS:
+        return torch.zeros(recurrence.shape, dtype=torch.bool)
+    log_decay = recurrence.log_decay.expand(-1, -1, length, -1).mean(-1, dtype=torch.float64)
+    lost = torch.stack([log_decay[:, :, i - state : i + state].sum(2) for i in positions]).amin(0)
+    return (lost > LARGEST_LOSS).expand(recurrence.shape).clone()
+
+
+def recurrence_gramians(recurrence: Diagonal, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return C_i C_i^T and O_i^T O_i at every position, (B, H, P, N, N) each.
+
+    They cost a product of matrices where R costs a factorization, and square the condition number.
+    """
+    length, state = recurrence.b.shape[2:]
+    log_decay = recurrence.log_decay.expand(-1, -1, length, -1)
+    order = sorted(set(positions))
+    places = [order.index(i) for i in positions]
+    both = []
+    for rows, ends, newest_last in (
+        (recurrence.b, [0, *order], True),
+        (recurrence.c, [length, *reversed(order)], False),
+    ):
+        gramian = rows.new_zeros((*recurrence.shape, state, state), dtype=working_dtype(rows.device))
+        at = []
+        for end, next_end in pairwise(ends):
+            for part in slabs(abs(next_end - end), SLAB_ELEMENTS // GRAMIAN_TOKENS):
+                window = slice(end + part.start, end + part.stop)
+                if not newest_last:
+                    window = slice(end - part.stop, end - part.start)
+                decays = log_decay[:, :, window]
+                decay = decays.sum(2, dtype=gramian.dtype).exp_()
+                gramian *= decay[..., :, None] * decay[..., None, :]
+                entering = _entering(rows[:, :, window], decays, newest_last)
+                gramian += entering.mT @ entering
+            at.append(gramian.clone())
+        at = at if newest_last else at[::-1]
+        both.append(torch.stack([at[place] for place in places], dim=2))
+    return both[0], both[1]
+
+
+def _entering(rows: Tensor, decays: Tensor, newest_last: bool) -> Tensor:
+    """Return the rows of a window as seen from its end, or from its start: (B|1, H|1, K, N), in any order."""
+    if newest_last:
+        rows, decays = rows.flip(2), decays.flip(2)
+    seen = decays.new_zeros(decays.shape, dtype=working_dtype(rows.device))
+    if newest_last:
+        torch.cumsum(decays[:, :, :-1], 2, dtype=seen.dtype, out=seen[:, :, 1:])
+    else:
+        torch.cumsum(decays, 2, dtype=seen.dtype, out=seen)
+    return seen.exp_() * rows
+
+
+def _product(controllability: Tensor, observability: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a symmetric matrix with the eigenvalues of both Gramians' product, their error, and where it is finite."""
+    # Of any scaling of the state dimensions: the one in which both diagonals are equal makes the bound small.
+    diagonals = (observability.diagonal(dim1=-2, dim2=-1), controllability.diagonal(dim1=-2, dim2=-1))
+    scale = (diagonals[0] / diagonals[1]).sqrt().sqrt().nan_to_num(1.0, 1.0, 1.0).masked_fill_(diagonals[0] == 0, 1.0)
+    controllability = controllability * scale[..., None] * scale[..., None, :]
+    observability = observability / scale[..., None] / scale[..., None, :]
+    factor, info = torch.linalg.cholesky_ex(controllability)
+    product, finite = _finite(factor.mT @ (observability @ factor))
+    error = _ROUNDING * torch.linalg.matrix_norm(controllability) * torch.linalg.matrix_norm(observability)
+    return product, error, finite & (info == 0)
+
+
+def _finite(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return matrices, zeros instead of those that are not finite, and which are."""
+    finite = matrix.sum((-2, -1)).isfinite()
+    return torch.where(finite[..., None, None], matrix, 0.0), finite
+
+
+def _eigenvalues(gram: Tensor) -> Tensor:
+    """Return eigenvalues, ascending, from the lower triangle; NaN where they do not converge."""
+    try:
+        squares: Tensor = torch.linalg.eigvalsh(gram)
+    except LinAlgError:  # one matrix fails the whole batch, and none of it is known
+        return gram.new_full(gram.shape[:-1], torch.nan)
+    return squares
+
+
+def _lower_gram(wide: Tensor, parts: int = 4) -> Tensor:
+    """Return M M^T of M (G, m, n); blocks above the diagonal are left 0."""
+    rows = wide.shape[1]
+    gram = wide.new_zeros((wide.shape[0], rows, rows))
+    size = -(-rows // parts)
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        gram[:, start:stop, :stop] = wide[:, start:stop] @ wide[:, :stop].mT
+    return gram
