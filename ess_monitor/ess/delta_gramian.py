@@ -100,8 +100,8 @@ class Transitions:
         log_norm = log_decay.amax(-1) + (1.0 - beta[..., 0] * norm.square()).abs().clamp(min=1.0).log()
         read, k = q[:, :, at], self.k[:, :, at]
         read = (read - beta[:, :, at] * (read * k).sum(-1, keepdim=True) * k) * log_decay[:, :, at].exp()
-        norms = beta[..., 0].abs() * norm, q.to(norm.dtype).norm(dim=-1), read.to(norm.dtype).norm(dim=-1)
-        return tokens_in_reach(log_norm, *norms, positions, state)
+        outputs, first_read = (each.to(norm.dtype).norm(dim=-1) for each in (q, read))
+        return tokens_in_reach(log_norm, beta[..., 0].abs() * norm, outputs, first_read, positions, state)
 
     def newest_first(self) -> Transitions:
         """Return the transitions with time reversed."""

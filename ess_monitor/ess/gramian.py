@@ -97,8 +97,8 @@ class Diagonal:
     @property
     def shape(self) -> tuple[int, int]:
         """B and H."""
-        batch, heads = torch.broadcast_shapes(*(field.shape[:2] for field in (self.log_decay, self.b, self.c)))
-        return batch, heads
+        fields = (self.log_decay, self.b, self.c)
+        return max(field.shape[0] for field in fields), max(field.shape[1] for field in fields)
 
     def of(self, chosen: Tensor | None) -> Diagonal:
         """Return the recurrence of some samples and heads, (B, H) bool, as heads of one sample. None: all of it."""
@@ -123,8 +123,9 @@ def recurrence_singular_values(recurrence: Diagonal, positions: Sequence[int]) -
     b, c, (length, state) = recurrence.b, recurrence.c, recurrence.b.shape[2:]
     log_decay = recurrence.log_decay.expand(-1, -1, length, -1)
     at = index_tensor(positions, b.device)
-    norms = (_norms(each) for each in (b, c, c[:, :, at] * log_decay[:, :, at].to(working_dtype(c.device)).exp()))
-    reach = tokens_in_reach(log_decay.amax(-1), *norms, positions, state).expand(recurrence.shape)
+    first_read = _norms(c[:, :, at] * log_decay[:, :, at].to(working_dtype(c.device)).exp())
+    reach = tokens_in_reach(log_decay.amax(-1), _norms(b), _norms(c), first_read, positions, state)
+    reach = reach.expand(recurrence.shape)
     return by_reach(reach, lambda chosen: recurrence.of(chosen).sides(len(positions)), positions)
 
 
@@ -149,7 +150,7 @@ def by_reach(
     if reach.device.type != "cpu":
         return two_sided_singular_values(*sides(None), positions)
     parts = []
-    for size in reach.unique().tolist():
+    for size in sorted(set(reach.flatten().tolist())):
         factors = sides(reach == size)
         values = (
             near_singular_values(*factors, positions, size) if size else two_sided_singular_values(*factors, positions)

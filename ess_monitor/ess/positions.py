@@ -105,8 +105,7 @@ def tokens_in_reach(
     Returns:
         (B|1, H|1)
     """
-    shape = torch.broadcast_shapes(*(each.shape[:2] for each in (log_norm, written, read)))
-    length, reach = log_norm.shape[2], torch.zeros(shape, dtype=torch.long, device=log_norm.device)
+    length, reach = log_norm.shape[2], torch.zeros((1, 1), dtype=torch.long, device=log_norm.device)
     if log_norm.device.type != "cpu" or len(positions) > MOST_POSITIONS:
         return reach
     log_norm = log_norm.double()

@@ -81,7 +81,7 @@ SPECTRA: dict[str, Tensor] = {
     "tiny": 1e-12 * _levels(0, -3),
     "nearly underflowing": 1e-160 * _levels(0, -3),
     "zero": torch.zeros(48, dtype=torch.float64),
-    "one large": torch.cat([torch.tensor([1e6]).double(), TAU * _levels(1, -1)[1:]]),
+    "one large": torch.cat([torch.tensor([1e6], dtype=torch.float64), TAU * _levels(1, -1)[1:]]),
     "just above rounding": torch.cat([_levels(0, -1)[:24], 3e-8 * _levels(0, -1)[24:]]),
 }
 
@@ -112,7 +112,7 @@ def test_gram_matrices_are_used_where_they_suffice_and_only_there() -> None:
 def test_a_value_at_the_tolerance_is_counted_by_the_svd() -> None:
     torch.manual_seed(0)
     for each in TOLERANCES:
-        matrix = torch.diag(torch.cat([_levels(0, -2), torch.tensor([each]).double()]))[None]
+        matrix = torch.diag(torch.cat([_levels(0, -2), torch.tensor([each], dtype=torch.float64)]))[None]
         values, known = singular_values_by_gram(matrix.clone(), TAU)
         assert not bool(known)
         assert int((values > each).sum()) == int((torch.linalg.svdvals(matrix) > each).sum())
