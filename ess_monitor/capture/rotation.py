@@ -18,12 +18,15 @@ from ess_monitor.ess.operators.recurrence import Recurrence
 SHORT = 1024
 """Tokens of a sequence that is taken whole whatever its kind, and of a crop of a longer one."""
 
-ATTENTION_KEYS = 2**15
-"""Tokens up to which attention is looked at: with 1024 rows as many entries as 32 operators of 1024 tokens."""
+_LEAST_BYTES = 2**20
+"""What is held of a long sequence where memory has run out."""
+
+ATTENTION_KEYS = 2**14
+"""Tokens up to which attention is looked at: with 1024 rows as many entries as 16 operators of 1024 tokens."""
 
 
 class CaptureConfig(BaseModel):
-    """Sets how much of one forward pass is copied. The defaults keep a sample at a few megabytes and milliseconds."""
+    """Sets how much of one forward pass is copied. At the defaults that is 13 MB of a layer of GLA with n = 64."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,9 +39,9 @@ class CaptureConfig(BaseModel):
     """Tokens from the start of the sequence: of a padded or packed row, from that of its longest one (on an accelerator
     it is looked for in the first 8192 tokens of the row). T is causal, so the crop is the exact operator of a shorter
     sequence; None takes the whole sequence. "auto", because collapse shows with length: up to 1024 tokens all; of
-    longer sequences a recurrence is taken whole, in as many samples and heads as `max_bytes` allow, of attention 1024
-    rows with all keys before them, at another place in each sample (within 32,768 tokens), of other kinds 1024
-    tokens."""
+    longer sequences a recurrence is taken whole, in as many samples and heads as `max_bytes` and twice the tokens of
+    short ones allow; of attention 1024 rows with all keys before them, at another place in each sample (within 16,384
+    tokens); of other kinds 1024 tokens."""
     max_bytes: int = Field(default=64 * 2**20, ge=2**20)
     """Bytes of one layer that a sample holds, where `max_length` is "auto" and sequences are longer than 1024 tokens.
     64 MB are 87,000 tokens of one head of GLA with n = 64 in float32. On the host longer recurrences are reduced to
@@ -148,7 +151,7 @@ def part_of(
     Args:
         whole: the operator of all samples, heads and tokens.
         config: how much of it at most.
-        share: of the samples and heads of `config`; 0 for one of each.
+        share: of the samples, heads and bytes of `config`; 0 for one of each, and 1 MB.
         turn: number of the sample.
         can_reduce: whether a recurrence of which a single head is too long to be held can be reduced as it is read.
     """
@@ -157,9 +160,10 @@ def part_of(
     samples = share_of(min(config.samples, whole.batch), share)
     size, window, fits = Size(samples, share_of(most, share), min(limit, whole.length)), None, None
     if config.max_length == "auto" and whole.length > SHORT:
-        wanted = _formable(whole, size, config.max_bytes)
-        size, window = _of_long(whole, wanted, turn, config.max_bytes)
-        if can_reduce and window is None and SHORT < size.length < wanted.length:
+        max_bytes = max(_LEAST_BYTES, int(config.max_bytes * share))
+        wanted = _formable(whole, size, max_bytes)
+        size, window = _of_long(whole, wanted, turn, max_bytes)
+        if can_reduce and share > 0 and window is None and SHORT < size.length < wanted.length:
             size, fits = size._replace(length=wanted.length), size.length
     heads, rows = rotate_heads(whole.heads, size.heads, turn), rotate_rows(whole.batch, size.samples, turn)
     return Part(rows, heads, size.length, window, fits)
@@ -178,9 +182,12 @@ def _of_long(whole: Operator | LazyOperator, wanted: Size, turn: int, max_bytes:
         return crop, None
     with collecting():  # statements about two tokens are not those that count
         two = whole.select(samples=slice(1), heads=(0,), length=2)
+    most = (
+        2 * SHORT * wanted.samples * wanted.heads
+    )  # tokens of all operators: the time is at most twice that of short ones
     if isinstance(two, Recurrence):
         each = [tensor.numel() * tensor.element_size() for tensor in two.tensors if tensor.shape[2] == 2]
-        return fitting(wanted, sum(each) // 2, max_bytes), None
+        return _stepped_down(fitting(wanted, sum(each) // 2, max_bytes), most // wanted.length), None
     if not isinstance(two, SoftmaxAttention):
         return crop, None
     tokens = sum(tensor.numel() * tensor.element_size() for tensor in (two.q, two.k)) // 2
@@ -188,8 +195,7 @@ def _of_long(whole: Operator | LazyOperator, wanted: Size, turn: int, max_bytes:
     reach = min(wanted.length, ATTENTION_KEYS)
     while reach > SHORT and reach * (tokens + square * reach) > max_bytes:
         reach = max(SHORT, reach // 2)
-    entries, copies = 2 * wanted.samples * wanted.heads * SHORT, max_bytes // (reach * (tokens + square * reach))
-    size = _stepped_down(wanted, min(entries // reach, copies))
+    size = _stepped_down(wanted, min(most, max_bytes // (tokens + square * reach)) // reach)
     return size._replace(length=rotate_window(reach, SHORT, turn)), SHORT
 
 

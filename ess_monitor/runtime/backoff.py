@@ -93,6 +93,6 @@ class SampleSizeBackoff:
             self._logged.add(consequence)
             logger.warning(
                 "ess_monitor: no memory to measure a sample; %s. The training goes on. Lower capture.samples, "
-                "capture.heads or capture.max_length.",
+                "capture.heads, capture.max_length or capture.max_bytes.",
                 consequence,
             )

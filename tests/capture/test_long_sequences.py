@@ -293,16 +293,34 @@ def test_nothing_of_a_reduced_row_belongs_to_the_training() -> None:
     assert held(item) < 2000
 
 
+def formed(samples: slice, heads: Sequence[int], length: int) -> DiagonalRecurrence:
+    """36 bytes for each token."""
+    features = torch.zeros(len(range(4)[samples]), len(heads), length, 4)
+    return DiagonalRecurrence(features[..., :1], features, features)
+
+
 @pytest.mark.parametrize(
-    ("forming_bytes", "taken"), [(0, (3, 8000)), (1024, (1, 4096)), (2048, (1, 2048)), (2**20, (1, 1024))]
+    ("share", "taken"), [(1.0, (1, 200_000, 116_508)), (0.5, (1, 200_000, 58_254)), (0.0, (1, 29_127, None))]
+)
+def test_after_memory_ran_out_less_of_a_long_sequence_is_held(share: float, taken: tuple[int, int, int | None]) -> None:
+    part = part_of(
+        LazyOperator(4, 4, 200_000, formed), CaptureConfig(max_bytes=4 * MEBIBYTE), share, 0, can_reduce=True
+    )
+    assert (len(part.heads), part.length, part.fits) == taken
+
+
+@pytest.mark.parametrize(
+    ("forming_bytes", "taken"), [(0, (1, 8000)), (1024, (1, 4096)), (2048, (1, 2048)), (2**20, (1, 1024))]
 )
 def test_an_operator_that_is_formed_from_the_whole_layer_is_formed_in_part(
     forming_bytes: int, taken: tuple[int, int]
 ) -> None:
-    def form(samples: slice, heads: Sequence[int], length: int) -> DiagonalRecurrence:
-        features = torch.zeros(len(range(4)[samples]), len(heads), length, 4)
-        return DiagonalRecurrence(features[..., :1], features, features)
-
-    whole = LazyOperator(4, 1, 8000, form, forming_bytes=forming_bytes)
+    whole = LazyOperator(4, 1, 8000, formed, forming_bytes=forming_bytes)
     part = part_of(whole, CaptureConfig(max_bytes=MEBIBYTE), 1.0, 0, can_reduce=True)
     assert (len(range(4)[part.samples]), part.length, part.fits) == (*taken, None)
+
+
+@pytest.mark.parametrize(("length", "taken"), [(2048, (4, 4)), (4096, (2, 4)), (20_000, (1, 1)), (100_000, (1, 1))])
+def test_longer_sequences_are_at_most_twice_the_tokens_of_short_ones(length: int, taken: tuple[int, int]) -> None:
+    part = part_of(LazyOperator(4, 4, length, formed), CaptureConfig(), 1.0, 0)
+    assert (len(range(4)[part.samples]), len(part.heads), part.length) == (*taken, length)
