@@ -17,7 +17,7 @@ from benchmarks.census.small_config import setting
 
 LENGTH = 24
 Inputs = dict[str, Any]
-_MOST_TRIES = 30
+_MOST_TRIES = 16
 _MOST_CHANGES = 6
 _IMAGE_PIXELS = 224
 

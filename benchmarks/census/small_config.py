@@ -132,7 +132,8 @@ def _complete(config: Any) -> None:
     if setting(config, "head_dim") is None and width % heads:
         heads = next(fewer for fewer in range(heads, 0, -1) if width % fewer == 0)
         _set(config, "num_attention_heads", heads)
-    layers = setting(config, "num_hidden_layers", 0)
+    layers = setting(config, "num_hidden_layers")
+    layers = layers if type(layers) is int else 0
     missing = {"head_dim": width // heads, "num_key_value_heads": heads, "intermediate_size": 2 * width}
     missing |= {"vocab_size": _WORDS, "pad_token_id": 0, "num_experts_per_tok": 2, "n_routed_experts": 4}
     missing |= {"num_experts": 4, "layer_types": ["full_attention"] * layers, "mlp_layer_types": ["dense"] * layers}
