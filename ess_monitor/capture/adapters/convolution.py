@@ -164,12 +164,19 @@ def short_conv(call: Call) -> Operator | None:
     return GatedConvolution(b, impulse_response(cast(nn.Conv1d, call.layer.conv)).transpose(0, 1), c)
 
 
+def _of_an_image(layer: nn.Module) -> str | None:
+    if isinstance(getattr(layer, "conv", None), nn.Conv1d):
+        return None
+    return "its convolution is not one along the sequence: it looks at later tokens, so that T is not lower triangular"
+
+
 ADAPTERS = (
     LayerAdapter(
         operator="GatedConvolution",
         classes=r".*\.Lfm\w*ShortConv",
         path="in_proj",
         build=short_conv,
+        refusal=_of_an_image,
         state_capacity=lambda layer: reach(layer.conv),
         channels=lambda layer: layer.conv.out_channels,
         uninformative=lambda layer: _SHORT,

@@ -279,3 +279,21 @@ def test_a_sequence_shorter_than_a_filter_is_read_as_well() -> None:
     [operator] = captured(model, x[:, :3])
     assert operator.length == 3
     assert operator.singular_values([1]).shape[-1] == 6
+
+
+class Lfm3VlVisionShortConv(nn.Module):
+    """Is called like the layer of the text, and is a convolution over an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj, self.spatial_conv = nn.Linear(8, 8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spatial_conv(self.in_proj(x).mT.unflatten(2, (4, -1))).flatten(2).mT
+
+
+def test_a_short_convolution_over_an_image_is_listed_for_what_it_is() -> None:
+    [info] = describe(nn.Sequential(Lfm3VlVisionShortConv())).layers
+    assert info.name == "0"
+    assert not info.supported
+    assert "not one along the sequence" in info.reason
