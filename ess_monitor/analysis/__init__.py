@@ -12,8 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ess_monitor.analysis.hybrids import hybrid_advice
     from ess_monitor.analysis.results import (
         Compressibility,
+        HybridAdvice,
+        LayerAdvice,
         LayerCompressibility,
         LayerMinimalState,
         MinimalStates,
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Compressibility",
+    "HybridAdvice",
+    "LayerAdvice",
     "LayerCompressibility",
     "LayerMinimalState",
     "MinimalStates",
@@ -33,10 +38,11 @@ __all__ = [
     "StateFor",
     "StudentLoss",
     "compressibility",
+    "hybrid_advice",
     "minimal_state",
 ]
 
-_MODULES = {"minimal_state": "smallest_states", "compressibility": "student_states"}
+_MODULES = {"minimal_state": "smallest_states", "compressibility": "student_states", "hybrid_advice": "hybrids"}
 """Functions, and the modules that they are in. All other names are records, in `results`."""
 
 

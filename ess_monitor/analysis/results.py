@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo, Record, Status
+
+Mixer = Literal["attention", "recurrence", "filter", "other"]
+"""Kind of a layer that mixes tokens."""
 
 
 class AnalysisResult(Record):
@@ -157,4 +160,60 @@ class Compressibility(AnalysisResult):
             {"model": self.model, **layer.model_dump(exclude={"students"}), **student}
             for layer in self.layers
             for student in ([each.model_dump() for each in layer.students] or [dict.fromkeys(StudentLoss.model_fields)])
+        ]
+
+
+class LayerAdvice(Record):
+    """What one layer of a hybrid uses, and what to try. ESS is the tolerance-ESS per head."""
+
+    layer: str
+    status: Status
+    message: str = ""
+    """What happened, when `status` is not ok."""
+    operator: str = ""
+    """Kind of operator, a class name of `ess_monitor.ess`."""
+    mixer: Mixer = "other"
+    """Kind of layer."""
+    rank: int | None = None
+    """1 for the layer that uses the smallest share of what it could, and so would miss a smaller state least."""
+    effective_size: float | None = None
+    """Mean over samples, heads and positions."""
+    largest_head: float | None = None
+    """The same of the fullest head: a lower bound of the state that all heads of one size need."""
+    state_capacity: float | None = None
+    """TSS per head, a mean over positions."""
+    capacity_grows: bool = False
+    """True where TSS grows with the position (softmax attention)."""
+    used_ratio: float | None = None
+    """ESS as a share of the attainable size, 0 to 1: of what TSS and the length of the sequence allow."""
+    retention_ratio: float | None = None
+    """ESS relative to that of the same layer without its decay. None where there is no decay."""
+    far_share_ratio: float | None = None
+    """Share of the outputs that comes from more than an eighth of the sequence back, 0 to 1."""
+    advice: str = ""
+    """What to try."""
+    evidence: tuple[str, ...] = ()
+    """What the advice rests on."""
+
+
+class HybridAdvice(AnalysisResult):
+    """Advice for the layers of a hybrid, on one batch."""
+
+    model: str
+    """Class of the model."""
+    tolerance: float
+    """tau of the tolerance-ESS."""
+    tolerance_scale: str
+    """Against what tau is measured, as in `Reading`."""
+    layers: tuple[LayerAdvice, ...]
+    """In model order. A layer that could not be measured has another status than ok, and a message."""
+    notes: tuple[str, ...] = ()
+    """What holds for the whole model."""
+    skipped: tuple[LayerInfo, ...] = ()
+    """The other sequence mixers, each with the reason."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each layer."""
+        return [
+            {"model": self.model, **layer.model_dump(), "evidence": "; ".join(layer.evidence)} for layer in self.layers
         ]

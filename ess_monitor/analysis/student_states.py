@@ -29,8 +29,7 @@ def compressibility(
 
     Distillation first matches operators, ||T_s - T_t||_F^2 / ||T_t||_F^2 (appendix C.6). A student whose state has r
     dimensions cannot get below max_i sum_{m>r} sigma_m(H_i)^2 / ||T_t||_F^2, whatever layer it is (Eckart-Young). The
-    loss of the truncated realization is what a student can start from. As a predictor of the loss after training the
-    floor is better than the teacher's ESS; as a bound it is loose.
+    loss of the truncated realization is what a student can start from. As a bound the floor is loose.
 
     Args:
         model: the teacher; it is run once in eval mode, without gradients, and not changed.

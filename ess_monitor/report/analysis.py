@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ess_monitor import validation
-from ess_monitor.analysis.results import Compressibility, LayerCompressibility, LayerMinimalState, MinimalStates
+from ess_monitor.analysis.results import (
+    Compressibility,
+    HybridAdvice,
+    LayerAdvice,
+    LayerCompressibility,
+    LayerMinimalState,
+    MinimalStates,
+)
 from ess_monitor.records import LayerInfo, layer_title
 from ess_monitor.report.components import Table, cell, present
 from ess_monitor.report.figures import Chart, Scale, Series, line_chart, log_scale
@@ -130,10 +137,64 @@ def _losses(layer: LayerCompressibility) -> tuple[str, ...]:
     return (layer_title(layer.layer), layer.operator, _capacity(layer), *losses)
 
 
-def _capacity(layer: LayerMinimalState | LayerCompressibility) -> str:
+def _capacity(layer: LayerMinimalState | LayerCompressibility | LayerAdvice) -> str:
     return cell(layer.state_capacity) + (" (grows)" if layer.capacity_grows else "")
 
 
 def _losses_chart(layer: LayerCompressibility) -> Chart | None:
     losses = [(each.state_size, each.floor, each.truncation) for each in layer.students]
     return _chart(layer_title(layer.layer), losses, "floor of any student", _LEAST_ERROR**2)
+
+
+def render_hybrid_advice(result: HybridAdvice) -> str:
+    """Return the page of `hybrid_advice` as HTML: advice for every layer, and what they use over the depth.
+
+    Args:
+        result: what `hybrid_advice` returned.
+
+    Returns:
+        One whole document; it needs no other file.
+
+    Example:
+        >>> page = render_hybrid_advice(HybridAdvice(model="Net", tolerance=0.1, tolerance_scale="output", layers=()))
+        >>> "Net: advice for its layers" in page, "<script" in page
+        (True, False)
+    """
+    validation.instance("result", result, HybridAdvice, hint="hybrid_advice(model, ...) returns one")
+    layers = [layer for layer in result.layers if layer.status == "ok"]
+    columns = ("layer", "mixer", "rank", "ESS", "TSS", "used", "retention", "far share", "advice")
+    evidence = tuple((layer_title(layer.layer), "; ".join(layer.evidence)) for layer in layers)
+    of = " of each token's output" if result.tolerance_scale == "output" else ""
+    return render(
+        "analysis.html",
+        title=f"{result.model}: advice for its layers",
+        lead="Rank 1 uses the smallest share of the state that it could, and so would miss a smaller one least.",
+        table=Table(f"Every layer, tau {result.tolerance:g}{of}", columns, tuple(_advice(layer) for layer in layers)),
+        notes=result.notes,
+        charts_title="Over the depth of the model",
+        charts=present(_depth_chart(result.layers)),
+        details=[Table("What the advice rests on", ("layer", "evidence"), evidence)],
+        skipped=without_result(((layer.layer, layer.status, layer.message) for layer in result.layers), result.skipped),
+    )
+
+
+def _advice(layer: LayerAdvice) -> tuple[str, ...]:
+    sizes = (cell(layer.effective_size), _capacity(layer))
+    ratios = (cell(layer.used_ratio), cell(layer.retention_ratio), cell(layer.far_share_ratio))
+    return (layer_title(layer.layer), layer.mixer, str(layer.rank), *sizes, *ratios, layer.advice)
+
+
+def _depth_chart(layers: Sequence[LayerAdvice]) -> Chart | None:
+    def over_depth(values: Iterable[float | None]) -> list[tuple[float, float]]:
+        return [(float(place), value) for place, value in enumerate(values, start=1) if value is not None]
+
+    return line_chart(
+        "Shares, 0 to 1",
+        [
+            Series("used: ESS / attainable size", "a", over_depth(layer.used_ratio for layer in layers)),
+            Series("retention", "b", over_depth(layer.retention_ratio for layer in layers)),
+            Series("far share", "c", over_depth(layer.far_share_ratio for layer in layers)),
+        ],
+        Scale(1.0, float(max(len(layers), 2))),
+        x_label="layer",
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ess_monitor import CaptureConfig, LayerFilter, MonitorConfig
-from ess_monitor.analysis import compressibility, minimal_state
+from ess_monitor.analysis import compressibility, hybrid_advice, minimal_state
 from tests.cli.test_main import Run
 
 NET = ("cli_models:Net", "--input", "tokens", "--length", "24")
@@ -62,6 +62,24 @@ def test_distill_check_gives_what_it_gives_in_python_and_shows_a_table(run: Run,
     assert "what a smaller state must lose" in (tmp_path / "page.html").read_text()
 
 
+def test_hybrid_advice_gives_what_it_gives_in_python_and_shows_a_table(run: Run, tmp_path: Path) -> None:
+    answer = run("hybrid-advice", *NET, "--json", "--batch", "2", "--tolerance", "0.2")
+
+    import cli_models
+
+    torch.manual_seed(0)
+    tokens = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
+    capture = CaptureConfig(samples=2, heads=None, max_length=24)
+    config = MonitorConfig(tolerance=0.2, tolerance_scale="output", positions=8, capture=capture)
+    expected = hybrid_advice(cli_models.Net(), tokens, config=config)
+    assert answer.json == {"schema_version": 1, **expected.model_dump(mode="json")}
+    shown = run("hybrid-advice", *NET, "--html", "page.html")
+    assert re.search(r"layer +mixer +rank +ESS +TSS +used +retention +far share +advice", shown.out)
+    assert re.search(r"attention +attention +\d +[\d.]+ +\d+ \(grows\) +[\d.]+ +- ", shown.out)
+    assert "Advice, not proof" in shown.out
+    assert "Net: advice for its layers" in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -71,6 +89,7 @@ def test_distill_check_gives_what_it_gives_in_python_and_shows_a_table(run: Run,
         (("minimal-state", "cli_models:mixer", "--width", "16", "--checkpoint", "none.pt"), "none.pt is not a file"),
         (("distill-check", "cli_models:mixer", "--width", "16", "--student-states", "four"), "'four' is not a list"),
         (("distill-check", "cli_models:mixer", "--width", "16", "--student-states", "-4"), "student_states=-4"),
+        (("hybrid-advice", "cli_models:mixer", "--width", "16", "--tolerance", "-1"), "tolerance"),
         (("minimal-state", "cli_models:Net", "--width", "17"), "does not run on torch.float32"),
         (
             ("minimal-state", *NET, "--layer", "mixer", "--html", "cli_models.py/x.html"),

@@ -33,7 +33,16 @@ def test_commands_that_need_no_model_do_not_load_torch(tmp_path: Path) -> None:
         [],
         *(
             [command]
-            for command in ("describe", "profile", "minimal-state", "distill-check", "report", "compare", "alerts")
+            for command in (
+                "describe",
+                "profile",
+                "minimal-state",
+                "distill-check",
+                "hybrid-advice",
+                "report",
+                "compare",
+                "alerts",
+            )
         ),
     ]
     commands = [[*command, "--help"] for command in [*commands, ["profile", "model"], ["profile", "featurizers"]]]

@@ -36,6 +36,8 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.ess.Measured",
             "ess_monitor.ess.Realization",
             "ess_monitor.analysis.Compressibility",
+            "ess_monitor.analysis.HybridAdvice",
+            "ess_monitor.analysis.LayerAdvice",
             "ess_monitor.analysis.LayerCompressibility",
             "ess_monitor.analysis.LayerMinimalState",
             "ess_monitor.analysis.MinimalStates",

@@ -147,6 +147,11 @@ ANALYSIS: dict[str, Case] = {
         lambda: {"model": model(), "inputs": floats(2, 6, 8), "student_states": [1, 2], "progress": iter},
         exempt={"inputs": OF_THE_MODEL},
     ),
+    "hybrid_advice": Case(
+        lambda model, inputs, **given: analysis.hybrid_advice(model, inputs, **given),
+        lambda: {"model": model(), "inputs": floats(2, 6, 8)},
+        exempt={"inputs": OF_THE_MODEL},
+    ),
     "minimal_state": Case(
         lambda model, inputs, **given: analysis.minimal_state(model, inputs, **given),
         lambda: {"model": model(), "inputs": floats(2, 6, 8), "relative_errors": [0.1], "progress": iter},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ess_monitor import alerts, exporters, report
-from ess_monitor.analysis import Compressibility, MinimalStates
+from ess_monitor.analysis import Compressibility, HybridAdvice, MinimalStates
 from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
 from ess_monitor.pipeline.counters import RunCounters
@@ -111,6 +111,10 @@ REPORT: dict[str, Case] = {
     "render_compressibility": Case(
         report.render_compressibility,
         lambda: {"result": Compressibility(model="Net", student_states=(4,), layers=())},
+    ),
+    "render_hybrid_advice": Case(
+        report.render_hybrid_advice,
+        lambda: {"result": HybridAdvice(model="Net", tolerance=0.1, tolerance_scale="output", layers=())},
     ),
     "render_minimal_state": Case(
         report.render_minimal_state, lambda: {"result": MinimalStates(model="Net", layers=())}

@@ -1,0 +1,92 @@
+"""`ess-monitor hybrid-advice`: which layers would not miss a smaller state or another mixer."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ess_monitor.cli.analysis.output import put_out
+from ess_monitor.cli.options import (
+    AsJson,
+    Batch,
+    Checkpoint,
+    Html,
+    Input,
+    InputKind,
+    Kwargs,
+    Layers,
+    Length,
+    Prefix,
+    ScaleName,
+    Seed,
+    Target,
+    VocabSize,
+    Width,
+    layer_filter,
+)
+from ess_monitor.cli.tables import plain_table
+from ess_monitor.records import layer_title
+
+if TYPE_CHECKING:
+    from ess_monitor.analysis import HybridAdvice
+
+Tolerance = Annotated[float, typer.Option(help="tau: singular values above it count. 0.1 as in the paper's figure 30.")]
+ToleranceScale = Annotated[
+    ScaleName, typer.Option(help="Count singular values above tau of what the layer puts out at each token, or of 1.")
+]
+
+
+def hybrid_advice(
+    target: Target,
+    kwargs: Kwargs = None,
+    checkpoint: Checkpoint = None,
+    prefix: Prefix = "",
+    layer: Layers = None,
+    kind: Input = InputKind.gaussian,
+    batch: Batch = 4,
+    length: Length = 128,
+    width: Width = None,
+    vocab_size: VocabSize = None,
+    seed: Seed = 0,
+    tolerance: Tolerance = 0.1,
+    tolerance_scale: ToleranceScale = ScaleName.output,
+    as_json: AsJson = False,
+    html: Html = None,
+) -> None:
+    """Rank the layers of a hybrid by how much of their state they use, with advice and what it rests on.
+
+    Advice, not proof: try a change and compare the loss. It means little without the weights of a trained model.
+    """
+    from ess_monitor.analysis import hybrid_advice as analyze
+    from ess_monitor.cli.measuring import config_of, loaded, run_on
+    from ess_monitor.report import render_hybrid_advice
+
+    config = config_of(batch, length, tolerance, tolerance_scale, "8", layers=layer_filter(layer))
+    with redirect_stdout(sys.stderr):
+        model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
+        result = run_on(model, inputs, analyze, config=config)
+    page = render_hybrid_advice(result) if html is not None else None
+    title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}: advice"
+    put_out(result.model_dump(mode="json"), _table(title, result), page, as_json=as_json, html=html)
+
+
+def _table(title: str, result: HybridAdvice) -> Table:
+    table = plain_table(title, "layer", "mixer", numbers=("rank", "ESS", "TSS", "used", "retention", "far share"))
+    table.add_column("advice, and what it rests on", overflow="fold")
+    for layer in result.layers:
+        if layer.status == "ok":
+            numbers = (layer.used_ratio, layer.retention_ratio, layer.far_share_ratio)
+            shown = ("-" if value is None else f"{value:.2f}" for value in numbers)
+            sizes = (f"{layer.effective_size:.1f}", f"{layer.state_capacity:g}" + (" (grows)" * layer.capacity_grows))
+            words = "\n".join([layer.advice, *(f"- {line}" for line in layer.evidence)])
+            table.add_row(layer_title(layer.layer), layer.mixer, str(layer.rank), *sizes, *shown, words)
+        else:
+            table.add_row(layer_title(layer.layer), f"{layer.status}: {layer.message}", style="yellow")
+    for info in result.skipped:
+        table.add_row(layer_title(info.name), f"skipped: {info.reason}", style="dim")
+    table.caption, table.caption_justify = "\n".join(result.notes), "left"
+    return table
