@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import ConfigDict, Field, PositiveInt, field_validator
+
+from ess_monitor.validation.settings import Settings
 
 
-class AlertsConfig(BaseModel):
+class AlertsConfig(Settings):
     """Job name, thresholds and waiting times of the alerting rules.
 
     Example:
@@ -13,7 +15,7 @@ class AlertsConfig(BaseModel):
         3600
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     job: str = Field(default="ess_monitor", pattern=r"^[A-Za-z0-9_./:-]+$")
     """Label `job` of the scrape configuration; every expression selects it."""

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ess_monitor import validation
 from ess_monitor.alerts.cases import render_tests
 from ess_monitor.alerts.config import AlertsConfig
@@ -85,7 +83,7 @@ def export(
     validation.instance("directory", directory, (str, Path), hint="give the folder for the files")
     validation.flag("overwrite", overwrite)
     validation.optional("config", config, AlertsConfig)
-    files = render(_settings(config, settings))
+    files = render(AlertsConfig(**{**({} if config is None else config.model_dump()), **settings}))
     target = Path(directory)
     try:
         if not overwrite:
@@ -97,19 +95,6 @@ def export(
             f"directory: cannot write {error.filename or target} ({error.strerror}); give a folder that takes files"
         ) from error
     return tuple(target / name for name in sorted(files))
-
-
-def _settings(config: AlertsConfig | None, settings: Mapping[str, Any]) -> AlertsConfig:
-    given = {} if config is None else config.model_dump()
-    try:
-        return AlertsConfig(**{**given, **settings})
-    except ValidationError as error:
-        problems = (
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']} (got {problem['input']!r:.100})"
-            for problem in error.errors()
-        )
-        names = ", ".join(AlertsConfig.model_fields)
-        raise ConfigError(f"{'; '.join(problems)}. The settings are {names}") from None
 
 
 def _refuse_to_overwrite(target: Path, files: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from ess_monitor import validation
@@ -21,6 +21,7 @@ from ess_monitor.evidence import EvidenceConfig
 from ess_monitor.exporters import ExporterConfig
 from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.runtime import RuntimeConfig
+from ess_monitor.validation.settings import Settings, did_you_mean
 
 ENVIRONMENT_PREFIX = "ESS_MONITOR_"
 _OTHER_VARIABLES = re.compile(
@@ -30,10 +31,9 @@ _OTHER_VARIABLES = re.compile(
 """What follows the prefix in variables that are no settings: Kubernetes sets such for a Service whose name begins with
 ess-monitor, and the compose file of the dashboards reads the last one."""
 _ADDRESS = re.compile(r"(?:tcp|udp|sctp)://")
-_MAX_PROBLEMS = 10
 
 
-class MonitorConfig(BaseModel):
+class MonitorConfig(Settings):
     """Settings of a `Monitor`. Unknown names are errors.
 
     Example:
@@ -41,9 +41,6 @@ class MonitorConfig(BaseModel):
         >>> config.every_n_steps, config.layers.include
         (50, ('blocks.*',))
     """
-
-    # A setting that is refused may hold a secret: errors name the setting, `explain` adds what is safe to repeat.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     every_n_steps: PositiveInt = 100
     """Optimizer steps between two samples. At 100 a run of 10,000 steps gives a curve of 100 points."""
@@ -88,13 +85,21 @@ class MonitorConfig(BaseModel):
 
     @model_validator(mode="after")
     def _samples_are_judged_before_the_next(self) -> MonitorConfig:
-        together = self.autopilot.mode == "auto" or self.distributed.ranks not in (None, "zero", 1)
-        if together and self.autopilot.lag_steps >= self.every_n_steps:
-            raise ValueError(
-                f"autopilot.lag_steps={self.autopilot.lag_steps} must be below every_n_steps={self.every_n_steps}: "
-                "a sample is judged before the next is taken; lower lag_steps"
-            )
-        return self
+        lag, every, auto = self.autopilot.lag_steps, self.every_n_steps, self.autopilot.mode == "auto"
+        if lag < every or not (auto or self.distributed.ranks not in (None, "zero", 1)):
+            return self
+        # Blames what was set.
+        defaults = ("", " (the default)")
+        lag_text = f"autopilot.lag_steps={lag}{defaults[lag == AutopilotConfig().lag_steps]}"
+        every_text = f"every_n_steps={every}{defaults[every == MonitorConfig().every_n_steps]}"
+        is_above = lag != AutopilotConfig().lag_steps and every == MonitorConfig().every_n_steps
+        problem = f"{lag_text} must be below {every_text}" if is_above else f"{every_text} must be above {lag_text}"
+        why = "in mode auto" if auto else f"with distributed.ranks={self.distributed.ranks!r}"
+        lower = f", or set autopilot.lag_steps={every - 1}" if every > 1 else ""
+        raise ValueError(
+            f"{problem}: {why} a sample is judged lag_steps after it was taken, and before the next one is; "
+            f"set every_n_steps={lag + 1} or more{lower}"
+        )
 
     @classmethod
     def load(cls, path: str | Path | None = None, *, environment: bool = True, **settings: Any) -> MonitorConfig:
@@ -113,55 +118,16 @@ class MonitorConfig(BaseModel):
         merged = read_mapping(Path(path)) if path is not None else {}
         if environment:
             merged = _merge(merged, _read_environment())
-        merged = _merge(merged, settings)
-        _refuse_long_integers(merged)
-        try:
-            return cls(**merged)
-        except ValidationError as error:
-            raise ConfigError(explain(error)) from None
+        return cls(**_merge(merged, settings))
 
 
-def explain(error: ValidationError) -> str:
-    """Return what is wrong in words, the first of many problems: setting, problem, the value that was given."""
-    lines = []
-    problems = error.errors()
-    for problem in problems[:_MAX_PROBLEMS]:
-        name = f"{'.'.join(str(part) for part in problem['loc']) or 'config':.200}"
-        silent = problem["type"] in ("missing", "extra_forbidden") or _may_be_secret(problem["loc"])
-        given = "" if silent else f" (got {_shown(problem['input'])})"
-        message = problem["msg"]
-        if problem["type"] == "extra_forbidden":
-            message = "unknown setting; see ess_monitor.MonitorConfig for the names"
-        lines.append(f"{name}: {message}{given}")
-    if len(problems) > len(lines):
-        lines.append(f"and {len(problems) - len(lines)} more")
-    return "; ".join(lines)
-
-
-def _shown(value: Any) -> str:
-    try:
-        return f"{value!r:.200}"
-    except Exception:  # an integer of more digits than Python writes, or somebody else's object
-        return f"a value of type {type(value).__name__}"
-
-
-def _may_be_secret(location: tuple[int | str, ...]) -> bool:
-    """Return whether a setting holds credentials, or an address, which can have a password in it."""
-    return any(isinstance(part, str) and ("auth" in part or part.endswith("url")) for part in location) or (
-        # The whole of an exporter's settings, when no part of it could be blamed.
-        location[:1] == ("exporters",) and len(location) <= 3
-    )
-
-
-def _refuse_long_integers(settings: Mapping[str, Any]) -> None:
-    """pydantic writes a number out to say what is wrong with it, and Python refuses to write thousands of digits.
+def with_environment(settings: Mapping[str, Any]) -> MonitorConfig:
+    """Return these settings on top of those in the environment.
 
     Raises:
-        ConfigError: a whole number of more than 64 bits is somewhere in the settings.
+        ConfigError: as for `MonitorConfig.load`.
     """
-    for name, value in settings.items():
-        if validation.has_long_integer((name, value)):
-            raise ConfigError(f"{name!s:.200}: a whole number of more than 64 bits; no setting needs one")
+    return MonitorConfig(**_merge(_read_environment(), settings))
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,14 +152,20 @@ def _read_environment() -> dict[str, Any]:
         if _OTHER_VARIABLES.fullmatch(after) or (after.upper().endswith("PORT") and _ADDRESS.match(os.environ[name])):
             continue
         if after.lower().split("__")[0] not in MonitorConfig.model_fields:
-            known = ", ".join(sorted(MonitorConfig.model_fields))
-            raise ConfigError(f"environment: {name} is not a setting; after {ENVIRONMENT_PREFIX} comes one of {known}")
+            raise ConfigError(f"environment: {name:.200} is not a setting; {_variable_like(after)}")
     try:
         return EnvSettingsSource(_Environment)()
     except RecursionError:
         raise ConfigError("environment: a variable's JSON is nested too deep; settings are a few levels deep") from None
     except SettingsError as error:
         raise ConfigError(f"environment: {error}; lists and objects are written as JSON") from error
+
+
+def _variable_like(name: str) -> str:
+    meant = did_you_mean(MonitorConfig, name.lower())
+    if meant and " " not in meant:
+        return f"did you mean {ENVIRONMENT_PREFIX}{meant.upper().replace('.', '__')}?"
+    return f"after {ENVIRONMENT_PREFIX} comes one of {', '.join(sorted(MonitorConfig.model_fields))}"
 
 
 MAX_BYTES = 100_000

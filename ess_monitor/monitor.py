@@ -20,7 +20,7 @@ from ess_monitor.exporters import Exporter, ExporterHub, build_exporter, configs
 from ess_monitor.exporters.base import check_exporters
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.pipeline.checkpoint import STATE_VERSION, match_layers, read_state, rename_layers
-from ess_monitor.pipeline.context import Metrics, RunContext, check_end, check_run, check_timeout
+from ess_monitor.pipeline.context import Metrics, RunContext, check_end, check_metrics, check_run, check_timeout
 from ess_monitor.pipeline.run_info import run_info
 from ess_monitor.pipeline.sampling import RunSampling
 from ess_monitor.pipeline.stages import build_stages
@@ -183,10 +183,11 @@ class Monitor(RunSampling):
                 Without it outputs are compared, on which mode auto does not act.
 
         Raises:
-            ConfigError: the monitor was not started. After `close` a call does nothing.
+            ConfigError: the monitor was not started, or `metrics` is no mapping. After `close` a call does nothing.
         """
         if not self._takes("step"):
             return
+        check_metrics(metrics, "step")
         before, self._last_call = self._last_call, self._context.clock()
         self._step = self._step + 1 if step is None else validation.whole("step", step, 0)
         self._optimizer = optimizer

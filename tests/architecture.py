@@ -21,7 +21,7 @@ LINKED = ("alerts", "integrations")
 """Packages whose files lie at the top level of the repository; `ess_monitor/<name>` is only a link to them."""
 TREES = ("ess_monitor", *LINKED, "examples", "tests", "benchmarks")
 
-ROOT_MODULES = {"__init__", "monitor", "config", "inspection", "errors", "validation"}
+ROOT_MODULES = {"__init__", "monitor", "config", "inspection", "errors"}
 
 ARROWS: dict[str, set[str]] = {
     "errors": set(),

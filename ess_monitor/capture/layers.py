@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from ess_monitor import validation
@@ -29,6 +29,7 @@ from ess_monitor.capture.registry import find_spec, why_unreadable
 from ess_monitor.capture.spec import BY_JACOBIAN, CaptureSpec, unread
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo
+from ess_monitor.validation.settings import Settings
 
 Unknown = Literal["skip", "jacobian"]
 """What becomes of layers that no reader knows; see `CaptureConfig.unknown`."""
@@ -48,10 +49,8 @@ _MODEL = re.compile(r"(^|\.)(model|base_model)(?=\.|$)")
 """What modules around a model call it. Other modules have such names too, so they stay in the names of layers."""
 
 
-class LayerFilter(BaseModel):
+class LayerFilter(Settings):
     """Chooses the layers to measure, by shell patterns on their dotted module names. A list is read as `include`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     include: tuple[str, ...] = ("*",)
     """A layer is measured when its name matches one of these. The default takes every layer that can be read."""
@@ -65,6 +64,9 @@ class LayerFilter(BaseModel):
             return {"include": (value,)}
         if isinstance(value, (list, tuple)):
             return {"include": tuple(value)}
+        if not isinstance(value, (Mapping, LayerFilter)):
+            allowed = "a pattern, a list of patterns, or include and exclude"
+            raise ValueError(f"must be {allowed} (got {validation.shown(value)})")
         return value
 
     def matches(self, name: str) -> bool:

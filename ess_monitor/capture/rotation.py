@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ess_monitor.capture.causality.claims import collecting
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import Operator, SoftmaxAttention
 from ess_monitor.ess.operators.recurrence import Recurrence
+from ess_monitor.validation.settings import Settings
 
 SHORT = 1024
 """Tokens of a sequence that is taken whole whatever its kind, and of a crop of a longer one."""
@@ -25,10 +26,8 @@ ATTENTION_KEYS = 2**14
 """Tokens up to which attention is looked at: with 1024 rows as many entries as 16 operators of 1024 tokens."""
 
 
-class CaptureConfig(BaseModel):
+class CaptureConfig(Settings):
     """Sets how much of one forward pass is copied. At the defaults that is 13 MB of a layer of GLA with n = 64."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: int = Field(default=4, ge=1)
     """Sequences of the batch, rotating through all of its rows over the samples. The paper averages over 8; 4 with 4

@@ -10,6 +10,7 @@ import typer
 
 from ess_monitor.alerts import AlertsConfig, export
 from ess_monitor.errors import ConfigError
+from ess_monitor.validation.settings import did_you_mean
 
 alerts_app = typer.Typer(help="Alerting rules, dashboards and runbooks.", no_args_is_help=True)
 
@@ -45,7 +46,10 @@ def _parsed(settings: Iterable[str]) -> dict[str, str]:
         if not equals or not name:
             raise ConfigError(f"--set {setting}: expected NAME=VALUE, for example --set stalled_seconds=3600")
         if name not in AlertsConfig.model_fields:
-            raise ConfigError(f"--set {name}: no such setting; the settings are {', '.join(AlertsConfig.model_fields)}")
+            meant = did_you_mean(AlertsConfig, name)
+            hint = f"did you mean {meant}? " if meant else ""
+            known = f"the settings are {', '.join(AlertsConfig.model_fields)}"
+            raise ConfigError(f"--set {name}: no such setting; {hint}{known}")
         if name in parsed:
             raise ConfigError(f"{name}: given twice, as {parsed[name]} and {value}; drop one of them")
         parsed[name] = value

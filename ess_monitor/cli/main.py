@@ -12,7 +12,7 @@
     ess-monitor alerts export DIR             alerting rules, dashboards and runbooks, as files
 
 TARGET is `package.module:name`: a torch module, or a class or function that returns one. Results go to standard output,
-as a table or with `--json`; everything else goes to standard error. Exit status 2 after an `error:` line.
+as a table or with `--json`; everything else goes to standard error. `EXIT_STATUS` says how a command ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ from ess_monitor.cli.profile import profile_app
 from ess_monitor.cli.report import compare, report
 from ess_monitor.errors import EssMonitorError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+EXIT_STATUS = (
+    "Exit status: 0: done, also where single layers cannot be measured. 1: the target's own code raised, and its "
+    "traceback is shown. 2: wrong arguments, or what was asked for is not possible; one line, `error: ...`, says why. "
+    "130: interrupted."
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EXIT_STATUS)
 app.command()(describe)
 app.add_typer(profile_app, name="profile")
 app.command()(minimal_state)

@@ -49,6 +49,12 @@ class _TargetByDefault(TyperGroup):
             args = ["model", *args]
         return super().parse_args(ctx, args)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the options of TARGET after the commands."""
+        super().format_help(ctx, formatter)
+        model = self.commands["model"]
+        model.format_help(type(ctx)(model, info_name=ctx.info_name, parent=ctx.parent), formatter)
+
 
 profile_app = typer.Typer(
     help="Measure every layer of a model (TARGET, short for `model TARGET`), or of the paper's featurizers.",

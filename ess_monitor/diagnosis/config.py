@@ -16,9 +16,10 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ess_monitor import validation
+from ess_monitor.validation.settings import Settings
 
 _LESS_IS_BETTER = frozenset(
     {"loss", "losses", "error", "errors", "perplexity", "ppl", "wer", "cer", "nll", "mse", "rmse", "mae"}
@@ -29,7 +30,7 @@ _TURNED_ROUND = frozenset({"neg", "negative", "minus"})
 _WORD = re.compile(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])\d*")
 
 
-class DiagnosisConfig(BaseModel):
+class DiagnosisConfig(Settings):
     """Sets the thresholds of the diagnosis.
 
     The defaults are set against false alarms: no layer of a run that learns may be called collapsed. A collapse that is
@@ -42,7 +43,7 @@ class DiagnosisConfig(BaseModel):
         (0.3, 0.35)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     collapsed_below: float = Field(default=0.3, gt=0.0, lt=1.0)
     """Utilization below which a memory counts as little used. Collapsed WLA and GLA runs on MQAR sit at .21-.29,

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from ess_monitor import validation
+from ess_monitor.validation.settings import Settings
 
 _MOST_BY_DEFAULT = 64
 """Ranks that measure by default where the autopilot may act."""
 
 
-class DistributedConfig(BaseModel):
+class DistributedConfig(Settings):
     """Sets how the ranks of a distributed run measure together."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     ranks: Literal["zero", "all"] | PositiveInt | None = None
     """Which ranks measure their own data: the first one, all, or a number of them, evenly spread. With two or more,

@@ -7,10 +7,12 @@ were chosen afterwards.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from ess_monitor.validation.settings import Settings
 
 
-class EvidenceConfig(BaseModel):
+class EvidenceConfig(Settings):
     """Sets what a collapse must be supported by before a layer is called collapsed.
 
     Example:
@@ -18,7 +20,7 @@ class EvidenceConfig(BaseModel):
         16
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     enabled: bool = True
     """Run batches again before a layer with a decay is called collapsed. Off, the rules alone decide and mode auto acts

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field
 
@@ -32,7 +33,7 @@ AnyConfig = (
 ExporterConfig = Annotated[
     AnyConfig,
     Field(discriminator="kind"),
-    BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
+    BeforeValidator(lambda value: _of_kind(value)),
 ]
 """Settings of any exporter, told apart by `kind`. In a pydantic model a bare name stands for its defaults:
 `["prometheus", {"kind": "event_log", "path": "x.jsonl"}]`."""
@@ -47,7 +48,39 @@ _EXPORTERS: dict[type[AnyConfig], Callable[[Any], Exporter]] = {
     LogConfig: LogExporter,
 }
 
+_LOGGERS = ("aim", "clearml", "comet", "comet_ml", "csv", "mlflow", "neptune", "swanlab", "trackio", "wandb")
+"""Loggers of the frameworks that someone may look for here."""
+
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def _of_kind(value: Any) -> Any:
+    """Return the settings of an exporter whose kind is known.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(value, get_args(AnyConfig)):
+        return value
+    kinds = [config.model_fields["kind"].default for config in _EXPORTERS]
+    allowed = f"the kinds are {', '.join(kinds)}"
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a kind, or a mapping with one, and is {validation.type_of(value)}; {allowed}")
+    kind = value.get("kind")
+    if kind is None:
+        raise ValueError(f"a kind must be given, as in {{'kind': 'prometheus'}}; {allowed}")
+    if kind in _LOGGERS:
+        raise ValueError(
+            f"{kind} is no exporter: readings go through the trainer's own logger (Lightning's and Fabric's logger, "
+            "report_to of the Hugging Face Trainer, log_with of accelerate), so leave it out here and set that. In a "
+            f"loop of your own pass an object, such as WandbExporter(run), to Monitor(exporters=...); {allowed}"
+        )
+    if kind not in kinds:
+        close = get_close_matches(str(kind)[:100], kinds, 1)
+        raise ValueError(f"no kind {validation.shown(kind)}; {f'did you mean {close[0]}? ' if close else ''}{allowed}")
+    return value
 
 
 def build_exporter(config: AnyConfig) -> Exporter:

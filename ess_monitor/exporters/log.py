@@ -15,21 +15,18 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from ess_monitor import validation
 from ess_monitor.exporters.evidence import evidence_fields
 from ess_monitor.records import CONDITION_INFO, Action, Finding, Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.validation.settings import Settings
 
 _WARNING_OUTCOMES = {"failed", "rolled_back"}
 _UNQUOTED = {"condition", "previous", "action", "outcome", "evidence", "evidence_basis"}
 """Fields with a fixed vocabulary. Names that a model or a user chose are always quoted."""
 
 
-class LogConfig(BaseModel):
+class LogConfig(Settings):
     """Settings of the log lines. The logging configuration decides where they go and how they look."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["log"] = "log"
     """Which exporter this is."""

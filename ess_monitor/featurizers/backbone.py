@@ -10,18 +10,19 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from ess_monitor import validation
-from ess_monitor.errors import OperatorError
+from ess_monitor.errors import ConfigError, OperatorError
 from ess_monitor.featurizers.parts import LARGEST_SIZE, RMSNorm
 from ess_monitor.featurizers.registry import build_mixer, check_options, options_of
+from ess_monitor.validation.settings import Settings
 
 _INDEX_DTYPES = (torch.int64, torch.int32)  # those that an embedding accepts
 
 
-class BackboneConfig(BaseModel):
+class BackboneConfig(Settings):
     """Sets the parts of a `Backbone`. The defaults are the smallest net that shows the paper's phenomena on MQAR.
 
     Example:
@@ -29,7 +30,7 @@ class BackboneConfig(BaseModel):
         ('gla', 'sa')
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     vocab_size: int = Field(ge=1, le=2**31 - 1)
     """Tokens of the task, including special ones."""
@@ -49,7 +50,7 @@ class BackboneConfig(BaseModel):
     """Hidden width of the channel mixer as a multiple of the width."""
     decoder: Literal["every_token", "last_token"] = "every_token"
     """Logits of a position from its own features, or all of them from the last position's: the compression task."""
-    mixer_options: dict[str, int | float] = {}
+    mixer_options: dict[str, int | float] = Field(default={})
     """Options of the featurizers (`beta`, `alpha`, `rope_base`, ...). In a hybrid each goes to the blocks that
     have it."""
 
@@ -60,7 +61,10 @@ class BackboneConfig(BaseModel):
                 f"featurizer names {len(self.featurizer)} mixers for depth={self.depth} blocks; "
                 "give one per block, or a single name for all."
             )
-        check_options(self.featurizers, self.mixer_options)
+        try:
+            check_options(self.featurizers, self.mixer_options)
+        except ConfigError as error:
+            raise ConfigError(f"mixer_options: {error}") from None
         return self
 
     @property

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ess_monitor import validation
 from ess_monitor.interventions.probation import ProbationConfig
+from ess_monitor.validation.settings import Settings
+
+Mode = Literal["off", "advise", "auto"]
+"""What the autopilot may do."""
+_MODES = "{!r}, {!r} or {!r}".format(*get_args(Mode))
 
 
-class AutopilotConfig(BaseModel):
+class AutopilotConfig(Settings):
     """Sets what may be done about a collapsed layer. A bare mode ("auto") is the same as {"mode": "auto"}.
 
     Example:
@@ -17,9 +24,9 @@ class AutopilotConfig(BaseModel):
         'auto'
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
-    mode: Literal["off", "advise", "auto"] = "advise"
+    mode: Mode = "advise"
     """off: nothing. advise: say what would be done, change nothing. auto: do it. The
     default changes nothing, because nothing should act without being asked to."""
     strengths: tuple[float, ...] = Field(default=(0.5, 2.0), min_length=1)
@@ -54,7 +61,16 @@ class AutopilotConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_mode(cls, value: Any) -> Any:
-        return {"mode": value} if isinstance(value, str) else value
+        if isinstance(value, str) or value is False:
+            return {"mode": value}
+        if not isinstance(value, (Mapping, AutopilotConfig)):
+            raise ValueError(f"must be {_MODES}, or a mapping of its settings (got {validation.shown(value)})")
+        return value
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # as YAML reads a bare `off`
 
     @model_validator(mode="after")
     def _rungs_are_possible(self) -> AutopilotConfig:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from ess_monitor import validation
@@ -124,7 +123,7 @@ def _with_decay(model: nn.Module, layers: LayerFilter | str | Sequence[str] | No
 def _filter(layers: LayerFilter | str | Sequence[str]) -> LayerFilter:
     try:
         return LayerFilter.model_validate(layers)
-    except ValidationError:
+    except ConfigError:
         raise ConfigError(
             f"layers: {validation.shown(layers)} given; pass a pattern, a list of patterns, or a LayerFilter"
         ) from None

@@ -17,9 +17,10 @@ from ess_monitor.capture import Layer
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.interventions.gate import GateCopy
 from ess_monitor.records import Changes
+from ess_monitor.validation.settings import Settings
 
 
-class ProbationConfig(BaseModel):
+class ProbationConfig(Settings):
     """Sets when a treatment is compared with the gate from before it, and what ends it.
 
     Example:
@@ -27,7 +28,7 @@ class ProbationConfig(BaseModel):
         (25, 100, 400, 1000)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     checks: tuple[int, ...] = Field(default=(25, 100, 400, 1000), min_length=1)
     """Steps after the beginning at which the gates are compared, on `evidence.batches` batches, two forward passes

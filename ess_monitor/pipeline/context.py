@@ -189,6 +189,15 @@ def check_run(
         validation.function("backends", backends)
 
 
+def check_metrics(metrics: object, call: str) -> None:
+    """Raise `ConfigError` where something else than a mapping is given, such as the loss alone."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise ConfigError(
+            f"metrics: {validation.type_of(metrics)} given; it must be a mapping of names to numbers, as in "
+            f'{call}({{"loss": loss}})'
+        )
+
+
 def check_end(status: RunStatus, timeout_seconds: float) -> float:
     """Return the time limit; raise `ConfigError` unless it is one and `status` is the status of a run."""
     if status not in RUN_STATUSES:

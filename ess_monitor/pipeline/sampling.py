@@ -10,7 +10,7 @@ from typing import TypeVar
 from ess_monitor import validation
 from ess_monitor.capture.hooks.compiler import has_compiled
 from ess_monitor.config import MonitorConfig
-from ess_monitor.pipeline.context import Metrics
+from ess_monitor.pipeline.context import Metrics, check_metrics
 from ess_monitor.pipeline.queue import MeasurementQueue
 from ess_monitor.pipeline.schedule import Schedule
 from ess_monitor.pipeline.view import RunView
@@ -65,6 +65,7 @@ class RunSampling(RunView):
 
     def disarm(self, metrics: Metrics | None = None) -> None:
         """Remove the hooks and send what they captured to be measured."""
+        check_metrics(metrics, "disarm")
         if not self._context.health.forked:
             self._collect(metrics)
 
@@ -77,6 +78,7 @@ class RunSampling(RunView):
         Raises:
             ConfigError: the monitor was not started.
         """
+        check_metrics(metrics, "sample")
         self.arm(any_pass=True)
         try:
             yield
@@ -92,6 +94,7 @@ class RunSampling(RunView):
             ConfigError: the monitor was not started.
         """
         if self._takes("note"):
+            check_metrics(metrics, "note")
             self._context.metrics.keep(metrics)
 
     def evaluates(self, now: bool) -> None:

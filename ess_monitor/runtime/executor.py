@@ -13,13 +13,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ess_monitor import validation
 from ess_monitor.errors import format_error
 from ess_monitor.runtime.backends import Task
 from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.shutdown import SHUTDOWN_GRACE_SECONDS, TorchThread
+from ess_monitor.validation.settings import Settings
 
 _LAST_TASK_SECONDS = 30.0
 """Seconds for which the end of the process waits for the task that the worker computes."""
@@ -27,10 +28,8 @@ _POLL_SECONDS = 0.005
 """Seconds between two looks at a job that is waited for: copies from a device arrive without a notification."""
 
 
-class RuntimeConfig(BaseModel):
+class RuntimeConfig(Settings):
     """Sets where and for how long the measurements run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     queue_length: int = Field(default=2, ge=1)
     """Samples that may wait or be under way. 2 lets one finish while the next is taken; more only delay results."""

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ess_monitor import validation
+from ess_monitor.validation.settings import Settings
 
 IGNORED = -100
 """Target of a position that is not asked: the `ignore_index` of torch's cross-entropy."""
 
 
-class TaskConfig(BaseModel):
+class TaskConfig(Settings):
     """Sets what every task has."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    takes_long_integers: ClassVar[bool] = True  # as a seed
 
     length: int = Field(default=64, ge=1, le=2**31 - 1)
     """Tokens per sample; 64 is the shortest of the paper's sweep."""

@@ -21,8 +21,7 @@ class SelectiveCopyingConfig(TaskConfig):
         >>> SelectiveCopyingConfig(length=17, tokens_to_copy=8)
         Traceback (most recent call last):
         ...
-        pydantic_core._pydantic_core.ValidationError: 1 validation error for SelectiveCopyingConfig
-          Value error, tokens_to_copy=8 needs length > 2 * tokens_to_copy + 1 = 17, but length is 17; ...
+        ess_monitor.errors.ConfigError: tokens_to_copy=8 needs length > 2 * tokens_to_copy + 1 = 17, but ...
     """
 
     tokens_to_copy: int = Field(default=8, ge=1, le=2**31 - 1)

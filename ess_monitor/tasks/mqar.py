@@ -21,8 +21,7 @@ class MQARConfig(TaskConfig):
         >>> MQARConfig(length=30, kv_pairs=8)
         Traceback (most recent call last):
         ...
-        pydantic_core._pydantic_core.ValidationError: 1 validation error for MQARConfig
-          Value error, kv_pairs=8 needs length >= 4 * kv_pairs = 32, but length is 30; ...
+        ess_monitor.errors.ConfigError: kv_pairs=8 needs length >= 4 * kv_pairs = 32, but length is 30; ...
     """
 
     kv_pairs: int = Field(default=8, ge=1, le=2**31 - 1)

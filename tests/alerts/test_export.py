@@ -83,7 +83,7 @@ def test_a_file_that_was_edited_is_not_overwritten_unasked(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stalled_secs": 1}, r"stalled_secs: .*settings are job, "),
+        ({"stalled_secs": 1}, r"stalled_secs: unknown setting; did you mean stalled_seconds\?"),
         ({"stalled_seconds": 0}, r"stalled_seconds: .*greater than 0 \(got 0\)"),
         ({"overhead_ratio": 1.5}, r"overhead_ratio: .*less than 1"),
         ({"job": 'a"} or up{x="'}, r"job: "),

@@ -68,7 +68,7 @@ def test_a_file_that_differs_stays_unless_overwriting_is_asked_for(alerts_export
     [
         (["--set", "stalled_seconds"], "expected NAME=VALUE"),
         (["--set", "=3"], "expected NAME=VALUE"),
-        (["--set", "stalled_secs=3"], "stalled_secs: no such setting"),
+        (["--set", "stalled_secs=3"], "stalled_secs: no such setting; did you mean stalled_seconds?"),
         (["--set", "overwrite=true"], "overwrite: no such setting"),
         (["--set", "stalled_seconds=soon"], "got 'soon'"),
         (["--set", "stalled_seconds=1", "--set", "stalled_seconds=2"], "stalled_seconds: given twice"),

@@ -267,6 +267,27 @@ def test_help_is_there_at_every_level(run: Run, arguments: tuple[str, ...]) -> N
     assert "Usage: ess-monitor" in answer.out
 
 
+def test_the_help_of_profile_shows_the_options_of_its_target(run: Run) -> None:
+    answer = run("profile", "--help")
+    target = run("profile", "model", "--help")
+    options = set(re.findall(r"--[a-z][a-z-]+", target.out))
+    assert {"--checkpoint", "--width", "--vocab-size", "--unknown"} <= options
+    assert options <= set(re.findall(r"--[a-z][a-z-]+", answer.out))
+    assert "featurizers" in answer.out
+
+
+def test_the_help_names_each_exit_status(run: Run, tmp_path: Path) -> None:
+    said = " ".join(run("--help").out.split())
+    assert re.findall(r"\b(\d+): ", said.partition("Exit status:")[2]) == ["0", "1", "2", "130"]
+    assert run("describe", "cli_models:plain").status == 0, "nothing in it can be measured"
+    assert run("describe").status == 2, "the target is missing"
+    assert run("describe", "nowhere:x").status == 2
+    (tmp_path / "cli_raises.py").write_text("raise KeyError('a bug')\n")
+    assert run_program(["-m", "ess_monitor.cli", "describe", "cli_raises:x"], tmp_path, cwd=tmp_path).returncode == 1
+    (tmp_path / "cli_interrupted.py").write_text("raise KeyboardInterrupt\n")
+    assert run("describe", "cli_interrupted:x").status == 130
+
+
 def test_the_version_is_the_installed_one(run: Run) -> None:
     assert run("--version") == Answer(0, f"ess-monitor {version('ess-monitor')}\n", "")
 

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from ess_monitor.diagnosis import DiagnosisConfig, thresholds
 from ess_monitor.diagnosis.config import contradiction
+from ess_monitor.errors import ConfigError
 from ess_monitor.records import CONDITIONS
 
 
@@ -38,13 +39,13 @@ def test_the_dashboard_thresholds_are_named_condition_dot_bound() -> None:
         ({"warmup_steps": -1}, ["warmup_steps"]),
         ({"metric": "loss", "metric_solved": float("nan")}, ["metric_solved", "finite"]),
         ({"metric_mode": "best"}, ["metric_mode", "'max' or 'min'"]),
-        ({"patiense": 3}, ["patiense", "Extra inputs"]),
+        ({"patiense": 3}, ["patiense", "did you mean patience"]),
     ],
 )
 def test_an_impossible_setting_is_refused_and_the_message_names_it(
     settings: dict[str, object], named: list[str]
 ) -> None:
-    with pytest.raises(ValidationError) as error:
+    with pytest.raises(ConfigError) as error:
         DiagnosisConfig.model_validate(settings)
     for text in named:
         assert text in str(error.value)

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
+from ess_monitor.errors import ConfigError
 from ess_monitor.interventions import AutopilotConfig
 from ess_monitor.records import Condition, Finding
 from tests.interventions.helpers import backbone, batch, gradients, pull_on, task_loss
@@ -60,7 +60,7 @@ def test_a_bare_mode_is_a_config_and_nonsense_is_an_error() -> None:
         {"strength": 1.0},
     ]
     for settings in impossible:
-        with pytest.raises(ValidationError):
+        with pytest.raises(ConfigError):
             AutopilotConfig.model_validate(settings)
 
 

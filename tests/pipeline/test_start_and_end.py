@@ -278,3 +278,16 @@ def test_exporters_that_serve_a_second_run_begin_anew(tmp_path: Path) -> None:
             seen += [exporter.identity.run_id for exporter in (endpoint, file) if exporter.identity is not None]
         assert ["step 0" in text for text in tables] == [True] * (run + 1)
     assert seen[0] == seen[1] != seen[2] == seen[3]
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor(0.5), 0.5, "loss", [("loss", 0.5)]], ids=["tensor", "number", "name", "pairs"]
+)
+def test_a_loss_in_the_place_of_the_metrics_is_answered_with_the_right_call(wrong: object) -> None:
+    with Monitor(Model()) as monitor:
+        for call in ("step", "note", "disarm"):
+            with pytest.raises(ConfigError, match=rf'^metrics: an? .*given; .*as in {call}\(\{{"loss": loss\}}\)'):
+                getattr(monitor, call)(wrong)
+        with pytest.raises(ConfigError, match="metrics"), monitor.sample(wrong):  # type: ignore[arg-type]
+            raise AssertionError("the block must not run")
+        assert monitor.snapshot().steps_total == 0

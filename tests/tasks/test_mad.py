@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 
+from ess_monitor.errors import ConfigError
 from ess_monitor.tasks import Compression, CompressionConfig, SelectiveCopying, SelectiveCopyingConfig
 
 
@@ -35,7 +35,7 @@ def test_content_is_uniform_in_value_and_place() -> None:
 
 
 def test_too_many_tokens_to_copy_are_refused_with_the_way_out() -> None:
-    with pytest.raises(ValidationError, match=r"length > 2 \* tokens_to_copy \+ 1 = 17, but length is 17; take fewer"):
+    with pytest.raises(ConfigError, match=r"length > 2 \* tokens_to_copy \+ 1 = 17, but length is 17; take fewer"):
         SelectiveCopyingConfig(length=17, tokens_to_copy=8)
     assert SelectiveCopyingConfig(length=18, tokens_to_copy=8).length == 18
 
@@ -54,7 +54,7 @@ def test_compression_asks_for_its_own_random_content() -> None:
 
 
 def test_compression_of_nothing_is_refused() -> None:
-    with pytest.raises(ValidationError, match="length=1 must be at least 2"):
+    with pytest.raises(ConfigError, match="length=1 must be at least 2"):
         CompressionConfig(length=1)
 
 

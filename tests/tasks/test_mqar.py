@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
 
+from ess_monitor.errors import ConfigError
 from ess_monitor.tasks import MQAR, MQARConfig
 
 SETTINGS = [(32, 4, 32), (64, 16, 34), (64, 16, 35), (128, 8, 8192), (8, 2, 6)]
@@ -83,7 +83,7 @@ def test_keys_and_values_are_uniform_at_every_place_and_independent_of_each_othe
     ],
 )
 def test_tasks_that_cannot_be_are_refused_with_the_way_out(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         MQARConfig(**settings)
 
 

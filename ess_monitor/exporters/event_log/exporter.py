@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ess_monitor import validation
 from ess_monitor.errors import ExporterError, format_error
@@ -31,12 +31,11 @@ from ess_monitor.exporters.event_log.events import (
 from ess_monitor.exporters.event_log.rotating_file import LineFile
 from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 from ess_monitor.runtime.files import require_regular
+from ess_monitor.validation.settings import Settings
 
 
-class EventLogConfig(BaseModel):
+class EventLogConfig(Settings):
     """Settings of the event log."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["event_log"] = "event_log"
     """Which exporter this is."""

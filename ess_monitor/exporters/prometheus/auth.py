@@ -9,23 +9,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from ess_monitor.errors import ExporterError
+from ess_monitor.validation.settings import Settings
 
 _MAX_SECRET_BYTES = 4096
 
 
-class AuthConfig(BaseModel):
+class AuthConfig(Settings):
     """Names the source of credentials: a password with a user name, or a bearer token.
 
     Settings end up in logs, checkpoints and experiment trackers. So the secret itself cannot be a setting: only the
     file or the environment variable that holds it can.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    holds_secrets: ClassVar[bool] = True
 
     username: str | None = Field(default=None, min_length=1, pattern=r"^[^:\x00-\x1f\x7f]+$")
     """User of basic authentication, with the secret as the password. None: the secret is a bearer token."""

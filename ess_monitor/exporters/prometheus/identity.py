@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ess_monitor import validation
 from ess_monitor.errors import ExporterError
 from ess_monitor.records import RunInfo
+from ess_monitor.validation.settings import Settings
 
 Ranks = Literal["zero", "local_zero", "all"]
 """Which processes of a distributed run: the first one, the first one of every machine, or each."""
@@ -27,11 +28,8 @@ Ranks = Literal["zero", "local_zero", "all"]
 _RUN_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
-class IdentifiedConfig(BaseModel):
+class IdentifiedConfig(Settings):
     """Settings that all exporters of Prometheus metrics share: the identifier of the run, and the ranks that export."""
-
-    # Settings name files and variables that hold secrets: an error must not print what somebody pasted in their place.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     run_id: str | None = Field(default=None, pattern=_RUN_ID_PATTERN)
     """Identifier of the run, the same on all its ranks. None: the one of torchrun or Slurm in a distributed run,

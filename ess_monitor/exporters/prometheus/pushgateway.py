@@ -47,9 +47,9 @@ class PushgatewayConfig(IdentifiedConfig):
     def _is_an_address(cls, url: str) -> str:
         parts = urlsplit(url)
         if parts.username is not None or parts.password is not None:
-            raise ValueError("url must not contain credentials: set auth, which reads them from a file or a variable")
+            raise ValueError("must not contain credentials: set auth, which reads them from a file or a variable")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("url must be http://host:port or https://host:port")
+            raise ValueError("must be http://host:port or https://host:port")
         return url.rstrip("/")
 
 

@@ -31,7 +31,7 @@ class TextfileConfig(IdentifiedConfig):
     @classmethod
     def _has_the_suffix(cls, path: Path) -> Path:
         if path.suffix != ".prom":
-            raise ValueError("path must end in .prom: node_exporter reads no other files")
+            raise ValueError("must end in .prom: node_exporter reads no other files")
         return path
 
 

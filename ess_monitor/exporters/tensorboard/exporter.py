@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ess_monitor import validation
 from ess_monitor.errors import ConfigError, ExporterError, format_error
@@ -17,6 +17,7 @@ from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, layer_tag, loss_name, 
 from ess_monitor.exporters.tensorboard.layout import Spikes, custom_scalars_layout, spike_tag
 from ess_monitor.exporters.tensorboard.markdown import action_table, finding_markdown
 from ess_monitor.records import Action, Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.validation.settings import Settings
 
 if TYPE_CHECKING:
     from ess_monitor.exporters.tensorboard.heatmaps import Heatmap
@@ -33,10 +34,8 @@ _OUR_EVENTS = ".ess_monitor"
 _INSTALL = 'pip install "ess-monitor[tensorboard]"'
 
 
-class TensorBoardConfig(BaseModel):
+class TensorBoardConfig(Settings):
     """Settings of the TensorBoard exporter."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["tensorboard"] = "tensorboard"
     """Which exporter this is."""

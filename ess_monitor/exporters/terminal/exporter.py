@@ -10,17 +10,16 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ess_monitor import validation
 from ess_monitor.exporters.terminal.table import render_actions, render_findings, render_table, render_warning
 from ess_monitor.records import LayerInfo, Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.validation.settings import Settings
 
 
-class TerminalConfig(BaseModel):
+class TerminalConfig(Settings):
     """Settings of the terminal table."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["terminal"] = "terminal"
     """Which exporter this is."""

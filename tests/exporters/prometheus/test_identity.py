@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from ess_monitor.errors import ExporterError
+from ess_monitor.errors import ConfigError, ExporterError
 from ess_monitor.exporters import (
     EventLogConfig,
     PrometheusConfig,
@@ -68,7 +67,7 @@ def test_a_generated_identifier_is_the_same_for_every_exporter_of_a_run_and_anot
 
 @pytest.mark.parametrize("run_id", ["", "a/b", "../a", ".hidden", "a b", 'a"b', "a\n", "ß", "x" * 129])
 def test_an_identifier_that_is_no_file_name_is_refused(run_id: str) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         PrometheusConfig(run_id=run_id)
 
 

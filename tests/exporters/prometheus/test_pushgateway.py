@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import ValidationError
 
-from ess_monitor.errors import ExporterError
+from ess_monitor.errors import ConfigError, ExporterError
 from ess_monitor.exporters import ExporterHub, PushgatewayConfig, PushgatewayExporter, RunIdentity
 from ess_monitor.exporters.prometheus.http.request import Request, text_response
 from ess_monitor.exporters.prometheus.http.server import Endpoint, Handler
@@ -190,5 +189,5 @@ def test_a_rank_that_is_left_out_pushes_nothing() -> None:
 
 @pytest.mark.parametrize("url", ["gateway:9091", "ftp://gateway", "http://", "http://user@gateway:9091", ""])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(ValidationError, match="url must"):
+    with pytest.raises(ConfigError, match="url: must"):
         PushgatewayConfig(url=url)

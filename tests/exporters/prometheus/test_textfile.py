@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import ValidationError
 
-from ess_monitor.errors import ExporterError
+from ess_monitor.errors import ConfigError, ExporterError
 from ess_monitor.exporters import ExporterHub, RunIdentity, TextfileConfig, TextfileExporter
 from tests.exporters.helpers import ODD_LAYERS, measurement, reading, run_info, snapshot
 
@@ -119,7 +118,7 @@ def test_a_rank_that_is_left_out_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_file_that_node_exporter_would_not_read_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"must end in \.prom"):
+    with pytest.raises(ConfigError, match=r"must end in \.prom"):
         TextfileConfig(path=Path("ess.txt"))
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from ess_monitor.errors import ExporterError
+from ess_monitor.errors import ConfigError, ExporterError
 from ess_monitor.exporters import ExporterHub, PrometheusConfig, PrometheusExporter, RunIdentity
 from ess_monitor.records import Snapshot
 from tests.exporters.conftest import Certificate
@@ -228,7 +227,7 @@ def test_the_first_process_of_a_machine_has_the_port_and_the_others_free_ones(tm
 
 
 def test_all_ranks_without_a_folder_for_discovery_are_refused() -> None:
-    with pytest.raises(ValidationError, match=r"set file_sd_dir, or use ranks=\"local_zero\""):
+    with pytest.raises(ConfigError, match=r"set file_sd_dir, or use ranks=\"local_zero\""):
         PrometheusConfig(ranks="all")
 
 
