@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ess_monitor.analysis.hybrids import hybrid_advice
+    from ess_monitor.analysis.lengths import length_profile
     from ess_monitor.analysis.results import (
+        AtLength,
         Compressibility,
         HybridAdvice,
         LayerAdvice,
         LayerCompressibility,
+        LayerLengths,
         LayerMinimalState,
+        LengthProfile,
         MinimalStates,
         StateError,
         StateFor,
@@ -28,21 +32,30 @@ if TYPE_CHECKING:
     from ess_monitor.analysis.student_states import compressibility
 
 __all__ = [
+    "AtLength",
     "Compressibility",
     "HybridAdvice",
     "LayerAdvice",
     "LayerCompressibility",
+    "LayerLengths",
     "LayerMinimalState",
+    "LengthProfile",
     "MinimalStates",
     "StateError",
     "StateFor",
     "StudentLoss",
     "compressibility",
     "hybrid_advice",
+    "length_profile",
     "minimal_state",
 ]
 
-_MODULES = {"minimal_state": "smallest_states", "compressibility": "student_states", "hybrid_advice": "hybrids"}
+_MODULES = {
+    "minimal_state": "smallest_states",
+    "compressibility": "student_states",
+    "hybrid_advice": "hybrids",
+    "length_profile": "lengths",
+}
 """Functions, and the modules that they are in. All other names are records, in `results`."""
 
 

@@ -217,3 +217,62 @@ class HybridAdvice(AnalysisResult):
         return [
             {"model": self.model, **layer.model_dump(), "evidence": "; ".join(layer.evidence)} for layer in self.layers
         ]
+
+
+class AtLength(Record):
+    """One layer on the first tokens of the input. Sizes are means over samples and heads, at the midpoint."""
+
+    length: int
+    """Tokens."""
+    operators: int
+    """How many operators (samples x heads or channels) were measured."""
+    effective_size: float | None
+    """Tolerance-ESS."""
+    entropy_size: float | None
+    """Entropy-ESS."""
+    state_capacity: float | None
+    """TSS."""
+    undecayed_size: float | None
+    """Tolerance-ESS of the same layer without its decay. None where there is no decay."""
+    decay_product_norm: float | None
+    """Frobenius norm of the product of A over these tokens. None where there is no A."""
+
+
+class LayerLengths(Record):
+    """One layer at several lengths."""
+
+    layer: str
+    status: Status
+    message: str = ""
+    """What happened, when `status` is not ok, and what else to know of the numbers."""
+    operator: str = ""
+    """Kind of operator, a class name of `ess_monitor.ess`."""
+    capacity_grows: bool = False
+    """True where TSS grows with the position (softmax attention)."""
+    lengths: tuple[AtLength, ...] = ()
+    """In ascending order."""
+
+
+class LengthProfile(AnalysisResult):
+    """ESS and decay of a model's layers over the length of the sequence, on one batch."""
+
+    model: str
+    """Class of the model."""
+    lengths: tuple[int, ...]
+    """Lengths that were asked for, ascending."""
+    tolerance: float
+    """tau of the tolerance-ESS."""
+    tolerance_scale: str
+    """Against what tau is measured, as in `Reading`."""
+    layers: tuple[LayerLengths, ...]
+    """In model order. A layer that could not be analyzed has another status than ok, and a message."""
+    skipped: tuple[LayerInfo, ...] = ()
+    """The other sequence mixers, each with the reason."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each layer and length."""
+        return [
+            {"model": self.model, **layer.model_dump(exclude={"lengths"}), **at}
+            for layer in self.layers
+            for at in ([each.model_dump() for each in layer.lengths] or [dict.fromkeys(AtLength.model_fields)])
+        ]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ess_monitor.errors import ConfigError
+
 if TYPE_CHECKING:
     from ess_monitor.capture import LayerFilter
 
@@ -53,6 +55,21 @@ class Unknown(str, Enum):
 
     skip = "skip"
     jacobian = "jacobian"
+
+
+def whole_numbers(name: str, text: str, least: int) -> tuple[int, ...]:
+    """Return the whole numbers of an option like `4,8,16`.
+
+    >>> whole_numbers("lengths", "64, 256", 2)
+    (64, 256)
+    """
+    try:
+        numbers = tuple(int(each) for each in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < least:
+        raise ConfigError(f"{name}: {text!r} is not a list of whole numbers from {least} up; write it as 4,8,16")
+    return numbers
 
 
 def layer_filter(patterns: list[str] | None) -> LayerFilter | None:

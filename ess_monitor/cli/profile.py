@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.progress import track
 from typer.core import TyperGroup
 
+from ess_monitor.cli.analysis.lengths import put_out_lengths
+from ess_monitor.cli.analysis.output import progress
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
     Checkpoint,
+    Html,
     Input,
     InputKind,
     Kwargs,
@@ -29,6 +32,7 @@ from ess_monitor.cli.options import (
     VocabSize,
     Width,
     layer_filter,
+    whole_numbers,
 )
 from ess_monitor.cli.tables import featurizer_table, print_json, print_table, reading_table
 from ess_monitor.errors import ConfigError
@@ -83,26 +87,44 @@ def profile_target(
     unknown: Annotated[
         Unknown, typer.Option(help="Layers of an unknown kind: 'jacobian' linearizes them, which takes longer.")
     ] = Unknown.skip,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="ESS at the midpoint of the first N tokens, and the norm of A's product."),
+    ] = None,
     as_json: AsJson = False,
+    html: Html = None,
 ) -> None:
-    """Measure every layer of a model, at initialization or with the weights of a checkpoint."""
+    """Measure every layer of a model, at initialization or with the weights of a checkpoint.
+
+    With --lengths it is measured on the first tokens of one long input; --length and --positions then do not count.
+    """
+    from ess_monitor.analysis import length_profile
     from ess_monitor.cli.measuring import config_of, loaded, run_on, tau
     from ess_monitor.inspection import profile
 
     if target == "featurizers":
         raise ConfigError("target: the options come after the word: ess-monitor profile featurizers [OPTIONS]")
+    if html is not None and lengths is None:
+        raise ConfigError("html: a page is written with --lengths only; add --lengths 64,256,1024, or leave out --html")
+    tokens = () if lengths is None else whole_numbers("lengths", lengths, 2)
+    length = max(tokens, default=length)
     config = config_of(
         batch, length, tolerance, tolerance_scale, positions, layers=layer_filter(layer), unknown=unknown
     )
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
-        result = run_on(model, inputs, profile, config=config)
-    if as_json:
+        if lengths is None:
+            result = run_on(model, inputs, profile, config=config)
+        else:
+            over = run_on(model, inputs, length_profile, lengths=tokens, config=config, progress=progress)
+    title = f"{type(model).__name__}, {kind.value} input {tuple(inputs.shape)}, tau {tau(config)}"
+    if lengths is not None:
+        put_out_lengths(over, title, as_json=as_json, html=html)
+    elif as_json:
         skipped = [layer.model_dump(mode="json") for layer in result.skipped]
         readings = [reading.model_dump(mode="json") for reading in result.readings]
         print_json(model=result.model, readings=readings, skipped=skipped)
     else:
-        title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}, tau {tau(config)}"
         print_table(reading_table(title, result.readings, result.skipped))
 
 

@@ -11,7 +11,12 @@ policy forbids everything else.
 
 from __future__ import annotations
 
-from ess_monitor.report.analysis import render_compressibility, render_hybrid_advice, render_minimal_state
+from ess_monitor.report.analysis import (
+    render_compressibility,
+    render_hybrid_advice,
+    render_length_profile,
+    render_minimal_state,
+)
 from ess_monitor.report.compare import render_comparison
 from ess_monitor.report.history import RunHistory, find_event_log, load_history
 from ess_monitor.report.page import render_report
@@ -26,6 +31,7 @@ __all__ = [
     "render_comparison",
     "render_compressibility",
     "render_hybrid_advice",
+    "render_length_profile",
     "render_minimal_state",
     "render_report",
 ]

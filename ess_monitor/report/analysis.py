@@ -10,12 +10,14 @@ from ess_monitor.analysis.results import (
     HybridAdvice,
     LayerAdvice,
     LayerCompressibility,
+    LayerLengths,
     LayerMinimalState,
+    LengthProfile,
     MinimalStates,
 )
 from ess_monitor.records import LayerInfo, layer_title
 from ess_monitor.report.components import Table, cell, present
-from ess_monitor.report.figures import Chart, Scale, Series, line_chart, log_scale
+from ess_monitor.report.figures import Chart, LogScale, Scale, Series, line_chart, log_scale
 from ess_monitor.report.page import render
 
 _LEAST_ERROR = 1e-7
@@ -198,3 +200,83 @@ def _depth_chart(layers: Sequence[LayerAdvice]) -> Chart | None:
         Scale(1.0, float(max(len(layers), 2))),
         x_label="layer",
     )
+
+
+def render_length_profile(result: LengthProfile) -> str:
+    """Return the page of `length_profile` as HTML: ESS and the norm of the product of A, layer by layer.
+
+    Args:
+        result: what `length_profile` returned.
+
+    Returns:
+        One whole document; it needs no other file.
+
+    Example:
+        >>> page = render_length_profile(
+        ...     LengthProfile(model="Net", lengths=(64,), tolerance=1e-3, tolerance_scale="absolute", layers=())
+        ... )
+        >>> "Net: ESS over the length" in page, "<script" in page
+        (True, False)
+    """
+    validation.instance("result", result, LengthProfile, hint="length_profile(model, ...) returns one")
+    layers = [layer for layer in result.layers if layer.status == "ok"]
+    columns = ("layer", "length", "ESS", "TSS", "ESS without decay", "norm of the product of A", "entropy-ESS")
+    of = " of each token's output" if result.tolerance_scale == "output" else ""
+    charts = [chart for layer in layers for chart in (_sizes_over_length(layer), _decay_over_length(layer))]
+    return render(
+        "analysis.html",
+        title=f"{result.model}: ESS over the length",
+        lead="A state that keeps what it is given fills up with the length of the sequence. One that decays forgets: "
+        "its ESS falls as the norm of the product of A goes to 0.",
+        table=Table(
+            f"At the midpoint of the first tokens, tau {result.tolerance:g}{of}",
+            columns,
+            tuple(row for layer in layers for row in _at_lengths(layer)),
+        ),
+        notes=[f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message],
+        charts_title="Over the length of the sequence",
+        charts=present(*charts),
+        details=[],
+        skipped=without_result(((layer.layer, layer.status, layer.message) for layer in result.layers), result.skipped),
+    )
+
+
+def _at_lengths(layer: LayerLengths) -> list[tuple[str, ...]]:
+    return [
+        (
+            layer_title(layer.layer),
+            str(at.length),
+            cell(at.effective_size),
+            cell(at.state_capacity) + (" (grows)" if layer.capacity_grows else ""),
+            cell(at.undecayed_size),
+            cell(at.decay_product_norm),
+            cell(at.entropy_size),
+        )
+        for at in layer.lengths
+    ]
+
+
+def _over_length(layer: LayerLengths, name: str) -> list[tuple[float, float]]:
+    return [(float(at.length), value) for at in layer.lengths if (value := getattr(at, name)) is not None]
+
+
+def _length_scale(layer: LayerLengths) -> Scale:
+    first, last = layer.lengths[0].length, layer.lengths[-1].length
+    return LogScale(float(first), float(last)) if last > first else Scale(0.0, float(last))
+
+
+def _sizes_over_length(layer: LayerLengths) -> Chart | None:
+    series = [Series("ESS", "a", _over_length(layer, "effective_size"))]
+    series.append(Series("ESS without decay", "b", _over_length(layer, "undecayed_size")))
+    if not layer.capacity_grows:
+        series.append(Series("TSS", "limit", _over_length(layer, "state_capacity")))
+    return line_chart(f"{layer_title(layer.layer)}: ESS", series, _length_scale(layer), x_label="tokens")
+
+
+def _decay_over_length(layer: LayerLengths) -> Chart | None:
+    norms = [(length, norm) for length, norm in _over_length(layer, "decay_product_norm") if norm > 1e-30]
+    if not norms:
+        return None
+    title = f"{layer_title(layer.layer)}: norm of the product of A"
+    axis = log_scale([norm for _, norm in norms])
+    return line_chart(title, [Series("norm", "a", norms)], _length_scale(layer), x_label="tokens", y=axis)

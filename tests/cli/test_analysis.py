@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ess_monitor import CaptureConfig, LayerFilter, MonitorConfig
-from ess_monitor.analysis import compressibility, hybrid_advice, minimal_state
+from ess_monitor.analysis import compressibility, hybrid_advice, length_profile, minimal_state
 from tests.cli.test_main import Run
 
 NET = ("cli_models:Net", "--input", "tokens", "--length", "24")
@@ -80,6 +80,23 @@ def test_hybrid_advice_gives_what_it_gives_in_python_and_shows_a_table(run: Run,
     assert "Net: advice for its layers" in (tmp_path / "page.html").read_text()
 
 
+def test_profile_over_lengths_gives_what_it_gives_in_python_and_shows_a_table(run: Run, tmp_path: Path) -> None:
+    over = ("profile", "cli_models:mixer", "--width", "16", "--batch", "2", "--lengths", "8,24")
+    answer = run(*over, "--json")
+
+    import cli_models
+
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))
+    config = MonitorConfig(capture=CaptureConfig(samples=2, heads=None))
+    expected = length_profile(cli_models.mixer(), inputs, lengths=[8, 24], config=config)
+    assert answer.json == {"schema_version": 1, **expected.model_dump(mode="json")}
+    shown = run(*over, "--html", "page.html")
+    assert re.search(r"layer +length +ESS +TSS +ESS without decay +norm of A's product +entropy", shown.out)
+    assert re.search(r"model +24 +[\d.]+ +4 +[\d.]+ +[\d.e-]+ +[\d.]+", shown.out)
+    assert "ESS over the length" in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -88,7 +105,9 @@ def test_hybrid_advice_gives_what_it_gives_in_python_and_shows_a_table(run: Run,
         (("minimal-state", "cli_models:mixer", "--width", "16", "--error", "2"), "relative_errors=2"),
         (("minimal-state", "cli_models:mixer", "--width", "16", "--checkpoint", "none.pt"), "none.pt is not a file"),
         (("distill-check", "cli_models:mixer", "--width", "16", "--student-states", "four"), "'four' is not a list"),
-        (("distill-check", "cli_models:mixer", "--width", "16", "--student-states", "-4"), "student_states=-4"),
+        (("distill-check", "cli_models:mixer", "--width", "16", "--student-states", "-4"), "'-4' is not a list"),
+        (("profile", "cli_models:mixer", "--width", "16", "--lengths", "1,8"), "'1,8' is not a list of whole numbers"),
+        (("profile", "cli_models:mixer", "--width", "16", "--html", "x.html"), "--lengths"),
         (("hybrid-advice", "cli_models:mixer", "--width", "16", "--tolerance", "-1"), "tolerance"),
         (("minimal-state", "cli_models:Net", "--width", "17"), "does not run on torch.float32"),
         (

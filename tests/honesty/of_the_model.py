@@ -152,6 +152,11 @@ ANALYSIS: dict[str, Case] = {
         lambda: {"model": model(), "inputs": floats(2, 6, 8)},
         exempt={"inputs": OF_THE_MODEL},
     ),
+    "length_profile": Case(
+        lambda model, inputs, **given: analysis.length_profile(model, inputs, **given),
+        lambda: {"model": model(), "inputs": floats(2, 6, 8), "lengths": [3, 6], "progress": iter},
+        exempt={"inputs": OF_THE_MODEL},
+    ),
     "minimal_state": Case(
         lambda model, inputs, **given: analysis.minimal_state(model, inputs, **given),
         lambda: {"model": model(), "inputs": floats(2, 6, 8), "relative_errors": [0.1], "progress": iter},

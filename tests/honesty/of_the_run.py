@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ess_monitor import alerts, exporters, report
-from ess_monitor.analysis import Compressibility, HybridAdvice, MinimalStates
+from ess_monitor.analysis import Compressibility, HybridAdvice, LengthProfile, MinimalStates
 from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
 from ess_monitor.pipeline.counters import RunCounters
@@ -115,6 +115,12 @@ REPORT: dict[str, Case] = {
     "render_hybrid_advice": Case(
         report.render_hybrid_advice,
         lambda: {"result": HybridAdvice(model="Net", tolerance=0.1, tolerance_scale="output", layers=())},
+    ),
+    "render_length_profile": Case(
+        report.render_length_profile,
+        lambda: {
+            "result": LengthProfile(model="Net", lengths=(64,), tolerance=1e-3, tolerance_scale="absolute", layers=())
+        },
     ),
     "render_minimal_state": Case(
         report.render_minimal_state, lambda: {"result": MinimalStates(model="Net", layers=())}

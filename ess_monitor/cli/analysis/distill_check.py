@@ -25,9 +25,9 @@ from ess_monitor.cli.options import (
     Target,
     VocabSize,
     Width,
+    whole_numbers,
 )
 from ess_monitor.cli.tables import plain_table
-from ess_monitor.errors import ConfigError
 from ess_monitor.records import layer_title
 
 if TYPE_CHECKING:
@@ -62,12 +62,7 @@ def distill_check(
     from ess_monitor.report import render_compressibility
 
     config = config_of(layer, batch, heads, length)
-    try:
-        states = tuple(int(each) for each in student_states.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"student_states: {student_states!r} is not a list of whole numbers; write it as 4,8,16"
-        ) from None
+    states = whole_numbers("student_states", student_states, 0)
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
         result = run_on(model, inputs, compressibility, student_states=states, config=config, progress=progress)
