@@ -84,24 +84,33 @@ class Transitions:
         log_decay, beta, k = (_chosen(tensor, chosen) for tensor in (self.log_decay, self.beta, self.k))
         return Transitions(log_decay, beta, k, left, right)
 
-    def reach(self, q: Tensor, positions: Sequence[int]) -> Tensor:
-        """Return `tokens_in_reach`, (B|1, H|1), for outputs that read with `q`.
+    def log_norms(self) -> Tensor | None:
+        """Return the log of a bound of ||A_t||, (B|1, H|1, L), in the working dtype.
 
         ||(I - beta k k^T) diag(decay)|| is at most max(1, |1 - beta ||k||^2|) times the largest decay. With `left` and
-        `right` nothing is known, and all tokens are in reach.
+        `right` nothing is known: None.
         """
         if self.left is not None:
+            return None
+        dtype = working_dtype(self.k.device)
+        beta = self.beta.expand(-1, -1, self.k.shape[2], -1)[..., 0]
+        grows = (1.0 - beta * self.k.to(dtype).square().sum(-1)).abs().clamp(min=1.0).log()
+        return self.log_decay.amax(-1).to(dtype) + grows
+
+    def reach(self, q: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return `tokens_in_reach`, (B|1, H|1), for outputs that read with `q`. Without `log_norms` all are."""
+        log_norms = self.log_norms()
+        if log_norms is None:
             return torch.zeros((1, 1), dtype=torch.long, device=q.device)
         length, state = self.k.shape[2:]
         at = index_tensor(positions, q.device)
         log_decay = self.log_decay.expand(-1, -1, length, -1)
         beta = self.beta.expand(-1, -1, length, -1)
         norm = self.k.to(working_dtype(q.device)).norm(dim=-1)
-        log_norm = log_decay.amax(-1) + (1.0 - beta[..., 0] * norm.square()).abs().clamp(min=1.0).log()
         read, k = q[:, :, at], self.k[:, :, at]
         read = (read - beta[:, :, at] * (read * k).sum(-1, keepdim=True) * k) * log_decay[:, :, at].exp()
         outputs, first_read = (each.to(norm.dtype).norm(dim=-1) for each in (q, read))
-        return tokens_in_reach(log_norm, beta[..., 0].abs() * norm, outputs, first_read, positions, state)
+        return tokens_in_reach(log_norms, beta[..., 0].abs() * norm, outputs, first_read, positions, state)
 
     def newest_first(self) -> Transitions:
         """Return the transitions with time reversed."""
@@ -178,6 +187,24 @@ def _sides(
 def delta_windows(transitions: Transitions, q: Tensor, batch: int, heads: int) -> Windows:
     """Return the windows in which squared norms of the rows of T are computed. `q` is (B|1, H|1, L, N)."""
     return _DeltaWindows(q, batch, heads, ROW_CHUNK, max(ROW_CHUNK, q.shape[3] // 2), transitions)
+
+
+def transition_product_norm(transitions: Transitions, batch: int, heads: int, smallest: float) -> Tensor:
+    """Return ||A_L ... A_1||_F, (B, H), in the working dtype; 0 where a bound of it is below `smallest`."""
+    bound = transitions.log_norms()
+    if bound is None or bound.device.type != "cpu":
+        chosen = None
+    else:
+        total = bound.sum(-1) + 0.5 * math.log(transitions.k.shape[3])
+        chosen = ~(total < math.log(smallest) - 1.0).expand(batch, heads)
+    if chosen is None or bool(chosen.all()):
+        norm: Tensor = torch.linalg.matrix_norm(transition_product(transitions, batch, heads))
+        return norm
+    norms = torch.zeros((batch, heads), dtype=torch.float64)
+    if bool(chosen.any()):
+        product = transition_product(transitions.of(chosen), 1, int(chosen.sum()))
+        norms[chosen] = torch.linalg.matrix_norm(product).flatten()
+    return norms
 
 
 def transition_product(transitions: Transitions, batch: int, heads: int) -> Tensor:
@@ -321,8 +348,8 @@ class _Windows:
         left, right, decay = (tensor[:, :, window, None] for tensor in (self.left, self.right, self.decay))
         x = right @ gramians
         y = torch.addcmul(0.5 * (x @ right.mT) @ left, x, decay)
-        half = left.mT @ y
-        gramians.mul_(decay * decay.mT).add_(half).add_(half.mT)
+        gramians *= decay * decay.mT
+        gramians += torch.cat([left.expand_as(y), y], dim=-2).mT @ torch.cat([y, left.expand_as(y)], dim=-2)
 
     def applied_to(self, rows: Tensor) -> Tensor:
         """Return `rows` (..., M, N) at the start of windows as they are at the end."""

@@ -100,12 +100,12 @@ def split_row_squares(windows: Windows, position: int, start: int) -> tuple[Tens
         for pick in _picks(windows, first, stop, windows.chunk if is_read else windows.unread_chunk):
             by = windows.passed_and_read(pick) if is_read else windows.passed(pick)
             entering = by.columns.mT @ by.columns
-            reading = None if by.rows is None else by.rows.mT @ by.rows
             if by.within is not None:
                 squares[..., 1] += by.within.sum((2, 3))
             for window in range(entering.shape[2]):
-                if reading is not None:
-                    squares += (gramians * reading[:, :, window, None]).sum((-2, -1)).clamp_(min=0.0)
+                if by.rows is not None:
+                    rows = by.rows[:, :, window, None]
+                    squares += ((rows @ gramians) * rows).sum((-2, -1)).clamp_(min=0.0)
                 by.carry_(present, window)
                 gramians[:, :, side] += entering[:, :, window]
     return squares[..., 0], squares[..., 1]

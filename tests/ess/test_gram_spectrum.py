@@ -18,6 +18,7 @@ from ess_monitor.ess import (
     Operator,
     ReadFirstRecurrence,
     SoftmaxAttention,
+    decay_product_norm,
     gramian,
     measure,
     tolerance_ess,
@@ -299,6 +300,19 @@ def test_recurrences_of_full_rank_are_measured_without_a_factorization(monkeypat
     torch.manual_seed(1)
     with pytest.raises(AssertionError):
         measure(OPERATORS["deficient"](), POSITIONS)
+
+
+def test_a_product_of_transitions_that_rounds_to_zero_is_zero_and_that_of_other_heads_is_computed() -> None:
+    torch.manual_seed(1)
+    log_decay = torch.tensor([-2.0, -0.01])[None, :, None, None]
+    operator = DeltaRecurrence(log_decay, torch.rand(1, HEADS, LENGTH), _keys(), _randn(*SHAPE))
+    product = torch.eye(STATE).double()
+    for A in reference.delta_rule(log_decay.expand(-1, -1, LENGTH, -1), operator.beta, operator.k).unbind(2):
+        product = A @ product
+    expected = torch.linalg.matrix_norm(product)
+    assert expected[0, 0] > 0
+    torch.testing.assert_close(decay_product_norm(operator), expected.float(), rtol=1e-5, atol=0)
+    assert decay_product_norm(operator.map(Tensor.double))[0, 0] > 0
 
 
 def test_singular_values_that_are_asked_for_alone_are_exact() -> None:

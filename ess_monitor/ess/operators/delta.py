@@ -15,7 +15,7 @@ from ess_monitor.ess.delta_gramian import (
     delta_singular_values,
     delta_windows,
     mean_diagonal,
-    transition_product,
+    transition_product_norm,
 )
 from ess_monitor.ess.linalg import result_dtype
 from ess_monitor.ess.operators.fields import check_floating
@@ -120,8 +120,9 @@ class DeltaRecurrence(Recurrence):
         return operator.to(self.result_dtype)
 
     def _product_norm(self) -> Tensor:
-        norm: Tensor = torch.linalg.matrix_norm(transition_product(self.transitions, self.batch, self.heads))
-        return norm
+        dtype = torch.finfo(self.result_dtype)
+        smallest = dtype.smallest_normal * dtype.eps
+        return transition_product_norm(self.transitions, self.batch, self.heads, smallest)
 
     def _mean_diagonal(self) -> Tensor:
         return mean_diagonal(self.transitions)
