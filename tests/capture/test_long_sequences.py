@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ess_monitor import CaptureConfig, MonitorConfig, profile
+from ess_monitor import CaptureConfig, ConfigError, MonitorConfig, profile
 from ess_monitor.capture import Captured, Sampler, find_layers
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.hooks.given_tokens import Rows, TokenWatch
@@ -324,3 +324,15 @@ def test_an_operator_that_is_formed_from_the_whole_layer_is_formed_in_part(
 def test_longer_sequences_are_at_most_twice_the_tokens_of_short_ones(length: int, taken: tuple[int, int]) -> None:
     part = part_of(LazyOperator(4, 4, length, formed), CaptureConfig(), 1.0, 0)
     assert (len(range(4)[part.samples]), len(part.heads), part.length) == (*taken, length)
+
+
+@pytest.mark.parametrize(("given", "read"), [("512", 512), ("auto", "auto"), ("1", None), ("whole", None)])
+def test_the_limit_is_a_number_or_auto_in_the_environment_too(
+    given: str, read: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESS_MONITOR_CAPTURE__MAX_LENGTH", given)
+    if read is None:
+        with pytest.raises(ConfigError, match=r"capture\.max_length"):
+            MonitorConfig.load()
+    else:
+        assert MonitorConfig.load().capture.max_length == read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -166,18 +166,23 @@ class DiagonalRecurrence(Recurrence):
         return operator.to(self.result_dtype)
 
     def _product_norm(self) -> Tensor:
-        total = self.log_decay.sum(2, dtype=working_dtype(self.device))
+        sums = [part.sum(2, dtype=working_dtype(self.device)) for part in self._decays_in_parts()]
+        total = torch.stack(sums).sum(0)
         if self.log_decay.shape[2] == 1:
             total = total * self.length
         repeated = self.state_size // total.shape[-1]
         return (repeated * (2 * total).exp().sum(-1)).sqrt()
 
     def _mean_diagonal(self) -> Tensor:
-        samples, heads, tokens, state = self.log_decay.shape
         dtype = result_dtype(self.log_decay.dtype)
-        parts = (self.log_decay[:, :, part] for part in slabs(tokens, min(samples * heads * state, 1024)))
-        sums = [part.to(dtype).exp().sum((2, 3), dtype=working_dtype(self.device)) for part in parts]
-        return torch.stack(sums).sum(0) / (tokens * state)
+        parts = (part.to(dtype).exp() for part in self._decays_in_parts())
+        sums = [part.sum((2, 3), dtype=working_dtype(self.device)) for part in parts]
+        return torch.stack(sums).sum(0) / (self.log_decay.shape[2] * self.log_decay.shape[3])
+
+    def _decays_in_parts(self) -> Iterator[Tensor]:
+        """Yield the log decay in parts of 1024 tokens at least: a change of its dtype is then small."""
+        samples, heads, tokens, state = self.log_decay.shape
+        return (self.log_decay[:, :, part] for part in slabs(tokens, min(samples * heads * state, 1024)))
 
     def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
         longest = max(position, start - position, self.length - start)
