@@ -1,4 +1,4 @@
-# make demo | observability | test | coverage | mutation | faults | fuzz | matrix | audit | check | bench | docs | clean
+# make demo | observability | test | coverage | mutation | faults | fuzz | matrix | audit | check | bench | gpu | docs | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="-k ess -x" is passed on to pytest.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ MAMBA_SSM := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install --
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo observability test coverage mutation faults fuzz matrix audit check bench docs clean
+.PHONY: help demo observability test coverage mutation faults fuzz matrix audit check bench gpu docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -69,6 +69,9 @@ check: $(DEV)
 
 bench: $(DEV)
 	$(BIN)/python -m benchmarks
+
+gpu: $(DEV)
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 # Without the variable the theme prints its vendor's announcements into every build.
 docs: $(DOCS)

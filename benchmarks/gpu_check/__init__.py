@@ -1,0 +1,1 @@
+"""Checks on a machine with an accelerator what the monitor promises there."""
