@@ -34,7 +34,8 @@ def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
     """Return host integers as an index on `device`, without waiting for the device."""
-    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+    # Of the CPU by name: where a device is the default, the tensor would be made there, and the host would wait.
+    return torch.tensor(values, dtype=torch.long, device="cpu").to(device, non_blocking=True)
 
 
 def slabs(total: int, elements_each: int) -> Iterator[slice]:

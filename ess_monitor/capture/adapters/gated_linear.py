@@ -159,7 +159,7 @@ def retention(call: Call) -> LazyOperator | None:
     """Read `*_retention(q, k, v, ...)`: a constant decay of head h, 1 - 2^-(5 + h), that is part of the op."""
 
     def log_decay(select: Select, heads: Sequence[int]) -> Tensor:
-        lost = torch.tensor([2.0 ** -(5 + head) for head in heads])
+        lost = torch.tensor([2.0 ** -(5 + head) for head in heads], device="cpu")
         device = call.kwargs["k"].device
         return torch.log1p(-lost).reshape(1, -1, 1, 1).to(device, non_blocking=True)
 

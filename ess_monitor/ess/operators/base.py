@@ -258,7 +258,7 @@ class Operator(ABC):
     def _capacities(self, positions: Sequence[int]) -> Tensor:
         """Return `state_capacity` at checked positions, without regard to segments."""
         capacity = [float(self._capacity_at(i)) for i in positions]
-        return torch.tensor(capacity, dtype=torch.float32).to(self.device, non_blocking=True)
+        return torch.tensor(capacity, dtype=torch.float32, device="cpu").to(self.device, non_blocking=True)
 
     @abstractmethod
     def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:

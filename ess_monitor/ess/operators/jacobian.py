@@ -109,7 +109,7 @@ class JacobianOperator(Operator):
         """Return J: (batch, 1, E L, D L). Costs E L products."""
         products = JacobianProducts(self.function, self.inputs[:, 0])
         batch, length, channels = products.outputs.shape
-        units = torch.eye(length * channels).to(self.inputs).reshape(-1, 1, length, channels)
+        units = torch.eye(length * channels, device="cpu").to(self.inputs).reshape(-1, 1, length, channels)
         rows = products.backward(units.expand(-1, batch, -1, -1).contiguous())
         return rows.flatten(2).transpose(0, 1)[:, None]
 
@@ -159,14 +159,16 @@ class JacobianOperator(Operator):
         """Return what divides each token's rows: E ||J v||^2 = ||rows||^2 for Gaussian v."""
         generator = torch.Generator().manual_seed(2)
         shape = (_PROBES, *self.inputs[:, 0].shape)
-        images = products.forward(torch.randn(shape, generator=generator, dtype=torch.float64).to(self.inputs))
+        images = products.forward(
+            torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.inputs)
+        )
         squares = images.square().mean((0, 3)).unsqueeze(-1)
         return squares.rsqrt().masked_fill_(squares == 0, 0.0)
 
 
 def _part(function: Function, whole: Tensor, samples: Sequence[int] | None, tokens: slice) -> Function:
     """Return `function` as one of some samples and neighboring tokens; the others stay as they are in `whole`."""
-    rows = torch.arange(len(whole)) if samples is None else torch.tensor(list(samples))
+    rows = torch.tensor(range(len(whole)) if samples is None else list(samples), device="cpu")
     rows = rows.to(whole.device)
     start, stop, _ = tokens.indices(whole.shape[1])
 
