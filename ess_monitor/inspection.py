@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,8 +17,13 @@ from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.ess import Operator
 from ess_monitor.evidence.causality import is_causal
+from ess_monitor.exporters.terminal.inspected import layer_table, reading_table
+from ess_monitor.exporters.terminal.shown import Shown
 from ess_monitor.pipeline.readings import compute, lost_reading, reading, reduce_long
 from ess_monitor.records import LayerInfo, Reading
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
 """Finer than during training: 8 samples as in the paper's section 3, every head, 8 positions."""
@@ -27,7 +32,7 @@ _ONE_HEAD = CaptureConfig(samples=1, heads=1)
 
 
 @dataclass(frozen=True)
-class Description:
+class Description(Shown):
     """The sequence mixers of a model, in model order."""
 
     model: str
@@ -40,8 +45,15 @@ class Description:
         """The layers a monitor would measure."""
         return tuple(layer for layer in self.layers if layer.supported)
 
+    @property
+    def _counted(self) -> str:
+        return f"{self.model}: {len(self.supported)} of {len(self.layers)} sequence mixers can be measured"
+
+    def __rich__(self) -> Table:
+        return layer_table(self._counted, self.layers)
+
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.supported)} of {len(self.layers)} sequence mixers can be measured"]
+        lines = [self._counted]
         for layer in self.layers:
             if layer.supported:
                 size = "known after a forward pass" if layer.state_capacity is None else str(layer.state_capacity)
@@ -107,8 +119,8 @@ def _corrected(
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Readings of every layer from one forward pass."""
+class Profile(Shown):
+    """Readings of every layer from one forward pass. `print` shows them as a table, as a notebook does."""
 
     model: str
     """Class of the model."""
@@ -117,6 +129,11 @@ class Profile:
     inputs has another status than ok, and a message that says why."""
     skipped: tuple[LayerInfo, ...] = ()
     """The other sequence mixers, each with the reason."""
+
+    def __rich__(self) -> Table:
+        measured = sum(reading.status == "ok" for reading in self.readings)
+        title = f"{self.model}: {measured} of {len(self.readings) + len(self.skipped)} layers measured"
+        return reading_table(title, self.readings, self.skipped)
 
 
 def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None, **named_inputs: Any) -> Profile:

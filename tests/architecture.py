@@ -124,7 +124,8 @@ def may_import(module: str) -> set[str]:
         return packages - {"integrations"}
     if package == "integrations":
         return packages - {"cli"} - ONLY_TO_TRAIN
-    return packages - ABOVE_THE_MONITOR - ONLY_TO_TRAIN - {""}
+    of_logs = {"report"} if module == "ess_monitor" else set()  # `load_run`, imported when it is used
+    return (packages - ABOVE_THE_MONITOR - ONLY_TO_TRAIN - {""}) | of_logs
 
 
 def against_the_arrows(path: Path, public: set[str]) -> list[str]:

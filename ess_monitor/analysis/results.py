@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, Literal
 
-from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo, Record, Status
+from ess_monitor.records.dataframe import data_frame
 
 Mixer = Literal["attention", "recurrence", "filter", "other"]
 """Kind of a layer that mixes tokens."""
@@ -25,13 +24,7 @@ class AnalysisResult(Record):
         Raises:
             ConfigError: pandas is not installed.
         """
-        try:
-            pandas: Any = import_module("pandas")
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                'to_dataframe: needs pandas: pip install "ess-monitor[pandas]"; rows() gives the same as a list'
-            ) from error
-        return pandas.DataFrame(self.rows())
+        return data_frame(self.rows())
 
 
 class StateError(Record):

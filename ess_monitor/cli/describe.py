@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from ess_monitor.cli.options import AsJson, Kwargs, Layers, layer_filter
-from ess_monitor.cli.tables import layer_table, print_json, print_table
+from ess_monitor.cli.tables import print_json, print_table
 from ess_monitor.errors import ConfigError
+from ess_monitor.exporters.terminal.inspected import layer_table
 
 
 def describe(

@@ -34,8 +34,9 @@ from ess_monitor.cli.options import (
     layer_filter,
     whole_numbers,
 )
-from ess_monitor.cli.tables import featurizer_table, print_json, print_table, reading_table
+from ess_monitor.cli.tables import featurizer_table, print_json, print_table
 from ess_monitor.errors import ConfigError
+from ess_monitor.exporters.terminal.inspected import reading_table
 
 Tolerance = Annotated[float, typer.Option(help="tau: singular values above it count.")]
 ToleranceScale = Annotated[

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import Exporter, ExporterHub
+from ess_monitor.exporters.terminal.shown import Shown
+from ess_monitor.exporters.terminal.table import plain_text, render_table
 from ess_monitor.pipeline.context import RunContext
 from ess_monitor.pipeline.replays import Replays
 from ess_monitor.pipeline.results import ResultHandler
 from ess_monitor.pipeline.trigger import SampleTrigger
-from ess_monitor.records import Action, Condition, Finding, Reading, Snapshot
+from ess_monitor.records import Action, Condition, Finding, LayerInfo, Measurement, Reading, Snapshot
 from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.shutdown import close_abandoned
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-class RunView:
-    """Answers what is known of a run. The base of `Monitor`, which sets these fields."""
 
+class RunView(Shown):
+    """Answers what is known of a run, and shows it. The base of `Monitor`, which sets these fields."""
+
+    model: nn.Module
     _context: RunContext
     _trigger: SampleTrigger
     _results: ResultHandler
@@ -136,6 +144,30 @@ class RunView:
                 call,
             )
         return self._alive
+
+    def __rich__(self) -> Table:
+        counters = self.snapshot()
+        measurement = Measurement(
+            step=counters.last_step,
+            timestamp_seconds=counters.last_measurement_timestamp_seconds,
+            readings=self.readings,
+            conditions=self.conditions,
+            overhead_ratio=counters.overhead_ratio,
+            interval_steps=counters.interval_steps,
+        )
+        table = render_table(
+            measurement, tuple(LayerInfo(name=name, module="", supported=True) for name in self.layers)
+        )
+        table.title = plain_text(self._described)
+        return table
+
+    def __repr__(self) -> str:
+        return f"<{self._described}>"
+
+    @property
+    def _described(self) -> str:
+        status = "not started" if self._running is None else self.snapshot().status
+        return f"Monitor of {type(self.model).__name__}: {status}, step {self._step}, {len(self.layers)} layers"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be None in copies and pickles, so that a model which holds its monitor can be copied and saved."""

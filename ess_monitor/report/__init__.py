@@ -20,14 +20,17 @@ from ess_monitor.report.analysis import (
 from ess_monitor.report.compare import render_comparison
 from ess_monitor.report.history import RunHistory, find_event_log, load_history
 from ess_monitor.report.page import render_report
+from ess_monitor.report.run import Run, load_run
 
 RunStory, load_story = RunHistory, load_history
 """Their names in 0.1."""
 
 __all__ = [
+    "Run",
     "RunHistory",
     "find_event_log",
     "load_history",
+    "load_run",
     "render_comparison",
     "render_compressibility",
     "render_hybrid_advice",

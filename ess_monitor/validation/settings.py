@@ -151,12 +151,9 @@ def did_you_mean(model: type[BaseModel], name: str) -> str:
     """Return the setting whose name is like `name`, wherever it is in the settings; empty where none is.
 
     Example:
-        >>> class Inner(Settings):
-        ...     samples: int = 4
-        >>> class Outer(Settings):
-        ...     inner: Inner = Inner()
-        >>> did_you_mean(Outer, "iner"), did_you_mean(Outer, "sample"), did_you_mean(Outer, "nothing")
-        ('inner', 'inner.samples', '')
+        >>> from ess_monitor.interventions import AutopilotConfig
+        >>> [did_you_mean(AutopilotConfig, name) for name in ("lag_step", "harm_ratio", "nothing")]
+        ['lag_steps', 'probation.harm_ratio', '']
     """
     return _similar(model, name, [], [model])
 

@@ -14,9 +14,9 @@ from ess_monitor import CaptureConfig, Monitor, MonitorConfig, NoLayersError, de
 from ess_monitor.capture import Captured, find_layers
 from ess_monitor.capture.hooks.call_site import Call
 from ess_monitor.capture.linearized import LINEARIZED, LayerAlone, linearized
-from ess_monitor.cli.tables import reading_table
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import JacobianOperator
+from ess_monitor.exporters.terminal.inspected import reading_table
 from ess_monitor.pipeline import readings as averages
 from ess_monitor.records import Reading
 from tests.ess.test_jacobian import block, full_jacobian

@@ -49,6 +49,7 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.analysis.StudentLoss",
             "ess_monitor.interventions.AlphaAdvice",
             "ess_monitor.interventions.AlphaCopy",
+            "ess_monitor.report.Run",
             "ess_monitor.report.RunHistory",
             "ess_monitor.distributed.ConsensusResult",
             "ess_monitor.distributed.RankInfo",

@@ -56,11 +56,15 @@ def _recorded(**given: Any) -> None:
         exporter.close("finished")
 
 
-def _told(path: Any, run: Any = None) -> Any:
+def _told(path: Any, run: Any = None, load: Any = report.load_history) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "events.jsonl")
         log.write_bytes(encode_event(RunStartedEvent(timestamp_seconds=0.0, run="demo", data=RUN)))
-        return report.load_history(log if path == FOLDER else path, run)
+        return load(log if path == FOLDER else path, run)
+
+
+def _opened(path: Any, run: Any = None) -> Any:
+    return _told(path, run, load=report.load_run)
 
 
 def _exported(**given: Any) -> Any:
@@ -107,6 +111,7 @@ ALERTS: dict[str, Case] = {
 REPORT: dict[str, Case] = {
     "find_event_log": Case(report.find_event_log, lambda: {"path": Path(__file__)}, named={"path": "RUN_DIR"}),
     "load_history": Case(_told, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
+    "load_run": Case(_opened, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
     "render_comparison": Case(report.render_comparison, lambda: {"first": HISTORY, "second": HISTORY}),
     "render_compressibility": Case(
         report.render_compressibility,

@@ -190,7 +190,7 @@ def test_a_fault_in_the_autopilot_stops_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_lag_as_long_as_the_interval_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"lag_steps=4 must be below every_n_steps=4"):
+    with pytest.raises(ConfigError, match=r"every_n_steps=4 must be above autopilot\.lag_steps=4"):
         config("auto", lag_steps=4)
 
 

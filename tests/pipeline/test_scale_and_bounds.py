@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ess_monitor import MonitorConfig, capture_operators, profile
-from ess_monitor.cli.tables import reading_table
 from ess_monitor.distributed.reduction import RankReduction
 from ess_monitor.exporters.tensorboard.layout import custom_scalars_layout
+from ess_monitor.exporters.terminal.inspected import reading_table
 from ess_monitor.featurizers import build_mixer
 from ess_monitor.records import Reading, SampleResult
 from ess_monitor.report.components import tolerance_title

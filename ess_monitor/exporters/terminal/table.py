@@ -58,7 +58,7 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
 
     table = Table(
         title=f"state of the memory at step {measurement.step}",
-        caption=_text(
+        caption=plain_text(
             f"next sample in {measurement.interval_steps} steps; cost {measurement.overhead_ratio:.2%} of training time"
         ),
         box=box.SIMPLE_HEAD,
@@ -76,8 +76,8 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
     readings = {reading.layer: reading for reading in measurement.readings}
     for name in dict.fromkeys([*(layer.name for layer in layers), *readings]):
         condition = measurement.conditions.get(name, "unknown")
-        shown = _text(condition_title(condition), _condition_style(condition))
-        table.add_row(_text(layer_title(name)), *_cells(readings.get(name)), shown)
+        shown = plain_text(condition_title(condition), _condition_style(condition))
+        table.add_row(plain_text(layer_title(name)), *_cells(readings.get(name)), shown)
     return table
 
 
@@ -88,7 +88,7 @@ def render_findings(measurement: Measurement) -> Text:
         f"{condition_title(finding.condition)}. {finding.reason} {finding.advice}".rstrip()
         for finding in measurement.findings
     ]
-    return _text("\n".join(lines), "bold")
+    return plain_text("\n".join(lines), "bold")
 
 
 def render_warning(warning: str) -> Text:
@@ -97,7 +97,7 @@ def render_warning(warning: str) -> Text:
     >>> render_warning("metric='loss' with metric_mode='max'").plain
     "warning: metric='loss' with metric_mode='max'"
     """
-    return _text(f"warning: {warning}", "yellow")
+    return plain_text(f"warning: {warning}", "yellow")
 
 
 def render_actions(measurement: Measurement) -> Text:
@@ -136,7 +136,7 @@ def _action_line(action: Action) -> Text:
     sizes = " -> ".join(f"{ratio:.0%}" for ratio in (before, after) if ratio is not None)
     utilization = f", utilization {sizes}" if sizes else ""
     line = f"step {action.step}, {layer_title(action.layer)}: {action.outcome} {what}{utilization}: {action.message}"
-    return _text(" ".join(line.split()), _ACTION_STYLES[action.outcome])
+    return plain_text(" ".join(line.split()), _ACTION_STYLES[action.outcome])
 
 
 def _condition_style(condition: Condition) -> str:
@@ -146,10 +146,10 @@ def _condition_style(condition: Condition) -> str:
 
 def _cells(reading: Reading | None) -> tuple[str, str, str | Text, str]:
     if reading is None:
-        return _NOTHING, _NOTHING, _text("not measured", "dim"), _NOTHING
+        return _NOTHING, _NOTHING, plain_text("not measured", "dim"), _NOTHING
     capacity, ratio = _number(reading.state_capacity, 1), reading.utilization_ratio
     if reading.status != "ok":
-        return _NOTHING, capacity, _text(reading.status, "yellow"), _NOTHING
+        return _NOTHING, capacity, plain_text(reading.status, "yellow"), _NOTHING
     bar = _NOTHING if ratio is None else utilization_bar(ratio)
     return _number(reading.effective_size, 1), capacity, bar, _number(reading.retention_ratio, 2)
 
@@ -158,7 +158,7 @@ def _number(value: float | None, digits: int) -> str:
     return _NOTHING if value is None else f"{value:.{digits}f}"
 
 
-def _text(text: str, style: str = "") -> Text:
+def plain_text(text: str, style: str = "") -> Text:
     """Return a text without markup, and without control characters that would steer the terminal."""
     from rich.text import Text
 
