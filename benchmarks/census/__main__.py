@@ -6,6 +6,7 @@ It can be interrupted: outcomes are kept in a file, and those that it holds are 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="write the page to this file")
     parser.add_argument("--recorded", action="store_true", help="run nothing: the page of the outcomes that are there")
     given = parser.parse_args()
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before transformers imports triton, for the kernels of fla
     sources = () if given.recorded else given.only or SOURCES
     chosen = [item for source in sources for item in SOURCES[source]()]
     if given.names:
