@@ -5,8 +5,8 @@
     python -m benchmarks.trust --list               list the runs
 
 Every run is trained in up to five variants (benchmarks/trust/plan.py). To resume, give the same command again: what has
-a result in FILE with the same settings and thresholds is not trained again. Half of the seeds of every setting are
-held out. Fix thresholds and settings first, then run the held-out half once.
+a result in FILE with the same settings, and in mode auto the same thresholds, is not trained again. Half of the seeds
+of every setting are held out. Fix thresholds and settings first, then run the held-out half once.
 """
 
 from __future__ import annotations

@@ -1,20 +1,23 @@
 """Lists the labeled runs. Every setting has as many seeds in the held-out half as in the seen one.
 
 Healthy runs are of tasks that need little memory, so that forgetting is right, of tasks that the model solves, or of
-tasks that cannot be solved better. Candidates of a collapse are the settings of examples/rescue.py. The seeds occur
-nowhere else in this repository.
+tasks that cannot be solved better. Candidates of a collapse are the settings of examples/rescue.py, and a hybrid whose
+attention comes first. The seeds occur nowhere else in this repository.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.trust.settings import Label, ModelSettings, Setting, SourceSettings, Target, TrustRun
+from benchmarks.trust.settings import Label, ModelSettings, Setting, SourceSettings, Split, Target, TrustRun
 
-FIRST_SEED = 100
-HEALTHY_SEEDS = 2
-COLLAPSED_SEEDS = {"collapse_wla": 16, "collapse_gla": 4, "collapse_gla_s6": 4}
-"""Seeds of a setting. Of GLA and GLA-S6 fewer: a training takes twice as long, and some solve the task untreated."""
+FIRST_SEEDS: dict[Split, int] = {"seen": 100, "held_out": 201}
+"""First seed of each half; the others follow in steps of 2. The odd ones from 101 on were held out in the first record,
+by whose results the thresholds were chosen: they were replaced."""
+HEALTHY_SEEDS = 1
+COLLAPSED_SEEDS = {"collapse_wla": 8, "collapse_gla": 2, "collapse_gla_s6": 2, "collapse_hybrid": 2}
+"""Seeds of a setting in each half. Of GLA and GLA-S6 fewer: a training takes twice as long, and some solve the task
+untreated."""
 REACHABLE, UNREACHABLE = 1.05, 0.8
 """Loss targets as multiples of the source's entropy. Users set targets that no model can reach: no harm may follow."""
 
@@ -121,9 +124,6 @@ HEALTHY: dict[str, dict[str, Setting]] = {
         "gla, attention: recall": Setting(
             _recall(), _model("gla", "sa", **GATED, rope_base=10.0), ACCURATE, check_label=True
         ),
-        "attention, gla_s6: recall": Setting(
-            _recall(), _model("sa", "gla_s6", **SLOW, rope_base=10.0), ACCURATE, check_label=True
-        ),
         "gla, attention, gla: copy 4": Setting(_copy(4), _model("gla", "sa", "gla", **GATED, rope_base=10.0), ACCURATE),
     },
     "transformers": {
@@ -148,23 +148,26 @@ COLLAPSED: dict[str, Setting] = {
     "collapse_gla_s6": Setting(
         _recall(64, 8), _two("gla_s6", **SLOW), ACCURATE, steps=3200, batch=32, check_label=True
     ),
+    "collapse_hybrid": Setting(
+        _recall(), _model("sa", "gla_s6", **SLOW, rope_base=10.0), ACCURATE, steps=3200, check_label=True
+    ),
 }
 """Kind -> setting of the candidates of a collapse. With the default warm-up a finding comes at step 1400, and a rescue
 takes up to 1500 steps more."""
 
 
 def _runs(kind: str, name: str, label: Label, setting: Setting, seeds: int) -> list[TrustRun]:
-    """Return the runs of a setting; those of odd seeds are held out."""
+    """Return the runs of a setting, so many in each half."""
     return [
         TrustRun(
             name=f"{kind}: {name}, seed {seed}" if name else f"{kind}, seed {seed}",
             kind=kind,
             label=label,
             seed=seed,
-            split="held_out" if seed % 2 else "seen",
+            split=split,
             setting=setting,
         )
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds)
+        for seed, split in sorted((first + 2 * k, split) for split, first in FIRST_SEEDS.items() for k in range(seeds))
     ]
 
 

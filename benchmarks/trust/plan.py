@@ -27,13 +27,14 @@ def missing(runs: Sequence[TrustRun], results: Iterable[dict[str, Any]]) -> list
 
     Args:
         runs: the runs that are asked for.
-        results: what was trained so far. Failed trainings, and those of other settings or thresholds, do not count.
+        results: what was trained so far. Failed trainings, and those of other settings, do not count, nor in mode auto
+            those under other thresholds.
     """
     thresholds, digests = thresholds_digest(), {run.name: run.digest for run in runs}
     done: dict[str, Results] = defaultdict(dict)
     for result in results:
-        of_now = (result.get("settings"), result.get("thresholds")) == (digests.get(result["name"]), thresholds)
-        if "error" not in result and of_now:
+        of_now = result["variant"] not in AUTOPILOT or result.get("thresholds") == thresholds
+        if "error" not in result and of_now and result.get("settings") == digests.get(result["name"]):
             done[result["name"]][result["variant"]] = result
     treated = {run.kind for run in runs if any(map(is_treated, done[run.name].values()))}
     checks = {run.kind: run.name for run in reversed(runs) if run.kind in CHECKED_KINDS and run.split == "seen"}

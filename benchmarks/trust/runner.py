@@ -1,8 +1,8 @@
 """Runs the jobs that have no result yet, on Ray, in a pool of processes or in a plain loop, and keeps each result.
 
 A job is a run and a variant. Its result is one line of JSON, appended to the file of results when the job ends. A job
-is done if the file has a line with its settings and the present thresholds; failed jobs are repeated. What the results
-so far ask for (`benchmarks.trust.plan`) is run in rounds, until they ask for nothing.
+is done if the file has a line with its settings and, in mode auto, the present thresholds; failed jobs are repeated.
+What the results so far ask for (`benchmarks.trust.plan`) is run in rounds, until they ask for nothing.
 """
 
 from __future__ import annotations

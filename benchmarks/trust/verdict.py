@@ -2,10 +2,12 @@
 
     false alarm  a healthy run with a layer that is called collapsed; "forgets by choice" is none
     treated      an action with the outcome applied
-    harmed       the final loss is above the control's by more than the noise of the kind, or not finite
-    noise        twice the root mean square of log(loss of `repeat` / loss of `control`) over the seen runs of a kind,
-                 at least `LEAST_NOISE`: what other samples change alone. Final losses are means over the last
-                 evaluations. The held-out half has no part in it.
+    harmed       the final loss is above the control's by more than the noise of the kind, or not finite; or the control
+                 solves the task, and the run does not
+    noise        twice the root mean square of the change of the log loss from `control` to `repeat` over the seen runs
+                 of a kind, between `LEAST_NOISE` and `MOST_NOISE`: what other samples change alone. Final losses are
+                 means over the last evaluations. The held-out half has no part in it.
+    log loss     log(loss + `SMALL_LOSS`): the ratio of two losses near 0 says nothing
     collapse     a candidate whose control ends unsolved, and which a remedy solves: the variant `remedy`, or mode auto
     rescued      a collapse that ends solved in mode auto
 
@@ -26,7 +28,10 @@ from benchmarks.trust.plan import completed, is_solved, is_treated
 
 TITLES = {"auto_metric": "auto, with the metric", "auto": "auto, without a metric"}
 """The variants that are judged, and their titles."""
-LEAST_NOISE = 0.001
+LEAST_NOISE, MOST_NOISE = 0.001, 0.1
+"""Where one control solves the task and another does not, losses differ by far more than a harm may."""
+SMALL_LOSS = 0.03
+"""Nats: a hundredth of what guessing one of twenty tokens costs."""
 Z_95 = 1.959964
 
 
@@ -101,7 +106,7 @@ def judge(results: Iterable[JobResult], names: Collection[str] | None = None) ->
 def judge_half(split: str, runs: dict[str, Variants], noise: dict[str, float]) -> HalfVerdict:
     """Return the verdict on the runs of one half."""
     verdict = HalfVerdict(split)
-    verdict.thresholds = {result["thresholds"] for run in runs.values() for result in run.values()}
+    verdict.thresholds = {run[variant]["thresholds"] for run in runs.values() for variant in TITLES if variant in run}
     truths = {name: truth(run) for name, run in runs.items()}
     verdict.left_out += [f"{name}: {reason}" for name, (label, reason) in truths.items() if label is None]
     verdict.left_out += [f"{name}: {text}" for name, run in runs.items() for text in inconsistencies(run)]
@@ -171,22 +176,22 @@ def noise_by_kind(runs: Iterable[Variants]) -> dict[str, float]:
             if math.isfinite(change):
                 changes[control["kind"]].append(change)
     return {
-        kind: max(LEAST_NOISE, 2 * math.sqrt(statistics.fmean(change**2 for change in values)))
+        kind: min(MOST_NOISE, max(LEAST_NOISE, 2 * math.sqrt(statistics.fmean(change**2 for change in values))))
         for kind, values in changes.items()
     }
 
 
 def log_ratio(result: JobResult, control: JobResult) -> float:
-    """Return log(loss / loss of the control); infinite where the loss alone is not finite."""
+    """Return by how much the log loss is above that of the control; infinite where the loss alone is not finite."""
     if control["loss"] is None or result["loss"] is None:
         return 0.0 if control["loss"] is None else math.inf
-    least = 1e-9  # a loss of 0 is one that float32 cannot show
-    return math.log(max(result["loss"], least) / max(control["loss"], least))
+    return math.log((result["loss"] + SMALL_LOSS) / (control["loss"] + SMALL_LOSS))
 
 
 def is_harmed(run: Variants, variant: str, noise: dict[str, float]) -> bool:
-    """Return whether the variant ends worse than the control by more than the noise of its kind."""
-    return log_ratio(run[variant], run["control"]) > noise.get(run[variant]["kind"], LEAST_NOISE)
+    """Return whether the variant ends worse than the control by more than the noise, or unlike it unsolved."""
+    lost = is_solved(run["control"]) and not is_solved(run[variant])
+    return lost or log_ratio(run[variant], run["control"]) > noise.get(run[variant]["kind"], LEAST_NOISE)
 
 
 def collapsed_at(result: JobResult) -> str:

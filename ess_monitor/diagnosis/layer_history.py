@@ -67,20 +67,26 @@ class LayerHistory:
         self.decay.take(None if is_state else found, recheck)  # type: ignore[arg-type]
         self.state.take(found if is_state else None, recheck)  # type: ignore[arg-type]
 
-    def weigh_collapse(self, name: str, verdict: Verdict, found: Evidence, *, with_metric: bool) -> Verdict:
+    def weigh_collapse(self, verdict: Verdict, found: Evidence, *, with_metric: bool) -> Verdict:
         """Return what the evidence makes of a verdict of collapsed. The readings so far count for it.
 
-        A task that needs no past at all looks like a silent collapse. Only a task metric tells them apart.
+        A task that needs no past at all looks like a silent collapse, also where a metric calls it unsolved: its target
+        may be out of reach. Only a treatment on trial tells them apart.
         """
-        if found.outcome == "loud" or (found.outcome == "silent" and with_metric):
+        if found.outcome == "loud":
             return replace(verdict, reason=f"{verdict.reason}; {found.reason}")
         if found.outcome == "by_choice":
             advice = "nothing to do: this task needs little memory, or another layer has it"
             weighed = Verdict("forgets_by_choice", f"{verdict.reason}, but {found.reason}", advice)
         elif found.outcome == "silent":
-            why_not = f"{found.reason}, and no task metric says whether the past would help"
-            self.report_doubt(name, verdict.reason, why_not, "Give the diagnosis a task metric.")
-            weighed = Verdict("unknown", f"{verdict.reason}; {why_not}")
+            advice = "nothing to do if the task needs no past; otherwise "
+            advice += (
+                "the layer has collapsed: mode auto pulls A towards I on trial, and takes it back if the loss gains "
+                "nothing"
+                if with_metric
+                else "give the diagnosis a task metric: mode auto treats the layer on trial while the task is unsolved"
+            )
+            weighed = Verdict("unused", f"{verdict.reason}; {found.reason}", advice)
         else:
             weighed = Verdict("unknown", f"{verdict.reason}, but {found.reason}")
         if self.candidate == "collapsed":

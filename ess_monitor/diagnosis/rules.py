@@ -192,7 +192,7 @@ def saturated(reading: Reading, utilization: float, context: Context, config: Di
 def collapsed(reading: Reading, utilization: float, context: Context, config: DiagnosisConfig) -> Verdict | None:
     """Return collapsed where little of the memory is in use for good; unknown or healthy where that may be right."""
     retention = reading.retention_ratio
-    was_collapsed = context.previous == "collapsed"
+    was_collapsed = context.previous in ("collapsed", "unused")
     line = config.collapsed_recovers_above if was_collapsed else config.collapsed_below
     starved_line = config.starved_recovers_above if was_collapsed else config.starved_below
     retention_line = config.retention_recovers_above if was_collapsed else config.retention_below

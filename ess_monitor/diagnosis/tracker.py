@@ -33,8 +33,8 @@ class Tracker:
     warm-up, or a first layer that may be right to use little, needs no attention.
 
     A layer with a decay is called collapsed on evidence only: one reading before the streak is complete it becomes one
-    of `suspects`, and the evidence on it decides between collapsed and forgets_by_choice. Where none can be had, a task
-    metric that stays unsolved must do; without one nothing is said.
+    of `suspects`, and the evidence on it decides between collapsed, unused and forgets_by_choice. Where none can be
+    had, a task metric that stays unsolved must do; without one nothing is said.
 
     A layer is called saturated on evidence where it can be had: one of `full_suspects` is examined likewise, and the
     evidence decides between saturated and healthy. Where none can be had, the rule asks for more of the readings.
@@ -99,9 +99,11 @@ class Tracker:
         return tuple(name for name in self._suspected_of("saturated") if not self._why_no_state_evidence(name))
 
     @property
-    def task_solved(self) -> bool:
-        """Whether the task metric says that the task is solved."""
-        return task_solved(tuple(self._task.known), self.config)
+    def task_solved(self) -> bool | None:
+        """Whether the task metric says that the task is solved; None where none is known, or was given for long."""
+        if task_solved(self._task.known, self.config):
+            return True
+        return False if self._task.known and not self._task.is_silent else None
 
     @property
     def evidence(self) -> dict[str, Evidence]:
@@ -271,8 +273,8 @@ class Tracker:
         if proposed != "collapsed" or name not in self._examined or reading.retention_ratio is None:
             return verdict
         found = layer.decay.found
-        if found is not None and self._holds(layer.decay.age, supports=found.outcome in ("loud", "silent")):
-            return layer.weigh_collapse(name, verdict, found, with_metric=with_metric)
+        if found is not None and self._holds(layer.decay.age, supports=found.outcome == "loud"):
+            return layer.weigh_collapse(verdict, found, with_metric=with_metric)
         why_not = self._examined[name] or layer.decay.obstacle
         if not why_not:
             # One measurement ahead, so that the evidence is there when the streak is complete.
@@ -322,7 +324,7 @@ class TrackerState(BaseModel):
 
 
 def _decay_evidence(layer: LayerHistory, verdict: Verdict) -> Evidence | None:
-    return layer.decay.found if verdict.condition in ("collapsed", "forgets_by_choice") else None
+    return layer.decay.found if verdict.condition in ("collapsed", "unused", "forgets_by_choice") else None
 
 
 def _reasons(name: str, given: Mapping[str, str] | None) -> dict[str, str]:

@@ -1,9 +1,12 @@
 """From the changes of the loss to an outcome.
 
 Is a layer that remembers little treatable, or does the loss want it so? Two kinds of collapse are seen. A loud one
-squeezes the past through few slow states: without the past the loss rises, and remembering more costs nothing. A silent
-one lets nothing of the past through: neither change reaches the loss. A task that needs no past looks the same, so that
-the diagnosis calls it a collapse only where the task is unsolved.
+squeezes what is far away through few slow states: without the past the loss rises, and remembering more costs nothing.
+A silent one lets nothing of the past through: neither change reaches the loss. A task that needs no past looks the
+same, also where its metric has a target that no model reaches, so that the diagnosis calls such a layer unused.
+
+A layer whose output comes from nearby is none of these. Its loss may gain as little by remembering more, because there
+is nothing more to gain.
 
 Is a full state too small, or does the loss need no more? What a larger state would gain is not seen without training
 one. What the last dimensions of the present one are worth is: where their loss costs little, more of them gain little.
@@ -47,19 +50,21 @@ def weigh(
 
     Example:
         >>> changes = Changes(batches=4, base=8.0, first=0.004, second=0.04, third=0.8)
-        >>> weigh("mixer", 1500, changes, EvidenceConfig()).outcome
+        >>> weigh("mixer", 1500, changes, EvidenceConfig(), far_share_ratio=0.6).outcome
         'loud'
+        >>> weigh("mixer", 1500, changes, EvidenceConfig(), far_share_ratio=0.001).outcome
+        'by_choice'
         >>> weigh("mixer", 1500, Changes(4, 8.0, first=0.2, second=0.9, third=0.8), EvidenceConfig()).outcome
         'by_choice'
     """
     base, m50, m90, cut = _means(changes)
     is_kl = changes.kind == "outputs"
-    if is_kl:
-        outcome, reason = _by_kl(config, m50, m90, cut)
-    else:
-        is_far = far_share_ratio is not None and far_share_ratio >= config.far_share_ratio
-        m50_share = config.far_m50_share if is_far else config.m50_share
-        outcome, reason = _by_loss(config, m50_share, base, m50, m90, cut)
+    outcome, reason = _by_kl(config, m50, m90, cut) if is_kl else _by_loss(config, far_share_ratio, base, m50, m90, cut)
+    if outcome == "loud" and far_share_ratio is not None and far_share_ratio < config.far_share_ratio:
+        near = (
+            f"only {far_share_ratio:.2g} of what the layer puts out comes from afar, below {config.far_share_ratio:g}"
+        )
+        outcome, reason = "by_choice", f"{reason}, but {near}: what is needed is near"
     return Evidence(
         step=step,
         layer=layer,
@@ -132,18 +137,21 @@ _Outcome = Literal["loud", "silent", "by_choice", "unclear"]
 
 
 def _by_loss(
-    config: EvidenceConfig, m50_share: float, base: float, m50: float, m90: float, cut: float
+    config: EvidenceConfig, far_share_ratio: float | None, base: float, m50: float, m90: float, cut: float
 ) -> tuple[_Outcome, str]:
     # A solved task can have a loss of 0: then every change is large against it, and none is silent.
     scale = abs(base)
+    m50_share = config.m50_share if far_share_ratio is None else config.far_m50_share
     seen = (
         f"the loss of {base:.4g} changes by {m50:+.3g} with half the decay, by {m90:+.3g} with a tenth, and by "
         f"{cut:+.3g} without the past"
     )
     if cut >= config.cut_ratio * scale and cut > 0:
-        if m50 < m50_share * cut:
-            return "loud", f"{seen}: it needs the past, and remembering more costs it nothing"
-        return "by_choice", f"{seen}: remembering more costs it {m50 / cut:.0%} of what the past is worth"
+        if m50 >= m50_share * cut:
+            return "by_choice", f"{seen}: remembering more costs it {m50 / cut:.0%} of what the past is worth"
+        if m50 >= config.m50_ratio * scale and m50 > 0:
+            return "by_choice", f"{seen}: remembering more costs much of what little loss there is"
+        return "loud", f"{seen}: it needs the past, and remembering more costs it nothing"
     silent = config.silent_ratio * scale
     if abs(cut) < silent and abs(m90) < silent:
         return "silent", f"{seen}: nothing of the past reaches it"

@@ -1,8 +1,9 @@
 """The autopilot: from conditions to actions, one layer at a time, up a ladder, within a budget.
 
 The remedy follows the cause. A collapsed layer whose retention is low forgets, and gets the first remedy that matches
-it. A collapsed layer that would be no fuller without its decay is not helped by a remedy, and a full layer only by a
-larger state: both get advice.
+it; so does an unused one while the task is unsolved, because only a treatment tells it from a collapsed one. A layer
+that would be no fuller without its decay is not helped by a remedy, and a full layer only by a larger state: both get
+advice.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Autopilot:
         optimizer: Optimizers = None,
         evidence: Mapping[str, Evidence] | None = None,
         comparisons: Mapping[str, Changes] | None = None,
-        task_solved: bool = False,
+        task_solved: bool | None = None,
     ) -> tuple[Action, ...]:
         """Answer one measurement.
 
@@ -104,7 +105,7 @@ class Autopilot:
             evidence: on the layers that were examined; mode auto treats a layer on evidence by the loss only, and on
                 probation. None: whatever is collapsed is treated, and stays treated.
             comparisons: what was asked for by `comparisons`.
-            task_solved: whether the task metric says so.
+            task_solved: whether the task metric says so; None: it says nothing, and no unused layer is treated.
         """
         if self.config.mode == "off":
             return ()
@@ -113,8 +114,8 @@ class Autopilot:
         loss = (metrics or {}).get(self.config.loss)
         seen = Observation(step, usable, conditions, reasons, loss, optimizer, evidence, comparisons or {}, task_solved)
         loss_broken = loss_broken or (loss is not None and not math.isfinite(loss))
-        for name, condition in conditions.items():
-            if condition != "collapsed":
+        for name in conditions:
+            if not seen.is_low(name):
                 self._advised_layers.pop(name, None)
         actions = self._detach_failed(seen)
         actions += [_advise_on_saturation(seen, finding) for finding in findings if finding.condition == "saturated"]
@@ -209,10 +210,10 @@ class Autopilot:
 
     def _follow(self, seen: Observation, treatment: Treatment) -> list[Action]:
         name = treatment.layer.name
-        condition, reading = seen.conditions.get(name, "unknown"), seen.readings.get(name)
-        if condition == "unknown":
+        reading = seen.readings.get(name)
+        if seen.conditions.get(name, "unknown") == "unknown":
             return []
-        if condition == "collapsed":
+        if seen.is_low(name):
             if reading is None:
                 return []  # the condition is that of an earlier measurement
             treatment.recovered_step = None
@@ -237,22 +238,22 @@ class Autopilot:
         return actions
 
     def _escalate(self, seen: Observation, treatment: Treatment, reading: Reading) -> Action:
-        ladder = treatment.remedy.strengths(self.config)
+        ladder, condition = treatment.remedy.strengths(self.config), seen.conditions[treatment.layer.name]
         if treatment.rung + 1 >= len(ladder) or self.budget_remaining == 0:
             reason = "the ladder has no further rung" if self.budget_remaining else "the run's action budget is spent"
             treatment.remedy.detach()
             self._end(treatment, give_up=True)
-            message = f"still collapsed, and {reason}: not treated any more, inspect the layer by hand"
+            message = f"still {condition}, and {reason}: not treated any more, inspect the layer by hand"
             return treatment.to_action(seen.step, "failed", message, reading)
         self._spent += 1
         treatment.climb(seen.step, ladder[treatment.rung + 1], seen.loss, seen.optimizer)
-        message = f"still collapsed after {self.config.cooldown_steps} steps: next rung, {treatment.strength:g}"
+        message = f"still {condition} after {self.config.cooldown_steps} steps: next rung, {treatment.strength:g}"
         return treatment.to_action(seen.step, "applied", message, reading)
 
     def _begin(self, seen: Observation) -> list[Action]:
         actions = []
-        collapsed = [name for name in self._layers if seen.conditions.get(name) == "collapsed"]
-        for name in reversed(collapsed):  # the deepest first
+        treatable = [name for name in self._layers if seen.is_treatable(name)]
+        for name in reversed(treatable):  # the deepest first
             reading = seen.readings.get(name)
             if name in self._treatments or name in self._given_up or reading is None:
                 continue
@@ -277,7 +278,7 @@ class Autopilot:
         return not blamed_before or (may_act and remedy is not None and not remedy.obstacle(layer))
 
     def _answer(self, seen: Observation, layer: Layer, reading: Reading) -> Action:
-        finding = seen.reasons.get(layer.name, "collapsed")
+        finding = seen.reasons.get(layer.name, seen.conditions[layer.name])
         to_blame = self._to_blame(reading)
 
         def advise(

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from ess_monitor.interventions.alpha import Optimizers
 from ess_monitor.records import Changes, Condition, Evidence, Reading
 
+LOW: tuple[Condition, ...] = ("collapsed", "unused")
+"""Conditions that a treatment is to end."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -25,10 +28,19 @@ class Observation:
     """Latest evidence on each layer that was examined. None: none is asked for, and treatments are not tried out."""
     comparisons: Mapping[str, Changes] = field(default_factory=dict)
     """Of layers under treatment: the loss with the gate from before."""
-    task_solved: bool = False
+    task_solved: bool | None = None
+    """What the task metric says; None: nothing."""
+
+    def is_low(self, layer: str) -> bool:
+        """Return whether a layer is in one of the conditions that a treatment is to end."""
+        return self.conditions.get(layer) in LOW
+
+    def is_treatable(self, layer: str) -> bool:
+        """Return whether a layer has collapsed, or may have: it is unused, and the task is unsolved."""
+        return self.is_low(layer) and (self.conditions[layer] == "collapsed" or self.task_solved is False)
 
     def why_withheld(self, layer: str) -> str:
-        """Return why a collapsed layer must not be treated, or an empty string."""
+        """Return why a layer must not be treated, or an empty string."""
         if self.evidence is None:
             return ""
         found = self.evidence.get(layer)

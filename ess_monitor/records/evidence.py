@@ -35,8 +35,8 @@ class Evidence(Record):
     far_share_ratio: float | None = None
     """`Reading.far_share_ratio` of the measurement that asked for the evidence."""
     outcome: Literal["loud", "silent", "by_choice", "unclear"]
-    """loud: a collapse: the past matters, and remembering more costs nothing. silent: nothing of the past reaches the
-    loss; a collapse if the task is unsolved. by_choice: the loss prefers the forgetting. unclear: none of these."""
+    """loud: a collapse: what comes from afar matters, and remembering more costs nothing. silent: nothing of the past
+    reaches the loss. by_choice: the loss prefers the forgetting, or what it needs is near. unclear: none of these."""
     reason: str
     """The outcome in plain words, with the numbers and thresholds."""
 

@@ -8,7 +8,7 @@ Status = Literal["ok", "nonfinite", "too_short", "timed_out", "dropped", "failed
 """How a reading ended. Only `ok` carries sizes that mean something; every other status keeps the reason. skipped: the
 layer is not causal, or not known to be, and is left out from then on."""
 
-Condition = Literal["unknown", "healthy", "forgets_by_choice", "saturated", "collapsed"]
+Condition = Literal["unknown", "healthy", "forgets_by_choice", "unused", "saturated", "collapsed"]
 """What the diagnosis says of a layer. Everything else about a condition is in `CONDITION_INFO`."""
 
 RunStatus = Literal["starting", "running", "finished", "failed", "terminated"]
@@ -63,6 +63,13 @@ CONDITION_INFO: dict[Condition, ConditionInfo] = {
     "healthy": ConditionInfo("green", False, "", "is healthy", "The state is in use and has room."),
     "forgets_by_choice": ConditionInfo(
         "green", False, "", "forgets by choice", "Little of the state is in use, and the loss prefers it so."
+    ),
+    "unused": ConditionInfo(
+        "yellow",
+        False,
+        "",
+        "is unused",
+        "Nothing of the past reaches the loss: the task needs none of it, or the layer has collapsed.",
     ),
     "saturated": ConditionInfo("yellow", True, "StateSaturated", "is saturated", "The state is full."),
     "collapsed": ConditionInfo(

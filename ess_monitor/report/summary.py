@@ -142,6 +142,8 @@ def _outcome(history: RunHistory) -> str:
         sentences.append(f"No layer was {alarming}; {judged} of {total} were judged.")
     if choosing := [layer for layer, value in conditions.items() if value == "forgets_by_choice"]:
         sentences.append(f"{len(choosing)} of {total} layers ended forgetting by choice: {named(choosing)}.")
+    if unused := [layer for layer, value in conditions.items() if value == "unused"]:
+        sentences.append(f"{len(unused)} of {total} layers ended unused: {named(unused)}.")
     return " ".join(sentences)
 
 
@@ -183,6 +185,12 @@ def _advice(history: RunHistory, layer: str) -> Iterator[str]:
             yield "Nothing for now: it recovered without a treatment. If that happens often, raise the warm-up."
     elif condition == "forgets_by_choice":
         yield "Nothing: this task needs little memory here, or another layer has it."
+    elif condition == "unused":
+        yield (
+            "Nothing of the past reaches the loss through this layer. If the task needs no past, a layer without a "
+            "state would do. If it needs it, the layer has collapsed: only a treatment shows which, and mode 'auto' "
+            "with a task metric tries one and takes it back if the loss gains nothing."
+        )
     elif condition == "unknown" and outcomes:
         yield "The layer was not judged at the end of the run: train on before you draw a conclusion."
 

@@ -68,7 +68,7 @@ def test_evidence_is_asked_for_one_measurement_before_the_streak_is_complete() -
     ("outcome", "condition", "found"),
     [
         ("loud", "collapsed", ["collapsed"]),
-        ("silent", "unknown", []),
+        ("silent", "unused", ["unused"]),
         ("by_choice", "forgets_by_choice", ["forgets_by_choice"]),
         ("unclear", "unknown", []),
     ],
@@ -82,15 +82,31 @@ def test_the_outcome_decides(outcome: str, condition: str, found: list[str], bas
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "condition"), [(None, "unknown"), (0.5, "collapsed"), (0.95, "healthy")], ids=["none", "low", "high"]
+    ("accuracy", "condition", "advice"),
+    [(None, "unused", "give the diagnosis a task metric"), (0.5, "unused", "on trial"), (0.95, "healthy", "")],
+    ids=["none", "low", "high"],
 )
-def test_only_an_unsolved_task_makes_a_collapse_of_a_layer_that_nothing_reaches(
-    accuracy: float | None, condition: str, caplog: pytest.LogCaptureFixture
+def test_a_layer_that_nothing_reaches_is_unused_and_not_collapsed(
+    accuracy: float | None, condition: str, advice: str
 ) -> None:
-    """A task that needs no past at all, as a Markov chain of order 1, leaves a layer in the same state."""
+    """A task that needs no past at all, as a Markov chain of order 1, leaves a layer in the same state, also where its
+    target is out of reach."""
     run = Examined(TASK).times(40, LOW, evidence("silent"), accuracy)
     assert run.condition == condition
-    assert caplog.text.count("no task metric says whether the past would help") == (accuracy is None)
+    assert [finding.condition for finding in run.findings] == ([] if condition == "healthy" else ["unused"])
+    assert all(advice in finding.advice for finding in run.findings)
+
+
+def test_an_unused_layer_is_asked_about_again_and_ends_as_what_is_found() -> None:
+    run = Examined(TASK).times(30, LOW, evidence("silent"), 0.5).times(60, LOW, evidence("loud"), 0.5)
+    assert [finding.condition for finding in run.findings] == ["unused", "collapsed"]
+    run = Examined(TASK).times(30, LOW, evidence("silent"), 0.5).times(8, FULL, None, 0.5)
+    assert [finding.condition for finding in run.findings] == ["unused", "healthy"]
+
+
+@pytest.mark.parametrize(("accuracy", "solved"), [(None, None), (0.5, False), (0.95, True)])
+def test_the_task_is_solved_unsolved_or_unknown(accuracy: float | None, solved: bool | None) -> None:
+    assert Examined(TASK).times(3, LOW, None, accuracy).tracker.task_solved is solved
 
 
 def test_nothing_is_called_while_the_evidence_is_under_way() -> None:

@@ -27,8 +27,10 @@ def by_outputs(m50: float, m90: float, cut: float, batches: int = 8) -> Changes:
     [
         (0.002, 0.03, 0.4, "loud"),  # m50 is half a percent of what the past is worth
         (-0.01, -0.02, 0.4, "loud"),  # remembering more would help
-        (0.0119, 0.2, 0.4, "loud"),
-        (0.0121, 0.2, 0.4, "by_choice"),  # just over 3 % of the cut
+        (0.047, 0.2, 0.4, "loud"),
+        (0.049, 0.2, 0.4, "by_choice"),  # just over 12 % of the cut
+        (0.099, 0.2, 40.0, "loud"),
+        (0.101, 0.2, 40.0, "by_choice"),  # the past is worth twenty times the loss, and m50 5 % of it
         (0.2, 0.9, 0.4, "by_choice"),
         (0.0, 0.0, 0.0, "silent"),
         (0.0005, 0.0019, 0.0019, "silent"),
@@ -40,20 +42,24 @@ def by_outputs(m50: float, m90: float, cut: float, batches: int = 8) -> Changes:
     ],
 )
 def test_the_outcome_by_the_loss(m50: float, m90: float, cut: float, outcome: str) -> None:
-    evidence = weigh("mixer", 700, by_loss(m50, m90, cut), CONFIG, 0.09)
+    evidence = weigh("mixer", 700, by_loss(m50, m90, cut), CONFIG, 0.1)
     assert (evidence.outcome, evidence.basis, evidence.batches) == (outcome, "loss", 8)
-    assert (evidence.base, evidence.far_share_ratio, evidence.step) == (2.0, 0.09, 700)
+    assert (evidence.base, evidence.far_share_ratio, evidence.step) == (2.0, 0.1, 700)
     assert evidence.m50 == pytest.approx(m50)
 
 
-@pytest.mark.parametrize(
-    ("far", "m50", "outcome"),
-    [(None, 0.02, "by_choice"), (0.09, 0.02, "by_choice"), (0.1, 0.0239, "loud"), (0.9, 0.0241, "by_choice")],
-)
-def test_a_layer_whose_output_comes_from_afar_may_lose_more_by_remembering(
-    far: float | None, m50: float, outcome: str
-) -> None:
-    assert weigh("mixer", 700, by_loss(m50, 0.2, 0.4), CONFIG, far).outcome == outcome
+@pytest.mark.parametrize("far", [0.0, 0.001, 0.099])
+def test_a_layer_whose_output_comes_from_nearby_needs_no_memory(far: float) -> None:
+    found = weigh("mixer", 700, by_loss(0.0, 0.0, 0.4), CONFIG, far)
+    assert found.outcome == "by_choice"
+    assert f"only {far:.2g} of what the layer puts out comes from afar, below 0.1" in found.reason
+    assert weigh("mixer", 700, by_outputs(0.001, 0.01, 0.5), CONFIG, far).outcome == "by_choice"
+    assert weigh("mixer", 700, by_loss(0.0, 0.0, 0.0), CONFIG, far).outcome == "silent", "it may be a collapse"
+
+
+@pytest.mark.parametrize(("m50", "outcome"), [(0.0119, "loud"), (0.0121, "by_choice")])
+def test_without_a_far_share_the_line_is_a_lower_one(m50: float, outcome: str) -> None:
+    assert weigh("mixer", 700, by_loss(m50, 0.2, 0.4), CONFIG).outcome == outcome
 
 
 @pytest.mark.parametrize("base", [-2.0, 1e-4, 5e3])
@@ -64,7 +70,8 @@ def test_changes_are_taken_against_the_size_of_the_loss(base: float) -> None:
 
 
 def test_a_loss_of_zero_has_no_silence() -> None:
-    assert weigh("m", 1, by_loss(1e-9, 1e-6, 1e-3, base=0.0), CONFIG).outcome == "loud"
+    assert weigh("m", 1, by_loss(0.0, 1e-6, 1e-3, base=0.0), CONFIG).outcome == "loud"
+    assert weigh("m", 1, by_loss(1e-9, 1e-6, 1e-3, base=0.0), CONFIG).outcome == "by_choice", "any change is much"
     assert weigh("m", 1, by_loss(0.0, 0.0, 0.0, base=0.0), CONFIG).outcome == "unclear"
 
 
@@ -90,6 +97,7 @@ def test_every_threshold_is_a_setting() -> None:
     assert weigh("m", 1, changes, EvidenceConfig(m50_share=0.2)).outcome == "loud"
     assert weigh("m", 1, changes, EvidenceConfig(far_m50_share=0.2), 0.5).outcome == "loud"
     assert weigh("m", 1, changes, EvidenceConfig(far_m50_share=0.2, far_share_ratio=0.6), 0.5).outcome == "by_choice"
+    assert weigh("m", 1, changes, EvidenceConfig(far_m50_share=0.2, m50_ratio=0.02), 0.5).outcome == "by_choice"
     assert weigh("m", 1, by_loss(0.0, 0.0, 0.03), CONFIG).outcome == "unclear"
     assert weigh("m", 1, by_loss(0.0, 0.0, 0.03), EvidenceConfig(cut_ratio=0.01)).outcome == "loud"
     assert weigh("m", 1, by_loss(0.0, 0.0, 0.03), EvidenceConfig(silent_ratio=0.02)).outcome == "silent"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from ess_monitor.capture import find_layers
 from ess_monitor.interventions.gate import gate_tensors
-from ess_monitor.records import Action, Changes, Evidence
+from ess_monitor.records import Action, Changes, Condition, Evidence
 from tests.interventions.pilots import FIRST, LAST, Run, reading
 
 HARM = Changes(8, 16.0, -0.8, first_squared=0.081, kind="trial")
@@ -34,7 +35,9 @@ class Trial(Run):
         self.compared: list[int] = []
         self.known = evidence()
 
-    def answer(self, changes: Changes | None, *, collapsed: bool = True, solved: bool = False) -> tuple[Action, ...]:
+    def answer(
+        self, changes: Changes | None, *, condition: Condition = "collapsed", solved: bool | None = None
+    ) -> tuple[Action, ...]:
         """One measurement, 100 steps later; the comparison that was asked for in between gave `changes`."""
         asked = self.pilot.comparisons(self.step, 50) if self.step else {}
         given = {name: changes for name in asked if changes is not None}
@@ -44,7 +47,7 @@ class Trial(Run):
         return self.pilot.act(
             self.step,
             [reading(self.step, LAST)],
-            {FIRST: "healthy", LAST: "collapsed" if collapsed else "healthy"},
+            {FIRST: "healthy", LAST: condition},
             (),
             {"loss": 1.0},
             optimizer=self.optimizer,
@@ -53,7 +56,7 @@ class Trial(Run):
             task_solved=solved,
         )
 
-    def until(self, step: int, changes: Changes | None, **named: bool) -> list[Action]:
+    def until(self, step: int, changes: Changes | None, **named: Any) -> list[Action]:
         found: list[Action] = []
         while self.step < step:
             found += self.answer(changes, **named)
@@ -100,6 +103,26 @@ def test_without_a_gain_in_time_it_is_taken_back(outcome: str, patience: int) ->
     assert last[0].step <= 200 + patience
 
 
+@pytest.mark.parametrize("solved", [None, True])
+def test_an_unused_layer_is_not_treated_unless_the_task_is_unsolved(solved: bool | None) -> None:
+    run = Trial()
+    run.known = evidence("silent")
+    assert run.until(2000, NOTHING, condition="unused", solved=solved) == []
+    actions = run.until(2000 + 400, GAIN, condition="unused", solved=False)
+    assert outcomes(actions) == ["applied"]
+    assert actions[0].finding == "unused"
+
+
+def test_a_treatment_of_an_unused_layer_is_followed_as_one_of_a_collapsed_layer() -> None:
+    run = Trial()
+    run.known = evidence("silent")
+    unsolved: dict[str, Any] = {"condition": "unused", "solved": False}
+    [applied, *later] = run.until(1100, GAIN, **unsolved)
+    assert (applied.outcome, [action.outcome for action in later]) == ("applied", ["applied"]), "the next rung"
+    assert "still unused after 1000 steps" in later[0].message
+    assert outcomes(run.until(2000, GAIN, condition="healthy")) == ["recovered", "released"]
+
+
 def test_noise_is_no_harm() -> None:
     assert outcomes(Trial().until(300, NOISE)) == ["applied"]
 
@@ -111,21 +134,21 @@ def test_a_comparison_that_could_not_be_made_is_no_gain() -> None:
 def test_esss_recovery_alone_releases_nothing() -> None:
     run = Trial(probation={"patience_steps": 5000, "silent_patience_steps": 5000})
     run.answer(None)
-    assert outcomes(run.until(2000, NOTHING, collapsed=False)) == ["recovered"]
+    assert outcomes(run.until(2000, NOTHING, condition="healthy")) == ["recovered"]
     assert len(run.pilot.active) == 1
 
 
 def test_a_gain_releases_after_recovery() -> None:
     run = Trial()
     run.answer(None)
-    assert outcomes(run.until(1500, GAIN, collapsed=False)) == ["recovered", "released"]
+    assert outcomes(run.until(1500, GAIN, condition="healthy")) == ["recovered", "released"]
     assert run.pilot.comparisons(run.step, 10_000) == {}
 
 
 def test_a_solved_task_is_a_gain() -> None:
     run = Trial()
     run.answer(None)
-    assert outcomes(run.until(1500, NOTHING, collapsed=False, solved=True)) == ["recovered", "released"]
+    assert outcomes(run.until(1500, NOTHING, condition="healthy", solved=True)) == ["recovered", "released"]
 
 
 def test_a_gain_that_other_weights_have_adapted_to_is_no_early_gain() -> None:

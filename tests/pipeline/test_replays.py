@@ -47,7 +47,7 @@ def test_in_mode_advise_evidence_is_taken_and_the_training_is_bitwise_that_of_mo
     [found] = watched.evidence
     assert (found.layer, found.basis, found.batches) == (LAST, basis, 3)
     assert (found.base is None) == (basis == "kl")
-    says = {"loud": "collapsed", "silent": "collapsed", "by_choice": "forgets_by_choice", "unclear": "unknown"}
+    says = {"loud": "collapsed", "silent": "unused", "by_choice": "forgets_by_choice", "unclear": "unknown"}
     assert watched.monitor.conditions[LAST] == says[found.outcome]
     assert [f.evidence for f in watched.monitor.findings] == ([] if found.outcome == "unclear" else [found])
     assert watched.monitor.snapshot().health.part_failures_total["replay"] == 0

@@ -78,7 +78,7 @@ CASES: dict[str, tuple[MonitorConfig, int, MonitorConfig, int, Callable[[Loop, i
     # What was found under other thresholds is no answer: the layer is examined again.
     "evidence that supports": (
         settings_of(evidence=NEVER), 12, EXAMINED, 24, lambda loop, runs: (conditions(loop)[LAST], runs > 0),
-        ("collapsed", True),
+        ("unused", True),
     ),
     "evidence that does not": (
         EXAMINED, 7, settings_of(evidence=NEVER), 24, lambda loop, runs: conditions(loop)[LAST], "unknown",
@@ -86,7 +86,7 @@ CASES: dict[str, tuple[MonitorConfig, int, MonitorConfig, int, Callable[[Loop, i
     "the same evidence": (EXAMINED, 12, EXAMINED, 8, lambda loop, runs: runs, 0),
     "thresholds": (
         EXAMINED, 12, settings_of(evidence=ALL_COLLAPSED, diagnosis=TOLERANT), 8,
-        lambda loop, runs: conditions(loop)[LAST] != "collapsed", True,
+        lambda loop, runs: conditions(loop)[LAST] != "unused", True,
     ),
     "warm-up": (EXAMINED, 4, settings_of(evidence=ALL_COLLAPSED, diagnosis={"warmup_steps": 99}), 30,
         lambda loop, runs: found(loop), []),

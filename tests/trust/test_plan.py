@@ -34,6 +34,14 @@ def test_a_calm_run_is_trained_once() -> None:
     assert asked(HELD_OUT, calm(HELD_OUT, "control", "auto_metric")) == []
 
 
+def test_only_what_the_autopilot_decided_depends_on_its_thresholds() -> None:
+    other = {"thresholds": "others"}
+    assert asked(HELD_OUT, calm(HELD_OUT, "control", "auto_metric", **other)) == ["auto"]
+    results = [calm(HELD_OUT, **TREATED), given(HELD_OUT, "auto_metric", **TREATED)]
+    assert asked(HELD_OUT, *results, given(HELD_OUT, "control", **other)) == []
+    assert asked(HELD_OUT, *results, given(HELD_OUT, "control", settings="others")) == ["control"]
+
+
 def test_what_nothing_stands_for_is_trained_next() -> None:
     alone = calm(HELD_OUT, "control")
     assert asked(HELD_OUT, alone) == ["auto_metric"]

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from benchmarks.trust.tables import markdown, protocol, tables
-from benchmarks.trust.verdict import LEAST_NOISE, Proportion, collapsed_at, judge, noise_by_kind, truth
+from benchmarks.trust.verdict import (
+    LEAST_NOISE,
+    MOST_NOISE,
+    SMALL_LOSS,
+    Proportion,
+    collapsed_at,
+    judge,
+    noise_by_kind,
+    truth,
+)
 from tests.trust.stub import action, finding, result
 
 AUTO = ("auto_metric", "auto")
@@ -65,10 +74,24 @@ def test_only_what_was_applied_is_a_treatment() -> None:
 def test_the_noise_of_a_kind_is_twice_the_change_between_controls_of_the_seen_half() -> None:
     def pair(name: str, change: float, **changes: Any) -> dict[str, dict[str, Any]]:
         controls = {"control": result(name, "control", **changes)}
-        return controls | {"repeat": result(name, "repeat", loss=math.exp(change), **changes)}
+        loss = math.exp(change) * (1 + SMALL_LOSS) - SMALL_LOSS
+        return controls | {"repeat": result(name, "repeat", loss=loss, **changes)}
 
     pairs = [pair("a", 0.01), pair("b", -0.01), pair("c", 0.0, kind="text"), pair("d", 0.5, split="held_out")]
-    assert noise_by_kind(pairs) == pytest.approx({"copy": 0.02, "text": LEAST_NOISE})
+    pairs.append(pair("e", 0.7, kind="markov"))
+    assert noise_by_kind(pairs) == pytest.approx({"copy": 0.02, "text": LEAST_NOISE, "markov": MOST_NOISE})
+
+
+def test_losses_near_zero_are_compared_by_what_they_are_worth() -> None:
+    treated = {"actions": [action("applied")]}
+    assert row(run("solved", auto={"loss": 9e-5, **treated}, loss=1e-5))["harmed"].startswith("1 of 1")
+    assert row(run("solved", auto={"loss": 3e-5, **treated}, loss=1e-5))["harmed"].startswith("0 of 1")
+
+
+def test_a_task_that_the_control_solves_and_the_run_does_not_is_a_harm() -> None:
+    lost = run("lost", auto={"accuracy": 0.89, "actions": [action("applied")]}, accuracy=0.95)
+    assert row(lost)["harmed"].startswith("1 of 1")
+    assert row(run("never", auto={"accuracy": 0.2}, accuracy=0.25))["harmed"].startswith("0 of 1")
 
 
 def test_harm_is_a_loss_above_the_control_by_more_than_the_noise() -> None:
@@ -85,7 +108,7 @@ def test_harm_is_a_loss_above_the_control_by_more_than_the_noise() -> None:
     assert [verdict.split for verdict in verdicts] == ["held_out", "seen"]
     assert verdicts[0].rows[0]["harmed"].startswith("2 of 4")
     assert [text.split(": ")[1] for text in verdicts[0].misses[:2]] == ["beyond", "broken"]
-    assert "loss 1 -> 1.03 (noise 2.0 %)" in verdicts[0].misses[0]
+    assert "loss 1 -> 1.03 (noise 1.9 %)" in verdicts[0].misses[0]
     assert "loss 1 -> not finite" in verdicts[0].misses[1]
     assert verdicts[0].kinds[0]["worse at all"] == 2 * 3
     assert judge(results, names={"beyond"})[0].rows[0]["harmed"].startswith("1 of 1"), "noise of all results"
