@@ -36,13 +36,14 @@ CHILD = """
 import sys, time, torch
 from types import SimpleNamespace
 import ess_monitor.ess as ess
+from ess_monitor.capture import Captured
 from ess_monitor.pipeline.readings import compute, reading
 torch.set_num_threads(1)
 cases = {}
 for name, (kind, fields) in torch.load(sys.argv[1]).items():
     operator = getattr(ess, kind)(**fields)
-    layer = SimpleNamespace(name=name)
-    cases[name] = SimpleNamespace(operator=operator, layer=layer, heads=(), channels=operator.heads, calls=1)
+    layer = SimpleNamespace(name=name, module=None)
+    cases[name] = Captured(layer, operator, heads=(), channels=operator.heads, length=operator.length)
 print("ready", flush=True)
 for name in map(str.strip, sys.stdin):
     started = time.process_time()
