@@ -266,8 +266,9 @@ class TestLife:
         monitor.start()
         train(model, 1, monitor)
         readings = monitor.flush(0.2)
-        assert {r.status for r in readings} == {"timed_out"}
+        assert [r.status for r in readings] == ["timed_out", "deferred"]
         assert "runtime.timeout_seconds" in readings[0].message
+        assert "given up" in readings[1].message
         gate.set()
         monitor.close()
 

@@ -11,6 +11,7 @@ from ess_monitor.capture.causality.claims import Claim
 from ess_monitor.capture.layers import Layer
 from ess_monitor.errors import NotCausalError, format_error
 from ess_monitor.ess import Operator
+from ess_monitor.ess.cost import SampleShape
 from ess_monitor.records import Status
 
 logger = logging.getLogger("ess_monitor")
@@ -38,6 +39,10 @@ class Captured:
     """Why it is not known that T is lower triangular; empty where it is."""
     ready: tuple[Any, ...] = ()
     """What `ready` of the sampler gave right behind the copies."""
+    shape: SampleShape | None = None
+    """What the measurement is estimated to cost."""
+    left_out: str = ""
+    """What there was no time for, of the samples, heads and tokens that the settings ask for."""
 
     @property
     def calls(self) -> int:
@@ -58,6 +63,11 @@ class CaptureFailure:
     """Of the reading."""
     was_called: bool = True
     """Whether the layer's forward was called."""
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether there was no time for it."""
+        return self.status == "deferred"
 
 
 Taken = Captured | CaptureFailure

@@ -94,7 +94,7 @@ def linearized(call: Call) -> LazyOperator:
         inputs = alone.inputs if is_indivisible else alone.inputs[samples, :tokens]
         return JacobianOperator(inputs[:, None], alone, is_divisible=not is_indivisible)
 
-    return LazyOperator(batch, 1, length, form, is_indivisible=is_indivisible)
+    return LazyOperator(batch, 1, length, form, is_indivisible=is_indivisible, state=shape[-1])
 
 
 LINEARIZED = CaptureSpec(

@@ -28,6 +28,7 @@ from ess_monitor.capture.hooks.compiler import EagerStance, runs_flex_attention
 from ess_monitor.capture.hooks.forward_errors import when_raised
 from ess_monitor.capture.hooks.given_tokens import TokenWatch
 from ess_monitor.capture.hooks.ignored_calls import (
+    DEFERRED,
     FLEX,
     RECORDED,
     SEVERAL_CALLS,
@@ -41,12 +42,13 @@ from ess_monitor.capture.hooks.ignored_calls import (
     why_not_seen,
 )
 from ess_monitor.capture.layers import Layer
-from ess_monitor.capture.rotation import CaptureConfig, Part, part_of
+from ess_monitor.capture.rotation import CaptureConfig, EveryLayer, Part, Size, Turns, kind_of, part_of
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.capture.training_pass import Candidate, TrainingPass
 from ess_monitor.distributed.context_parallel import tokens_are_spread
 from ess_monitor.errors import CaptureError
 from ess_monitor.ess import Operator
+from ess_monitor.ess.cost import SampleShape
 
 logger = logging.getLogger("ess_monitor")
 
@@ -63,6 +65,7 @@ class Sampler:
         off: names of layers to skip; read whenever a sample is armed.
         share: returns the share of the samples and heads of `config` to copy, 0 for one of each, None to skip all
             layers for one sample. Called whenever a sample is armed.
+        turns: says which layers there is time for, and for how much of each.
         on_operator: called with each operator.
         ready: called with their device right behind the copies of a layer; marks the moment on its current stream.
         causality: test of whether a layer's call is causal, made once for each layer. Without it the call that is read
@@ -82,6 +85,7 @@ class Sampler:
         model: nn.Module | None = None,
         off: Container[str] = (),
         share: Callable[[], float | None] = lambda: 1.0,
+        turns: Turns | None = None,
         on_operator: Callable[[Captured], Any] | None = None,
         ready: Callable[[torch.device], Any] | None = None,
         causality: Test | None = None,
@@ -107,6 +111,8 @@ class Sampler:
         self._takes_any = False
         self._forget: Callable[[], None] | None = None
         self._off, self._next_share = off, share
+        self._turns: Turns = EveryLayer() if turns is None else turns
+        self._deferred: tuple[Layer, ...] = ()
         self._on_operator, self._reduce = on_operator, reduce
         self._ready = (lambda device: None) if ready is None else ready
         self._tests = LayerTests(causality, model, clock, self._ready)
@@ -152,7 +158,10 @@ class Sampler:
         self._clear()
         self.capture_seconds = 0.0
         share = self._next_share()
-        layers = () if share is None else tuple(layer for layer in self.layers if layer.name not in self._off)
+        able = () if share is None else tuple(layer for layer in self.layers if layer.name not in self._off)
+        chosen = self._turns.choose([layer.name for layer in able])
+        layers = tuple(layer for layer in able if layer.name in chosen)
+        self._deferred = tuple(layer for layer in able if layer.name not in chosen)
         self.asked, self.share = tuple(layer.name for layer in layers), share or 0.0
         if layers and not self._runs_flex and self._model is not None and runs_flex_attention(self._model):
             self._ignored = {layer.name: Ignored("skipped", FLEX) for layer in layers}
@@ -182,10 +191,12 @@ class Sampler:
         """Remove the hooks and return the results of the forward pass, in model order."""
         found = self._found()
         self.remove()
+        if found:
+            found |= {layer.name: CaptureFailure(layer, DEFERRED, status="deferred") for layer in self._deferred}
+            self._turns.defer([name for name, item in found.items() if getattr(item, "is_deferred", False)])
+            self.turn += 1
         results = tuple(found[layer.name] for layer in self.layers if layer.name in found)
         self._clear()
-        if results:
-            self.turn += 1
         return results
 
     def unread(self) -> tuple[CaptureFailure, ...]:
@@ -279,7 +290,7 @@ class Sampler:
     def _candidate(self, layer: Layer, call: Call) -> Candidate[Taken] | None:
         """Read a call; None for one that is not the one meant."""
         try:
-            result: Taken | None = self._take(layer, call)
+            result = self._take(layer, call)
         except Exception as error:
             result = failure(layer, error)
         if result is None:
@@ -289,7 +300,7 @@ class Sampler:
             self._tests.expect(layer, candidate, result.length, unproven=bool(result.unproven))
         return candidate
 
-    def _take(self, layer: Layer, call: Call) -> Captured | None:
+    def _take(self, layer: Layer, call: Call) -> Taken | None:
         if tokens_are_spread():
             raise CaptureError(SPREAD)
         if is_transformed():
@@ -300,7 +311,10 @@ class Sampler:
                 if call.output is not None:  # None: a placeholder of a fused op
                     self._ignored[layer.name] = why_ignored(call)
                 return None
-            part = part_of(whole, self.config, self.share, self.turn, can_reduce=self._reduce is not None)
+            turn, fit = self._turns.turn_of(layer.name, self.turn), partial(self._fit, layer, whole)
+            part = part_of(whole, self.config, self.share, turn, can_reduce=self._reduce is not None, fit=fit)
+            if part is None:
+                return CaptureFailure(layer, DEFERRED, status="deferred")
             operator = self._copied(call, whole, part)
             if layer.spec.is_taught and layer.name not in self._checked:
                 self._checked.add(layer.name)
@@ -317,10 +331,16 @@ class Sampler:
             (*claims.pending, *(claim for claim in known or () if claim.holds.device == operator.device)),
             claims.unproven if known is None else "",
             (self._ready(operator.device),),
+            part.shape,
+            part.left_out,
         )
         if self._on_operator is not None:
             self._on_operator(captured)
         return captured
+
+    def _fit(self, layer: Layer, whole: Operator | LazyOperator, size: Size, window: int | None) -> SampleShape | None:
+        kind, state = kind_of(whole, layer.spec, layer.module)
+        return self._turns.fit(layer.name, SampleShape(kind, state, *size, self._turns.positions, window))
 
     def _copied(self, call: Call, whole: Operator | LazyOperator, part: Part) -> Operator:
         """Return a copy of a part of an operator, or of what is measured of it, where the part is too large."""

@@ -31,6 +31,8 @@ class LazyOperator:
     """Bytes that `form` needs for each token of a sample beside its result, where that is of the size of the layer."""
     is_indivisible: bool = False
     """Whether `form` gives all samples and tokens, whatever is selected."""
+    state: int = 0
+    """Size that its cost depends on, where its layer does not have it as state capacity (`ess.cost`); 0: not known."""
 
     def select(self, *, samples: slice, heads: Sequence[int], length: int) -> Operator:
         """Return the operator of some samples and heads, on the first `length` tokens."""

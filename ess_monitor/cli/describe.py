@@ -38,9 +38,9 @@ def describe(
     description = describe_model(model, layers=layer_filter(layer))
     if as_json:
         layers = [info.model_dump(mode="json") for info in description.layers]
-        print_json(model=description.model, layers=layers)
+        print_json(model=description.model, sample_cost=description.sample_cost, layers=layers)
     elif not description.layers:
         print(f"{description.model}: no layer looks like a sequence mixer")
     else:
         counted = f"{len(description.supported)} of {len(description.layers)} sequence mixers can be measured"
-        print_table(layer_table(f"{description.model}: {counted}", description.layers))
+        print_table(layer_table(f"{description.model}: {counted}", description.layers, description.sample_cost))

@@ -25,7 +25,8 @@ class Tracker:
     """Follows every layer's condition through a run.
 
     A condition changes when `patience` consecutive readings (`saturated_patience` for saturation) speak for the same
-    new one after the warm-up. A reading that only suspects a condition, because the trend still points up, counts
+    new one after the warm-up. Of a layer that is measured in every k-th sample only, because layers take turns, its own
+    readings count. A reading that only suspects a condition, because the trend still points up, counts
     towards the streak and cannot complete it. Readings that are not `ok`, or that cannot be judged, neither count nor
     break a streak. Memory is bounded: one window of numbers per layer and one for the task metric.
 
@@ -138,7 +139,10 @@ class Tracker:
         validation.instance("evidence", evidence, Mapping, hint="layer -> evidence, or why there is none")
         for reading in readings:
             layer = self._layers.setdefault(reading.layer, LayerHistory(self.config.trend_window))
-            layer.take_evidence(evidence.get(reading.layer), self._recheck)
+            found = evidence.get(reading.layer)
+            if reading.status != "deferred" or found is not None:  # ages count measurements of the layer itself
+                layer.take_evidence(found, self._recheck)
+                layer.suspected = None if reading.status == "deferred" else layer.suspected
         self._task.observe(metrics)
         findings = (self._follow(reading, step) for reading in readings)
         return tuple(finding for finding in findings if finding is not None)

@@ -1,10 +1,10 @@
 """Encodes one sample of each rank as a flat list of numbers, reduces the lists to one, and decodes it.
 
 A rank's list holds a checksum of the layers' names and the interval the rank wants; then the value of each metric and
-whether it is not finite; then the quantities of each layer, whether its state is not finite, and the sums over batches
-that were run again. The reduced list holds the same, with the sums added up, and three more numbers of each layer: how
-many ranks measured it, the smallest utilization among them, and the rank it was seen on. NaN stands for a number that a
-rank does not have.
+whether it is not finite; then the quantities of each layer, how many times as long as estimated it took, whether its
+state is not finite, and the sums over batches that were run again. The reduced list holds the same, with the sums added
+up, and three more numbers of each layer: how many ranks measured it, the smallest utilization among them, and the rank
+it was seen on. NaN stands for a number that a rank does not have.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _QUANTITIES = (
 """Fields of a reading that become means over the ranks. Diagnosis, evidence and autopilot decide on these."""
 _SIZE, _UTILIZATION = _QUANTITIES.index("effective_size"), _QUANTITIES.index("utilization_ratio")
 _SUMS = len(Changes._fields)
-_WIDTH = len(_QUANTITIES) + 1 + _SUMS
-"""Numbers of a layer in a rank's list: the quantities, 1 where its state is not finite, and the sums of `Changes`."""
+_WIDTH = len(_QUANTITIES) + 2 + _SUMS
+"""Numbers of a layer in a rank's list: the quantities, how slow it was, 1 where its state is not finite, and the sums
+of `Changes`."""
 _REDUCED_WIDTH = _WIDTH + 3
 _NO_CHANGES = (math.nan,) * _SUMS
 
@@ -78,7 +79,7 @@ class RankReduction:
         for name in self._layers:
             quantities = (getattr(measured.get(name), quantity, None) for quantity in _QUANTITIES)
             values += [math.nan if value is None else float(value) for value in quantities]
-            values.append(float(name in nonfinite))
+            values += [sample.slowness.get(name, math.nan), float(name in nonfinite)]
             changes = sample.changes.get(name)
             values += _NO_CHANGES if changes is None else (*map(float, changes[:-1]), CHANGE_KINDS.index(changes.kind))
         return values
@@ -96,12 +97,13 @@ class RankReduction:
         for k in range(2, self._start, 2):
             values += [mean_of_present(columns[k]), max(columns[k + 1])]
         for k in range(self._start, self._start + _WIDTH * len(self._layers), _WIDTH):
-            *block, nonfinite = columns[k : k + len(_QUANTITIES) + 1]
-            changes = zip(*columns[k + len(block) + 1 : k + _WIDTH], strict=True)
+            *block, slowness, nonfinite = columns[k : k + len(_QUANTITIES) + 2]
+            changes = zip(*columns[k + len(block) + 2 : k + _WIDTH], strict=True)
             uses = zip(block[_UTILIZATION], self._ranks, strict=True)
             least, worst = min(((use, rank) for use, rank in uses if not math.isnan(use)), default=(math.nan, math.nan))
             count = sum(not math.isnan(size) for size in block[_SIZE])
-            values += [*map(mean_of_present, block), max(nonfinite), float(count), least, float(worst)]
+            slowest = max((ratio for ratio in slowness if not math.isnan(ratio)), default=math.nan)
+            values += [*map(mean_of_present, block), slowest, max(nonfinite), float(count), least, float(worst)]
             values += summed_changes(changes)
         return values
 
@@ -121,17 +123,19 @@ class RankReduction:
             if is_nonfinite:
                 nonfinite.add(name)
         local = {reading.layer: reading for reading in sample.readings}
-        readings, changes = [], {}
+        readings, changes, slowness = [], {}, {}
         for k, name in enumerate(self._layers):
             block = values[self._start + k * _REDUCED_WIDTH : self._start + (k + 1) * _REDUCED_WIDTH]
             *block, kind = block
             numbers, (batches, *sums) = block[: 1 - _SUMS], block[1 - _SUMS :]
             if not math.isnan(batches):
                 changes[name] = Changes._make((int(batches), *sums, CHANGE_KINDS[int(kind)]))
+            if not math.isnan(numbers[len(_QUANTITIES)]):
+                slowness[name] = numbers[len(_QUANTITIES)]
             reading = _agreed_reading(sample.step, name, local.get(name), numbers)
             if reading is not None:
                 readings.append(reading)
-        agreed = SampleResult(sample.step, tuple(readings), metrics, frozenset(nonfinite), changes=changes)
+        agreed = SampleResult(sample.step, tuple(readings), metrics, frozenset(nonfinite), "", changes, slowness)
         return agreed, int(values[1])
 
 
@@ -163,7 +167,7 @@ def summed_changes(ranks: Iterable[Sequence[float]]) -> list[float]:
 
 def _agreed_reading(step: int, name: str, local: Reading | None, block: Sequence[float]) -> Reading | None:
     """Return a layer's reading from its numbers; `local`, which may be None, where no rank measured it."""
-    nonfinite, count, least, worst = block[len(_QUANTITIES) :]
+    nonfinite, count, least, worst = block[len(_QUANTITIES) + 1 :]
     if nonfinite:
         if local is not None and local.status == "nonfinite":
             return local

@@ -90,6 +90,14 @@ class _ResultState(_StatePart):
     metrics: dict[str, FiniteFloat]
     nonfinite: list[str]
     changes: dict[str, _ChangesState] = {}
+    slowness: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    """Absent in states of before there were turns."""
+
+
+class _TurnsState(_StatePart):
+    last_step: dict[str, _Count] = {}
+    paces: dict[str, Annotated[list[Annotated[int, Field(ge=-64, le=64)]], Field(max_length=64)]] = {}
+    missed: dict[str, _Count] = {}
 
 
 class _MonitorState(_StatePart):
@@ -102,6 +110,8 @@ class _MonitorState(_StatePart):
     ledger: _CountersState
     replays: _ReplaysState = _ReplaysState()
     """Absent in states of 0.1."""
+    layer_turns: _TurnsState = _TurnsState()
+    """Absent in states of before there were turns."""
     turn: Annotated[int, Field(ge=0, le=2**62)]
     """Below the 64 bits of a generator's seed, to which it is added."""
 
@@ -114,6 +124,7 @@ def result_state(result: SampleResult) -> dict[str, Any]:
         "metrics": dict(result.metrics),
         "nonfinite": sorted(result.nonfinite),
         "changes": changes_state(result.changes),
+        "slowness": dict(result.slowness),
     }
 
 
@@ -125,6 +136,7 @@ def result_from_state(state: Mapping[str, Any]) -> SampleResult:
         dict(state["metrics"]),
         frozenset(state["nonfinite"]),
         changes=changes_from_state(state["changes"]),
+        slowness=dict(state["slowness"]),
     )
 
 
@@ -243,7 +255,9 @@ def rename_layers(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
     if result is not None:
         readings = [{**each, "layer": names[each["layer"]]} for each in result["readings"] if each["layer"] in names]
         nonfinite = [names[name] for name in result["nonfinite"] if name in names]
-        result = {**result, "readings": readings, "nonfinite": nonfinite, "changes": renamed(result["changes"])}
+        by_name = {key: renamed(result[key]) for key in ("changes", "slowness")}
+        result = {**result, "readings": readings, "nonfinite": nonfinite, **by_name}
     ledger = {**state["ledger"], "nonfinite": renamed(state["ledger"]["nonfinite"])}
     replays = {**state["replays"], "sums": renamed(state["replays"]["sums"])}
-    return {**state, "evidence": result, "ledger": ledger, "replays": replays}
+    turns = {key: renamed(by_name) for key, by_name in state["layer_turns"].items()}
+    return {**state, "evidence": result, "ledger": ledger, "replays": replays, "layer_turns": turns}

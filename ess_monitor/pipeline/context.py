@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.pipeline.health import Health
 from ess_monitor.records import RUN_STATUSES, Changes, Part, Phase, RunStatus
 from ess_monitor.runtime import Cadence, Guard, Job, MetricReader
+from ess_monitor.runtime.turns import LayerTurns
 
 Metrics = Mapping[str, Any]
 """What the training loop knows of a step, by name: numbers of Python or NumPy, arrays or tensors of one element."""
@@ -42,6 +44,8 @@ class RunContext:
     """Seconds since the epoch."""
     metrics: MetricReader
     """Reads the loop's metrics, and keeps the task metric from one sample to the next."""
+    turns: LayerTurns
+    """Says which layers there is time for in a sample."""
 
     @cached_property
     def layer_names(self) -> tuple[str, ...]:
@@ -78,7 +82,8 @@ class RunContext:
         cadence = Cadence(config.every_n_steps, config.overhead_budget_ratio, locked=locked)
         counters = RunCounters((layer.name for layer in layers), wall_clock=wall_clock)
         metrics = MetricReader(config.diagnosis.metric)
-        return cls(config, layers, cadence, counters, Health(strict=config.strict), clock, wall_clock, metrics)
+        turns = LayerTurns((layer.name for layer in layers), config.runtime.sample_seconds, config.positions)
+        return cls(config, layers, cadence, counters, Health(strict=config.strict), clock, wall_clock, metrics, turns)
 
     def count_step(self, step: int, seconds: float) -> None:
         """Count an optimizer step that took so long; NaN for the first, whose start was not seen."""
@@ -88,14 +93,14 @@ class RunContext:
             self.cadence.stepped(seconds)
 
     def charge(self, phase: Phase, seconds: float, *, once_seconds: float = 0.0) -> None:
-        """Add to the cost of the monitor itself; nothing where the clock went back.
+        """Add to the cost of the monitor itself; nothing where the clock went back, or says what is no time.
 
         Args:
             phase: what it went into.
             seconds: the cost.
             once_seconds: a cost of this phase that does not come with every sample.
         """
-        seconds, once_seconds = max(0.0, seconds), max(0.0, once_seconds)
+        seconds, once_seconds = (each if 0 < each < math.inf else 0.0 for each in (seconds, once_seconds))
         self.counters.spent(phase, seconds + once_seconds)
         self.cadence.spent(seconds, once=phase == "replay")
         if once_seconds:
@@ -103,13 +108,15 @@ class RunContext:
         self.counters.overhead(self.cadence.overhead_ratio, self.cadence.interval_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return cadence and counters, for a checkpoint."""
-        return {"cadence": self.cadence.state_dict(), "ledger": self.counters.state_dict()}
+        """Return cadence, counters and the turns of the layers, for a checkpoint."""
+        state = {"cadence": self.cadence.state_dict(), "ledger": self.counters.state_dict()}
+        return {**state, "layer_turns": self.turns.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.cadence.load_state_dict(state["cadence"])
         self.counters.load_state_dict(state["ledger"])
+        self.turns.load_state_dict(state["layer_turns"])
 
 
 @dataclass(eq=False)

@@ -111,6 +111,7 @@ class RunCounters:
         self._overhead_ratio = 0.0
         self._interval_steps = 0
         self._readings: dict[str, Reading] = {}
+        self._deferred = 0
         self._conditions: dict[str, Condition] = dict.fromkeys(names, "unknown")
         self._evidence: dict[str, Evidence] = {}
         self._state_evidence: dict[str, StateEvidence] = {}
@@ -162,6 +163,7 @@ class RunCounters:
         broken = [reading.layer for reading in readings if reading.status == "nonfinite"]
         entered = [finding.condition for finding in findings]
         with self._lock:
+            self._deferred = sum(reading.status == "deferred" for reading in readings)
             for reading in readings:
                 if reading.status == "ok":
                     self._readings[reading.layer] = reading
@@ -215,6 +217,7 @@ class RunCounters:
                 overhead_seconds={phase: histogram.data() for phase, histogram in self._overhead.items()},
                 overhead_ratio=self._overhead_ratio,
                 interval_steps=self._interval_steps,
+                layers_deferred=self._deferred,
                 readings=dict(self._readings),
                 conditions=dict(self._conditions),
                 evidence=dict(self._evidence),

@@ -14,8 +14,13 @@ from ess_monitor.capture.causality.claims import refuted
 from ess_monitor.errors import format_error
 from ess_monitor.pipeline.context import Metrics, RunContext, Sample, tensors_of
 from ess_monitor.pipeline.readings import compute, lost_reading, reading
-from ess_monitor.records import MEASURED, SampleResult
+from ess_monitor.records import MEASURED, SampleResult, Status
 from ess_monitor.runtime import ComputeBackend, Executor, Task, is_out_of_memory
+
+_TIME_IS_OVER = (
+    "the time of this sample was over before it was measured (runtime.sample_seconds, or a layer before it was given "
+    "up); it comes first in the next"
+)
 
 
 class MeasurementQueue:
@@ -31,7 +36,7 @@ class MeasurementQueue:
         self._config, self._health, self._guards = context.config, context.health, context.guards
         self._backend_of = backend_of
         self._executor: Executor[Sample] = Executor(context.config.runtime)
-        self._timeouts_in_a_row = 0
+        self._turns = context.turns
 
     def __len__(self) -> int:
         """Samples under way."""
@@ -41,9 +46,12 @@ class MeasurementQueue:
         """Send a sample to the worker. One that finds the queue full is dropped and counted."""
         self._health.skip({lost.layer.name: lost.error for lost in sample.failures if lost.status == "skipped"})
         for failure in sample.failures:
-            if failure.status != "skipped":
+            if failure.status not in ("skipped", "deferred"):
                 self._guards["capture"].count(f"layer {failure.layer.name}: {failure.error}", failure.cause)
-        sample.tasks = [self._task(captured) for captured in sample.captured]
+        # Where the time is over before all are measured, those that have waited longest are done.
+        captured = {item.layer.name: item for item in sample.captured}
+        sample.captured = tuple(captured[name] for name in self._turns.in_turn(captured))
+        sample.tasks = [self._task(item) for item in sample.captured]
         sample.metrics, tensors = self._context.metrics.read(metrics)
         for device, values in tensors.items():
             backend, named = self._backend_of(device), partial(_named, tuple(values))
@@ -56,6 +64,8 @@ class MeasurementQueue:
             self._context.counters.measured("skipped", dropped)
             for given in (sample.metrics, *tensors.values()):
                 self._context.metrics.keep(given)
+        else:
+            self._turns.begin(sample.step, captured)
 
     def poll(self) -> list[SampleResult]:
         """Return the samples that are done or given up, oldest first; never waits."""
@@ -66,9 +76,11 @@ class MeasurementQueue:
         return [self._finish(sample) for sample in self._executor.drain(timeout_seconds)]
 
     def take(self, timeout_seconds: float | None = None) -> SampleResult | None:
-        """Wait for the oldest sample, up to the runtime's timeout or a shorter one; None when nothing is under way."""
-        longest = self._config.runtime.timeout_seconds
-        sample = self._executor.take(longest if timeout_seconds is None else min(timeout_seconds, longest))
+        """Wait for the oldest sample, up to the runtime's timeout for each layer, or a time for all of them.
+
+        None when nothing is under way.
+        """
+        sample = self._executor.take(timeout_seconds)
         return None if sample is None else self._finish(sample)
 
     def close(self, timeout_seconds: float) -> None:
@@ -76,7 +88,9 @@ class MeasurementQueue:
         self._executor.close(min(2.0, timeout_seconds))
 
     def _task(self, captured: Captured) -> Task:
-        return Task(self._backend_of(captured.operator.device), tensors_of(captured), self._compute, captured.ready)
+        backend = self._backend_of(captured.operator.device)
+        expected = self._turns.expected_seconds(captured.layer.name)
+        return Task(backend, tensors_of(captured), self._compute, captured.ready, expected_seconds=expected)
 
     def _compute(self, captured: Captured, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Measure a layer whose tensors are `inputs`, on the worker thread."""
@@ -84,9 +98,11 @@ class MeasurementQueue:
 
     def _finish(self, sample: Sample) -> SampleResult:
         cost = sum(task.cost_seconds for task in sample.tasks)
-        self._context.charge("measure", cost)
-        self._count_timeouts(sample)
-        result = self._read(sample)
+        self._context.charge("measure", cost + sample.lost_seconds)
+        self._turns.end(sample.step)
+        if sample.state == "abandoned":
+            self._guards["worker"].count(f"a sample was given up: {sample.error}")
+        result = replace(self._read(sample), slowness=_slowness(sample))
         off = self._report_health(sample, result)
         readings = tuple(r.model_copy(update={"message": off.get(r.layer, r.message)}) for r in result.readings)
         return replace(result, readings=readings) if off else result
@@ -97,8 +113,9 @@ class MeasurementQueue:
         readings = [lost_reading(sample.step, item.layer.name, item.status, item.error) for item in lost]
         for captured, task in zip(sample.captured, sample.tasks, strict=False):
             name, error = captured.layer.name, task.error
-            if sample.state == "abandoned":
-                readings.append(lost_reading(sample.step, name, "timed_out", sample.error))
+            if task.results is None and not error:
+                status: Status = "timed_out" if task.begun else "deferred"
+                readings.append(lost_reading(sample.step, name, status, sample.error if task.begun else _TIME_IS_OVER))
                 continue
             if task.results is not None and (reason := refuted(captured.claims, task.results)):
                 readings.append(lost_reading(sample.step, name, "skipped", reason))
@@ -119,21 +136,6 @@ class MeasurementQueue:
         nonfinite = frozenset(name for name, value in metrics.items() if not math.isfinite(value))
         finite = {name: value for name, value in metrics.items() if name not in nonfinite}
         return SampleResult(sample.step, tuple(readings), finite, nonfinite, changes=sample.changes)
-
-    def _count_timeouts(self, sample: Sample) -> None:
-        """Turn the worker off after some samples in a row that were given up: each may have held the training up."""
-        if sample.state != "abandoned":
-            self._timeouts_in_a_row = 0
-            return
-        self._timeouts_in_a_row += 1
-        guard = self._guards["worker"]
-        guard.count(f"a sample was given up: {sample.error}")
-        if self._timeouts_in_a_row >= guard.limit:
-            guard.turn_off(
-                f"{self._timeouts_in_a_row} samples in a row were given up, the last because it was {sample.error}. "
-                "Take smaller ones (capture.samples, capture.heads, positions) or allow more time, and attach a new "
-                "monitor to turn it on again."
-            )
 
     def _report_health(self, sample: Sample, result: SampleResult) -> dict[str, str]:
         """Tell the monitor's health how this sample went; return the messages of layers that are off from now on."""
@@ -158,3 +160,14 @@ class MeasurementQueue:
 
 def _named(names: tuple[str, ...], *values: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(names, values, strict=True))
+
+
+def _slowness(sample: Sample) -> dict[str, float]:
+    """Return how many times as long as estimated each layer took that had its turn; 0 where it is not known."""
+    slowness: dict[str, float] = {}
+    for captured, task in zip(sample.captured, sample.tasks, strict=False):
+        if task.begun and captured.shape is not None:
+            is_lost = task.results is None and not task.error
+            ratio = (sample.lost_seconds if is_lost else task.cost_seconds) / captured.shape.seconds
+            slowness[captured.layer.name] = ratio if 0 < ratio < math.inf else 0.0
+    return slowness

@@ -318,7 +318,12 @@ def reading(
         spectrum_ranks=tuple(results["spectrum_ranks"].tolist()),
         **common,
     )
-    return measured if measured.basis == "operator" else _of_jacobian(measured, sizes, results)
+    measured = measured if measured.basis == "operator" else _of_jacobian(measured, sizes, results)
+    left_out = getattr(captured, "left_out", "")
+    if not left_out:
+        return measured
+    told = f"{left_out}: more takes longer than runtime.sample_seconds"
+    return measured.model_copy(update={"message": "; ".join(filter(None, (measured.message, told)))})
 
 
 def _of_jacobian(measured: Reading, sizes: torch.Tensor, results: Results) -> Reading:

@@ -80,6 +80,7 @@ class ResultHandler:
             layers=tuple(name for name in context.layer_names if name not in self._undiagnosed),
         )
         self._absent = AbsentMetric(config)
+        self._is_said_that_layers_take_turns = False
         self._warnings: tuple[str, ...] = ()
         """Those that no measurement has taken to the sinks yet."""
         contradicts = contradiction(config)
@@ -125,6 +126,7 @@ class ResultHandler:
             if result.skipped:
                 self._skip(result, may_act)
                 return
+            self._context.turns.observe(result.step, result.slowness)
             clock, charge = self._context.clock, self._context.charge
             started = clock()
             findings = self._diagnose(result)
@@ -133,6 +135,7 @@ class ResultHandler:
             actions = self._intervene(result, findings, step, optimizer, may_act)
             intervened = clock()
             charge("intervene", intervened - diagnosed)
+            self._prefer()
             self._export(result, findings, actions)
             charge("export", clock() - intervened)
 
@@ -174,6 +177,12 @@ class ResultHandler:
             self._tracker.forget_evidence()  # it was weighed by other thresholds
         for treatment in () if evidence.enabled else self.autopilot.active:
             treatment.trial = None  # nothing is compared any more
+        self._prefer()
+
+    def _prefer(self) -> None:
+        """Measure those layers first on which something is to be decided."""
+        tracker, treated = self._tracker, [treatment.layer.name for treatment in self.autopilot.active]
+        self._context.turns.prefer([*treated, *tracker.suspects, *tracker.full_suspects])
 
     @property
     def _is_auto(self) -> bool:
@@ -197,7 +206,10 @@ class ResultHandler:
                 missing = self._absent.observe(result, known=self._tracker.metric_known, others=others)
                 if missing:
                     self._warn(missing)
-        self.readings.update({reading.layer: reading for reading in result.readings})
+        self._report_turns(result)
+        for reading in result.readings:  # a layer whose turn it was not keeps its last one
+            if reading.status != "deferred" or reading.layer not in self.readings:
+                self.readings[reading.layer] = reading
         self.findings = (*self.findings, *findings)[-_KEPT:]
         outcome: Outcome = "failed" if result.readings else "skipped"
         if any(reading.status in MEASURED for reading in result.readings):
@@ -252,6 +264,20 @@ class ResultHandler:
         self.actions = (*self.actions, *actions)[-_KEPT:]
         self.report_autopilot(actions, may_act=may_act)
         return actions
+
+    def _report_turns(self, result: SampleResult) -> None:
+        """Say once that not all layers fit into a sample."""
+        deferred = sum(reading.status == "deferred" for reading in result.readings)
+        turns = self._context.turns
+        if self._is_said_that_layers_take_turns or not deferred or turns.limit_seconds is None:
+            return
+        self._is_said_that_layers_take_turns = True
+        self._warn(
+            f"runtime: the layers take about {turns.planned_seconds():.0f} s of one core, more than "
+            f"sample_seconds={turns.limit_seconds:g}, and take turns: this sample left out {deferred} of "
+            f"{len(result.readings)}. Lower capture.samples, capture.heads or positions, or raise sample_seconds, for "
+            "more of them in a sample."
+        )
 
     def _warn(self, text: str) -> None:
         self._warnings = (*self._warnings, text)

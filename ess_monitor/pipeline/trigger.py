@@ -46,6 +46,7 @@ class SampleTrigger:
             model=model,
             off=off,
             share=share,
+            turns=context.turns,
             causality=is_causal,
             runs_flex=False,
             ready=lambda device: backend_of(device).ready(),

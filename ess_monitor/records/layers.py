@@ -36,6 +36,11 @@ class LayerInfo(Record):
     """How many independent operators (heads or channels) the layer applies; 0 where a forward pass must tell."""
     uninformative: str = ""
     """Why ESS says little of this kind of layer, which is therefore measured and not diagnosed; empty elsewhere."""
+    sample_seconds: float | None = None
+    """Seconds of one core that its measurement takes in a sample, estimated from shapes; right within a factor of about
+    two. None where they are not known, as in a run's description."""
+    sample_bytes: int | None = None
+    """Bytes that a sample holds of it, estimated likewise."""
     handles: tuple[str, ...] = ()
     """What an intervention may act on, as `knob: parameter names`; empty where there is nothing to act on."""
 

@@ -79,6 +79,8 @@ class Snapshot(Counts):
     overhead_seconds: dict[Phase, HistogramData]
     overhead_ratio: float
     interval_steps: int
+    layers_deferred: int = 0
+    """Layers that the last sample had no time for. 0 in logs of before it was written."""
     readings: dict[str, Reading]
     """Latest reading with status ok, per layer; a layer without one is absent."""
     conditions: dict[str, Condition]

@@ -84,3 +84,6 @@ class SampleResult:
     """Why the sample is not judged on any rank; empty where it is. Not part of a checkpoint."""
     changes: dict[str, Changes] = field(default_factory=dict)
     """Of layers for which evidence was asked, since the sample before."""
+    slowness: dict[str, float] = field(default_factory=dict)
+    """Of layers that had their turn: how many times as long as estimated from its shape the measurement took; 0 where
+    that is not known."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-Status = Literal["ok", "nonfinite", "too_short", "timed_out", "dropped", "failed", "skipped"]
+Status = Literal["ok", "nonfinite", "too_short", "timed_out", "dropped", "failed", "skipped", "deferred"]
 """How a reading ended. Only `ok` carries sizes that mean something; every other status keeps the reason. skipped: the
-layer is not causal, or not known to be, and is left out from then on."""
+layer is not causal, or not known to be, and is left out from then on. deferred: this sample had no time for the layer,
+and one of the next has."""
 
 Condition = Literal["unknown", "healthy", "forgets_by_choice", "unused", "saturated", "collapsed"]
 """What the diagnosis says of a layer. Everything else about a condition is in `CONDITION_INFO`."""

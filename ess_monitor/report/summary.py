@@ -33,6 +33,8 @@ _STATUS_ADVICE: dict[Status, str] = {
     "dropped": "The queue was full. Once in a while this is harmless; otherwise raise every_n_steps.",
     "failed": "Capture or computation raised an error. The last message was:",
     "skipped": "ESS is defined for causal layers alone. The reason was:",
+    "deferred": "Not all layers fit into the time of a sample, so that they take turns. Lower capture.samples, "
+    "capture.heads or positions, or raise runtime.sample_seconds, for more of them in a sample.",
 }
 _SPARED = (
     "it uses little of its state, which may be right in the first of several layers (it often looks back one token "

@@ -11,6 +11,7 @@ CUDA graph that another thread records at the time would be lost by one, and it 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -50,6 +51,10 @@ class Task:
     """The moments from which `inputs` are complete, each as `backend.ready` gave it."""
     arrived: Callable[[], bool] = lambda: True
     """Returns whether the inputs are on the host. May ask the device: to be called on the training thread."""
+    expected_seconds: float = 0.0
+    """How long it is expected to take. 0: it takes nothing of the time of a sample."""
+    begun: bool = False
+    """Whether the worker has begun it. Where the time of a sample is over it never does."""
     results: dict[str, torch.Tensor] | None = None
     """Host tensors. None before the computation, and where it failed."""
     cost_seconds: float = 0.0
@@ -111,12 +116,41 @@ def limit_this_thread(threads: int) -> None:
             restoring.join()
 
 
-class HostBackend:
-    """Computes on the CPU, in the calling (worker) thread."""
+_RESOLUTION_SECONDS = 0.05
+"""Some clocks of threads advance in steps of 16 ms."""
 
-    def __init__(self, *, threads: int = 1, clock: Callable[[], float] = time.thread_time) -> None:
+
+def plausible_seconds(of_thread: float, of_wall: float) -> float:
+    """Return the time of a core that a thread has had; the wall time where its clock is wrong, 0 where both are.
+
+    >>> plausible_seconds(2.0, 3.0), plausible_seconds(-1.0, 3.0), plausible_seconds(1e9, 3.0)
+    (2.0, 3.0, 3.0)
+    """
+    of_wall = of_wall if 0 < of_wall < math.inf else 0.0
+    if 0 <= of_thread < math.inf and (of_thread <= of_wall + _RESOLUTION_SECONDS or not of_wall):
+        return of_thread
+    return of_wall
+
+
+class HostBackend:
+    """Computes on the CPU, in the calling (worker) thread.
+
+    Args:
+        threads: of the computation.
+        clock: seconds of one core that this thread has had, so that other load on the machine does not count.
+        wall_clock: seconds that have passed. A thread cannot have had more of a core.
+    """
+
+    def __init__(
+        self,
+        *,
+        threads: int = 1,
+        clock: Callable[[], float] = time.thread_time,
+        wall_clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._threads = validation.whole("threads", threads, 1, 2**16)
         self._clock = validation.function("clock", clock)
+        self._wall_clock = validation.function("wall_clock", wall_clock)
         self._calling_thread = threading.local()
 
     def ready(self) -> Any:
@@ -131,9 +165,10 @@ class HostBackend:
         if not getattr(self._calling_thread, "is_limited", False):
             limit_this_thread(self._threads)
             self._calling_thread.is_limited = True
-        started = self._clock()
+        started, began = self._clock(), self._wall_clock()
         results = task.compute(*task.inputs)
-        task.cost_seconds = (self._clock() - started) * self._threads
+        seconds = plausible_seconds(self._clock() - started, self._wall_clock() - began)
+        task.cost_seconds = seconds * self._threads
         task.results = results  # last: the training thread may look at any time
 
 

@@ -1,17 +1,19 @@
 """Measures samples on one worker thread, in order, with a bounded queue.
 
 The training thread only puts a job on a queue and asks whether the oldest one is done. A job that finds the queue full
-is dropped; one that takes too long is given up, and its late results are discarded.
+is dropped. A job whose time is over begins no further task. One in which a task takes too long is given up, and what
+that task gives later is discarded.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -20,6 +22,7 @@ from ess_monitor.errors import format_error
 from ess_monitor.runtime.backends import Task
 from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.shutdown import SHUTDOWN_GRACE_SECONDS, TorchThread
+from ess_monitor.runtime.time_limit import TimeLimit
 from ess_monitor.validation.settings import Settings
 
 _LAST_TASK_SECONDS = 30.0
@@ -35,8 +38,13 @@ class RuntimeConfig(Settings):
     """Samples that may wait or be under way. 2 lets one finish while the next is taken; more only delay results."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of the worker. 1 leaves the cores to the training."""
+    sample_seconds: Annotated[float, Field(gt=0)] | None = 10.0
+    """Seconds of one core that a sample may take; three times as many of wall time. Where not all layers fit, they take
+    turns over the samples; one that alone does not fit is measured on fewer sequences and heads, then on fewer tokens.
+    10 s under a budget of 1 % is a sample in 17 minutes. None: no limit, so that what is measured does not depend on
+    the machine."""
     timeout_seconds: float = Field(default=120.0, gt=0)
-    """A sample that is not done by then is given up with status timed_out."""
+    """A layer that takes longer is given up with status timed_out."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,6 +59,8 @@ class Job:
     finished: bool = False
     """True once the worker is through with it."""
     error: str = ""
+    lost_seconds: float = 0.0
+    """Time that went into the task with which it was given up."""
 
     def begin(self) -> None:
         """Start to bring the inputs of the tasks to the host. Where that fails, the tasks say why."""
@@ -78,6 +88,8 @@ class Executor(Generic[AnyJob]):
         self._todo: deque[AnyJob] = deque()
         """Not yet begun by the worker."""
         self._running: AnyJob | None = None
+        self._progressed = -math.inf
+        """When the worker began or ended a task last."""
         self._wake = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -111,7 +123,7 @@ class Executor(Generic[AnyJob]):
         self._hand_over()
         while (job := self._oldest()) is not None:
             if not job.finished:
-                if self._clock() - job.submitted < self.config.timeout_seconds:
+                if self._waited(job) < self.config.timeout_seconds:
                     break
                 self._give_up(job, f"not measured within runtime.timeout_seconds = {self.config.timeout_seconds:g}")
             if self._take_out(job):
@@ -123,14 +135,19 @@ class Executor(Generic[AnyJob]):
         self._wait_for(self._open, timeout_seconds)
         return self.poll()
 
-    def take(self, timeout_seconds: float) -> AnyJob | None:
-        """Wait up to `timeout_seconds` for the oldest job, then give it up. Return it; None when there is none."""
+    def take(self, timeout_seconds: float | None = None) -> AnyJob | None:
+        """Wait for the oldest job, then give it up. Return it; None when there is none.
+
+        Args:
+            timeout_seconds: of the wait; by default `runtime.timeout_seconds` for each task.
+        """
         job = self._oldest()
         if job is None:
             return None
-        self._wait_for([job], timeout_seconds)
+        within = self.config.timeout_seconds if timeout_seconds is None else timeout_seconds
+        self._wait_for([job], within, each_task=timeout_seconds is None)
         if not job.finished:
-            self._give_up(job, f"not measured within {timeout_seconds:g} seconds of its judgment")
+            self._give_up(job, f"not measured within {within:g} seconds of its judgment")
         return job if self._take_out(job) else None
 
     def close(self, timeout_seconds: float = 2.0) -> None:
@@ -153,12 +170,20 @@ class Executor(Generic[AnyJob]):
             return False
         return True
 
-    def _wait_for(self, jobs: Collection[AnyJob], timeout_seconds: float) -> None:
-        deadline, jobs = self._clock() + timeout_seconds, tuple(jobs)
+    def _wait_for(self, jobs: Collection[AnyJob], timeout_seconds: float, *, each_task: bool = False) -> None:
+        """Wait until the jobs are done, for so long; with `each_task` so long after the last task that began."""
+        since, jobs = self._clock(), tuple(jobs)
         with self._wake:
-            while self._clock() < deadline and not all(job.finished for job in jobs):
+            while not all(job.finished for job in jobs):
+                if self._clock() - (max(since, self._progressed) if each_task else since) >= timeout_seconds:
+                    break
                 self._hand_over()
                 self._wake.wait(timeout=_POLL_SECONDS)
+
+    def _waited(self, job: Job) -> float:
+        """Return how long nothing has happened that brings a job nearer to its end."""
+        waited: float = self._clock() - max(job.submitted, self._progressed)
+        return waited
 
     def _hand_over(self) -> None:
         """Give the worker the jobs whose inputs have arrived, in order. Called on the training thread alone."""
@@ -174,6 +199,8 @@ class Executor(Generic[AnyJob]):
             self._wake.notify_all()
 
     def _give_up(self, job: AnyJob, why: str) -> None:
+        if any(task.begun for task in job.tasks):
+            job.lost_seconds = max(0.0, self._waited(job))
         job.state, job.error = "abandoned", why
         with self._wake:
             if job in self._todo:  # behind a job that hangs: releases the captured tensors
@@ -203,15 +230,24 @@ class Executor(Generic[AnyJob]):
             del job  # or its captured tensors would be kept until the next sample
 
     def _launch(self, job: AnyJob) -> None:
+        limit = TimeLimit(self.config.sample_seconds, self._clock)
         for task in job.tasks:
             if job.state == "abandoned" or self._closing:
                 break
             if task.error or task.results is not None:  # handed over twice, by a signal handler
                 continue
+            if task.expected_seconds and not limit.allows(task.expected_seconds):
+                continue
+            began = self._progressed = self._clock()
+            task.begun = True
             try:
                 task.backend.launch(task)
             except BaseException as error:  # sys.exit() in a task must not end the worker with an unfinished job
                 _fail(task, error)
+            self._progressed = self._clock()
+            if task.expected_seconds:
+                spent = task.cost_seconds if task.results is not None else self._progressed - began
+                limit.spend(spent, expected_seconds=task.expected_seconds)
 
 
 def _fail(task: Task, error: BaseException) -> None:

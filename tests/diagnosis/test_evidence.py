@@ -191,3 +191,26 @@ def test_a_resumed_run_goes_on_in_the_middle_of_an_examination() -> None:
     second.times(4, LOW, evidence("by_choice"))
     assert second.tracker.state_dict() == whole.tracker.state_dict()
     assert second.findings == whole.findings
+
+
+def test_evidence_that_comes_while_a_layer_waits_for_its_turn_counts_at_its_next_reading() -> None:
+    waits = reading(0.15, 0.5, status="deferred")
+    run = Examined().times(4, LOW)
+    assert run.asked == [400]
+    run.measure(waits, evidence("loud"))
+    assert run.condition == "unknown"
+    run.times(30, waits)
+    assert run.asked == [400], "it is not asked for once more"
+    run.measure(LOW)
+    assert run.condition == "collapsed"
+    assert run.findings[0].evidence.outcome == "loud"
+
+
+def test_a_layer_that_is_measured_in_every_third_sample_is_judged_by_its_own_readings() -> None:
+    waits = reading(0.15, 0.5, status="deferred")
+    often, seldom = Examined(), Examined()
+    for _ in range(8):
+        often.measure(LOW, evidence("loud"))
+        seldom.measure(LOW, evidence("loud")).measure(waits, evidence("loud")).measure(waits)
+    assert [finding.step for finding in often.findings] == [500]
+    assert [finding.step for finding in seldom.findings] == [1300]

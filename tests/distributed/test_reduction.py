@@ -29,3 +29,11 @@ def test_ranks_that_watch_other_layers_do_not_average_them() -> None:
     evidence = SampleResult(7, ())
     with pytest.raises(ValueError, match="layers differ"):
         here.reduce([here.encode(evidence, 100), there.encode(evidence, 100)])
+
+
+def test_ranks_agree_on_how_slow_a_layer_was_and_on_which_layers_had_their_turn() -> None:
+    reduction = RankReduction(["a", "b", "c"], ["loss"], ranks=(0, 1))
+    mine = [SampleResult(7, (), slowness={"a": 1.25, "b": 0.0}), SampleResult(7, (), slowness={"a": 1.5})]
+    values = reduction.reduce([reduction.encode(sample, 100) for sample in mine])
+    assert [reduction.decode(sample, values)[0].slowness for sample in mine] == [{"a": 1.5, "b": 0.0}] * 2
+    assert reduction.decode(SampleResult(7, ()), values)[0].slowness == {"a": 1.5, "b": 0.0}, "a rank that only follows"

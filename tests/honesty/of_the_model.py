@@ -170,7 +170,7 @@ CAPTURE: dict[str, Case] = {
     "Sampler": Case(
         _armed,
         lambda: {"layers": find_layers(model()), "config": capture.CaptureConfig()},
-        exempt={"off": "a set that the monitor's circuit breaker keeps"},
+        exempt={"off": "a set that the monitor's circuit breaker keeps", "turns": "an object of the run, or None"},
     ),
     "TokenProbe": Case(
         lambda **given: capture.TokenProbe(**given).run(0), lambda: {"model": torch.nn.Embedding(4, 2), "samples": 2}

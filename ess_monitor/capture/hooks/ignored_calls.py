@@ -11,6 +11,10 @@ from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.records import Status
 
 _STATES = ("initial_state", "recurrent_state", "initial_states", "cache_params", "past_key_values", "past_key_value")
+DEFERRED = (
+    "there was no time for it in this sample (runtime.sample_seconds); layers take turns, and those that have waited "
+    "longest come first"
+)
 SEVERAL_CALLS = (
     "calls its op more than once in one forward pass, so that its y is not T u with the T of one of the calls; give "
     "each call a module of its own, or leave the layer out with `layers`"

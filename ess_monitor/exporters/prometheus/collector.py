@@ -161,6 +161,8 @@ def _monitor_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     parts = {part: part not in health.parts_off for part in PARTS}
     yield gauge("part_enabled", "1 while a part of the monitor works, 0 when it has turned itself off.", parts, "part")
     layers = sum(layer.name not in health.layers_off for layer in run.layers)
+    deferred = now.layers_deferred
+    yield gauge("layers_deferred", "Layers that the last sample had no time for; they take turns.", deferred)
     yield gauge("layers_enabled", "Layers that have not been given up after failures.", layers)
     enabled = {name: name not in health.exporters_off for name in exporters}
     yield gauge("exporter_enabled", "1 while an exporter works, 0 when it has turned itself off.", enabled, "exporter")

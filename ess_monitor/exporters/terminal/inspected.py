@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
+def layer_table(title: str, layers: Iterable[LayerInfo], caption: str = "") -> Table:
     """Return what `describe` found, with a row for each layer."""
-    table = plain_table(title, "layer", "module", "operator", numbers=("TSS", "channels"))
+    table = plain_table(title, "layer", "module", "operator", numbers=("TSS", "channels", "seconds"))
+    table.caption, table.caption_justify = plain_text(caption, "table.caption"), "left"
     table.add_column("handles or reason", overflow="fold")
     for layer in layers:
         if layer.supported:
@@ -23,9 +24,10 @@ def layer_table(title: str, layers: Iterable[LayerInfo]) -> Table:
             channels = str(layer.channels) if layer.channels else "?"
             handles = "\n".join(layer.handles) or "no handles"
             handles += f"\nnot diagnosed: {layer.uninformative}" if layer.uninformative else ""
-            texts = (layer_title(layer.name), layer.module, layer.operator, capacity, channels, handles)
+            seconds = "?" if layer.sample_seconds is None else f"{layer.sample_seconds:.2g}"
+            texts = (layer_title(layer.name), layer.module, layer.operator, capacity, channels, seconds, handles)
         else:
-            texts = (layer_title(layer.name), layer.module, "skipped", "", "", layer.reason)
+            texts = (layer_title(layer.name), layer.module, "skipped", "", "", "", layer.reason)
         table.add_row(*map(plain_text, texts), style="" if layer.supported else "dim")
     return table
 

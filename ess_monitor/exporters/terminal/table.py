@@ -147,6 +147,8 @@ def _condition_style(condition: Condition) -> str:
 def _cells(reading: Reading | None) -> tuple[str, str, str | Text, str]:
     if reading is None:
         return _NOTHING, _NOTHING, plain_text("not measured", "dim"), _NOTHING
+    if reading.status == "deferred":
+        return _NOTHING, _NOTHING, plain_text("in a later sample", "dim"), _NOTHING
     capacity, ratio = _number(reading.state_capacity, 1), reading.utilization_ratio
     if reading.status != "ok":
         return _NOTHING, capacity, plain_text(reading.status, "yellow"), _NOTHING
