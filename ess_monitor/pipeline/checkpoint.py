@@ -98,6 +98,8 @@ class _TurnsState(_StatePart):
     last_step: dict[str, _Count] = {}
     paces: dict[str, Annotated[list[Annotated[int, Field(ge=-64, le=64)]], Field(max_length=64)]] = {}
     missed: dict[str, _Count] = {}
+    kinds: dict[str, str] = {}
+    expected: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
 
 class _MonitorState(_StatePart):

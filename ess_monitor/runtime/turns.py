@@ -82,6 +82,10 @@ class LayerTurns:
         """Samples that had no time for a layer."""
         self._shapes: dict[str, Shape] = {}
         """What was to be measured of each layer when it was called last."""
+        self._kinds: dict[str, str] = {}
+        """Kind of that shape."""
+        self._saved: dict[str, float] = {}
+        """What the run before expected, of layers that were not called in this one yet."""
         self._taken: dict[str, float] = {}
         """Expected seconds of each layer in this sample."""
         self._under_way: dict[int, frozenset[str]] = {}
@@ -104,8 +108,7 @@ class LayerTurns:
         preferred = [name for name in names if name in self._preferred]
         for share, some in ((0.5, preferred), (1.0, names)):
             for name in sorted(set(some) - chosen.keys(), key=self._age):
-                shape = self._shapes.get(name)
-                seconds = 0.0 if shape is None else self._fitted(name, shape)[1]
+                seconds = self._planned(name)
                 if not chosen or self._fits((math.fsum(chosen.values()) + seconds) / share):
                     chosen[name] = seconds
         return list(chosen)
@@ -117,7 +120,7 @@ class LayerTurns:
             name: of the layer.
             shape: what the settings ask for.
         """
-        self._shapes[name] = shape
+        self._shapes[name], self._kinds[name] = shape, shape.kind
         fitted, seconds = self._fitted(name, shape)
         others = [taken for other, taken in self._taken.items() if other != name]
         if others and not self._fits(math.fsum(others) + seconds):
@@ -169,15 +172,18 @@ class LayerTurns:
 
     def planned_seconds(self) -> float:
         """Return how long one measurement of all layers whose shapes are known takes, in as many samples as needed."""
-        return math.fsum(self._fitted(name, shape)[1] for name, shape in self._shapes.items())
+        return math.fsum(map(self._planned, self._shapes))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on with the same turns."""
-        return {"last_step": dict(self._last_step), "paces": dict(self._paces), "missed": dict(self._missed)}
+        state = {"last_step": dict(self._last_step), "paces": dict(self._paces), "missed": dict(self._missed)}
+        expected = {name: self._planned(name) for name in (*self._shapes, *self._saved)}
+        return {**state, "kinds": dict(self._kinds), "expected": expected}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._last_step, self._missed = dict(state["last_step"]), dict(state["missed"])
+        self._kinds, self._saved = dict(state["kinds"]), dict(state["expected"])
         self._paces = {name: list(steps) for name, steps in state["paces"].items() if steps}
 
     def _age(self, name: str) -> tuple[bool, int, int]:
@@ -198,13 +204,15 @@ class LayerTurns:
             fitted = smaller
         return fitted, pace * fitted.seconds
 
+    def _planned(self, name: str) -> float:
+        """Return how long a layer is expected to take in a sample; 0 where nothing is known of it."""
+        shape = self._shapes.get(name)
+        return self._saved.get(name, 0.0) if shape is None else self._fitted(name, shape)[1]
+
     def _pace(self, name: str, kind: str) -> float:
         """Return the factor of a layer's estimates: its own, or the largest of layers of its kind, or 1."""
         steps = self._paces.get(name) or [
-            each
-            for other, paces in self._paces.items()
-            if other in self._shapes and self._shapes[other].kind == kind
-            for each in paces
+            each for other, paces in self._paces.items() if self._kinds.get(other) == kind for each in paces
         ]
         return float(2 ** (max(steps, default=0) / _STEPS_PER_DOUBLING))
 
