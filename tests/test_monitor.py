@@ -178,7 +178,7 @@ class TestTrainingIsSacred:
             assert torch.equal(a, b)
 
     FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {  # noqa: RUF012
-        "capture": lambda m: m.setattr("ess_monitor.capture.sampler.rotate_heads", _explode),
+        "capture": lambda m: m.setattr("ess_monitor.capture.sampler.part_of", _explode),
         "compute": lambda m: m.setattr(measuring, "compute", _explode),
         "assembling": lambda m: m.setattr("ess_monitor.pipeline.queue.reading", _explode),
         "diagnosis": lambda m: m.setattr("ess_monitor.diagnosis.Tracker.observe", _explode),
