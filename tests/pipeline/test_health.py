@@ -201,7 +201,7 @@ class TestStrict:
     @pytest.mark.parametrize(
         ("part", "target"),
         [
-            ("capture", "ess_monitor.capture.sampler.rotate_heads"),
+            ("capture", "ess_monitor.capture.sampler.part_of"),
             ("capture", "ess_monitor.runtime.Executor.submit"),
             ("measurement", "ess_monitor.pipeline.queue.compute"),
             ("measurement", "ess_monitor.pipeline.queue.reading"),
