@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from inspect import Signature
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from ess_monitor import validation
-from ess_monitor.config import MonitorConfig
+from ess_monitor.config import MonitorConfig, with_environment
 from ess_monitor.distributed.parallelism import require_data_parallel
 from ess_monitor.distributed.ranks import measure_together
 from ess_monitor.errors import CheckpointError, ConfigError
@@ -32,6 +34,7 @@ from ess_monitor.exporters import (
     WandbExporter,
 )
 from ess_monitor.exporters.config import configs_of_rank
+from ess_monitor.integrations.monitor_settings import MonitorSettings, with_settings
 from ess_monitor.monitor import Monitor
 from ess_monitor.pipeline.context import Metrics
 from ess_monitor.records import RunStatus
@@ -126,6 +129,8 @@ class CallbackBase:
         ConfigError: a setting is unknown or has a value it cannot have.
     """
 
+    __signature__: ClassVar[Signature]
+    """Lists every setting with its default, for `help()`, IPython and editors."""
     _not_copied: tuple[str, ...] = ()
     """Attributes that belong to the running training; copies and pickles leave them out."""
 
@@ -135,20 +140,22 @@ class CallbackBase:
         *,
         exporters: Iterable[str | dict[str, Any] | Exporter] = (),
         table: bool = True,
-        **settings: Any,
+        **settings: Unpack[MonitorSettings],
     ) -> None:
         super().__init__()
         exporters = validation.listed("exporters", exporters, hint='kinds such as "prometheus", settings, exporters')
         self.table = validation.flag("table", table)
         self._live_exporters = tuple(item for item in exporters if _is_exporter(item))
         configured = tuple(item for item in exporters if not _is_exporter(item))
-        if configured:
-            settings["exporters"] = configured
         if isinstance(config, MonitorConfig):
             config = config.model_dump()
         elif config is not None and not isinstance(config, dict):
-            raise ConfigError(f"config: {type(config).__name__} given; pass a MonitorConfig, a dictionary or nothing")
-        self.config = MonitorConfig.load(environment=True, **{**(config or {}), **settings})
+            raise ConfigError(
+                f"config: {validation.type_of(config)} given; pass a MonitorConfig, a dictionary or nothing. A file is "
+                "read by MonitorConfig.load(path)"
+            )
+        given: dict[str, Any] = {**(config or {}), **settings}
+        self.config = with_environment({**given, "exporters": configured} if configured else given)
         self.monitor: Monitor | None = None
         """The monitor of the training that runs now, or of the last one. None on ranks that do not measure."""
         self._state: dict[str, Any] | None = None
@@ -251,6 +258,10 @@ class CallbackBase:
         """Return the settings and the state, without the running training, for copies and pickles."""
         kept = {name: value for name, value in self.__dict__.items() if name not in self._not_copied}
         return {**kept, "monitor": None, "_close_if_dropped": None, "_state": self.state_dict() or None}
+
+
+CallbackBase.__signature__ = with_settings(CallbackBase.__init__)
+CallbackBase.__init__.__doc__ = MonitorSettings.__doc__
 
 
 class ExplicitLoop(CallbackBase):

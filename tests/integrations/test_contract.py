@@ -301,7 +301,7 @@ def test_settings_win_over_the_config_and_unknown_ones_are_refused(loop: str) ->
     assert callback(loop, config=given).config.exporters == given.exporters
     with pytest.raises(ConfigError, match="evry_n_steps: unknown setting"):
         callback(loop, evry_n_steps=3)
-    with pytest.raises(ConfigError, match="config: int given"):
+    with pytest.raises(ConfigError, match="config: a int given"):
         callback(loop, config=3)
 
 
