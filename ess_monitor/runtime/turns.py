@@ -61,6 +61,7 @@ class LayerTurns:
         >>> def sample(step):
         ...     taken = [name for name in turns.choose(["a", "b", "c"]) if turns.fit(name, shape)]
         ...     turns.observe(step, dict.fromkeys(taken, 1.0))
+        ...     turns.defer({"a", "b", "c"} - set(taken))
         ...     return taken
         >>> sample(0), sample(100), sample(200)
         (['a', 'b'], ['c', 'a'], ['b', 'c'])
@@ -186,10 +187,14 @@ class LayerTurns:
         self._kinds, self._saved = dict(state["kinds"]), dict(state["expected"])
         self._paces = {name: list(steps) for name, steps in state["paces"].items() if steps}
 
-    def _age(self, name: str) -> tuple[bool, int, int]:
-        """Return what layers are ordered by: those come last that are in a sample under way."""
+    def _age(self, name: str) -> tuple[bool, int, int, int]:
+        """Return what layers are ordered by: those come last that are in a sample under way.
+
+        Of layers that were measured last at the same step, those that were left out more often come first.
+        """
         is_under_way = any(name in sample for sample in self._under_way.values())
-        return is_under_way, self._last_step.get(name, -1), self._order.get(name, len(self._order))
+        order = self._order.get(name, len(self._order))
+        return is_under_way, self._last_step.get(name, -1), -self._missed.get(name, 0), order
 
     def _fits(self, seconds: float) -> bool:
         return self.limit_seconds is None or seconds <= FILLED * self.limit_seconds

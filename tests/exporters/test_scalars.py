@@ -22,6 +22,7 @@ def test_a_full_measurement_gives_every_quantity_of_every_layer() -> None:
         "ess_layers/unknown": 0.0,
         "ess_layers/healthy": 2.0,
         "ess_layers/forgets_by_choice": 0.0,
+        "ess_layers/unused": 0.0,
         "ess_layers/saturated": 0.0,
         "ess_layers/collapsed": 0.0,
         "ess_monitor/utilization_ratio": 0.25,

@@ -69,7 +69,7 @@ def _jumping(start: float, tick: float, *, back: float, at: int) -> Callable[[],
 
 @case("Ctrl-C arrives while a hook copies a layer's tensors; the loop goes on with the same batch")
 def interrupt_in_a_hook(injection: Injection) -> Outcome:
-    return _interrupted(injection, sampler, "rotate_heads")
+    return _interrupted(injection, sampler, "part_of")
 
 
 @case("Ctrl-C arrives while the sample is handed to the worker; the loop goes on")
@@ -82,10 +82,10 @@ def _interrupted(injection: Injection, module: Any, name: str) -> Outcome:
     expected, interrupts, calls = train(backbone()), [], itertools.count()
     original = getattr(module, name)
 
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **named: Any) -> Any:
         if next(calls) == 5:  # the second layer of the third sample
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **named)
 
     injection.patch.setattr(module, name, interrupted)
     model, sink, losses = backbone(), Collecting(), []
@@ -118,7 +118,7 @@ def _interrupted(injection: Injection, module: Any, name: str) -> Outcome:
 
 @case("Ctrl-C in the middle of a sample ends the run")
 def interrupt_ends_the_run(injection: Injection) -> Outcome:
-    def interrupt(*args: Any) -> None:
+    def interrupt(*args: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     data, sink, model = batches(), Collecting(), backbone()
@@ -130,7 +130,7 @@ def interrupt_ends_the_run(injection: Injection) -> Outcome:
             def after_step(step: int, loss: torch.Tensor) -> None:
                 monitor.step({"loss": loss})
                 if step == 3:
-                    injection.patch.setattr(sampler, "rotate_heads", interrupt)
+                    injection.patch.setattr(sampler, "part_of", interrupt)
 
             train(model, data, after_step=after_step)
     except KeyboardInterrupt:

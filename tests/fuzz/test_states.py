@@ -60,6 +60,7 @@ def whole_state() -> dict[str, Any]:
             "metrics": {"loss": 1.0},
             "nonfinite": [],
             "changes": {"model": changes},
+            "slowness": {"model": 1.5},
         },
         "judge_at": 6,
         "autopilot": {**state["autopilot"], "given_up": ["model"], "treatments": [treatment("rescale_alpha")]},

@@ -120,6 +120,7 @@ def full_state(monitor: Monitor, treated: str, advised: str) -> dict[str, Any]:
         "judge_at": 6,
         "evidence": {
             "step": 4, "readings": [reading], "metrics": {}, "nonfinite": [treated], "changes": {treated: changes},
+            "slowness": {treated: 1.5},
         },
         "diagnosis": {**state["diagnosis"], "layers": layers},
         "autopilot": {

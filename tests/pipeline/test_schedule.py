@@ -94,9 +94,9 @@ def test_a_signal_handler_that_flushes_while_a_sample_is_read_does_not_judge_it_
         flushed = []
         wait_for = Executor._wait_for
 
-        def interrupted(self: Executor, *arguments: object) -> None:
+        def interrupted(self: Executor, *arguments: object, **named: object) -> None:
             monkeypatch.undo()
-            wait_for(self, *arguments)
+            wait_for(self, *arguments, **named)
             flushed.append(monitor.flush())
 
         monkeypatch.setattr(Executor, "_wait_for", interrupted)

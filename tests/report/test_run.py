@@ -28,7 +28,7 @@ def test_a_run_is_chosen_by_name_or_number_and_is_the_last_by_default(log: Path)
         assert (run.name, len(run.readings)) == ("first", 3 * len(LAYERS))
     with pytest.raises(ConfigError, match=r"run: .*holds no 'third'.*1 first, 2 second"):
         ess_monitor.load_run(log, "third")
-    with pytest.raises(ConfigError, match="nowhere"):
+    with pytest.raises(ConfigError, match="does not exist; give the folder of a run"):
         ess_monitor.load_run(log.parent / "nowhere")
 
 

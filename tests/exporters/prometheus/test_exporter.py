@@ -283,12 +283,12 @@ def test_odd_layer_names_survive_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("fields", "examined", "cost"),
     [
-        ({}, False, 13),
-        ({"utilization_min_ratio": None, "worst_rank": None}, False, 11),
-        ({"utilization_min_ratio": None, "worst_rank": None}, True, 13),
+        ({}, False, 14),
+        ({"utilization_min_ratio": None, "worst_rank": None}, False, 12),
+        ({"utilization_min_ratio": None, "worst_rank": None}, True, 14),
     ],
 )
-def test_a_layer_costs_eleven_series_two_more_with_several_ranks_or_evidence_and_the_rest_stays_below_two_hundred(
+def test_a_layer_costs_twelve_series_two_more_with_several_ranks_or_evidence_and_the_rest_stays_below_two_hundred(
     fields: dict[str, None], examined: bool, cost: int
 ) -> None:
     def series(count: int) -> int:
