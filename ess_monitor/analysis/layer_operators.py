@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor import validation
+from ess_monitor.analysis.results import LayerResult
 from ess_monitor.capture import CaptureConfig, Captured, CaptureFailure
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, format_error
@@ -26,7 +27,7 @@ from ess_monitor.ess.realization.realize import state_of_recurrence
 from ess_monitor.inspection import captured_layers
 from ess_monitor.records import LayerInfo, Status
 
-T = TypeVar("T")
+ResultT = TypeVar("ResultT", bound=LayerResult)
 
 Progress = Callable[[Sequence[Captured | CaptureFailure]], Iterable[Captured | CaptureFailure]]
 """Passes the layers on, one after another, and may show how far it is (`rich.progress.track`)."""
@@ -68,6 +69,19 @@ class SmallerStates:
     is_cropped: bool
     """Whether it is of fewer tokens, because no recurrence is known."""
 
+    def facts(self, layer: str) -> dict[str, Any]:
+        """Return the fields of `LayerStates`."""
+        return {
+            "layer": layer,
+            "status": "ok",
+            "message": f"of its first {TOKENS_WITHOUT_RECURRENCE} tokens" if self.is_cropped else "",
+            "operator": type(self.operator).__name__,
+            "operators": self.operators,
+            "length": self.length,
+            "state_capacity": self.state_capacity,
+            "capacity_grows": self.operator.capacity_grows,
+        }
+
     def floor(self, size: int) -> float:
         """Return the smallest ||T - T'||_F^2 / ||T||_F^2 that is possible with a state of `size`."""
         return self._ratio(self.tails[min(size, len(self.tails) - 1)])
@@ -94,17 +108,17 @@ def layers_of(
     inputs: tuple[Any, ...],
     named_inputs: dict[str, Any],
     config: MonitorConfig | None,
-    analyze: Callable[[Captured, MonitorConfig], T],
-    failed: Callable[[str, Status, str], T],
+    analyze: Callable[[Captured, MonitorConfig], ResultT],
+    kind: type[ResultT],
     progress: Progress | None,
-) -> tuple[tuple[T, ...], tuple[LayerInfo, ...]]:
+) -> tuple[tuple[ResultT, ...], tuple[LayerInfo, ...]]:
     """Run a model once and analyze each of its layers.
 
     Args:
         model, inputs, named_inputs: what is called.
         config: `layers`, `capture`, `positions`, `tolerance` and `strict` are used.
         analyze: called with each captured layer.
-        failed: makes the result of a layer without one, from its name, status and the reason.
+        kind: of the results; that of a layer without one has its name, status and the reason alone.
         progress: passes the layers on.
 
     Returns:
@@ -124,11 +138,11 @@ def layers_of(
                 raise NotAnalyzed(item.status, item.error)
             results.append(analyze(item, config))
         except NotAnalyzed as reason:
-            results.append(failed(item.layer.name, reason.status, reason.message))
+            results.append(kind(layer=item.layer.name, status=reason.status, message=reason.message))
         except Exception as error:
             if config.strict:
                 raise CaptureError(f"could not analyze {item.layer.name}: {format_error(error)}") from error
-            results.append(failed(item.layer.name, "failed", format_error(error)))
+            results.append(kind(layer=item.layer.name, status="failed", message=format_error(error)))
     return tuple(results), skipped
 
 

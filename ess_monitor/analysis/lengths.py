@@ -66,7 +66,7 @@ def length_profile(
     capture = config.capture.model_copy(update={"max_length": given[-1]})
     config = config.model_copy(update={"capture": capture})
     analyze = partial(_analyzed, lengths=given)
-    layers, skipped = layers_of(model, inputs, named_inputs, config, analyze, _failed, progress)
+    layers, skipped = layers_of(model, inputs, named_inputs, config, analyze, LayerLengths, progress)
     return LengthProfile(
         model=type(model).__name__,
         lengths=given,
@@ -122,7 +122,3 @@ def _at(length: int, parts: Sequence[Operator], config: MonitorConfig) -> AtLeng
 def _mean(tensors: Sequence[Tensor | None]) -> float | None:
     values = [value for tensor in tensors if tensor is not None for value in tensor.flatten().tolist()]
     return statistics.fmean(values) if values else None
-
-
-def _failed(layer: str, status: Any, message: str) -> LayerLengths:
-    return LayerLengths(layer=layer, status=status, message=message)

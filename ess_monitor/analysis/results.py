@@ -27,6 +27,30 @@ class AnalysisResult(Record):
         return data_frame(self.rows())
 
 
+class LayerResult(Record):
+    """Base of what is known of one layer."""
+
+    layer: str
+    status: Status
+    message: str = ""
+    """What happened, when `status` is not ok, and what else to know of the numbers."""
+    operator: str = ""
+    """Kind of operator, a class name of `ess_monitor.ess`."""
+
+
+class LayerStates(LayerResult):
+    """Base of what smaller states cost one layer."""
+
+    operators: int = 0
+    """How many operators (samples x heads or channels) were measured."""
+    length: int = 0
+    """Tokens that were measured, of the shortest sequence."""
+    state_capacity: float | None = None
+    """TSS per channel, at the middle of the sequence."""
+    capacity_grows: bool = False
+    """True where TSS grows with the position (softmax attention)."""
+
+
 class StateError(Record):
     """What a state of one size costs a layer, for white inputs."""
 
@@ -50,23 +74,9 @@ class StateFor(Record):
     """The smallest size among those of `LayerMinimalState.errors` whose truncation does."""
 
 
-class LayerMinimalState(Record):
+class LayerMinimalState(LayerStates):
     """How small the state of one layer can be. Sizes are state dimensions per head or channel."""
 
-    layer: str
-    status: Status
-    message: str = ""
-    """What happened, when `status` is not ok, and what else to know of the numbers."""
-    operator: str = ""
-    """Kind of operator, a class name of `ess_monitor.ess`."""
-    operators: int = 0
-    """How many operators (samples x heads or channels) were measured."""
-    length: int = 0
-    """Tokens that were measured, of the shortest sequence."""
-    state_capacity: float | None = None
-    """TSS per channel, at the middle of the sequence."""
-    capacity_grows: bool = False
-    """True where TSS grows with the position (softmax attention)."""
     rank: int | None = None
     """Largest rank(H_i) over operators and positions: the state that a recurrence for T needs (theorem 2.2). Singular
     values below the rounding of T's dtype count as 0."""
@@ -114,23 +124,9 @@ class StudentLoss(Record):
     """Loss of the truncated realization, from which a student can start."""
 
 
-class LayerCompressibility(Record):
+class LayerCompressibility(LayerStates):
     """What students with smaller states lose of one layer."""
 
-    layer: str
-    status: Status
-    message: str = ""
-    """What happened, when `status` is not ok, and what else to know of the numbers."""
-    operator: str = ""
-    """Kind of operator, a class name of `ess_monitor.ess`."""
-    operators: int = 0
-    """How many operators (samples x heads or channels) were measured."""
-    length: int = 0
-    """Tokens that were measured, of the shortest sequence."""
-    state_capacity: float | None = None
-    """TSS per channel, at the middle of the sequence."""
-    capacity_grows: bool = False
-    """True where TSS grows with the position (softmax attention)."""
     students: tuple[StudentLoss, ...] = ()
     """In the order of their sizes."""
 
@@ -156,15 +152,9 @@ class Compressibility(AnalysisResult):
         ]
 
 
-class LayerAdvice(Record):
+class LayerAdvice(LayerResult):
     """What one layer of a hybrid uses, and what to try. ESS is the tolerance-ESS per head."""
 
-    layer: str
-    status: Status
-    message: str = ""
-    """What happened, when `status` is not ok."""
-    operator: str = ""
-    """Kind of operator, a class name of `ess_monitor.ess`."""
     mixer: Mixer = "other"
     """Kind of layer."""
     rank: int | None = None
@@ -231,15 +221,9 @@ class AtLength(Record):
     """Frobenius norm of the product of A over these tokens. None where there is no A."""
 
 
-class LayerLengths(Record):
+class LayerLengths(LayerResult):
     """One layer at several lengths."""
 
-    layer: str
-    status: Status
-    message: str = ""
-    """What happened, when `status` is not ok, and what else to know of the numbers."""
-    operator: str = ""
-    """Kind of operator, a class name of `ess_monitor.ess`."""
     capacity_grows: bool = False
     """True where TSS grows with the position (softmax attention)."""
     lengths: tuple[AtLength, ...] = ()

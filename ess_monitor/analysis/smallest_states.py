@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.analysis.layer_operators import TOKENS_WITHOUT_RECURRENCE, Progress, layers_of, smaller_states
+from ess_monitor.analysis.layer_operators import Progress, layers_of, smaller_states
 from ess_monitor.analysis.results import LayerMinimalState, MinimalStates, StateError, StateFor
 from ess_monitor.capture import Captured
 from ess_monitor.config import MonitorConfig
@@ -54,8 +54,8 @@ def minimal_state(
     hint = "0.1 stands for 10 % of the outputs"
     given = validation.listed("relative_errors", relative_errors, hint=hint)
     given = tuple(validation.real("relative_errors", each, above=0, high=1, hint=hint) for each in given)
-    analyze, failed = partial(_analyzed, wanted=given), _failed
-    layers, skipped = layers_of(model, inputs, named_inputs, config, analyze, failed, progress)
+    analyze = partial(_analyzed, wanted=given)
+    layers, skipped = layers_of(model, inputs, named_inputs, config, analyze, LayerMinimalState, progress)
     return MinimalStates(model=type(model).__name__, layers=layers, skipped=skipped)
 
 
@@ -80,14 +80,7 @@ def _analyzed(captured: Captured, config: MonitorConfig, *, wanted: Sequence[flo
         for size in states.sizes
     )
     return LayerMinimalState(
-        layer=captured.layer.name,
-        status="ok",
-        message=f"of its first {TOKENS_WITHOUT_RECURRENCE} tokens" if states.is_cropped else "",
-        operator=type(states.operator).__name__,
-        operators=states.operators,
-        length=states.length,
-        state_capacity=states.state_capacity,
-        capacity_grows=states.operator.capacity_grows,
+        **states.facts(captured.layer.name),
         rank=max(states.ranks),
         mean_rank=sum(states.ranks) / len(states.ranks),
         causal_rank=states.causal_rank,
@@ -101,7 +94,3 @@ def _analyzed(captured: Captured, config: MonitorConfig, *, wanted: Sequence[flo
             for error in wanted
         ),
     )
-
-
-def _failed(layer: str, status: Any, message: str) -> LayerMinimalState:
-    return LayerMinimalState(layer=layer, status=status, message=message)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.analysis.layer_operators import TOKENS_WITHOUT_RECURRENCE, Progress, layers_of, smaller_states
+from ess_monitor.analysis.layer_operators import Progress, layers_of, smaller_states
 from ess_monitor.analysis.results import Compressibility, LayerCompressibility, StudentLoss
 from ess_monitor.capture import Captured
 from ess_monitor.config import MonitorConfig
@@ -56,27 +56,16 @@ def compressibility(
     if not sizes:
         raise ConfigError(f"student_states={validation.shown(student_states)} is empty; give {hint}.")
     sizes = tuple(sorted(set(sizes)))
-    analyze, failed = partial(_analyzed, sizes=sizes), _failed
-    layers, skipped = layers_of(model, inputs, named_inputs, config, analyze, failed, progress)
+    analyze = partial(_analyzed, sizes=sizes)
+    layers, skipped = layers_of(model, inputs, named_inputs, config, analyze, LayerCompressibility, progress)
     return Compressibility(model=type(model).__name__, student_states=sizes, layers=layers, skipped=skipped)
 
 
 def _analyzed(captured: Captured, config: MonitorConfig, *, sizes: tuple[int, ...]) -> LayerCompressibility:
     states = smaller_states(captured, lambda _: sizes)
     return LayerCompressibility(
-        layer=captured.layer.name,
-        status="ok",
-        message=f"of its first {TOKENS_WITHOUT_RECURRENCE} tokens" if states.is_cropped else "",
-        operator=type(states.operator).__name__,
-        operators=states.operators,
-        length=states.length,
-        state_capacity=states.state_capacity,
-        capacity_grows=states.operator.capacity_grows,
+        **states.facts(captured.layer.name),
         students=tuple(
             StudentLoss(state_size=size, floor=states.floor(size), truncation=states.truncated(size)) for size in sizes
         ),
     )
-
-
-def _failed(layer: str, status: Any, message: str) -> LayerCompressibility:
-    return LayerCompressibility(layer=layer, status=status, message=message)

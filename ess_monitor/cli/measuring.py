@@ -11,7 +11,7 @@ from torch import nn
 
 from ess_monitor.capture import CaptureConfig, LayerFilter
 from ess_monitor.cli.model_loading import load_model, make_inputs
-from ess_monitor.cli.options import InputKind, ScaleName, Unknown
+from ess_monitor.cli.options import InputKind, Unknown, layer_filter
 from ess_monitor.cli.weights import load_into
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, EssMonitorError
@@ -35,21 +35,18 @@ FEATURIZER_ROWS: dict[str, tuple[str, dict[str, float]]] = {
 def config_of(
     batch: int,
     length: int,
-    tolerance: float,
-    scale: ScaleName,
-    positions: str,
+    patterns: list[str] | None = None,
     *,
-    layers: LayerFilter | None = None,
+    heads: int | None = None,
     unknown: Unknown = Unknown.skip,
+    **settings: Any,
 ) -> MonitorConfig:
-    """Return the settings of a profile, from the options."""
+    """Return the settings of a measurement, from the options; `settings` are fields of `MonitorConfig`."""
     return MonitorConfig.load(
         environment=False,
-        tolerance=tolerance,
-        tolerance_scale=scale.value,
-        positions=int(positions) if positions.isdecimal() else positions,
-        layers=layers or LayerFilter(),
-        capture=CaptureConfig(samples=batch, heads=None, max_length=max(length, 2), unknown=unknown.value),
+        layers=layer_filter(patterns) or LayerFilter(),
+        capture=CaptureConfig(samples=batch, heads=heads, max_length=max(length, 2), unknown=unknown.value),
+        **settings,
     )
 
 

@@ -31,7 +31,6 @@ from ess_monitor.cli.options import (
     Unknown,
     VocabSize,
     Width,
-    layer_filter,
     whole_numbers,
 )
 from ess_monitor.cli.tables import featurizer_table, print_json, print_table
@@ -109,9 +108,8 @@ def profile_target(
         raise ConfigError("html: a page is written with --lengths only; add --lengths 64,256,1024, or leave out --html")
     tokens = () if lengths is None else whole_numbers("lengths", lengths, 2)
     length = max(tokens, default=length)
-    config = config_of(
-        batch, length, tolerance, tolerance_scale, positions, layers=layer_filter(layer), unknown=unknown
-    )
+    measured_by = _measured_by(tolerance, tolerance_scale, positions)
+    config = config_of(batch, length, layer, unknown=unknown, **measured_by)
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
         if lengths is None:
@@ -145,7 +143,7 @@ def profile_featurizers(
     from ess_monitor.cli.measuring import FEATURIZER_ROWS, config_of, initial_ess, tau
 
     sizes = sorted(set(tss or (4, 8, 16, 32, 64)))
-    config = config_of(1, length, tolerance, tolerance_scale, positions)
+    config = config_of(1, length, **_measured_by(tolerance, tolerance_scale, positions))
     console = Console(stderr=True)
     cells = [(label, size) for label in FEATURIZER_ROWS for size in sizes]
     measured: dict[str, list[tuple[float, float]]] = {label: [] for label in FEATURIZER_ROWS}
@@ -178,6 +176,12 @@ def profile_featurizers(
         print(
             f"A sequence of {length} tokens cannot show an ESS above {length // 2}: raise --length for the larger TSS."
         )
+
+
+def _measured_by(tolerance: float, scale: ScaleName, positions: str) -> dict[str, Any]:
+    """Return the settings that say how a layer is measured."""
+    places = int(positions) if positions.isdecimal() else positions
+    return {"tolerance": tolerance, "tolerance_scale": scale.value, "positions": places}
 
 
 def scaling(ess: list[float]) -> Literal["rises", "flat", "mixed", "unknown"]:

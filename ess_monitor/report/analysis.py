@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from ess_monitor import validation
 from ess_monitor.analysis.results import (
@@ -12,6 +13,7 @@ from ess_monitor.analysis.results import (
     LayerCompressibility,
     LayerLengths,
     LayerMinimalState,
+    LayerResult,
     LengthProfile,
     MinimalStates,
 )
@@ -19,6 +21,8 @@ from ess_monitor.records import LayerInfo, layer_title
 from ess_monitor.report.components import Table, cell, present
 from ess_monitor.report.figures import Chart, LogScale, Scale, Series, line_chart, log_scale
 from ess_monitor.report.page import render
+
+ResultT = TypeVar("ResultT", bound=LayerResult)
 
 _LEAST_ERROR = 1e-7
 """Relative errors below this are rounding, and are left out of logarithmic charts."""
@@ -39,11 +43,11 @@ def render_minimal_state(result: MinimalStates) -> str:
         (True, False)
     """
     validation.instance("result", result, MinimalStates, hint="minimal_state(model, ...) returns one")
-    layers = [layer for layer in result.layers if layer.status == "ok"]
+    layers = _measured(result.layers)
     wanted = [state.relative_error for state in layers[0].states] if layers else []
     columns = ("layer", "operator", "TSS", "rank", "mean rank", "causal rank")
     notes = ["State dimensions per head or channel. In brackets: no recurrence with a smaller state does."]
-    notes += [f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message]
+    notes += _messages(layers)
     return render(
         "analysis.html",
         title=f"{result.model}: smallest states",
@@ -58,21 +62,40 @@ def render_minimal_state(result: MinimalStates) -> str:
         charts_title="Relative error over the size of the state",
         charts=present(*(_errors_chart(layer) for layer in layers)),
         details=[_errors_table(layer) for layer in layers],
-        skipped=without_result(((layer.layer, layer.status, layer.message) for layer in result.layers), result.skipped),
+        skipped=_without_result(result.layers, result.skipped),
     )
 
 
-def without_result(layers: Iterable[tuple[str, str, str]], skipped: Sequence[LayerInfo]) -> Table | None:
-    """Return the layers that have no result with the reason, from names, statuses and messages; None without any."""
-    rows = [(layer_title(name), f"{status}: {message}") for name, status, message in layers if status != "ok"]
+def _measured(layers: Iterable[ResultT]) -> list[ResultT]:
+    return [layer for layer in layers if layer.status == "ok"]
+
+
+def _messages(layers: Iterable[LayerResult]) -> list[str]:
+    """Return what else is to be known of the layers that were measured."""
+    return [f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message]
+
+
+def _without_result(layers: Iterable[LayerResult], skipped: Sequence[LayerInfo]) -> Table | None:
+    """Return the layers that have no result with the reason; None without any."""
+    rows = [(layer_title(layer.layer), f"{layer.status}: {layer.message}") for layer in layers if layer.status != "ok"]
     rows += [(layer_title(info.name), f"skipped: {info.reason}") for info in skipped]
     return Table("Layers without a result", ("layer", "reason"), tuple(rows)) if rows else None
+
+
+def _capacity(size: float | None, grows: bool) -> str:
+    return cell(size) + (" (grows)" if grows else "")
 
 
 def _sizes(layer: LayerMinimalState) -> tuple[str, ...]:
     states = [f"{'–' if each.size is None else each.size} ({each.at_least})" for each in layer.states]
     ranks = (str(layer.rank), cell(layer.mean_rank), str(layer.causal_rank))
-    return (layer_title(layer.layer), layer.operator, _capacity(layer), *ranks, *states)
+    return (
+        layer_title(layer.layer),
+        layer.operator,
+        _capacity(layer.state_capacity, layer.capacity_grows),
+        *ranks,
+        *states,
+    )
 
 
 def _errors_chart(layer: LayerMinimalState) -> Chart | None:
@@ -116,10 +139,10 @@ def render_compressibility(result: Compressibility) -> str:
         (True, False)
     """
     validation.instance("result", result, Compressibility, hint="compressibility(model, ...) returns one")
-    layers = [layer for layer in result.layers if layer.status == "ok"]
+    layers = _measured(result.layers)
     columns = ("layer", "operator", "TSS", *(f"state {state}" for state in result.student_states))
     notes = ["In brackets: the loss of the truncated realization, which a student can start from."]
-    notes += [f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message]
+    notes += _messages(layers)
     return render(
         "analysis.html",
         title=f"{result.model}: what a smaller state must lose",
@@ -130,17 +153,13 @@ def render_compressibility(result: Compressibility) -> str:
         charts_title="Operator loss over the state of the student",
         charts=present(*(_losses_chart(layer) for layer in layers)),
         details=[],
-        skipped=without_result(((layer.layer, layer.status, layer.message) for layer in result.layers), result.skipped),
+        skipped=_without_result(result.layers, result.skipped),
     )
 
 
 def _losses(layer: LayerCompressibility) -> tuple[str, ...]:
     losses = [f"{100 * each.floor:.2g} % ({100 * each.truncation:.2g} %)" for each in layer.students]
-    return (layer_title(layer.layer), layer.operator, _capacity(layer), *losses)
-
-
-def _capacity(layer: LayerMinimalState | LayerCompressibility | LayerAdvice) -> str:
-    return cell(layer.state_capacity) + (" (grows)" if layer.capacity_grows else "")
+    return (layer_title(layer.layer), layer.operator, _capacity(layer.state_capacity, layer.capacity_grows), *losses)
 
 
 def _losses_chart(layer: LayerCompressibility) -> Chart | None:
@@ -163,7 +182,7 @@ def render_hybrid_advice(result: HybridAdvice) -> str:
         (True, False)
     """
     validation.instance("result", result, HybridAdvice, hint="hybrid_advice(model, ...) returns one")
-    layers = [layer for layer in result.layers if layer.status == "ok"]
+    layers = _measured(result.layers)
     columns = ("layer", "mixer", "rank", "ESS", "TSS", "used", "retention", "far share", "advice")
     evidence = tuple((layer_title(layer.layer), "; ".join(layer.evidence)) for layer in layers)
     of = " of each token's output" if result.tolerance_scale == "output" else ""
@@ -176,12 +195,12 @@ def render_hybrid_advice(result: HybridAdvice) -> str:
         charts_title="Over the depth of the model",
         charts=present(_depth_chart(result.layers)),
         details=[Table("What the advice rests on", ("layer", "evidence"), evidence)],
-        skipped=without_result(((layer.layer, layer.status, layer.message) for layer in result.layers), result.skipped),
+        skipped=_without_result(result.layers, result.skipped),
     )
 
 
 def _advice(layer: LayerAdvice) -> tuple[str, ...]:
-    sizes = (cell(layer.effective_size), _capacity(layer))
+    sizes = (cell(layer.effective_size), _capacity(layer.state_capacity, layer.capacity_grows))
     ratios = (cell(layer.used_ratio), cell(layer.retention_ratio), cell(layer.far_share_ratio))
     return (layer_title(layer.layer), layer.mixer, str(layer.rank), *sizes, *ratios, layer.advice)
 
@@ -219,7 +238,7 @@ def render_length_profile(result: LengthProfile) -> str:
         (True, False)
     """
     validation.instance("result", result, LengthProfile, hint="length_profile(model, ...) returns one")
-    layers = [layer for layer in result.layers if layer.status == "ok"]
+    layers = _measured(result.layers)
     columns = ("layer", "length", "ESS", "TSS", "ESS without decay", "norm of the product of A", "entropy-ESS")
     of = " of each token's output" if result.tolerance_scale == "output" else ""
     charts = [chart for layer in layers for chart in (_sizes_over_length(layer), _decay_over_length(layer))]
@@ -233,11 +252,11 @@ def render_length_profile(result: LengthProfile) -> str:
             columns,
             tuple(row for layer in layers for row in _at_lengths(layer)),
         ),
-        notes=[f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message],
+        notes=_messages(layers),
         charts_title="Over the length of the sequence",
         charts=present(*charts),
         details=[],
-        skipped=without_result(((layer.layer, layer.status, layer.message) for layer in result.layers), result.skipped),
+        skipped=_without_result(result.layers, result.skipped),
     )
 
 
@@ -247,7 +266,7 @@ def _at_lengths(layer: LayerLengths) -> list[tuple[str, ...]]:
             layer_title(layer.layer),
             str(at.length),
             cell(at.effective_size),
-            cell(at.state_capacity) + (" (grows)" if layer.capacity_grows else ""),
+            _capacity(at.state_capacity, layer.capacity_grows),
             cell(at.undecayed_size),
             cell(at.decay_product_norm),
             cell(at.entropy_size),

@@ -74,8 +74,7 @@ def test_a_layer_without_a_result_says_why_and_the_others_have_theirs() -> None:
 
 
 def test_layers_without_a_recurrence_are_analyzed_on_their_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("layer_operators", "smallest_states"):
-        monkeypatch.setattr(f"ess_monitor.analysis.{module}.TOKENS_WITHOUT_RECURRENCE", 8)
+    monkeypatch.setattr("ess_monitor.analysis.layer_operators.TOKENS_WITHOUT_RECURRENCE", 8)
     gla, attention = minimal_state(mixed(), inputs()).layers
     assert (gla.length, gla.message) == (24, "")
     assert (attention.length, attention.message) == (8, "of its first 8 tokens")

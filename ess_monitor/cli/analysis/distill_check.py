@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ess_monitor.cli.analysis.output import Heads, add_without_result, config_of, progress, put_out
+from ess_monitor.cli.analysis.output import Heads, add_without_result, progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -27,7 +27,7 @@ from ess_monitor.cli.options import (
     Width,
     whole_numbers,
 )
-from ess_monitor.cli.tables import plain_table
+from ess_monitor.cli.tables import capacity_text, plain_table
 from ess_monitor.records import layer_title
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def distill_check(
     The loss is that of section 4.3, the squared difference of T as a share of the teacher's. Nothing is trained.
     """
     from ess_monitor.analysis import compressibility
-    from ess_monitor.cli.measuring import loaded, run_on
+    from ess_monitor.cli.measuring import config_of, loaded, run_on
     from ess_monitor.report import render_compressibility
 
-    config = config_of(layer, batch, heads, length)
+    config = config_of(batch, length, layer, heads=heads)
     states = whole_numbers("student_states", student_states, 0)
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
@@ -76,7 +76,7 @@ def _table(title: str, result: Compressibility) -> Table:
     table = plain_table(title, "layer", "operator", numbers=columns)
     for layer in result.layers:
         if layer.status == "ok":
-            capacity = f"{layer.state_capacity:g}" + (" (grows)" if layer.capacity_grows else "")
+            capacity = capacity_text(f"{layer.state_capacity:g}", grows=layer.capacity_grows)
             losses = [f"{100 * each.floor:.2g} % ({100 * each.truncation:.2g} %)" for each in layer.students]
             table.add_row(layer_title(layer.layer), layer.operator, capacity, *losses)
     first = (

@@ -26,9 +26,8 @@ from ess_monitor.cli.options import (
     Target,
     VocabSize,
     Width,
-    layer_filter,
 )
-from ess_monitor.cli.tables import plain_table
+from ess_monitor.cli.tables import add_skipped, add_unmeasured, capacity_text, plain_table
 from ess_monitor.records import layer_title
 
 if TYPE_CHECKING:
@@ -65,7 +64,8 @@ def hybrid_advice(
     from ess_monitor.cli.measuring import config_of, loaded, run_on
     from ess_monitor.report import render_hybrid_advice
 
-    config = config_of(batch, length, tolerance, tolerance_scale, "8", layers=layer_filter(layer))
+    scale = tolerance_scale.value
+    config = config_of(batch, length, layer, tolerance=tolerance, tolerance_scale=scale, positions=8)
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
         result = run_on(model, inputs, analyze, config=config)
@@ -81,12 +81,12 @@ def _table(title: str, result: HybridAdvice) -> Table:
         if layer.status == "ok":
             numbers = (layer.used_ratio, layer.retention_ratio, layer.far_share_ratio)
             shown = ("-" if value is None else f"{value:.2f}" for value in numbers)
-            sizes = (f"{layer.effective_size:.1f}", f"{layer.state_capacity:g}" + (" (grows)" * layer.capacity_grows))
+            capacity = capacity_text(f"{layer.state_capacity:g}", grows=layer.capacity_grows)
+            sizes = (f"{layer.effective_size:.1f}", capacity)
             words = "\n".join([layer.advice, *(f"- {line}" for line in layer.evidence)])
             table.add_row(layer_title(layer.layer), layer.mixer, str(layer.rank), *sizes, *shown, words)
         else:
-            table.add_row(layer_title(layer.layer), f"{layer.status}: {layer.message}", style="yellow")
-    for info in result.skipped:
-        table.add_row(layer_title(info.name), f"skipped: {info.reason}", style="dim")
+            add_unmeasured(table, layer.layer, layer.status, layer.message)
+    add_skipped(table, result.skipped)
     table.caption, table.caption_justify = "\n".join(result.notes), "left"
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ess_monitor.cli.analysis.output import add_without_result, put_out
-from ess_monitor.cli.tables import plain_table
+from ess_monitor.cli.tables import capacity_text, plain_table
 from ess_monitor.records import layer_title
 from ess_monitor.report import render_length_profile
 
@@ -19,7 +19,7 @@ def put_out_lengths(result: LengthProfile, title: str, *, as_json: bool, html: s
     table = plain_table(title, "layer", numbers=columns)
     for layer in result.layers:
         for at in layer.lengths:
-            capacity = _number(at.state_capacity) + (" (grows)" if layer.capacity_grows else "")
+            capacity = capacity_text(_number(at.state_capacity), grows=layer.capacity_grows)
             numbers = (at.undecayed_size, at.decay_product_norm, at.entropy_size)
             sizes = (str(at.length), _number(at.effective_size), capacity)
             table.add_row(layer_title(layer.layer), *sizes, *(_number(value) for value in numbers))

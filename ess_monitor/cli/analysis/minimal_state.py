@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ess_monitor.cli.analysis.output import Heads, add_without_result, config_of, progress, put_out
+from ess_monitor.cli.analysis.output import Heads, add_without_result, progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -26,7 +26,7 @@ from ess_monitor.cli.options import (
     VocabSize,
     Width,
 )
-from ess_monitor.cli.tables import plain_table
+from ess_monitor.cli.tables import capacity_text, plain_table
 from ess_monitor.records import layer_title
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def minimal_state(
     smaller layer: see `distill-check` for the floor under any smaller layer.
     """
     from ess_monitor.analysis import minimal_state as analyze
-    from ess_monitor.cli.measuring import loaded, run_on
+    from ess_monitor.cli.measuring import config_of, loaded, run_on
     from ess_monitor.report import render_minimal_state
 
-    config = config_of(layer, batch, heads, length)
+    config = config_of(batch, length, layer, heads=heads)
     errors = tuple(error) if error else (0.1, 0.01)
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
@@ -86,6 +86,6 @@ def _table(title: str, result: MinimalStates, errors: tuple[float, ...]) -> Tabl
 
 
 def _numbers(layer: LayerMinimalState) -> list[str]:
-    capacity = f"{layer.state_capacity:g}" + (" (grows)" if layer.capacity_grows else "")
+    capacity = capacity_text(f"{layer.state_capacity:g}", grows=layer.capacity_grows)
     states = [f"{'-' if each.size is None else each.size} ({each.at_least})" for each in layer.states]
     return [capacity, str(layer.rank), f"{layer.mean_rank:.1f}", str(layer.causal_rank), *states]

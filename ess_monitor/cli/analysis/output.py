@@ -1,10 +1,10 @@
-"""What the commands of analyses share: settings, progress, and where results go."""
+"""What the commands of analyses share: progress, and where results go."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,40 +12,14 @@ from rich.progress import track
 from rich.table import Table
 
 from ess_monitor.cli.report import write_page
-from ess_monitor.cli.tables import print_json, print_table
+from ess_monitor.cli.tables import add_skipped, add_unmeasured, print_json, print_table
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import LayerInfo, layer_title
 
 if TYPE_CHECKING:
-    from ess_monitor.config import MonitorConfig
-
+    from ess_monitor.analysis.results import LayerResult
 
 Heads = Annotated[int, typer.Option(min=1, help="Heads or channels of each layer at most.")]
-
-
-class _Analyzed(Protocol):
-    """What the results of layers have in common."""
-
-    @property
-    def layer(self) -> str: ...
-
-    @property
-    def status(self) -> str: ...
-
-    @property
-    def message(self) -> str: ...
-
-
-def config_of(patterns: list[str] | None, batch: int, heads: int | None, length: int) -> MonitorConfig:
-    """Return the settings of an analysis, from the options."""
-    from ess_monitor.capture import CaptureConfig, LayerFilter
-    from ess_monitor.config import MonitorConfig
-
-    return MonitorConfig.load(
-        environment=False,
-        layers=LayerFilter(include=tuple(patterns)) if patterns else LayerFilter(),
-        capture=CaptureConfig(samples=batch, heads=heads, max_length=max(length, 2)),
-    )
 
 
 def progress(layers: Sequence[Any]) -> Iterable[Any]:
@@ -55,16 +29,15 @@ def progress(layers: Sequence[Any]) -> Iterable[Any]:
     return bar
 
 
-def add_without_result(table: Table, layers: Sequence[_Analyzed], skipped: Sequence[LayerInfo], caption: str) -> None:
+def add_without_result(table: Table, layers: Sequence[LayerResult], skipped: Sequence[LayerInfo], caption: str) -> None:
     """Add the layers without a result with the reason, and a caption with what is to be known of the others."""
     lines = [caption]
     for layer in layers:
         if layer.status != "ok":
-            table.add_row(layer_title(layer.layer), f"{layer.status}: {layer.message}", style="yellow")
+            add_unmeasured(table, layer.layer, layer.status, layer.message)
         elif layer.message:
             lines.append(f"{layer_title(layer.layer)}: {layer.message}")
-    for info in skipped:
-        table.add_row(layer_title(info.name), f"skipped: {info.reason}", style="dim")
+    add_skipped(table, skipped)
     table.caption, table.caption_justify = "\n".join(lines), "left"
 
 

@@ -40,24 +40,42 @@ def reading_table(title: str, readings: Iterable[Reading], skipped: Iterable[Lay
     table = plain_table(title, "layer", numbers=numbers)
     table.caption, table.caption_justify = plain_text(_explained(readings), "table.caption"), "left"
     for reading in readings:
-        name = plain_text(layer_title(reading.layer))
         if reading.status != "ok":
-            table.add_row(name, plain_text(f"{reading.status}: {reading.message}"), style="yellow")
+            add_unmeasured(table, reading.layer, reading.status, reading.message)
             continue
         table.add_row(
-            name,
+            plain_text(layer_title(reading.layer)),
             (">= " if reading.is_lower_bound else "") + _number(reading.effective_size),
             _with_bounds(reading),
             _number(reading.entropy_size),
-            _number(reading.state_capacity) + (" (grows)" if reading.capacity_grows else ""),
+            capacity_text(_number(reading.state_capacity), grows=reading.capacity_grows),
             _number(reading.utilization_ratio),
             _number(reading.retention_ratio),
             _number(reading.mean_decay),
             _number(reading.far_share_ratio),
         )
-    for layer in skipped:
-        table.add_row(plain_text(layer_title(layer.name)), plain_text(f"skipped: {layer.reason}"), style="dim")
+    add_skipped(table, skipped)
     return table
+
+
+def add_unmeasured(table: Table, layer: str, status: str, message: str) -> None:
+    """Add the row of a layer without a result, with the reason."""
+    table.add_row(plain_text(layer_title(layer)), plain_text(f"{status}: {message}"), style="yellow")
+
+
+def add_skipped(table: Table, layers: Iterable[LayerInfo]) -> None:
+    """Add a row for each mixer that cannot be measured, with the reason."""
+    for layer in layers:
+        table.add_row(plain_text(layer_title(layer.name)), plain_text(f"skipped: {layer.reason}"), style="dim")
+
+
+def capacity_text(number: str, *, grows: bool) -> str:
+    """Return a TSS as it is shown, with a remark where it grows with the position.
+
+    >>> capacity_text("64", grows=True)
+    '64 (grows)'
+    """
+    return f"{number} (grows)" if grows else number
 
 
 def plain_table(title: str, *texts: str, numbers: Iterable[str]) -> Table:
