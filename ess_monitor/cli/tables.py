@@ -20,8 +20,8 @@ from ess_monitor.records import SCHEMA_VERSION
 
 def print_table(table: Table) -> None:
     """Print a table as wide as the terminal; without one, wide enough for dotted module names."""
-    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
-    console.print(table)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    Console(width=width, markup=False, emoji=False).print(table)  # names and reasons may hold brackets
 
 
 def print_json(**content: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ess_monitor import CaptureConfig, LayerFilter, MonitorConfig
 from ess_monitor.analysis import compressibility, hybrid_advice, length_profile, minimal_state
+from ess_monitor.cli.tables import plain_table, print_table
 from tests.cli.test_main import Run
 
 NET = ("cli_models:Net", "--input", "tokens", "--length", "24")
@@ -124,3 +125,12 @@ def test_a_mistake_gives_one_line_that_names_it_and_status_2(run: Run, arguments
     [line] = [line for line in answer.err.splitlines() if line != "building"]
     assert line.startswith("error: ")
     assert says in line
+
+
+def test_brackets_in_a_table_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    table = plain_table("[b]", "layer", numbers=())
+    table.add_row("blocks.[bold]0")
+    table.caption = "its [i] heads"
+    print_table(table)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[b]", "blocks.[bold]0", "its [i] heads"))
