@@ -13,6 +13,7 @@ from ess_monitor import validation
 from ess_monitor.capture import CaptureConfig, Captured, CaptureFailure, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.capture_pass import capture_pass, raise_failures
 from ess_monitor.capture.layers import probed_infos
+from ess_monitor.capture.rotation import SHORT, USUAL_STATE
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, format_error
 from ess_monitor.ess import Operator
@@ -33,10 +34,6 @@ DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=Non
 _ONE_HEAD = CaptureConfig(samples=1, heads=1)
 _IN_A_RUN = MonitorConfig()
 """Settings of which `describe` says what a sample costs."""
-_LENGTH = 1024
-"""Tokens of a sequence, where no inputs are given."""
-_USUAL_STATE = 64
-"""Dimensions of an attention head, and whatever else is known only when the layer is called."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +146,14 @@ def _described(model: nn.Module, infos: tuple[LayerInfo, ...], captured: Mapping
 
 def _shape(info: LayerInfo, captured: Captured | None) -> SampleShape:
     """Return what a sample measures of a layer at the default settings."""
-    config = _IN_A_RUN.capture
-    heads = min(config.heads or info.channels, info.channels or config.heads or 1)
-    if captured is not None and captured.shape is not None:
-        heads = min(config.heads or captured.channels, captured.channels)
-        return replace(captured.shape, samples=config.samples, heads=heads, positions=_IN_A_RUN.positions)
+    config, measured = _IN_A_RUN.capture, None if captured is None else captured.shape
+    channels = info.channels if captured is None or measured is None else captured.channels
+    heads = min(config.heads or channels, channels or config.heads or 1)
+    if measured is not None:
+        return replace(measured, samples=config.samples, heads=heads, positions=_IN_A_RUN.positions)
     is_long = info.capacity_grows and info.operator in ("Convolution", "GatedConvolution")
-    state = _LENGTH if is_long else info.state_capacity or _USUAL_STATE
-    return SampleShape(info.operator, state, config.samples, heads, _LENGTH, _IN_A_RUN.positions)
+    state = SHORT if is_long else info.state_capacity or USUAL_STATE
+    return SampleShape(info.operator, state, config.samples, heads, SHORT, _IN_A_RUN.positions)
 
 
 @dataclass(frozen=True)

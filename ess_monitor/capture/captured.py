@@ -64,11 +64,6 @@ class CaptureFailure:
     was_called: bool = True
     """Whether the layer's forward was called."""
 
-    @property
-    def is_deferred(self) -> bool:
-        """Whether there was no time for it."""
-        return self.status == "deferred"
-
 
 Taken = Captured | CaptureFailure
 """What a layer's call gave."""
@@ -79,6 +74,11 @@ def proven(item: Taken) -> Taken:
     if isinstance(item, Captured) and item.unproven:
         return failure(item.layer, NotCausalError(item.unproven))
     return item
+
+
+def is_deferred(item: Taken) -> bool:
+    """Return whether there was no time for a layer."""
+    return isinstance(item, CaptureFailure) and item.status == "deferred"
 
 
 def failure(layer: Layer, error: Exception) -> CaptureFailure:

@@ -17,6 +17,7 @@ from ess_monitor.capture.spec import CaptureSpec, LazyOperator
 from ess_monitor.ess import Operator, SoftmaxAttention
 from ess_monitor.ess.cost import SampleShape, state_of
 from ess_monitor.ess.operators.recurrence import Recurrence
+from ess_monitor.ess.positions import Positions
 from ess_monitor.validation.settings import Settings
 
 SHORT = 1024
@@ -133,9 +134,6 @@ class Size(NamedTuple):
         return ", ".join(parts)
 
 
-Positions = Literal["midpoint", "all"] | int
-"""How positions are placed in a sequence, as in `operator_positions`."""
-
 Fit = Callable[[Size, int | None], SampleShape | None]
 """From what is to be copied, and the tokens at its end among which positions are placed, to what there is time for."""
 
@@ -178,14 +176,14 @@ class EveryLayer:
         return None
 
 
-_USUAL_STATE = 64
-"""Where the size of an operator is known only once it is formed."""
+USUAL_STATE = 64
+"""Dimensions of an attention head, and whatever else is known only once an operator is formed."""
 
 
 def kind_of(whole: Operator | LazyOperator, spec: CaptureSpec, module: nn.Module) -> tuple[str, int]:
     """Return the `operator` and the `state` of the shape of a layer's operator (`SampleShape`)."""
     if isinstance(whole, LazyOperator):
-        return spec.operator, spec.state_capacity(module) or whole.state or _USUAL_STATE
+        return spec.operator, spec.state_capacity(module) or whole.state or USUAL_STATE
     return type(whole).__name__, state_of(whole)
 
 
@@ -273,20 +271,19 @@ def _of_long(whole: Operator | LazyOperator, wanted: Size, turn: int, max_bytes:
         return crop, None
     with collecting():  # statements about two tokens are not those that count
         two = whole.select(samples=slice(1), heads=(0,), length=2)
-    most = (
-        2 * SHORT * wanted.samples * wanted.heads
-    )  # tokens of all operators: the time is at most twice that of short ones
+    # Tokens of all operators, so that the time is at most twice that of short ones.
+    most = 2 * SHORT * wanted.samples * wanted.heads
     if isinstance(two, Recurrence):
-        each = [tensor.numel() * tensor.element_size() for tensor in two.tensors if tensor.shape[2] == 2]
-        return _stepped_down(fitting(wanted, sum(each) // 2, max_bytes), most // wanted.length), None
+        token = sum(tensor.nbytes for tensor in two.tensors if tensor.shape[2] == 2) // 2
+        return _stepped_down(fitting(wanted, token, max_bytes), most // wanted.length), None
     if not isinstance(two, SoftmaxAttention):
         return crop, None
-    tokens = sum(tensor.numel() * tensor.element_size() for tensor in (two.q, two.k)) // 2
+    token = (two.q.nbytes + two.k.nbytes) // 2
     square = 0 if two.mask is None or two.mask.shape[2] == 1 else two.mask.element_size()
     reach = min(wanted.length, ATTENTION_KEYS)
-    while reach > SHORT and reach * (tokens + square * reach) > max_bytes:
+    while reach > SHORT and reach * (token + square * reach) > max_bytes:
         reach = max(SHORT, reach // 2)
-    size = _stepped_down(wanted, min(most, max_bytes // (tokens + square * reach)) // reach)
+    size = _stepped_down(wanted, min(most, max_bytes // (token + square * reach)) // reach)
     return size._replace(length=rotate_window(reach, SHORT, turn)), SHORT
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.capture.captured import Captured, CaptureFailure, Taken, failure, proven
+from ess_monitor.capture.captured import Captured, CaptureFailure, Taken, failure, is_deferred, proven
 from ess_monitor.capture.causality.claims import collecting
 from ess_monitor.capture.causality.layer_tests import LayerTests, Test
 from ess_monitor.capture.check import log_misfit
@@ -193,7 +193,7 @@ class Sampler:
         self.remove()
         if found:
             found |= {layer.name: CaptureFailure(layer, DEFERRED, status="deferred") for layer in self._deferred}
-            self._turns.defer([name for name, item in found.items() if getattr(item, "is_deferred", False)])
+            self._turns.defer([name for name, item in found.items() if is_deferred(item)])
             self.turn += 1
         results = tuple(found[layer.name] for layer in self.layers if layer.name in found)
         self._clear()

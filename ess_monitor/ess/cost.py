@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ess_monitor.ess.operators.attention import SoftmaxAttention
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.convolution import Convolution, GatedConvolution
 from ess_monitor.ess.operators.recurrence import Recurrence
-from ess_monitor.ess.positions import operator_positions
+from ess_monitor.ess.positions import Positions, operator_positions
 
 _PER_LAYER_SECONDS = 4e-3
 """Of calls alone, whatever the size."""
@@ -63,7 +62,7 @@ class SampleShape:
     samples: int
     heads: int
     length: int
-    positions: Literal["midpoint", "all"] | int
+    positions: Positions
     window: int | None = None
 
     @property

@@ -11,7 +11,8 @@ Everything here is for a CPU: which matrices are known is read on the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -166,29 +167,36 @@ def known_or_exact_values(recurrence: Diagonal, positions: Sequence[int], tolera
     """Return the singular values of every H_i, (B, H, P, rank), from Gramians of the heads of which they are known."""
     length, state = recurrence.b.shape[2:]
     rank = min(state, max(min(i, length - i) for i in positions))
-    out = recurrence.b.new_zeros((*recurrence.shape, len(positions), rank), dtype=torch.float64)
-    by_gram = _is_worth_a_gramian(recurrence, positions)
-    if bool(by_gram.any()):
-        values, known = values_of_product(*recurrence_gramians(recurrence.of(by_gram), positions), tolerance)
-        out[by_gram] = values.reshape(-1, *out.shape[2:])
-        by_gram[by_gram.clone()] = known.all(-1).flatten()
-    if not bool(by_gram.all()):
-        exact = recurrence_singular_values(recurrence.of(~by_gram), positions)
-        out[~by_gram] = exact.reshape(-1, *out.shape[2:])
-    return out
+    of_gramians = partial(values_of_product, tolerance=tolerance)
+    exact = partial(recurrence_singular_values, positions=positions)
+    return _known_or_exact(recurrence, positions, (rank,), of_gramians, exact)
 
 
 def recurrence_counts(recurrence: Diagonal, positions: Sequence[int], tolerance: float) -> Tensor:
     """Return how many singular values of every H_i are above the tolerance: (B, H, P)."""
-    known = _is_worth_a_gramian(recurrence, positions)
-    out = recurrence.b.new_zeros((*recurrence.shape, len(positions)), dtype=torch.float64)
-    if bool(known.any()):
-        counts, is_known = count_of_product(*recurrence_gramians(recurrence.of(known), positions), tolerance)
-        out[known] = counts.reshape(-1, len(positions))
-        known[known.clone()] = is_known.all(-1).flatten()
-    if not bool(known.all()):
-        values = recurrence_singular_values(recurrence.of(~known), positions)
-        out[~known] = tolerance_ess(values, tolerance).reshape(-1, len(positions))
+
+    def exact(part: Diagonal) -> Tensor:
+        return tolerance_ess(recurrence_singular_values(part, positions), tolerance)
+
+    return _known_or_exact(recurrence, positions, (), partial(count_of_product, tolerance=tolerance), exact)
+
+
+def _known_or_exact(
+    recurrence: Diagonal,
+    positions: Sequence[int],
+    tail: tuple[int, ...],
+    of_gramians: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    exact: Callable[[Diagonal], Tensor],
+) -> Tensor:
+    """Return (B, H, P, *tail) from the Gramians of the heads of which it is known, and exactly of the others."""
+    out = recurrence.b.new_zeros((*recurrence.shape, len(positions), *tail), dtype=torch.float64)
+    by_gram = _is_worth_a_gramian(recurrence, positions)
+    if bool(by_gram.any()):
+        values, known = of_gramians(*recurrence_gramians(recurrence.of(by_gram), positions))
+        out[by_gram] = values.reshape(-1, *out.shape[2:])
+        by_gram[by_gram.clone()] = known.all(-1).flatten()
+    if not bool(by_gram.all()):
+        out[~by_gram] = exact(recurrence.of(~by_gram)).reshape(-1, *out.shape[2:])
     return out
 
 

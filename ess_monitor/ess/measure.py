@@ -19,10 +19,6 @@ from ess_monitor.ess.metrics import (
 )
 from ess_monitor.ess.operators.base import Operator, check_operator
 from ess_monitor.ess.operators.fields import check_same_device
-from ess_monitor.ess.operators.recurrence import Recurrence
-from ess_monitor.ess.operators.reduced import ReducedRecurrence
-
-_WITH_DECAY = (Recurrence, ReducedRecurrence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,13 +191,15 @@ def _scaled(operator: Operator, scale: ToleranceScale) -> Operator:
 
 
 def _decay_product_norm(operator: Operator, finite: Tensor) -> Tensor | None:
-    return _where(finite, operator._product_norm(), operator) if isinstance(operator, _WITH_DECAY) else None
+    return _where(finite, operator._product_norm(), operator)
 
 
 def _mean_decay(operator: Operator, finite: Tensor) -> Tensor | None:
-    return _where(finite, operator._mean_diagonal(), operator) if isinstance(operator, _WITH_DECAY) else None
+    return _where(finite, operator._mean_diagonal(), operator)
 
 
-def _where(finite: Tensor, values: Tensor, operator: Operator) -> Tensor:
+def _where(finite: Tensor, values: Tensor | None, operator: Operator) -> Tensor | None:
+    if values is None:
+        return None
     full = values.expand(operator.batch, operator.heads).to(operator.result_dtype)
     return full.masked_fill(~finite, torch.nan)

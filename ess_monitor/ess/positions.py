@@ -23,11 +23,14 @@ NEGLIGIBLE = 1e-17
 MOST_POSITIONS = 64
 """At more of them it takes too long to look at each."""
 
+Positions = Literal["midpoint", "all"] | int
+"""How positions are placed in a sequence, as in `operator_positions`."""
+
 LONGEST = 2**31 - 1
 """Tokens of the longest sequence: kernels may use indices of 32 bits."""
 
 
-def operator_positions(length: int, positions: Literal["midpoint", "all"] | int) -> tuple[int, ...]:
+def operator_positions(length: int, positions: Positions) -> tuple[int, ...]:
     """Return positions i in 1..length-1 at which to measure H_i = T[i:, :i].
 
     Args:

@@ -27,6 +27,7 @@ from ess_monitor.ess.gram_spectrum import DECADES, FAR_BELOW, SINGLE_PRECISION
 from ess_monitor.ess.linalg import index_tensor
 from ess_monitor.ess.operators.recurrence import Recurrence
 from ess_monitor.ess.operators.reduced import ReducedRecurrence, reduced
+from ess_monitor.ess.positions import Positions
 from ess_monitor.records import Reading, Status
 
 SPECTRUM_VALUES = 32
@@ -44,8 +45,8 @@ _SUMS = ("far_squared", "total_squared", "products")
 """Results that are sums over all operators. The others have an entry for each sample."""
 
 
-Positions = Literal["midpoint", "all"] | int | tuple[int, ...]
-"""How positions are placed in a sequence, as in `operator_positions`, or where they are in every one."""
+Placement = Positions | tuple[int, ...]
+"""How positions are placed in a sequence, or where they are in every one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class _Placed:
         return midpoint_index([i - self.first for i in self.positions], self.operator.length - self.first)
 
 
-def compute(captured: Captured, positions: Positions, tolerance: float, scale: ToleranceScale = "absolute") -> Results:
+def compute(captured: Captured, positions: Placement, tolerance: float, scale: ToleranceScale = "absolute") -> Results:
     """Compute everything that is measured of one operator, as tensors on its device.
 
     Padding counts for nothing, and of packed sequences the longest is measured. Waits for the device only where it has
@@ -73,12 +74,11 @@ def compute(captured: Captured, positions: Positions, tolerance: float, scale: T
         OperatorError: It is not known which tokens are real.
     """
     with torch.no_grad():
-        claims = {claim_name(k): claim.holds for k, claim in enumerate(getattr(captured, "claims", ()))}
+        claims = {claim_name(k): claim.holds for k, claim in enumerate(captured.claims)}
         parts = captured.operator.longest_segments()
-        window = getattr(captured, "window", None)
         if isinstance(captured.operator, ReducedRecurrence):
             positions = captured.operator.positions
-        placed = _placed([part for part in parts if part.length > 1], positions, window)
+        placed = _placed([part for part in parts if part.length > 1], positions, captured.window)
         if not placed:
             longest = max((part.length for part in parts), default=0)
             return {**claims, "lengths": index_tensor([longest], captured.operator.device)}
@@ -102,7 +102,7 @@ def compute(captured: Captured, positions: Positions, tolerance: float, scale: T
         return {**results, **claims, "spectrum": spectrum[ranks], "spectrum_ranks": ranks + 1}
 
 
-def _placed(parts: Sequence[Operator], positions: Positions, window: int | None = None) -> list[_Placed]:
+def _placed(parts: Sequence[Operator], positions: Placement, window: int | None = None) -> list[_Placed]:
     """Place as many positions in each segment, at the same shares of it; leave out segments too short for so many.
 
     With `window` they are placed among so many tokens at the end of each.
@@ -124,7 +124,7 @@ def _placed(parts: Sequence[Operator], positions: Positions, window: int | None 
     return [_among(part, tokens, number) for part, tokens in seen if tokens > number]
 
 
-def reduce_long(operator: Operator, positions: Positions, scale: ToleranceScale = "absolute") -> Operator:
+def reduce_long(operator: Operator, positions: Placement, scale: ToleranceScale = "absolute") -> Operator:
     """Return what is measured of a recurrence, of the longest sequence in its row, where that has two tokens.
 
     All positions are as many evenly spaced ones as need 32 MB.
@@ -319,10 +319,9 @@ def reading(
         **common,
     )
     measured = measured if measured.basis == "operator" else _of_jacobian(measured, sizes, results)
-    left_out = getattr(captured, "left_out", "")
-    if not left_out:
+    if not captured.left_out:
         return measured
-    told = f"{left_out}: more takes longer than runtime.sample_seconds"
+    told = f"{captured.left_out}: more takes longer than runtime.sample_seconds"
     return measured.model_copy(update={"message": "; ".join(filter(None, (measured.message, told)))})
 
 

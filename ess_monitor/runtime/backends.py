@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -329,13 +328,12 @@ class _Arrival:
 
 def _room(tensor: torch.Tensor) -> int:
     """Return the bytes that a tensor takes in a buffer."""
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _place(memory: torch.Tensor, begin: int, like: torch.Tensor) -> torch.Tensor:
     """Return the part of a buffer for a tensor, with its shape and dtype."""
-    size = prod(like.shape) * like.element_size()
-    return memory[begin : begin + size].view(like.dtype).view(like.shape)
+    return memory[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def backend_for(device: torch.device, *, threads: int) -> ComputeBackend:

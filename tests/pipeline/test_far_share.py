@@ -40,7 +40,7 @@ def test_a_sequence_without_an_eighth_has_no_share(length: int, known: bool) -> 
 
 
 def test_a_position_near_the_end_leaves_no_row() -> None:
-    sample = SimpleNamespace(operator=KINDS["recurrence"]().select(length=9), claims=())
+    sample = SimpleNamespace(operator=KINDS["recurrence"]().select(length=9), claims=(), window=None)
     assert "far_squared" in compute(sample, (7,), 1e-3)  # type: ignore[arg-type]
     assert "far_squared" not in compute(sample, (8,), 1e-3)  # type: ignore[arg-type]
 
@@ -55,9 +55,8 @@ def test_a_layer_that_puts_out_nothing_has_no_share() -> None:
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_computing_a_reading_waits_for_no_device(make: Callable[[], Operator]) -> None:
-    sample = SimpleNamespace(
-        operator=make().map(lambda tensor: tensor.to("meta")), claims=()
-    )  # any look at a value raises
+    operator = make().map(lambda tensor: tensor.to("meta"))  # any look at a value raises
+    sample = SimpleNamespace(operator=operator, claims=(), window=None)
     results = compute(sample, (3, 6, 9), 1e-3)  # type: ignore[arg-type]
     assert results["far_squared"].shape == results["total_squared"].shape == ()
     assert results["tolerance_ess"].shape == (SAMPLES, HEADS, 3)

@@ -6,7 +6,9 @@ import re
 import sys
 import threading
 import weakref
-from typing import Any
+from collections.abc import Hashable
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -84,7 +86,13 @@ def runs_flex_attention(model: nn.Module) -> bool:
 
 def _is_flex(module: nn.Module) -> bool:
     kernel = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return kernel == "flex_attention" if kernel else any(map(_FLEX.search, names_used(type(module))))
+    return kernel == "flex_attention" if kernel else _names_flex(cast(Hashable, type(module)))
+
+
+@cache
+def _names_flex(layer: Any) -> bool:
+    """Return whether the code of a class names flex attention; looked for once, as it is asked at every sample."""
+    return any(map(_FLEX.search, names_used(layer)))
 
 
 def _release_holder(holder: object) -> None:

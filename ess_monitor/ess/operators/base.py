@@ -275,6 +275,14 @@ class Operator(ABC):
         anything.
         """
 
+    def _product_norm(self) -> Tensor | None:
+        """Return ||A_L ... A_1||_F in the working dtype, broadcastable to (batch, heads); None where there is no A."""
+        return None
+
+    def _mean_diagonal(self) -> Tensor | None:
+        """Return the mean of A's diagonal in the working dtype, broadcastable to (batch, heads), or None likewise."""
+        return None
+
     def _state_space(self) -> StateSpace | None:
         """Return the recurrence of a fixed state that T comes from, without regard to segments; None: there is none."""
         return None

@@ -17,7 +17,7 @@ Shapes: B batch, H heads, L length, N state, K tokens of a chunk, R state dimens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class Parts:
     C: Tensor
     D: Tensor
     sizes: Tensor
+
+
+NAMES = tuple(field.name for field in fields(Parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ def realized_by_factors(recurrence: StateSpace, batch: int, heads: int, sizes: S
             )
         )
         before, W, kept = after[:, :, -1], basis.W[:, :, -1:], basis.sizes[:, :, -1:]
-    joined = Parts(*(torch.cat([getattr(part, name) for part in parts], dim=2) for name in _NAMES))
+    joined = Parts(*(torch.cat([getattr(part, name) for part in parts], dim=2) for name in NAMES))
     largest = int(joined.sizes.max())
     return Parts(
         joined.A[..., :largest, :largest],
@@ -85,9 +88,6 @@ def realized_by_factors(recurrence: StateSpace, batch: int, heads: int, sizes: S
         joined.D,
         joined.sizes,
     )
-
-
-_NAMES = ("A", "B", "C", "D", "sizes")
 
 
 def control_factors(recurrence: StateSpace, batch: int, heads: int, last: int) -> Iterator[Tensor]:
@@ -155,7 +155,7 @@ def realized_from_blocks(T: Tensor, length: int, sizes: Sizes) -> Parts:
     V = T.new_zeros((batch, heads, 0, 0))  # of H_0, without inputs
     C = T.new_zeros((batch, heads, rows, 0))
     kept = T.new_zeros((batch, heads))
-    each: dict[str, list[Tensor]] = {name: [] for name in _NAMES}
+    each: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     for i in range(length):
         each["C"].append(C)
         each["D"].append(T[:, :, rows * i : rows * (i + 1), columns * i : columns * (i + 1)])

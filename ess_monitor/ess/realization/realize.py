@@ -15,7 +15,7 @@ from ess_monitor.ess.metrics import check_tolerance
 from ess_monitor.ess.operators.base import Operator, check_operator
 from ess_monitor.ess.operators.fields import check_floating, check_same_device
 from ess_monitor.ess.positions import LONGEST
-from ess_monitor.ess.realization.balanced import Parts, Sizes, realized_by_factors, realized_from_blocks
+from ess_monitor.ess.realization.balanced import NAMES, Parts, Sizes, realized_by_factors, realized_from_blocks
 
 _OPERATOR_ELEMENTS = 16 * SLAB_ELEMENTS
 """Elements of the factors, or of T, that are held at once."""
@@ -207,8 +207,7 @@ def _joined(parts: Sequence[Parts], dimension: int) -> Parts:
         )
 
     each = [padded(part) for part in parts]
-    names = ("A", "B", "C", "D", "sizes")
-    return Parts(*(torch.cat([getattr(part, name) for part in each], dim=dimension) for name in names))
+    return Parts(*(torch.cat([getattr(part, name) for part in each], dim=dimension) for name in NAMES))
 
 
 def _finished(operator: Operator, parts: Parts) -> Realization:
