@@ -22,7 +22,7 @@ from ess_monitor.errors import format_error
 from ess_monitor.runtime.backends import Task
 from ess_monitor.runtime.guard import logger
 from ess_monitor.runtime.shutdown import SHUTDOWN_GRACE_SECONDS, TorchThread
-from ess_monitor.runtime.time_limit import TimeLimit
+from ess_monitor.runtime.turns import TimeLimit
 from ess_monitor.validation.settings import Settings
 
 _LAST_TASK_SECONDS = 30.0

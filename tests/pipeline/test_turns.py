@@ -181,7 +181,7 @@ def test_without_a_limit_all_layers_are_measured_in_full() -> None:
 def test_a_resumed_run_in_lockstep_measures_the_layers_that_the_uninterrupted_one_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ess_monitor.runtime.time_limit.WALL_PER_CORE_SECOND", math.inf)
+    monkeypatch.setattr("ess_monitor.runtime.turns.WALL_PER_CORE_SECOND", math.inf)
     settings = config(0.05, autopilot={"mode": "auto", "lag_steps": 2})
     whole, first, second = Collecting(), Collecting(), Collecting()
     with Monitor(model(7), settings, exporters=[whole], backends=standing()) as monitor:
