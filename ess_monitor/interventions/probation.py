@@ -91,7 +91,7 @@ class Trial:
     @classmethod
     def begin_on(cls, layer: Layer, optimizer: Optimizers, *, is_silent: bool) -> Trial:
         """Begin the trial of a treatment of `layer`, before anything is changed."""
-        gate = GateCopy(layer, optimizer)
+        gate = GateCopy.take(layer, optimizer)
         return cls(None if gate.is_empty else gate, is_silent)
 
     def due_in(self, age: int, config: ProbationConfig) -> int | None:
@@ -159,7 +159,7 @@ class Trial:
 
     @classmethod
     def from_state(cls, layer: Layer, state: TrialState) -> Trial:
-        """Return the trial as it was. Without its gate, which shards are not saved with, it can only end in time."""
+        """Return the trial as it was. Without its gate, whose parts (FSDP1) are not saved, it can only end in time."""
         gate = GateCopy.from_state(layer, state.gate)
         compared = state.compared or gate is None
         return cls(gate, state.is_silent, state.check, compared, state.has_gained, state.last_gain_ratio)

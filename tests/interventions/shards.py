@@ -14,9 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ess_monitor.capture import find_layers
+from ess_monitor.capture import Layer, find_layers
+from ess_monitor.interventions import gate
+from ess_monitor.interventions.gate import gate_tensors
+from ess_monitor.interventions.probation import Trial, TrialState
 from ess_monitor.records import Condition
 from tests.interventions.pilots import FIRST, LAST, Run
 
@@ -118,6 +121,63 @@ def in_one(how: str, folder: str, treated: Tensor) -> dict[str, Any]:
     return run.roll_back()
 
 
+def trial_of_two(how: str, folder: str) -> dict[str, Any]:
+    """The trial of two ranks, ended by one process, whose weights and steps are others."""
+    run = ShardedRun(how)
+    for _ in range(4):
+        run.train_once()
+    return trial_ended(run, folder, "fsdp2")
+
+
+def uneven() -> list[tuple[Tensor, Tensor]]:
+    """What was put to shards of which some ranks have more than others or none, and what they hold together then."""
+    mesh, found = init_device_mesh("cpu", (dist.get_world_size(),)), []
+    for shape in ((5, 2), (1, 3), (4,)):
+        value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        target = distribute_tensor(torch.zeros(shape), mesh, [Shard(0)])
+        gate._put(target, value)
+        found.append((value, target.full_tensor()))
+    return found
+
+
+def last_layer(run: ShardedRun) -> Layer:
+    """The one that is treated."""
+    return find_layers(run.model)[-1]
+
+
+def held(run: ShardedRun, *, whole: bool) -> dict[str, Tensor]:
+    """The gate and the optimizer's state of it: what this rank holds, or gathered."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in gate_tensors(last_layer(run)).items():
+        for key, value in {"": tensor, **run.optimizer.state[tensor]}.items():  # type: ignore[index]
+            if isinstance(value, DTensor):
+                value = value.full_tensor() if whole else value.to_local()
+            found[name + key] = value.detach().clone()
+    return found
+
+
+def trial_in_two(how: str, rank: int, folder: str) -> dict[str, Any]:
+    """A trial that rank 0 saves, resumed by both in the middle, and ended: the gate from before it comes back."""
+    run = ShardedRun(how)
+    run.train_once()
+    before, whole = held(run, whole=False), held(run, whole=True)
+    trial = Trial.begin_on(last_layer(run), run.optimizer, is_silent=False)
+    if rank == 0:  # alone
+        torch.save(trial.state_dict(), Path(folder) / f"{how}.trial")
+    dist.barrier()
+    run.train_once()
+    run.train_once()
+    return {"before": before, "whole before": whole, "later": held(run, whole=False), **trial_ended(run, folder, how)}
+
+
+def trial_ended(run: ShardedRun, folder: str, how: str) -> dict[str, Any]:
+    """The trial of that file, resumed by this run and ended without a gain."""
+    state = TrialState.model_validate(torch.load(Path(folder) / f"{how}.trial", weights_only=True))
+    trial = Trial.from_state(last_layer(run), state)
+    trial.restore_gate(run.optimizer)
+    return {"has a gate": trial.gate is not None, "back": held(run, whole=False)}
+
+
 def observe(rank: int, folder: str) -> None:
     """Save what this rank sees to `folder`/rank.pt."""
     torch.set_num_threads(1)
@@ -128,6 +188,8 @@ def observe(rank: int, folder: str) -> None:
     try:
         found: dict[str, Any] = {how: in_two(how, rank, folder) for how in WAYS}
         found["from a whole copy"] = {how: from_whole_copy(how) for how in WAYS}
+        found["trial"] = {how: trial_in_two(how, rank, folder) for how in WAYS}
+        found["uneven"] = uneven()
         flat = ShardedRun("fsdp1 flat")
         found["flat"] = [(a.action, a.outcome, a.message) for a in flat.measure(COLLAPSED)]
         dist.barrier()  # a rank that leaves while the other still talks to it can abort
@@ -136,5 +198,6 @@ def observe(rank: int, folder: str) -> None:
     if rank == 0:
         group(folder, "one", 0, 1)
         found["one"] = {how: in_one(how, folder, found["fsdp2"]["whole after"]) for how in ("plain", "fsdp2")}
+        found["trial in one"] = {how: trial_of_two(how, folder) for how in ("plain", "fsdp2")}
         dist.destroy_process_group()
     torch.save(found, Path(folder) / f"{rank}.pt")

@@ -48,7 +48,7 @@ def test_restore_puts_back_the_gate_and_its_moments_and_nothing_else(featurizer:
     model, optimizer, run = trained(featurizer)
     run(3)
     layer = find_layers(model)[-1]
-    gate, before = GateCopy(layer, optimizer), everything(model, optimizer)
+    gate, before = GateCopy.take(layer, optimizer), everything(model, optimizer)
     run(4, first=3)
     after = everything(model, optimizer)
     gate.restore(optimizer)
@@ -65,7 +65,7 @@ def test_in_place_the_model_is_the_one_with_the_gate_from_before(featurizer: str
     model, optimizer, run = trained(featurizer)
     run(3)
     layer = find_layers(model)[-1]
-    gate, values = GateCopy(layer, optimizer), {k: v.detach().clone() for k, v in gate_tensors(layer).items()}
+    gate, values = GateCopy.take(layer, optimizer), {k: v.detach().clone() for k, v in gate_tensors(layer).items()}
     run(4, first=3)
     present = copy.deepcopy(model.state_dict())
     reference = copy.deepcopy(model)
@@ -84,7 +84,7 @@ def test_in_place_the_model_is_the_one_with_the_gate_from_before(featurizer: str
 def test_moments_that_were_not_there_begin_anew() -> None:
     model, optimizer, run = trained("gla")
     layer = find_layers(model)[-1]
-    gate = GateCopy(layer, optimizer)
+    gate = GateCopy.take(layer, optimizer)
     run(3)
     gate.restore(optimizer)
     assert all(not optimizer.state[tensor] for tensor in gate_tensors(layer).values())
@@ -96,7 +96,7 @@ def test_a_copy_goes_through_a_checkpoint() -> None:
     model, optimizer, run = trained("gla_s6")
     run(3)
     layer = find_layers(model)[-1]
-    gate = GateCopy(layer, optimizer)
+    gate = GateCopy.take(layer, optimizer)
     before = everything(model, optimizer)
     saved = copy.deepcopy(gate.state_dict())
     run(4, first=3)
@@ -111,5 +111,5 @@ def test_a_copy_goes_through_a_checkpoint() -> None:
 
 def test_a_copy_of_another_layer_is_not_taken() -> None:
     gla, wla = (find_layers(backbone(name))[-1] for name in ("gla", "wla"))
-    assert GateCopy.from_state(wla, GateCopy(gla, None).state_dict()) is None
+    assert GateCopy.from_state(wla, GateCopy.take(gla, None).state_dict()) is None
     assert GateCopy.from_state(wla, None) is None

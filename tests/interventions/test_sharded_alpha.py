@@ -1,4 +1,4 @@
-"""A rescaled alpha of which every rank holds a part: what is saved of it, and how it is taken back."""
+"""An alpha and a gate of which every rank holds a part: what is saved of them, and how they are taken back."""
 
 from __future__ import annotations
 
@@ -99,6 +99,42 @@ def test_a_tensor_that_is_computed_from_others_is_not_rescaled() -> None:
     with pytest.raises(CaptureError, match="A_log of S6 is not a parameter or buffer"):
         rescale_alpha(layer, 100.0, handle=AlphaHandle("A_log"))
     assert torch.equal(held, before)
+
+
+# -- the gate from before a trial -------------------------------------------------------------------------------------
+
+
+def test_resumed_in_the_middle_of_a_trial_every_rank_gets_its_shards_and_moments_back_bitwise(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for rank in ranks:
+        found = rank["trial"]["fsdp2"]
+        assert found["has a gate"]
+        assert found["back"].keys() == found["before"].keys()
+        for name, tensor in found["back"].items():
+            assert torch.equal(tensor, found["before"][name]), name
+        assert any(not torch.equal(found["later"][name], found["before"][name]) for name in found["before"])
+    assert all(rank["trial"]["fsdp2"]["before"]["A_log"].numel() == 2 for rank in ranks)
+
+
+@pytest.mark.parametrize("how", ["plain", "fsdp2"])
+def test_one_process_ends_the_trial_of_two(ranks: list[dict[str, Any]], how: str) -> None:
+    found = ranks[0]["trial in one"][how]
+    assert found["has a gate"]
+    for name, tensor in ranks[0]["trial"]["fsdp2"]["whole before"].items():
+        assert torch.equal(found["back"][name], tensor), name
+
+
+def test_a_whole_tensor_goes_to_uneven_and_empty_shards(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert all(torch.equal(value, together) for value, together in rank["uneven"])
+
+
+def test_a_part_of_a_flat_parameter_is_not_saved_and_the_gate_stays_as_it_is(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["trial"]["fsdp1"]
+        assert not found["has a gate"]
+        assert all(torch.equal(found["back"][name], tensor) for name, tensor in found["later"].items())
 
 
 # -- the factor, in one process ---------------------------------------------------------------------------------------
