@@ -1,4 +1,5 @@
-"""Generates the paper's synthetic tasks as map-style datasets: recall (MQAR), selective copying, compression.
+"""Generates synthetic tasks as map-style datasets: those of the paper (recall, selective copying, compression), and
+recall in documents.
 
 Every sample is a pure function of (seed, index): the same for every order of access, number of workers and batch size.
 Targets are -100 where nothing is asked.
@@ -12,20 +13,26 @@ Targets are -100 where nothing is asked.
 from __future__ import annotations
 
 from ess_monitor.tasks.base import IGNORED, SyntheticTask, TaskConfig
+from ess_monitor.tasks.documents import SEPARATOR, Documents, DocumentsConfig
 from ess_monitor.tasks.mad import Compression, CompressionConfig, SelectiveCopying, SelectiveCopyingConfig
-from ess_monitor.tasks.metrics import accuracy, loss
+from ess_monitor.tasks.metrics import RecallPerplexity, accuracy, loss, recall_perplexity
 from ess_monitor.tasks.mqar import MQAR, MQARConfig
 
 __all__ = [
     "IGNORED",
     "MQAR",
+    "SEPARATOR",
     "Compression",
     "CompressionConfig",
+    "Documents",
+    "DocumentsConfig",
     "MQARConfig",
+    "RecallPerplexity",
     "SelectiveCopying",
     "SelectiveCopyingConfig",
     "SyntheticTask",
     "TaskConfig",
     "accuracy",
     "loss",
+    "recall_perplexity",
 ]

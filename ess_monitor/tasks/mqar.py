@@ -80,7 +80,7 @@ class MQAR(SyntheticTask):
         half = config.vocab_size // 2
         bits = random_bits(config.seed, index_B, 4 * pairs + len(self._weight_G))
         token_bits, place_bits = torch.unflatten(bits[:, : 4 * pairs], 1, (2, 2, pairs)), bits[:, 4 * pairs :]
-        tokens_B2K = _distinct(token_bits[:, 0], token_bits[:, 1], torch.tensor([half - 1, config.vocab_size - half]))
+        tokens_B2K = distinct(token_bits[:, 0], token_bits[:, 1], torch.tensor([half - 1, config.vocab_size - half]))
         key_BK, value_BK = (tokens_B2K + torch.tensor([1, half])[:, None]).unbind(1)
         # Exponential clocks of rates w: the order in which they ring is that of weighted draws without replacement.
         place_BK = (exponential(place_bits) / self._weight_G).topk(pairs, largest=False).indices
@@ -95,7 +95,7 @@ class MQAR(SyntheticTask):
         return inputs_BL, torch.full_like(inputs_BL, IGNORED).scatter_(1, query_BK, value_BK)
 
 
-def _distinct(draw_bits_BSK: Tensor, order_bits_BSK: Tensor, size_S: Tensor) -> Tensor:
+def distinct(draw_bits_BSK: Tensor, order_bits_BSK: Tensor, size_S: Tensor) -> Tensor:
     """Return K different numbers out of 0 .. size - 1 in random order, for S sizes at a time.
 
     Floyd's method: K draws, however large the vocabulary is. It gives a uniform set in an order that is not, hence the

@@ -191,6 +191,7 @@ TASKS: dict[str, Case] = {
     "Compression": Case(
         lambda config: _sample(tasks.Compression, config), lambda: {"config": tasks.CompressionConfig()}
     ),
+    "Documents": Case(lambda config: _sample(tasks.Documents, config), lambda: {"config": tasks.DocumentsConfig()}),
     "MQAR": Case(lambda config: _sample(tasks.MQAR, config), lambda: {"config": tasks.MQARConfig()}),
     "SelectiveCopying": Case(
         lambda config: _sample(tasks.SelectiveCopying, config), lambda: {"config": tasks.SelectiveCopyingConfig()}
@@ -198,11 +199,16 @@ TASKS: dict[str, Case] = {
     "SyntheticTask": Case(lambda samples: _Zeros(samples)[0], lambda: {"samples": 3}),
     "SyntheticTask.batch": Case(_batch, lambda: {"indices": [0, 3]}, allowed={"indices": NO_SUCH_SAMPLE}),
     "CompressionConfig": Case(lambda **given: _sample(tasks.Compression, tasks.CompressionConfig(**given))),
+    "DocumentsConfig": Case(lambda **given: _sample(tasks.Documents, tasks.DocumentsConfig(**given))),
     "MQARConfig": Case(lambda **given: _sample(tasks.MQAR, tasks.MQARConfig(**given))),
     "SelectiveCopyingConfig": Case(
         lambda **given: _sample(tasks.SelectiveCopying, tasks.SelectiveCopyingConfig(**given))
     ),
     "TaskConfig": Case(tasks.TaskConfig),
     "accuracy": Case(tasks.accuracy, lambda: dict(_LOGITS)),
+    "recall_perplexity": Case(
+        tasks.recall_perplexity,
+        lambda: {"logits": floats(2, 3, 4), "tokens": torch.tensor([[0, 1, 0], [2, 3, 1]]), "separator": 0},
+    ),
     "loss": Case(tasks.loss, lambda: dict(_LOGITS), allowed={"targets": VALUES_STAY_ON_THE_DEVICE}),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ess_monitor.errors import OperatorError
-from ess_monitor.tasks import IGNORED, accuracy, loss
+from ess_monitor.tasks import IGNORED, accuracy, loss, recall_perplexity
 
 
 def test_both_equal_their_definitions_on_the_asked_positions() -> None:
@@ -37,3 +37,36 @@ def test_nothing_asked_gives_nan() -> None:
 def test_shapes_that_do_not_go_together_are_refused(function: object) -> None:
     with pytest.raises(OperatorError, match=r"logits \(2, 3, 4\) and targets \(2, 4\) do not go together"):
         function(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("separator", [None, 0])
+def test_recall_perplexity_is_that_of_pairs_of_tokens_that_came_before_in_the_row(separator: int | None) -> None:
+    torch.manual_seed(0)
+    tokens, logits = torch.randint(4, (3, 40)), torch.randn(3, 40, 5)
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for row, scores in zip(tokens.tolist(), logits.double(), strict=True):
+        seen: set[tuple[int, int]] = set()
+        for place in range(39):
+            bigram = (row[place], row[place + 1])
+            if separator is not None and separator in bigram:
+                seen = set()
+                is_recalled = False
+            else:
+                is_recalled = bigram in seen
+                seen.add(bigram)
+            losses[is_recalled].append(float(torch.logsumexp(scores[place], 0) - scores[place, row[place + 1]]))
+    found = recall_perplexity(logits, tokens, separator=separator)
+    assert (found.recall_tokens, found.rest_tokens) == (len(losses[True]), len(losses[False]))
+    assert found.recall == pytest.approx(float(torch.tensor(losses[True]).double().mean().exp()), rel=1e-6)
+    assert found.rest == pytest.approx(float(torch.tensor(losses[False]).double().mean().exp()), rel=1e-6)
+
+
+def test_recall_perplexity_of_nothing_repeated_is_nan_and_wrong_tokens_are_refused() -> None:
+    found = recall_perplexity(torch.zeros(1, 3, 4), torch.tensor([[1, 2, 3]]))
+    assert found.recall_tokens == 0
+    assert found.recall != found.recall
+    assert found.rest == pytest.approx(4.0)
+    with pytest.raises(OperatorError, match=r"tokens holds one that is not in 0\.\.3"):
+        recall_perplexity(torch.zeros(1, 3, 4), torch.tensor([[1, 2, 4]]))
+    with pytest.raises(OperatorError, match=r"tokens has shape \(1, 1, 3\)"):
+        recall_perplexity(torch.zeros(1, 1, 3, 4), torch.tensor([[[1, 2, 3]]]))
