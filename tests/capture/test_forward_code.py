@@ -138,7 +138,36 @@ class ByRoll(nn.Module):
         return x + torch.roll(x, 1, 1)
 
 
+class BySwitch(nn.Module):
+    """Has an attribute of the name of the operation that it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roll, self.conv1d = True, nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.roll(self.conv1d(x.mT).mT, 1, 1) if self.roll else x
+
+
+class ByOwnConvolution(nn.Module):
+    """A convolution of a kind of one's own, under the name of the operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1d = Taps(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1d(x)
+
+
+class Taps(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1))
+
+
 MIXERS = (
+    BySwitch,
+    ByOwnConvolution,
     ByWhile,
     ByOwnState,
     ByZip,
@@ -211,6 +240,31 @@ class Experts(nn.Module):
         return torch.einsum("ble,bled->bld", shares, torch.einsum("bld,edf->blef", x, self.weight))
 
 
+class PointwiseConvolution(nn.Module):
+    """A linear layer that is written as a convolution over one token, as in SqueezeBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1d, self.act = nn.Conv1d(WIDTH, WIDTH, 1, groups=2), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv1d(x.mT)).mT
+
+
+class HoldsPointwise(nn.Module):
+    """Names of operations that stand for other things: modules that treat tokens alone, a switch, a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.causal_conv1d = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout())
+        self.short_conv1d = PointwiseConvolution()
+        self.accumulate, self.scan = False, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [layer(x) for layer in (self.causal_conv1d, self.short_conv1d)]
+        return self.scan * (x if self.accumulate else sum(parts))
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_a_mixer_is_found_by_its_code_whatever_it_is_called(kind: type[nn.Module]) -> None:
     net = nn.Sequential(GLA(WIDTH, 2), nn.Sequential(nn.LayerNorm(WIDTH), kind()))
@@ -220,6 +274,8 @@ def test_a_mixer_is_found_by_its_code_whatever_it_is_called(kind: type[nn.Module
     assert ("nonlinear recurrence" if nonlinear else f"register_capture({kind.__name__})") in info.reason
 
 
-@pytest.mark.parametrize("kind", [LowRank, Deep, Experts, ParametersOnly, FeatureParts])
+@pytest.mark.parametrize(
+    "kind", [LowRank, Deep, Experts, ParametersOnly, FeatureParts, PointwiseConvolution, HoldsPointwise]
+)
 def test_what_treats_each_token_by_itself_is_not_listed(kind: type[nn.Module]) -> None:
     assert not describe(nn.Sequential(kind())).layers

@@ -294,3 +294,65 @@ def test_channels_as_many_as_the_tokens_are_not_taken_for_tokens() -> None:
     assert not [name for name, mixing in probe.found.items() if mixing.mixes]
     found = describe(net, *inputs).layers
     assert [info.name for info in found] == ["layers.1.inner.0.0"]
+
+
+class Resampled(nn.Module):
+    """Channels come before time, until a convolution has changed the number of tokens: then norms over channels."""
+
+    def __init__(self, stride: int, up: bool) -> None:
+        super().__init__()
+        kind = nn.ConvTranspose1d if up else nn.Conv1d
+        self.resample = nn.Sequential(kind(WIDTH, WIDTH, 2 * stride, stride))
+        self.layers = nn.ModuleList([nn.Sequential(nn.LayerNorm(WIDTH), Scaled(), nn.Linear(WIDTH, WIDTH))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resample(x).mT
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("up", [True, False])
+@pytest.mark.parametrize("length", [WIDTH, 12])
+def test_channels_of_a_model_that_has_them_first_are_not_taken_for_tokens(length: int, up: bool) -> None:
+    net = Resampled(2, up)
+    with MixingProbe(net) as probe:
+        y = net(torch.randn(2, WIDTH, length))
+    assert y.shape == (2, 2 * length + 2 if up else length // 2 - 1, WIDTH)
+    assert not [name for name in probe.unlisted() if name.startswith("layers")]
+
+
+class OverTime(nn.Module):
+    """Channels come before time; an unknown module mixes along time, one along channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.mix, self.out = nn.Conv1d(5, 5, 1), ShiftLast(), AcrossChannels()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mix(self.into(x)))
+
+
+class ShiftLast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((torch.zeros_like(x[..., :1]), x[..., :-1]), -1)
+
+
+class AcrossChannels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.softmax(1)
+
+
+def test_tokens_are_on_the_last_axis_where_a_convolution_takes_what_is_before_them_for_channels() -> None:
+    net, x = OverTime(), torch.randn(1, 5, 9)
+    mixed = jacobian(lambda tokens: net.mix(tokens.mT).mT, x.mT)  # type: ignore[arg-type]
+    assert mixed.tril(-1).any()
+    assert not mixed.triu(1).any()
+    assert [info.name for info in describe(net, x).layers] == ["mix"]
+
+
+def test_a_parametrization_of_a_weight_mixes_no_tokens() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), Shift(6, 6))
+    assert [info.name for info in describe(net, torch.randn(2, 6, 6)).layers] == ["1"]
+    wide = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(6, 12, 1)))
+    assert not describe(wide, torch.randn(2, 6, 6)).layers

@@ -7,6 +7,22 @@ from collections.abc import Collection
 
 from torch import nn
 
+POINTWISE = (
+    nn.Linear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Identity,
+    nn.Dropout,
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+)
+"""Classes of torch that treat each vector of the last axis by itself. `nn.Linear` mixes tokens where they are on that
+axis."""
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 _MIXER = re.compile(
     r"attention|attn|mamba|deltanet|delta_?rule|retention|rwkv|recurren|hyena|longconv|fftconv|fourier|timemix|mixer"

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from ess_monitor.capture.detection.class_names import POINTWISE, looks_like_mixer
+
 A_LOOP = "a loop over tokens"
 _OPERATIONS = {
     "a convolution": re.compile(r"(causal_)?(short_)?(conv1d|conv_transpose1d)(_\w+)?|fft_?conv\w*|long_?conv\w*"),
@@ -56,6 +58,8 @@ class _Function(NamedTuple):
     code: CodeType
     globals: dict[str, Any]
     depth: int
+    own: str
+    """What it calls the instance; empty where it is no method of the class."""
 
 
 def how_code_mixes(module: nn.Module) -> str:
@@ -70,7 +74,7 @@ def how_code_mixes(module: nn.Module) -> str:
     >>> how_code_mixes(Ema()), how_code_mixes(nn.Linear(2, 2))
     ('a loop over tokens', '')
     """
-    found = _of_class(cast(Hashable, type(module)))
+    found = _of_class(cast(Hashable, type(module)), frozenset(_named_like_operations(module)))
     return found or next(filter(None, map(_of_attribute, vars(module).values())), "")
 
 
@@ -84,8 +88,30 @@ def _of_attribute(value: Any) -> str:
     return next((kind for kind, names in _OPERATIONS.items() if names.fullmatch(name)), "")
 
 
+def _named_like_operations(module: nn.Module) -> Iterator[str]:
+    """Yield the attributes of a module that are called like an operation and are none: a `conv1d` of one tap."""
+    for name, value in (*vars(module).items(), *module._parameters.items(), *module._modules.items()):
+        if any(names.fullmatch(name) for names in _OPERATIONS.values()) and _mixes_nothing(value):
+            yield name
+
+
+def _mixes_nothing(value: Any) -> bool:
+    """Return whether an attribute is no function, or a module that is known to treat each token by itself."""
+    if not isinstance(value, nn.Module):
+        return not callable(value)
+    if _is_torch(type(value).forward.__module__) and isinstance(value, nn.modules.conv._ConvNd):
+        return set(value.kernel_size) == {1}
+    parts = list(value.children())
+    if type(value) in POINTWISE or not parts:
+        return type(value) in POINTWISE
+    is_known = isinstance(value, (nn.Sequential, nn.ModuleList)) or not (
+        looks_like_mixer(type(value)) or how_code_mixes(value)
+    )
+    return is_known and all(map(_mixes_nothing, parts))
+
+
 @cache
-def _of_class(cls: Any) -> str:
+def _of_class(cls: Any, no_operations: frozenset[str]) -> str:
     forward = getattr(cls, "forward", None)
     forward = inspect.unwrap(forward) if callable(forward) else None
     if not isinstance(forward, FunctionType) or _is_torch(forward.__module__):
@@ -93,6 +119,7 @@ def _of_class(cls: Any) -> str:
     products, softmax, turns = 0, False, False
     for function in _reachable(cls, forward):
         names = set(_names(function.code))
+        names -= {name for name in no_operations & names if _is_read_of(function.own, name, function.code)}
         for kind, operations in _OPERATIONS.items():
             if any(operations.fullmatch(name) for name in names):
                 return kind
@@ -119,7 +146,8 @@ def _reachable(cls: Any, forward: FunctionType) -> Iterator[_Function]:
     seen = {forward.__code__}
     while waiting and len(seen) < _SIZE:
         function, depth = waiting.popleft()
-        yield _Function(function.__code__, function.__globals__, depth)
+        is_method = isinstance(inspect.getattr_static(cls, function.__name__, None), FunctionType)
+        yield _Function(function.__code__, function.__globals__, depth, _own_name(function.__code__) * is_method)
         if depth == _DEPTH:
             continue
         for name in _names(function.__code__):
@@ -135,6 +163,18 @@ def _reachable(cls: Any, forward: FunctionType) -> Iterator[_Function]:
                 if (called.__module__ or "").partition(".")[0] == library:
                     seen.add(called.__code__)
                     waiting.append((called, depth + 1))
+
+
+def _is_read_of(own: str, name: str, code: CodeType) -> bool:
+    """Return whether code takes a name from the instance alone, as in `self.name`."""
+    for part in _codes(code):
+        before: tuple[str, ...] = ()
+        for instruction in dis.get_instructions(part):
+            if instruction.argval == name and instruction.opname.startswith("LOAD") and before[-1:] != (own,):
+                return False
+            if instruction.opname not in ("CACHE", "NOP"):
+                before = _locals(instruction, "LOAD")
+    return bool(own)
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -15,27 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
+from ess_monitor.capture.detection.class_names import POINTWISE
 from ess_monitor.capture.hooks.call_site import ModuleHook, is_own_hook, tensors_in
 from ess_monitor.capture.hooks.ignored_calls import is_recorded, is_transformed
-
-_POINTWISE = (
-    nn.Linear,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.Identity,
-    nn.Dropout,
-    nn.ReLU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Softplus,
-)
-"""Classes of torch that treat each vector of the last axis by itself. `nn.Linear` mixes tokens where they are on that
-axis, and is asked only then."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 _LARGEST_GRAPH = 20_000
@@ -90,6 +75,8 @@ class MixingProbe:
         """Name -> what its first call showed, of every module that was asked."""
         self._model, self._listed, self._in_training = model, frozenset(listed), in_training
         self._length: int | None = None
+        self._resampled: set[int] = set()
+        """Numbers of tokens behind modules that change it, such as a convolution with a stride."""
         self._shapes: dict[str, list[tuple[int, ...]]] = {}
         """Name -> shapes of the tensors that a module was called with last."""
         self._handles: list[RemovableHandle] = []
@@ -107,7 +94,10 @@ class MixingProbe:
             return
         before = ModuleHook(self._learn_length)
         self._handles.append(self._model.register_forward_pre_hook(before, with_kwargs=True))
+        weights = [name for name, m in self._model.named_modules() if isinstance(m, ParametrizationList)]
         for name, module in self._model.named_modules():
+            if any(is_inside(name, other) for other in weights):
+                continue
             note = ModuleHook(lambda _, args, kwargs, name=name: self._note_shapes(name, args, kwargs))
             self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
             if self._in_training and any(is_inside(name, other) or is_inside(other, name) for other in self._listed):
@@ -127,17 +117,32 @@ class MixingProbe:
     def _learn_length(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._length is None:
             sequences = (t for t in tensors_in((args, kwargs)) if t.dim() == (3 if t.is_floating_point() else 2))
-            self._length = next((t.shape[1] for t in sequences), None)
+            self._length = next((t.shape[_first_token_axis(self._model, t)] for t in sequences), None)
         return None if self._in_training else _with_graph(module, args, kwargs)
 
     def _note_shapes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._shapes[name] = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
 
-    def _has_tokens_last(self, name: str) -> bool:
+    def _note_resampling(self, module: nn.Module, x: Tensor | None, y: Tensor | None) -> None:
+        """Note the number of tokens that a module puts out where it changes that number."""
+        if y is None or y.dim() != 3 or isinstance(module, POINTWISE):
+            return
+        convolutions = (part for part in (module, *module.children()) if isinstance(part, _CONVOLUTIONS))
+        if any(y.shape[1] == part.out_channels for part in convolutions):
+            self._resampled.add(y.shape[2])
+        elif x is not None and x.dim() == 3:
+            changed = [axis for axis in (1, 2) if x.shape[axis] != y.shape[axis]]
+            if len(changed) == 1 and x.shape[changed[0]] in (self._length, *self._resampled):
+                self._resampled.add(y.shape[changed[0]])
+
+    def _has_tokens_last(self, name: str, x: Tensor) -> bool:
         """Return whether the last axis of what a module is given can be that of tokens, by what is around the module.
 
-        Channels may be as many. Then no module around it is given tokens on another axis, up to one without them.
+        Channels may be as many. Then another axis of it has as many entries as there are tokens after resampling, or no
+        module around it is given tokens on another axis, up to one without them.
         """
+        if not self._resampled.isdisjoint(x.shape[1:-1]):
+            return False
         while name:
             name = name.rpartition(".")[0]
             shapes = self._shapes.get(name, [])
@@ -148,6 +153,7 @@ class MixingProbe:
         return True
 
     def _ask(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._note_resampling(module, next(tensors_in((args, kwargs)), None), next(tensors_in(output), None))
         if name in self.found or (name not in self._listed and not self._in_training and self._holds_mixing(name)):
             return
         y = next((t for t in tensors_in(output) if t.requires_grad), None)
@@ -159,10 +165,10 @@ class MixingProbe:
             return  # of several the first may have been computed from the second
         axes = {k: axis for k, x in enumerate(tracked) if (axis := _token_axis(module, x, y, self._length)) is not None}
         last = {k: axis for k, axis in axes.items() if axis == tracked[k].dim() - 1}
-        if last and not isinstance(module, _CONVOLUTIONS) and not self._has_tokens_last(name):
-            axes = {k: axis for k, axis in axes.items() if k not in last}
-            last = {}
-        if type(module) in _POINTWISE:
+        if not isinstance(module, _CONVOLUTIONS):
+            channels = {k for k in last if not self._has_tokens_last(name, tracked[k])}
+            axes, last = ({k: axis for k, axis in each.items() if k not in channels} for each in (axes, last))
+        if type(module) in POINTWISE:
             axes = last
         if not axes:
             return
@@ -252,6 +258,32 @@ def _with_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return (value if value.requires_grad else value.detach().requires_grad_()).clone()
 
     return tuple(map(tracked, args)), {name: tracked(value) for name, value in kwargs.items()}
+
+
+def _first_token_axis(model: nn.Module, given: Tensor) -> int:
+    """Return the axis of tokens of what a model is given: 2 where the first layer that tells takes axis 1 for channels.
+
+    >>> _first_token_axis(nn.Conv1d(6, 8, 3), torch.zeros(2, 6, 9)), _first_token_axis(nn.GRU(6, 8), torch.zeros(2, 9, 6))
+    (2, 1)
+    """
+    if given.dim() != 3:
+        return 1
+    first: list[int] = []
+    pointwise: list[int] = []  # a convolution over single tokens may be a linear layer over the axis of tokens
+    for module in model.modules():
+        if isinstance(module, _CONVOLUTIONS) and given.shape[1] == module.in_channels != given.shape[2]:
+            (first if module.kernel_size[0] > 1 else pointwise).append(2)
+        elif _features(module) == given.shape[2]:
+            first.append(1)
+    return next(iter((*first, *pointwise)), 1)
+
+
+def _features(module: nn.Module) -> int | None:
+    """Return how many features a module of torch takes on the last axis."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return int(module.normalized_shape[-1])
+    sizes = (getattr(module, name, None) for name in ("in_features", "input_size", "embed_dim"))
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _token_axis(module: nn.Module, x: Tensor, y: Tensor, length: int | None) -> int | None:
