@@ -263,7 +263,8 @@ def _with_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _first_token_axis(model: nn.Module, given: Tensor) -> int:
     """Return the axis of tokens of what a model is given: 2 where the first layer that tells takes axis 1 for channels.
 
-    >>> _first_token_axis(nn.Conv1d(6, 8, 3), torch.zeros(2, 6, 9)), _first_token_axis(nn.GRU(6, 8), torch.zeros(2, 9, 6))
+    >>> convolution, recurrence = nn.Conv1d(6, 8, 3), nn.GRU(6, 8)
+    >>> _first_token_axis(convolution, torch.zeros(2, 6, 9)), _first_token_axis(recurrence, torch.zeros(2, 9, 6))
     (2, 1)
     """
     if given.dim() != 3:
