@@ -127,4 +127,4 @@ class SampleShape:
     def _seconds_of_blocks(self, largest: int) -> float:
         """Return what the singular values of H_i take where there is no small factor; `largest` bounds its sides."""
         sides = ((min(i, largest), min(self.length - i, largest)) for i in self._places())
-        return sum(2.4e-10 * min(side) ** 2 * max(side) for side in sides)
+        return sum(1.5e-10 * min(side) ** 2 * max(side) for side in sides)

@@ -1,9 +1,9 @@
 """Computes singular values from eigenvalues of Gram matrices, and says of which matrices they are known well enough.
 
 The eigenvalues of H^T H are the squares of the singular values of H, at half the time of an SVD. Rounding moves every
-eigenvalue by up to an error e, a few units in the last place of the largest one. So sigma is known to e / sigma, and a
-singular value below sqrt(e) is not known at all. What is counted, averaged or drawn here decides whether that is enough
-(`known_values`); a matrix of which it is not is left to the caller, who takes the SVD.
+eigenvalue by up to an error e, a few units in the last place of the largest one. So sigma is known to e / (2 sigma),
+and a singular value below sqrt(e) is not known at all. What is counted, averaged or drawn here decides whether that is
+enough (`known_values`); a matrix of which it is not is left to the caller, who takes the SVD.
 
 Everything here is for a CPU: which matrices are known is read on the host.
 """
@@ -26,11 +26,11 @@ SINGLE_PRECISION = torch.finfo(torch.float32).eps
 """Share of the largest singular value below which the others mean nothing: features are single precision at best, and
 an error of that size in T moves every singular value by as much (Weyl)."""
 
-FAR_BELOW = 1e-3
-"""Share of the tolerance below which it does not matter how small a singular value is."""
-
 DECADES = (-2, -1, 0, 1, 2)
 """Powers of ten times the tolerance at which the values are counted."""
+
+FAR_BELOW = 10.0 ** DECADES[0]
+"""Share of the tolerance below which nothing is counted."""
 
 SMALLEST_BLOCK = 32
 """Rows and columns below which an SVD is as fast."""
@@ -42,10 +42,12 @@ GRAMIAN_TOKENS = 256
 """Tokens of a window of which a Gramian is formed at once."""
 
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
-"""Error of the eigenvalues of a Gram matrix, as a share of what bounds the largest. Measured: below 4 units."""
-_RELATIVE = 1e-4
-"""Error of a singular value that is allowed, as a share of itself."""
-_ENTROPY = 2e-6
+"""Error of the eigenvalues of a Gram matrix, as a share of the largest. Measured: below 2 units for small ones."""
+_ROUNDING_OF_PRODUCT = _ROUNDING / 2
+"""The same for a product of Gramians, as a share of the product of their Frobenius norms. Measured: below 1.1 units."""
+_RELATIVE = 1e-3
+"""Error of a singular value that is always allowed, as a share of itself."""
+_ENTROPY = 5e-6
 """Error of the entropy that is allowed, in nats: the relative error of the entropy-ESS."""
 _SMALLEST = 1e-270
 """Largest square below which products may underflow."""
@@ -54,33 +56,43 @@ _SMALLEST = 1e-270
 def known_values(squares: Tensor, error: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Return singular values, descending, and of which matrices all of them are known well enough.
 
-    Then every value is right to 1e-4 of itself, or below single precision's share of the largest and a thousandth of
-    the tolerance; the counts above the tolerance, ten and a hundred times more and less, are those of the exact values;
-    the entropy-ESS is right to 2e-6 of itself. Values that may be 0 are 0.
+    Then the counts above the tolerance, ten and a hundred times more and less, are those of the exact values, and the
+    entropy-ESS is right to 5e-6 of itself. A value is right to 1e-3 of itself, or to what rounding of a Gram matrix
+    makes of it: one that is a share x of the largest to 4e-15 / x^2 of itself, which is 0.4 % of a millionth. Values
+    that may be 0 are 0; they are below `smallest_known`.
 
     Args:
-        squares: (..., n), ascending, with an error of up to `error` (...).
+        squares: (..., n), ascending, with an error of up to `error` (...) and 16 units in the last place.
         tolerance: tau of the tolerance-ESS.
 
     Returns:
         (..., n) and (...), bool.
     """
-    squares, error = squares.flip(-1), error[..., None]
-    lost = squares <= 2 * error
+    squares = squares.flip(-1)
+    error = error[..., None] + _ROUNDING * squares.clamp(min=0.0)
+    lost = squares <= 3 * error
     values = squares.masked_fill(lost, 0.0).sqrt()
-    off = torch.where(lost, (3 * error).sqrt(), error / values)
-    floor = SINGLE_PRECISION * values[..., :1]
+    off = torch.where(lost, (squares.clamp(min=0.0) + error).sqrt(), values - (squares - error).clamp(min=0.0).sqrt())
     known = (squares[..., 0] > _SMALLEST) & squares.isfinite().all(-1)
     for power in DECADES:
         known &= ((values - tolerance * 10.0**power).abs() > off).all(-1)
-    if tolerance > 0:
-        floor = floor.clamp(max=FAR_BELOW * tolerance)
-    known &= ((off <= _RELATIVE * values) | (values + off <= floor)).all(-1)
+    small = values + off <= smallest_known(values[..., :1], tolerance)
+    as_a_gram = off * values <= _ROUNDING * values[..., :1] ** 2
+    known &= torch.where(lost, small, small | as_a_gram | (off <= _RELATIVE * values)).all(-1)
     total = values.sum(-1, keepdim=True)
     logs = -torch.log(torch.maximum(values, off) / total)
     entropy = (values / total * logs).sum(-1, keepdim=True)
     known &= (off / total * (logs + entropy)).sum(-1) <= _ENTROPY
     return values, known
+
+
+def smallest_known(largest: Tensor, tolerance: float) -> Tensor:
+    """Return below what it does not matter how small a singular value is, given the largest.
+
+    That is single precision's share of the largest, or where it is less the smallest tolerance at which is counted.
+    """
+    floor = SINGLE_PRECISION * largest
+    return floor.clamp(max=FAR_BELOW * tolerance) if tolerance > 0 else floor
 
 
 class BlockSpectra:
@@ -152,6 +164,7 @@ def count_of_product(controllability: Tensor, observability: Tensor, tolerance: 
     product, error, known = _product(controllability, observability)
     state = product.shape[-1]
     square = tolerance * tolerance
+    error = error + _ROUNDING * square
     shifted = product - torch.diag_embed((square + error)[..., None].expand(*error.shape, state))
     all_above = torch.linalg.cholesky_ex(shifted).info == 0
     count = torch.full_like(error, state)
@@ -268,7 +281,7 @@ def _product(controllability: Tensor, observability: Tensor) -> tuple[Tensor, Te
     observability = observability / scale[..., None] / scale[..., None, :]
     factor, info = torch.linalg.cholesky_ex(controllability)
     product, finite = _finite(factor.mT @ (observability @ factor))
-    error = _ROUNDING * torch.linalg.matrix_norm(controllability) * torch.linalg.matrix_norm(observability)
+    error = _ROUNDING_OF_PRODUCT * torch.linalg.matrix_norm(controllability) * torch.linalg.matrix_norm(observability)
     return product, error, finite & (info == 0)
 
 

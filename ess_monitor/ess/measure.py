@@ -27,9 +27,10 @@ class Measured:
 
     singular_values: Tensor
     """(batch, heads, positions, rank), descending, zero-padded: the basis of the sizes below. Of H_i, or of H_i from T
-    with unit rows where `tolerance_scale` is "output". On a CPU they are right to 1e-4 of themselves, or below single
-    precision's share of the largest and a thousandth of the tolerance; the sizes are right to 1e-5 all the same, and
-    so are the counts at a hundredth to a hundred times the tolerance. `Operator.singular_values` has them exactly."""
+    with unit rows where `tolerance_scale` is "output". On a CPU one that is a share x of the largest is right to 1e-3
+    or 4e-15 / x^2 of itself, and what is below single precision's share may be 0; the sizes are right to 1e-5 all the
+    same, and the counts at a hundredth to a hundred times the tolerance are those of the exact values.
+    `Operator.singular_values` has them exactly."""
     tolerance_ess: Tensor
     """(batch, heads, positions): singular values above the tolerance."""
     entropy_ess: Tensor

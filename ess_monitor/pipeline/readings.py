@@ -23,7 +23,7 @@ from ess_monitor.ess import (
     operator_positions,
     tolerance_ess,
 )
-from ess_monitor.ess.gram_spectrum import DECADES, FAR_BELOW, SINGLE_PRECISION
+from ess_monitor.ess.gram_spectrum import DECADES, smallest_known
 from ess_monitor.ess.linalg import index_tensor
 from ess_monitor.ess.operators.recurrence import Recurrence
 from ess_monitor.ess.operators.reduced import ReducedRecurrence, reduced
@@ -189,7 +189,7 @@ def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor
     It is drawn on a logarithmic axis, where this is the mean of what is drawn: one large head does not hide the others,
     and the spectrum crosses the tolerance near the mean ESS. A value counts as no less than a floor, so that one dead
     head does not make a zero of the whole: single precision's share of the layer's largest value, and at most a
-    thousandth of the tolerance. Where nothing is above the floor, the mean is 0.
+    hundredth of the tolerance. Where nothing is above the floor, the mean is 0.
 
     Args:
         values: (batch, heads, rank), at one position.
@@ -202,9 +202,7 @@ def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor
         >>> mean_spectrum(torch.tensor([[[8.0, 1.0, 0.0], [2.0, 0.25, 0.0]]]))
         tensor([4.0000, 0.5000, 0.0000])
     """
-    floor = values.amax() * SINGLE_PRECISION
-    if tolerance > 0:
-        floor = floor.clamp(max=FAR_BELOW * tolerance)
+    floor = smallest_known(values.amax(), tolerance)
     mean = values.clamp(min=floor).log().mean((0, 1)).exp()
     return torch.where((values > floor).any(0).any(0), mean, 0.0)
 

@@ -19,6 +19,7 @@ from ess_monitor.ess import (
     ReadFirstRecurrence,
     SoftmaxAttention,
     decay_product_norm,
+    gram_spectrum,
     gramian,
     measure,
     tolerance_ess,
@@ -43,8 +44,9 @@ SHAPE = (1, HEADS, LENGTH, STATE)
 def _agrees(values: Tensor, exact: Tensor, tau: float = TAU) -> None:
     """Values (..., k) are those of an SVD (..., n) to what `known_values` says of them, k <= n."""
     largest = exact[..., :1]
-    floor = (SINGLE_PRECISION * largest).clamp(max=1e-3 * tau)
-    error = torch.where(exact > floor, 1e-4 * exact, floor) + 1e-13 * largest
+    floor = (SINGLE_PRECISION * largest).clamp(max=1e-2 * tau)
+    of_itself = (4e-15 * (largest / exact).square()).clamp(min=1e-3)
+    error = torch.where(exact > floor, of_itself * exact, floor) + 1e-13 * largest
     padded = torch.zeros_like(exact)
     padded[..., : values.shape[-1]] = values[..., : exact.shape[-1]].double()
     assert ((padded - exact).abs() <= error).all()
@@ -74,6 +76,8 @@ SPECTRA: dict[str, Tensor] = {
     "well conditioned": _levels(0, -4),
     "ill conditioned": _levels(1, -9),
     "far below rounding": _levels(0, -30),
+    "down to single precision": _levels(0, -6.2),
+    "large, down to the smallest tolerance": 20 * _levels(0, -6),
     "rank deficient": _levels(0, -2) * (torch.arange(48) < 20),
     "clustered at the tolerance": TAU * (1 + torch.linspace(-1, 1, 48, dtype=torch.float64) * 1e-6),
     "clustered at a hundredth of the tolerance": 1e-2 * TAU * (1 + torch.linspace(-1, 1, 48).double() * 1e-3),
@@ -107,7 +111,9 @@ def test_gram_matrices_are_used_where_they_suffice_and_only_there() -> None:
     known = {name: bool(singular_values_by_gram(_spectrum(each)[None], TAU)[1]) for name, each in SPECTRA.items()}
     assert known["well conditioned"]
     assert known["clustered at the tolerance"]
-    assert not any(known[name] for name in ("far below rounding", "rank deficient", "huge, deficient", "one large"))
+    assert known["down to single precision"]
+    assert known["large, down to the smallest tolerance"]
+    assert not any(known[name] for name in ("far below rounding", "huge, deficient", "one large"))
 
 
 def test_a_value_at_the_tolerance_is_counted_by_the_svd() -> None:
@@ -300,6 +306,18 @@ def test_recurrences_of_full_rank_are_measured_without_a_factorization(monkeypat
     torch.manual_seed(1)
     with pytest.raises(AssertionError):
         measure(OPERATORS["deficient"](), POSITIONS)
+
+
+def test_attention_as_at_its_initialization_is_measured_without_an_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError
+
+    torch.manual_seed(1)
+    operator = SoftmaxAttention(0.5 * torch.randn(1, 1, 400, 16), 0.5 * torch.randn(1, 1, 400, 16))
+    exact = reference.singular_values(reference.attention(operator.q, operator.k), 200)
+    assert ((exact < 6e-6 * exact[..., :1]) & (exact > SINGLE_PRECISION * exact[..., :1])).any()
+    monkeypatch.setattr(gram_spectrum, "singular_values_", refuse)
+    _agrees(measure(operator, (200,)).singular_values[:, :, 0], exact)
 
 
 def test_a_product_of_transitions_that_rounds_to_zero_is_zero_and_that_of_other_heads_is_computed() -> None:

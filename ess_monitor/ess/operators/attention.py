@@ -255,7 +255,13 @@ class _Rows:
         dtype = working_dtype(attention.device)
         scale = attention.q.shape[-1] ** -0.5 if attention.scale is None else attention.scale
         self.q = pairs(attention.q, batch, heads)[slab].to(dtype) * scale
-        self.k = pairs(attention._per_head(attention.k), batch, heads)[slab].to(dtype)
+        key_heads = attention.k.shape[1]
+        k = pairs(attention.k, batch, key_heads)
+        if key_heads == heads:
+            self.k = k[slab].to(dtype)
+        else:  # the heads that read the same keys are neighbors
+            keys = [pair * key_heads // heads for pair in range(slab.start, slab.stop)]
+            self.k = k[index_tensor(keys, attention.device)].to(dtype)
         self.mask = None
         if attention.mask is not None:
             # A view: only the block of rows in use is ever copied.
