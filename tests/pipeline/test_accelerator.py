@@ -12,7 +12,7 @@ from torch import nn
 from ess_monitor import CaptureConfig, Monitor, MonitorConfig
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.pipeline.context import Sample
-from ess_monitor.runtime import HostBackend, StreamBackend
+from ess_monitor.runtime import HostBackend, StreamBackend, backend_for
 from tests.runtime.simulated import SimulatedStreams
 
 
@@ -56,6 +56,21 @@ def test_readings_are_those_of_tensors_on_the_cpu(build: Callable[[], nn.Module]
     assert {reading.status for reading in seen.values()} == {"ok"}
     assert len(streams.memory) <= 2, "one for the answers of the first sample's probe, one for all samples"
     assert not any("worker" in name for name in streams.threads)
+
+
+def test_readings_on_a_gpu_of_apple_are_those_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            return True
+
+    monkeypatch.setattr(torch.mps.event, "Event", Event)
+    backend = backend_for(torch.device("mps"), threads=1)
+    assert isinstance(backend, StreamBackend)
+    seen = readings(lambda: backbone("gla"), backend)
+    assert seen == readings(lambda: backbone("gla"), HostBackend())
+    assert {reading.status for reading in seen.values()} == {"ok"}
 
 
 def test_nothing_that_waits_for_the_worker_is_held_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ess_monitor.runtime import Executor, RuntimeConfig, StreamBackend, Task
+from ess_monitor.runtime import Executor, RuntimeConfig, StreamBackend, Task, backend_for
 from tests.runtime.simulated import SimulatedStream, SimulatedStreams, Tagged
 
 
@@ -256,3 +256,49 @@ def test_a_sample_of_a_real_device_is_computed_on_the_host() -> None:
     (job,) = executor.drain(60)
     torch.testing.assert_close(job.tasks[0].results["s"], torch.linalg.svdvals(x.cpu()), atol=1e-4, rtol=1e-4)
     executor.close()
+
+
+def test_a_gpu_of_apple_copies_in_its_one_stream_to_memory_that_is_not_pinned(monkeypatch, executor) -> None:
+    only = SimulatedStream("the only one")
+    empty = torch.empty
+
+    class Event:
+        def record(self) -> None:
+            self.place = len(only.work)
+
+        def query(self) -> bool:
+            return only.done >= self.place
+
+    class OnApple(Elsewhere):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is not torch.Tensor.copy_:
+                return super().__torch_function__(function, types, args, kwargs)
+            assert kwargs == {"non_blocking": True}
+            host, tensor = (each.as_subclass(torch.Tensor) for each in args)
+            only.work.append(lambda: host.copy_(tensor))
+            return host
+
+    def not_pinned(*sizes: int, **options: object) -> torch.Tensor:
+        assert not options.get("pin_memory")
+        return empty(*sizes, **options).fill_(255)
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("there is no other stream, and no module of the device with one")
+
+    monkeypatch.setattr(torch.mps.event, "Event", Event)
+    monkeypatch.setattr(torch, "empty", not_pinned)
+    for name in ("Stream", "get_device_module"):
+        monkeypatch.setattr(torch, name, refuse)
+    backend = backend_for(torch.device("mps"), threads=1)
+    given = torch.zeros(2).as_subclass(OnApple)
+    only.work.append(lambda: given.as_subclass(torch.Tensor).fill_(3.0))
+    task = doubled(backend, given)
+    executor.submit(Tagged("a", tasks=[task]))
+    only.run(1)
+    assert executor.poll() == []
+    assert not executor._todo
+    assert {tensor.device.type for tensor in task.inputs} == {"cpu"}
+    only.run()
+    (job,) = executor.drain(10)
+    assert results(job) == [[6.0, 6.0]]
