@@ -178,8 +178,8 @@ def _sides(
     transitions: Transitions, q: Tensor, positions: int, batch: int, heads: int
 ) -> tuple[FactorRows, FactorRows]:
     length, state = q.shape[2:]
-    # A longer chunk saves factorizations, but each of its rows takes one more step with all rows before it.
-    chunk = min(chunk_length(length, state, positions), max(16, state // 2))
+    # A longer chunk saves factorizations, and takes more products: all rows pass the transitions of all after them.
+    chunk = min(chunk_length(length, state, positions), max(16, state))
     control = _DeltaRows(transitions.k.flip(2), False, batch, heads, chunk, transitions.newest_first())
     return control, _DeltaRows(q, True, batch, heads, chunk, transitions)
 
