@@ -26,6 +26,7 @@ def test_a_dry_run_of_all_sections_keeps_every_promise(tmp_path: Path, capsys: p
     assert all(line["rows"] for line in lines)
     found = {row["training"]: row["watched equal"] for row in lines[list(SECTIONS).index("losses")]["rows"]}
     assert found == dict.fromkeys(("plain", "deterministic", "autocast", "compiled"), True)
+    assert "skipped" in lines[list(SECTIONS).index("tests")]["rows"][0]["tests"]
     assert "every promise that was checked is kept" in capsys.readouterr().out
 
 
@@ -55,4 +56,4 @@ def test_the_sections_together_end_within_eight_minutes() -> None:
 def test_a_section_that_nobody_knows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         program.main(["--dry", "--only", "waits,speed"])
-    assert "speed is none of environment, numbers" in capsys.readouterr().err
+    assert "speed is none of environment, tests, numbers" in capsys.readouterr().err

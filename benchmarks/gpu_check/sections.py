@@ -6,15 +6,18 @@ import importlib.util
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 from benchmarks.gpu_check.training import DEVICE, HAS_CUDA, Row, Training, statuses, synchronize, waits_of_threads
-from ess_monitor import capture_operators
+from ess_monitor import Monitor, capture_operators
 from ess_monitor.capture.sampler import Sampler
 from ess_monitor.ess import measure, operator_positions, tolerance_ess
 
@@ -39,6 +42,18 @@ def environment(dry: bool) -> Iterator[Row]:
         from ess_monitor.integrations.lightning import ESSMonitorCallback
 
         yield {"Lightning's callback": ESSMonitorCallback.__name__, "ok": True}
+
+
+def tests(dry: bool) -> Iterator[Row]:
+    """The tests that need a device, which are skipped elsewhere."""
+    if importlib.util.find_spec("pytest") is None:
+        yield {"skipped": "needs pytest"}
+        return
+    places = ["tests/runtime/test_accelerator.py"] if dry else ["tests/ess", "tests/runtime"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *places]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
+    yield {"end status": done.returncode, "tests": "".join(last), "ok": done.returncode == 0}
 
 
 def numbers(dry: bool) -> Iterator[Row]:
@@ -171,6 +186,7 @@ def memory(dry: bool) -> Iterator[Row]:
                 synchronize()
             left = (torch.cuda.memory_allocated() - held) / 2**20
             yield {"peak bare, MiB": peaks[0], "watched, MiB": peaks[1], "left, MiB": left, "ok": left < 16}
+            yield _at_a_limit(training, monitor)
     found, lost = [], {}
     for watched in (False, True):
         training = Training(dry)
@@ -182,6 +198,27 @@ def memory(dry: bool) -> Iterator[Row]:
         found.append(torch.stack(training.losses).cpu())
     same = torch.equal(*found)
     yield {"out of memory in two samples": lost, "losses equal": same, "ok": same and {"ok", "failed"} <= set(lost)}
+
+
+def _at_a_limit(training: Training, monitor: Monitor) -> Row:
+    """Give the process no more memory than the training needs: the samples may find none, the training must."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        training.step()
+    needed, lost = torch.cuda.max_memory_reserved(), ""
+    torch.cuda.set_per_process_memory_fraction(min(1.0, needed / torch.cuda.get_device_properties(DEVICE).total_memory))
+    try:
+        for watched in (None, monitor):
+            for _ in range(6):
+                training.step(watched)
+        monitor.flush(100)
+    except torch.OutOfMemoryError as error:
+        lost = "bare" if watched is None else f"watched: {str(error)[:100]}"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    row: Row = {"limit, MiB": needed / 2**20, "training lost": lost or "no", "measured": statuses(monitor)}
+    return {**row, "ok": not lost.startswith("watched")}
 
 
 class _no_memory_for_copies:
@@ -229,13 +266,14 @@ def sample(dry: bool) -> Iterator[Row]:
 
 
 SECTIONS: dict[str, tuple[Callable[[bool], Iterator[Row]], float]] = {
-    "environment": (environment, 40),
-    "numbers": (numbers, 60),
-    "waits": (waits, 50),
-    "losses": (losses, 90),
-    "graphs": (graphs, 50),
+    "environment": (environment, 30),
+    "tests": (tests, 60),
+    "numbers": (numbers, 50),
+    "waits": (waits, 40),
+    "losses": (losses, 80),
+    "graphs": (graphs, 40),
     "overlap": (overlap, 90),
     "memory": (memory, 50),
-    "sample": (sample, 50),
+    "sample": (sample, 40),
 }
 """Name -> section, and its limit in seconds; 480 together."""
