@@ -41,7 +41,7 @@ from ess_monitor import Monitor, MonitorConfig
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.tasks import loss
 
-PAIRS = 24
+PAIRS = 10
 """Pairs of a bare and a watched step, for each tool, model and kind of step."""
 EPOCH = 1000
 """Steps after which delve computes eigenvalues."""

@@ -31,7 +31,7 @@ from ess_monitor.ess import DeltaRecurrence, DiagonalRecurrence, Operator
 from ess_monitor.pipeline.readings import compute
 from ess_monitor.runtime.backends import limit_this_thread
 
-ROUNDS, STEPS = 24, 4
+ROUNDS, STEPS = 24, 2
 """Rounds of one block of each kind, and steps of a block."""
 BUDGET = 0.01
 
