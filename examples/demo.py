@@ -45,7 +45,7 @@ def train(arguments: argparse.Namespace, mode: str, exporters: list[Any]) -> dic
         # A short run: it is judged after 300 steps. Five measurements in a row must agree, the default.
         diagnosis={"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 300},
         autopilot=mode,
-        exporters=[*exporters, {"kind": "event_log", "path": str(events)}],
+        exporters=exporters,
         table=mode == "auto",
     )
     trainer = pl.Trainer(

@@ -39,6 +39,7 @@ class ESSMonitorCallback(ExplicitLoop):
         config: a `MonitorConfig`, or its settings as a dictionary.
         exporters: further sinks: kinds ("prometheus", "event_log"), their settings, or exporter objects.
         table: print the table of layers in the terminal.
+        event_log: write the event log to the loop's log folder, for `ess-monitor report`.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
     Example:
@@ -145,6 +146,7 @@ class ESSMonitorCallback(ExplicitLoop):
                 accelerator.scaler, accelerator.device, accelerator.gradient_accumulation_steps
             ),
             scale_known=kind not in _HIDES_LOSS_SCALE,
+            log_folder=accelerator.logging_dir or accelerator.project_dir,
             parallel=sizes_of_config(getattr(accelerator, "parallelism_config", None)),
         )
 

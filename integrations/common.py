@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from inspect import Signature
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -25,15 +26,9 @@ from ess_monitor.config import MonitorConfig, with_environment
 from ess_monitor.distributed.parallelism import require_data_parallel
 from ess_monitor.distributed.ranks import measure_together
 from ess_monitor.errors import CheckpointError, ConfigError
-from ess_monitor.exporters import (
-    Exporter,
-    LoggerExporter,
-    TensorBoardExporter,
-    TerminalConfig,
-    TerminalExporter,
-    WandbExporter,
-)
+from ess_monitor.exporters import Exporter, TerminalConfig, TerminalExporter
 from ess_monitor.exporters.config import configs_of_rank
+from ess_monitor.integrations.loop_logs import default_event_log, in_log_folder, is_event_log
 from ess_monitor.integrations.monitor_settings import MonitorSettings, with_settings
 from ess_monitor.monitor import Monitor
 from ess_monitor.pipeline.context import Metrics
@@ -95,25 +90,11 @@ class LoopFacts:
     scale_known: bool = True
     """False where an engine hides its loss scale (DeepSpeed, Megatron-LM). The gradient of a regularizer could then not
     be scaled like the loss, so the autopilot must not act."""
+    log_folder: str | Path | None = None
+    """Where the loop's own logs of this run are; None where it writes none."""
     parallel: Mapping[str, int] = field(default_factory=dict)
     """Number of processes over which the loop's settings split layers ("pipeline"), tokens ("context") or heads
     ("tensor")."""
-
-
-def logger_exporters(loggers: Iterable[Any]) -> list[Exporter]:
-    """Return a sink for every logger of Lightning or Fabric; TensorBoard's also gets charts and heat maps."""
-    sinks: list[Exporter] = []
-    for logger in loggers:
-        kinds = {cls.__name__ for cls in type(logger).__mro__}
-        if "TensorBoardLogger" in kinds:
-            sinks.append(TensorBoardExporter(writer=logger.experiment))
-        elif "WandbLogger" in kinds:
-            sinks.append(WandbExporter(logger.experiment, own_rows=True))
-        else:
-            # Fabric's users have to call finalize themselves, and CSVLogger keeps up to 100 rows until then.
-            flush = getattr(logger, "save", None)
-            sinks.append(LoggerExporter(type(logger).__name__, logger.log_metrics, flush=flush))
-    return sinks
 
 
 class CallbackBase:
@@ -123,6 +104,8 @@ class CallbackBase:
         config: a `MonitorConfig`, or its settings as a dictionary (from a configuration file, for example).
         exporters: further sinks: kinds ("prometheus", "event_log"), their settings, or exporter objects.
         table: print the table of layers in the terminal.
+        event_log: write the event log, from which `ess-monitor report` draws a page, to the loop's own log folder. One
+            among `exporters` takes its place, in the same folder if it has no path.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
     Raises:
@@ -140,11 +123,13 @@ class CallbackBase:
         *,
         exporters: Iterable[str | dict[str, Any] | Exporter] = (),
         table: bool = True,
+        event_log: bool = True,
         **settings: Unpack[MonitorSettings],
     ) -> None:
         super().__init__()
         exporters = validation.listed("exporters", exporters, hint='kinds such as "prometheus", settings, exporters')
         self.table = validation.flag("table", table)
+        self.event_log = validation.flag("event_log", event_log)
         self._live_exporters = tuple(item for item in exporters if _is_exporter(item))
         configured = tuple(item for item in exporters if not _is_exporter(item))
         if isinstance(config, MonitorConfig):
@@ -187,12 +172,14 @@ class CallbackBase:
         require_data_parallel(model, facts.parallel, acts=acts, source=self.config.capture.source)
         exporters = configs_of_rank(self.config.exporters, facts.rank, facts.local_rank)
         reports = facts.rank == 0
+        if facts.log_folder is not None:
+            exporters = tuple(in_log_folder(config, facts.log_folder) for config in exporters)
         if not (reports or exporters or measure_together(self.config.distributed, facts.world_size, acts=acts)):
             return
         monitor = Monitor(
             model,
             self.config.model_copy(update={"exporters": exporters}),
-            exporters=(*sinks(), *self._live_exporters) if reports else (),
+            exporters=(*sinks(), *self._live_exporters, *self._default_log(facts.log_folder)) if reports else (),
             strategy=facts.strategy,
             world_size=facts.world_size,
             precision=facts.precision,
@@ -232,6 +219,12 @@ class CallbackBase:
 
     def _table(self, write: Callable[[str], None]) -> list[Exporter]:
         return [TerminalExporter(TerminalConfig(), write=write)] if self.table else []
+
+    def _default_log(self, folder: str | Path | None) -> list[Exporter]:
+        given = (*self.config.exporters, *self._live_exporters)
+        if not self.event_log or folder is None or any(map(is_event_log, given)):
+            return []
+        return default_event_log(Path(folder))
 
     def _validation_monitor(self) -> Monitor | None:
         """Return the monitor where validation batches are sampled, else None."""

@@ -12,7 +12,8 @@ from ess_monitor.distributed.parallelism import sizes_of_mesh
 from ess_monitor.errors import ConfigError
 from ess_monitor.evidence.counterfactual import Replay
 from ess_monitor.exporters import Exporter
-from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, logger_exporters, loss_factor, require
+from ess_monitor.integrations.common import ExplicitLoop, LoopFacts, loss_factor, require
+from ess_monitor.integrations.loop_logs import log_folder, logger_exporters
 from ess_monitor.pipeline.context import Metrics
 
 require("lightning_fabric", "lightning.fabric", extra="lightning")
@@ -31,6 +32,7 @@ class ESSMonitorCallback(ExplicitLoop):
         config: a `MonitorConfig`, or its settings as a dictionary.
         exporters: further sinks: kinds ("prometheus", "event_log"), their settings, or exporter objects.
         table: print the table of layers in the terminal.
+        event_log: write the event log to the loop's log folder, for `ess-monitor report`.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
     Example:
@@ -127,6 +129,7 @@ class ESSMonitorCallback(ExplicitLoop):
             precision=str(precision.precision),
             grad_scale=lambda: loss_factor(scaler, fabric.device, divisor),
             scale_known="DeepSpeed" not in strategy,
+            log_folder=log_folder(fabric.loggers) if fabric.is_global_zero else None,
             parallel=sizes_of_mesh(getattr(fabric.strategy, "_device_mesh", None)),
         )
 

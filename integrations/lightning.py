@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ess_monitor.distributed.parallelism import sizes_of_mesh
 from ess_monitor.exporters import Exporter
-from ess_monitor.integrations.common import CallbackBase, LoopFacts, logger_exporters, loss_factor
+from ess_monitor.integrations.common import CallbackBase, LoopFacts, loss_factor
+from ess_monitor.integrations.loop_logs import log_folder, logger_exporters
 
 _FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
 
@@ -50,6 +51,7 @@ class ESSMonitorCallback(CallbackBase, _Base):
         config: a `MonitorConfig`, or its settings as a dictionary (from LightningCLI, for example).
         exporters: further sinks: kinds ("prometheus", "event_log"), their settings, or exporter objects.
         table: print the table of layers in the terminal.
+        event_log: write the event log to the loop's log folder, for `ess-monitor report`.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
     Example:
@@ -77,6 +79,7 @@ class ESSMonitorCallback(CallbackBase, _Base):
                 trainer.accumulate_grad_batches,
             ),
             step=_steps_done(trainer),
+            log_folder=log_folder(trainer.loggers) if trainer.is_global_zero and not trainer.fast_dev_run else None,
             parallel=sizes_of_mesh(getattr(trainer.strategy, "_device_mesh", None)),
         )
         self._open(pl_module, facts, lambda: self._sinks(trainer))

@@ -42,6 +42,7 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
         config: a `MonitorConfig`, or its settings as a dictionary.
         exporters: further sinks: kinds ("prometheus", "event_log"), their settings, or exporter objects.
         table: print the table of layers in the terminal.
+        event_log: write the event log to the loop's log folder, for `ess-monitor report`.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
     Example:
@@ -95,6 +96,7 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
             grad_scale=lambda: loss_factor(scaler, args.device, shares.micro_batches),
             scale_known=not deepspeed,
             step=state.global_step,
+            log_folder=args.output_dir,
             parallel=sizes_of_config(getattr(args, "parallelism_config", None)),
         )
         self._shares = shares
@@ -176,7 +178,7 @@ class ESSMonitorCallback(CallbackBase, TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes into `trainer_state.json`: settings, and the monitor's state."""
-        settings = {"config": self.config.model_dump(mode="json"), "table": self.table}
+        settings = {"config": self.config.model_dump(mode="json"), "table": self.table, "event_log": self.event_log}
         return {"args": settings, "attributes": {"exported_state": checkpoint_state(self.state_dict)}}
 
     def _state_to_resume(self, state: Any) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from ess_monitor.diagnosis.rules import Verdict
-from ess_monitor.records import Condition, Evidence, StateEvidence, layer_title
+from ess_monitor.records import Condition, Evidence, StateEvidence, condition_title, layer_title
 
 logger = logging.getLogger("ess_monitor")
 
@@ -59,6 +59,8 @@ class LayerHistory:
         """Readings in a row that were full (`Verdict.is_full`)."""
         self.suspected: Suspicion | None = None
         """What the next reading like the last one completes, if the evidence supports it."""
+        self.why_unknown = "not measured yet"
+        """What stands in the way of a condition, as long as there is none."""
         self._is_reported = False
 
     def take_evidence(self, found: Evidence | StateEvidence | str | None, recheck: int) -> None:
@@ -113,10 +115,11 @@ class LayerHistory:
         """Count one reading for what it shows, and return whether the layer's condition changes with it."""
         condition = verdict.suspected or verdict.condition
         if condition == self.condition:
-            self.candidate, self.streak = condition, 0
+            self.candidate, self.streak, self.why_unknown = condition, 0, verdict.reason
             return False
         self.streak = self.streak + 1 if condition == self.candidate else 1
         self.candidate = condition
+        self.why_unknown = f"{condition_title(condition)} in {self.streak} of {patience} measurements in a row"
         if self.streak < patience or verdict.suspected is not None:
             return False
         self.condition, self.streak = condition, 0

@@ -85,6 +85,11 @@ class Tracker:
         return {name: layer.condition for name, layer in self._layers.items()}
 
     @property
+    def unknown_reasons(self) -> dict[str, str]:
+        """Why the condition of each layer is unknown whose is, and until when where that is known."""
+        return {name: layer.why_unknown for name, layer in self._layers.items() if layer.condition == "unknown"}
+
+    @property
     def metric_known(self) -> bool:
         """Whether a value of the task metric has been seen."""
         return bool(self._task.known)
@@ -219,6 +224,7 @@ class Tracker:
         if utilization is not None:
             layer.utilizations.append(utilization)
         if step < self.config.warmup_steps:
+            layer.why_unknown = f"warm-up until step {self.config.warmup_steps}"
             return None
         context = Context(
             previous=layer.condition,
@@ -231,6 +237,7 @@ class Tracker:
         )
         verdict = judge(reading, context, self.config, self._rules)
         if verdict is None:
+            layer.why_unknown = _why_not_judged(reading)
             return None
         patience = self.config.patience if verdict.patience is None else verdict.patience
         verdict = self._supported(verdict, reading, layer, patience, with_metric=bool(context.metrics))
@@ -325,6 +332,12 @@ class TrackerState(BaseModel):
     """None: saved by 0.1."""
     layers: list[LayerState]
     """A list, so that the model order survives writers that sort keys."""
+
+
+def _why_not_judged(reading: Reading) -> str:
+    if reading.status != "ok":
+        return f"{reading.status}: {reading.message}" if reading.message else reading.status
+    return "a state that grows with the sequence is not judged" if reading.capacity_grows else "its TSS is not known"
 
 
 def _decay_evidence(layer: LayerHistory, verdict: Verdict) -> Evidence | None:

@@ -4,6 +4,9 @@
 exporter's own thread behind a bounded queue, where an error is counted and never reaches the training. An exporter with
 `inline = True` is called on the training thread instead (framework loggers are not thread-safe), with the same
 protection.
+
+An exporter may have more, which the hub looks for by name: `serves_at`, the address it serves at; `shown_by`, a line on
+where its output is and which command shows it; `conclude(lines)`, which gets these lines once all sinks are closed.
 """
 
 from __future__ import annotations

@@ -170,7 +170,23 @@ class ExporterHub:
                     channel.name,
                     timeout_seconds,
                 )
+        self._conclude()
         self._is_closing = False
+
+    def _conclude(self) -> None:
+        """Tell those that ask for it where the output of all is. An exporter that raises here is left alone."""
+        lines = tuple(
+            line for channel in self._channels if isinstance(line := getattr(channel.exporter, "shown_by", None), str)
+        )
+        for channel in self._channels:
+            conclude = getattr(channel.exporter, "conclude", None)
+            if lines and conclude is not None and channel.is_on and not channel.is_running:
+                try:
+                    conclude(lines)
+                except Exception as error:
+                    logger.warning(
+                        "exporter %r could not say where the output is: %s", channel.name, format_error(error)
+                    )
 
     def _is_open(self) -> bool:
         # In a forked child, locks may be held by a thread that does not exist there: touch none of them.

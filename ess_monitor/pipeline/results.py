@@ -94,6 +94,12 @@ class ResultHandler:
         known = self._tracker.conditions
         return {name: known.get(name, "unknown") for name in self._context.layer_names}
 
+    @property
+    def unknown_reasons(self) -> dict[str, str]:
+        """Why the condition of each layer is unknown whose is."""
+        known = {**dict.fromkeys(self._undiagnosed, "the ESS of its kind says little"), **self._tracker.unknown_reasons}
+        return {name: known.get(name, "not measured yet") for name, c in self.conditions.items() if c == "unknown"}
+
     def examinations(
         self, step: int, *, resumed: bool = False
     ) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Alternative], int]:
@@ -294,6 +300,7 @@ class ResultHandler:
                     timestamp_seconds=self._context.wall_clock(),
                     readings=result.readings,
                     conditions=self.conditions,
+                    unknown_reasons=self.unknown_reasons,
                     findings=findings,
                     actions=actions,
                     metrics=result.metrics,

@@ -36,6 +36,7 @@ def run_info(model: nn.Module, config: MonitorConfig, started_seconds: float, fa
         diagnosis=config.diagnosis.model_dump(),
         start_timestamp_seconds=started_seconds,
         overhead_budget_ratio=config.overhead_budget_ratio or 1.0,
+        every_n_steps=config.every_n_steps,
         **facts,
     )
 

@@ -152,11 +152,15 @@ class RunView(Shown):
             timestamp_seconds=counters.last_measurement_timestamp_seconds,
             readings=self.readings,
             conditions=self.conditions,
+            unknown_reasons=self._results.unknown_reasons,
             overhead_ratio=counters.overhead_ratio,
             interval_steps=counters.interval_steps,
         )
         table = render_table(
-            measurement, tuple(LayerInfo(name=name, module="", supported=True) for name in self.layers)
+            measurement,
+            tuple(LayerInfo(name=name, module="", supported=True) for name in self.layers),
+            every_n_steps=self._context.config.every_n_steps,
+            budget_ratio=self._context.config.overhead_budget_ratio or 1.0,
         )
         table.title = plain_text(self._described)
         return table

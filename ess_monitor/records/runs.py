@@ -27,6 +27,8 @@ class RunInfo(Record):
     """Lowest step that the run may measure: above 0 where it goes on from a checkpoint. What an earlier process wrote
     from here on is overtaken. 0 in older logs."""
     overhead_budget_ratio: float = 0.0
+    every_n_steps: int = 0
+    """The shortest interval between two samples. 0 in older logs."""
     addresses: dict[str, str] = {}
     """Exporter -> where it serves (`prometheus` -> `http://127.0.0.1:9464/metrics`). Empty in older logs."""
 

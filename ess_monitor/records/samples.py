@@ -57,6 +57,8 @@ class Measurement(Record):
     readings: tuple[Reading, ...]
     conditions: dict[str, Condition]
     """Condition of every layer after this measurement."""
+    unknown_reasons: dict[str, str] = {}
+    """Why a layer's condition is unknown, for those whose is. Empty in older logs."""
     findings: tuple[Finding, ...] = ()
     actions: tuple[Action, ...] = ()
     metrics: dict[str, float] = {}

@@ -326,3 +326,43 @@ def test_a_failed_export_keeps_nothing_of_the_training_alive() -> None:
     finally:
         gc.enable()
     hub.close("finished")
+
+
+# -- where the output is ----------------------------------------------------------------------------------------------
+
+
+class _Shown(RecordingExporter):
+    shown_by = "curves: runs; see them with: tensorboard --logdir runs"
+
+
+class _Concludes(RecordingExporter):
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__("terminal")
+        self.error = error
+        self.lines: tuple[str, ...] = ()
+
+    def conclude(self, lines: tuple[str, ...]) -> None:
+        self.lines, self.calls = lines, [*self.calls, "conclude"]
+        if self.error is not None:
+            raise self.error
+
+
+def test_once_all_are_closed_those_that_ask_are_told_where_the_output_is() -> None:
+    terminal = _Concludes()
+    hub = _started(terminal, _Shown(), RecordingExporter("silent"))
+    hub.export(measurement(1))
+    hub.close("finished", timeout_seconds=30)
+    hub.close("finished", timeout_seconds=30)
+    assert terminal.lines == (_Shown.shown_by,)
+    assert terminal.calls == ["start", "export", "close finished", "conclude"]
+
+
+def test_without_output_nothing_is_said() -> None:
+    terminal = _Concludes()
+    _started(terminal, RecordingExporter()).close("finished", timeout_seconds=30)
+    assert "conclude" not in terminal.calls
+
+
+def test_one_that_cannot_say_it_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    _started(_Concludes(OSError("terminal gone")), _Shown()).close("finished", timeout_seconds=30)
+    assert "'terminal' could not say where the output is: OSError: terminal gone" in caplog.text

@@ -48,7 +48,7 @@ def test_the_keywords_are_the_fields_of_the_settings() -> None:
 @pytest.mark.parametrize("callback", CALLBACKS, ids=lambda callback: callback.__module__.rpartition(".")[2])
 def test_the_signature_lists_every_setting_with_its_default(callback: type[CallbackBase]) -> None:
     parameters = inspect.signature(callback).parameters
-    assert list(parameters) == ["config", "exporters", "table", *TYPES]
+    assert list(parameters) == ["config", "exporters", "table", "event_log", *TYPES]
     assert {name: parameters[name].default for name in TYPES} == {
         name: getattr(MonitorConfig(), name) for name in TYPES
     }

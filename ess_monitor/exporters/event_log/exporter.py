@@ -9,6 +9,7 @@ The events are `run_started` (RunInfo), `measurement` (Measurement), `finding` (
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,11 @@ class EventLogExporter:
         self._file: LineFile | None = None
         self._run: RunInfo | None = None
         self._snapshot: Callable[[], Snapshot] | None = None
+
+    @property
+    def shown_by(self) -> str:
+        """Where the log is, and the command that draws it."""
+        return f"event log: {self.config.path}; draw it with: ess-monitor report {shlex.quote(str(self.config.path))}"
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Open the file and write `run_started`.

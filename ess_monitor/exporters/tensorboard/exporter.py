@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,12 @@ class TensorBoardExporter:
         self._actions: deque[Action] = deque(maxlen=_TABLE_ROWS)
         self._spikes: dict[str, Spikes] = {}
         self._last: Measurement | None = None
+
+    @property
+    def shown_by(self) -> str | None:
+        """Where the curves are, and the command that shows them."""
+        folder = str(getattr(self._injected, "log_dir", "")) if self._injected is not None else str(self.config.log_dir)
+        return f"curves: {folder}; see them with: tensorboard --logdir {shlex.quote(folder)}" if folder else None
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Open the writer and write the layout of the page.

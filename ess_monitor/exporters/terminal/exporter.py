@@ -7,14 +7,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from pydantic import Field
 
 from ess_monitor import validation
 from ess_monitor.exporters.terminal.table import render_actions, render_findings, render_table, render_warning
-from ess_monitor.records import LayerInfo, Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.records import Measurement, RunInfo, RunStatus, Snapshot
 from ess_monitor.validation.settings import Settings
 
 
@@ -60,13 +60,13 @@ class TerminalExporter:
         self.config = validation.optional("config", config, TerminalConfig) or TerminalConfig()
         self._write = _write_to_stderr if write is None else validation.function("write", write, hint="such as print")
         self._clock = validation.function("clock", clock)
-        self._layers: tuple[LayerInfo, ...] = ()
+        self._run = RunInfo(run_name="", model="", layers=())
         self._last_written_seconds: float | None = None
         self._pending: Measurement | None = None
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
-        """Store the layers, and print the first table of this run at once; there is nothing to open."""
-        self._layers, self._last_written_seconds, self._pending = run.layers, None, None
+        """Store the run, and print the first table of this run at once; there is nothing to open."""
+        self._run, self._last_written_seconds, self._pending = run, None, None
 
     def export(self, measurement: Measurement) -> None:
         """Print the table if it is time for one."""
@@ -81,6 +81,10 @@ class TerminalExporter:
         """Print the newest table if it has not been printed."""
         if self._pending is not None:
             self._print(self._pending)
+
+    def conclude(self, lines: Sequence[str]) -> None:
+        """Print where what the run wrote can be seen."""
+        self._write("\n".join(lines))
 
     def _print(self, measurement: Measurement) -> None:
         self._pending = None
@@ -102,7 +106,11 @@ class TerminalExporter:
             color_system="standard" if color else None,
             legacy_windows=False,
         )
-        console.print(render_table(measurement, self._layers))
+        run = self._run
+        table = render_table(
+            measurement, run.layers, every_n_steps=run.every_n_steps, budget_ratio=run.overhead_budget_ratio
+        )
+        console.print(table)
         if measurement.findings:
             console.print(render_findings(measurement))
         for warning in measurement.warnings:

@@ -33,14 +33,22 @@ _ACTION_STYLES: dict[ActionOutcome, str] = {
 }
 _BAR_CELLS = 10
 _NOTHING = "-"
+_REASONS = 3
+"""Lines on unknown conditions below a table."""
 
 
-def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> Table:
+def render_table(
+    measurement: Measurement, layers: Sequence[LayerInfo] = (), *, every_n_steps: int = 0, budget_ratio: float = 0.0
+) -> Table:
     """Return a table with one row per layer: effective size, capacity, utilization, retention, condition.
+
+    Below it stands when the next sample comes and why, and why conditions are unknown.
 
     Args:
         measurement: what is shown. A reading that is not ok shows its status in place of numbers.
         layers: sets the order of the rows and adds layers without a reading; other layers follow.
+        every_n_steps: the shortest interval between two samples; 0 where it is not known.
+        budget_ratio: share of the training time that the monitor may take; 0 where it is not known, 1 for no limit.
 
     Returns:
         A rich table; print it with `rich.print` or any console.
@@ -53,13 +61,15 @@ def render_table(measurement: Measurement, layers: Sequence[LayerInfo] = ()) -> 
     """
     validation.instance("measurement", measurement, Measurement)
     layers = validation.several("layers", layers, LayerInfo, hint="those of RunInfo.layers")
+    every_n_steps = validation.whole("every_n_steps", every_n_steps, 0)
+    budget_ratio = validation.real("budget_ratio", budget_ratio, low=0)
     from rich import box
     from rich.table import Table
 
     table = Table(
         title=f"state of the memory at step {measurement.step}",
         caption=plain_text(
-            f"next sample in {measurement.interval_steps} steps; cost {measurement.overhead_ratio:.2%} of training time"
+            "\n".join((*_when_next(measurement, every_n_steps, budget_ratio), *_why_unknown(measurement)))
         ),
         box=box.SIMPLE_HEAD,
         title_justify="left",
@@ -128,6 +138,33 @@ def utilization_bar(ratio: float) -> str:
     halves = round(min(max(ratio, 0.0), 1.0) * 2 * _BAR_CELLS)
     bar = "█" * (halves // 2) + "▌" * (halves % 2)
     return f"{bar:·<{_BAR_CELLS}} {ratio:>4.0%}"
+
+
+def _when_next(measurement: Measurement, every_n_steps: int, budget_ratio: float) -> list[str]:
+    """Say when the next sample comes, why it is not sooner, and what the monitor has cost."""
+    when = f"next sample in {measurement.interval_steps} steps"
+    cost = f"cost so far: {measurement.overhead_ratio:.2%} of the training time"
+    if not 0 < budget_ratio < 1:
+        return [when, cost]
+    if 0 < every_n_steps < measurement.interval_steps:
+        when += f", not {every_n_steps}, to stay within the budget"
+    return [when, f"{cost}, the budget is {budget_ratio:.2%}"]
+
+
+def _why_unknown(measurement: Measurement) -> list[str]:
+    """Return a line for each reason for which conditions are unknown, with the layers it holds for; three at most."""
+    layers: dict[str, list[str]] = {}
+    for layer, reason in measurement.unknown_reasons.items():
+        layers.setdefault(reason, []).append(layer_title(layer))
+    lines = [
+        f"unknown: {reason} ({names[0] if len(names) == 1 else f'{len(names)} layers'})"
+        for reason, names in layers.items()
+    ]
+    return (
+        lines
+        if len(lines) <= _REASONS
+        else [*lines[: _REASONS - 1], f"unknown: {len(lines) - _REASONS + 1} more reasons"]
+    )
 
 
 def _action_line(action: Action) -> Text:

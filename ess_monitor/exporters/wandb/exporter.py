@@ -69,6 +69,12 @@ class WandbExporter:
         self._measured = 0
         """Step of the last measurement."""
 
+    @property
+    def shown_by(self) -> str | None:
+        """The page of the run; None offline."""
+        url = getattr(self._run, "url", None)
+        return f"W&B: {url}" if url else None
+
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Tell W&B of the step metric; the loop has opened the run.
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from ess_monitor.exporters import TerminalConfig, TerminalExporter, render_table
-from ess_monitor.records import ACTION_OUTCOMES, LayerInfo, Measurement
+from ess_monitor.records import ACTION_OUTCOMES, LayerInfo, Measurement, RunInfo
 from tests.exporters.helpers import (
     ODD_LAYERS,
     PLAIN_LAYERS,
@@ -172,3 +172,48 @@ def test_a_terminal_that_cannot_show_the_bar_gets_the_table_nevertheless(monkeyp
     exporter.export(measurement(100))
     ascii_only.seek(0)
     assert "blocks.1.mixer" in ascii_only.read()
+
+
+# -- below the table --------------------------------------------------------------------------------------------------
+
+
+def _below(run: RunInfo, **fields: object) -> list[str]:
+    """The lines below the table."""
+    texts: list[str] = []
+    exporter = TerminalExporter(TerminalConfig(width=120), write=texts.append)
+    exporter.start(run, lambda: snapshot())
+    exporter.export(measurement(100, **fields))
+    lines = texts[-1].splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("next sample"))
+    return [line.strip() for line in lines[first:]]
+
+
+@pytest.mark.parametrize(
+    ("every", "budget", "when", "limit"),
+    [
+        (109, 0.01, "next sample in 109 steps", ", the budget is 1.00%"),
+        (20, 0.01, "next sample in 109 steps, not 20, to stay within the budget", ", the budget is 1.00%"),
+        (20, 1.0, "next sample in 109 steps", ""),
+        (0, 0.0, "next sample in 109 steps", ""),
+    ],
+)
+def test_it_is_said_when_the_next_sample_comes_and_why_not_sooner(
+    every: int, budget: float, when: str, limit: str
+) -> None:
+    run = run_info().model_copy(update={"every_n_steps": every, "overhead_budget_ratio": budget})
+    cost = f"cost so far: 0.40% of the training time{limit}"
+    assert _below(run, interval_steps=109, overhead_ratio=0.004)[:2] == [when, cost]
+
+
+def test_it_is_said_why_conditions_are_unknown_once_for_all_layers_alike() -> None:
+    same = {"layers.0": "warm-up until step 1000", "layers.1": "warm-up until step 1000", "layers.2": "nonfinite"}
+    assert _below(run_info(), unknown_reasons=same)[2:] == [
+        "unknown: warm-up until step 1000 (2 layers)",
+        "unknown: nonfinite (layers.2)",
+    ]
+    each = {f"layers.{k}": f"reason {k}" for k in range(9)}
+    assert _below(run_info(), unknown_reasons=each)[2:] == [
+        "unknown: reason 0 (layers.0)",
+        "unknown: reason 1 (layers.1)",
+        "unknown: 7 more reasons",
+    ]
