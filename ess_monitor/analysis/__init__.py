@@ -1,7 +1,8 @@
 """What is asked of a finished or untrained model: the smallest state that does, what a smaller one costs.
 
 Each function runs the model once, as `profile` does, and returns records: `.rows()`, `.to_dataframe()` and
-`.model_dump(mode="json")`. The commands of the same names print them as a table, as JSON or as an HTML page.
+`.model_dump(mode="json")`; `reduce` returns the smaller model beside them. The commands of the same names print them as
+a table, as JSON or as an HTML page.
 
 Names are imported at their first use: reports use the records, and must not load torch.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ess_monitor.analysis.hybrids import hybrid_advice
     from ess_monitor.analysis.lengths import length_profile
+    from ess_monitor.analysis.reduction import reduce
     from ess_monitor.analysis.results import (
         AtLength,
         Compressibility,
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
         LayerCompressibility,
         LayerLengths,
         LayerMinimalState,
+        LayerReduction,
         LengthProfile,
         MinimalStates,
+        Reduction,
         StateError,
         StateFor,
         StudentLoss,
@@ -39,8 +43,10 @@ __all__ = [
     "LayerCompressibility",
     "LayerLengths",
     "LayerMinimalState",
+    "LayerReduction",
     "LengthProfile",
     "MinimalStates",
+    "Reduction",
     "StateError",
     "StateFor",
     "StudentLoss",
@@ -48,6 +54,7 @@ __all__ = [
     "hybrid_advice",
     "length_profile",
     "minimal_state",
+    "reduce",
 ]
 
 _MODULES = {
@@ -55,6 +62,7 @@ _MODULES = {
     "compressibility": "student_states",
     "hybrid_advice": "hybrids",
     "length_profile": "lengths",
+    "reduce": "reduction",
 }
 """Functions, and the modules that they are in. All other names are records, in `results`."""
 

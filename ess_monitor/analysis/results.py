@@ -152,6 +152,47 @@ class Compressibility(AnalysisResult):
         ]
 
 
+class LayerReduction(LayerStates):
+    """How the state of one layer was made smaller, and what its operator lost: squared, as a share of the operator."""
+
+    state_before: int | None = None
+    """State dimensions per head."""
+    state_after: int | None = None
+    method: str = ""
+    """Which state dimensions were kept, and how."""
+    operator_loss: float | None = None
+    """||T - T'||_F^2 / ||T||_F^2 over the measured operators; T' is that of the smaller layer on the same inputs."""
+    floor: float | None = None
+    """What `distill-check` predicts at least: no recurrence with this state gets below on these operators."""
+    truncation: float | None = None
+    """Loss of the truncated realization, whose matrices are of this input."""
+    settings: dict[str, int | float] = {}
+    """Arguments with which such a layer, or its model, is built at this state size, by name; those that it has."""
+
+
+class Reduction(AnalysisResult):
+    """What a model loses with smaller states."""
+
+    model: str
+    """Class of the model."""
+    state: int
+    """State dimensions that were asked for."""
+    layers: tuple[LayerReduction, ...]
+    """In model order. A layer that stays as it was has another status than ok, and a message."""
+    before: dict[str, float] = {}
+    """Loss and metrics of the model."""
+    after: dict[str, float] = {}
+    """The same of the smaller one."""
+    skipped: tuple[LayerInfo, ...] = ()
+    """The other sequence mixers, each with the reason."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each layer."""
+        numbers = {f"{name}_before": value for name, value in self.before.items()}
+        numbers |= {f"{name}_after": value for name, value in self.after.items()}
+        return [{"model": self.model, "state": self.state, **layer.model_dump(), **numbers} for layer in self.layers]
+
+
 class LayerAdvice(LayerResult):
     """What one layer of a hybrid uses, and what to try. ESS is the tolerance-ESS per head."""
 

@@ -1,4 +1,4 @@
-"""Handles on a layer: where an intervention can act on its decay, and where its state can be made smaller."""
+"""Handles on a layer: where its decay can be acted on, where its state can be made smaller, and in which weights."""
 
 from __future__ import annotations
 
@@ -139,6 +139,52 @@ class StateHandle:
     reduced: Callable[[Call, float], Arguments | None]
     """The arguments of the call without a share of each head's state dimensions: nothing is written to these. None for
     a call of which no operator is read, such as a step of cached decoding."""
+
+
+Role = Literal["writes", "reads", "decays"]
+"""What rows of a weight compute: b_t, c_t or the decay."""
+
+
+Keeps = Literal["directions", "dimensions", "first"]
+"""What of a state can be kept: any directions (A = a I, b and c are linear in their rows), any dimensions, or only the
+first ones (their decays follow from their numbers)."""
+
+
+class StateRows(NamedTuple):
+    """Where a parameter or buffer of a layer has state dimensions: blocks of them, one for each head, in a row."""
+
+    tensor: str
+    """Its name below the layer."""
+    role: Role
+    heads: int = 1
+    """Number of blocks; 1 where the heads share one."""
+    start: int = 0
+    """Place of the first block along its dimension."""
+    dim: int = 0
+    has_head_dim: bool = False
+    """True where the heads are a dimension of their own, `dim`, and the state is the next one."""
+
+
+@dataclass(frozen=True)
+class StateWeights:
+    """The weights and sizes of a layer that follow from its state size n, to build the layer with a smaller one."""
+
+    size: int
+    """State dimensions per head, n."""
+    groups: int
+    """Of neighboring heads that must keep the same dimensions."""
+    rows: tuple[StateRows, ...]
+    attributes: Callable[[int], Mapping[str, Any]]
+    """State size -> attributes below the layer, by dotted name, apart from those of linear layers and convolutions."""
+    settings: Callable[[int], Mapping[str, int | float]]
+    """State size -> arguments with which such a layer, or its model, is built."""
+    keeps: Keeps = "dimensions"
+    reads_linearly: bool = True
+    """Whether c is linear in its rows, so that it can be scaled; not behind a convolution with an activation."""
+    query_scale: Callable[[int], float] = lambda size: 1.0
+    """State size -> the factor that the layer's code multiplies c with."""
+    note: str = ""
+    """What else is to be known of a smaller layer."""
 
 
 class Axes(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, StateHandle
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, StateHandle, StateWeights
 from ess_monitor.capture.hooks.call_site import CallSite, Op
 from ess_monitor.capture.hooks.function_patch import AttributeStandIn, StandIn, function_stand_in
 from ess_monitor.capture.hooks.global_names import names_used
@@ -44,6 +44,8 @@ class LayerAdapter:
     alpha: Callable[[Any], AlphaHandle | None] = unknown
     state: Callable[[Any, CallSite], StateHandle | None] = lambda layer, site: None
     """The handle on the state's dimensions, given the same site."""
+    weights: Callable[[Any], StateWeights | str | None] = unknown
+    """The weights that the state size sets."""
     uninformative: Callable[[Any], str] = lambda layer: ""
     is_member: Callable[[Any], bool] = lambda layer: True
     """Narrows the family where its ops or classes are more common than its layers. Other layers are ignored."""
@@ -85,5 +87,6 @@ class LayerAdapter:
             decay=self.decay(layer, site),
             alpha=self.alpha(layer),
             state=self.state(layer, site),
+            weights=self.weights,
             uninformative=self.uninformative(layer),
         )

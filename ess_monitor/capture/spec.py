@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ess_monitor.capture.handles import AlphaHandle, DecayHandle, StateHandle
+from ess_monitor.capture.handles import AlphaHandle, DecayHandle, StateHandle, StateWeights
 from ess_monitor.capture.hooks.call_site import Call, CallSite
 from ess_monitor.ess import Operator
 
@@ -88,6 +88,9 @@ class CaptureSpec:
     """Where the decay can be rescaled as a whole."""
     state: StateHandle | None = None
     """Where the state can be made smaller; None where no argument of a call has its dimensions, or there is one."""
+    weights: Callable[[nn.Module], StateWeights | str | None] = unknown
+    """Returns which weights the state size sets, or why a smaller state cannot be cut out of them; None where nothing
+    is known."""
     mixed: Callable[[Call], tuple[Tensor, Tensor]] | None = None
     """Returns u and y of a call, both (batch, heads, length, channels), for `check_capture`."""
     is_taught: bool = False

@@ -6,6 +6,7 @@
     ess-monitor profile featurizers           the paper's featurizers at initialization (its Finding 4)
     ess-monitor minimal-state TARGET          the smallest state that does what each layer did, exactly or nearly
     ess-monitor distill-check TARGET          the loss that no student with a smaller state can avoid
+    ess-monitor reduce TARGET                 a checkpoint with smaller states, and what it costs
     ess-monitor hybrid-advice TARGET          which layers would not miss a smaller state, or another mixer
     ess-monitor report RUN_DIR                one HTML page about a run, from its event log
     ess-monitor compare RUN_A RUN_B           one HTML page that compares two runs
@@ -27,6 +28,7 @@ from ess_monitor.cli.alerts import alerts_app
 from ess_monitor.cli.analysis.distill_check import distill_check
 from ess_monitor.cli.analysis.hybrid_advice import hybrid_advice
 from ess_monitor.cli.analysis.minimal_state import minimal_state
+from ess_monitor.cli.analysis.reduce import reduce
 from ess_monitor.cli.describe import describe
 from ess_monitor.cli.profile import profile_app
 from ess_monitor.cli.report import compare, report
@@ -43,6 +45,7 @@ app.command()(describe)
 app.add_typer(profile_app, name="profile")
 app.command()(minimal_state)
 app.command()(distill_check)
+app.command()(reduce)
 app.command()(hybrid_advice)
 app.command()(report)
 app.command()(compare)

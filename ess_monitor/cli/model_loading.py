@@ -35,7 +35,7 @@ def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.M
         Linear(in_features=3, out_features=2, bias=True)
     """
     torch.manual_seed(seed)
-    found = _find(target)
+    found = find_object(target)
     if isinstance(found, nn.Module):
         if kwargs is not None:
             raise ConfigError(f"kwargs: {target} is a model already; drop --kwargs, or name a class or function")
@@ -123,7 +123,12 @@ def make_inputs(
     return torch.randint(vocab_size, (batch, length), generator=generator).to(parameter.device)
 
 
-def _find(target: str) -> Any:
+def find_object(target: str) -> Any:
+    """Return the object at `package.module:name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"target: {target!r} is not of the form package.module:name, for example my_models:build")

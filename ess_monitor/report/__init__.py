@@ -16,6 +16,7 @@ from ess_monitor.report.analysis import (
     render_hybrid_advice,
     render_length_profile,
     render_minimal_state,
+    render_reduction,
 )
 from ess_monitor.report.compare import render_comparison
 from ess_monitor.report.history import RunHistory, find_event_log, load_history
@@ -36,5 +37,6 @@ __all__ = [
     "render_hybrid_advice",
     "render_length_profile",
     "render_minimal_state",
+    "render_reduction",
     "render_report",
 ]

@@ -13,9 +13,11 @@ from ess_monitor.analysis.results import (
     LayerCompressibility,
     LayerLengths,
     LayerMinimalState,
+    LayerReduction,
     LayerResult,
     LengthProfile,
     MinimalStates,
+    Reduction,
 )
 from ess_monitor.records import LayerInfo, layer_title
 from ess_monitor.report.components import Table, cell, present
@@ -165,6 +167,58 @@ def _losses(layer: LayerCompressibility) -> tuple[str, ...]:
 def _losses_chart(layer: LayerCompressibility) -> Chart | None:
     losses = [(each.state_size, each.floor, each.truncation) for each in layer.students]
     return _chart(layer_title(layer.layer), losses, "floor of any student", _LEAST_ERROR**2)
+
+
+def render_reduction(result: Reduction) -> str:
+    """Return the page of `reduce` as HTML: loss and metrics before and after, and what each layer lost.
+
+    Args:
+        result: the numbers that `reduce` returned.
+
+    Returns:
+        One whole document; it needs no other file.
+
+    Example:
+        >>> page = render_reduction(Reduction(model="Net", state=4, layers=()))
+        >>> "Net: states of 4" in page, "<script" in page
+        (True, False)
+    """
+    validation.instance("result", result, Reduction, hint="reduce(model, ..., state=R) returns one beside the model")
+    layers = _measured(result.layers)
+    columns = ("layer", "operator", "state", "lost", "floor", "truncation", "how")
+    numbers = tuple((name, cell(result.before.get(name)), cell(value)) for name, value in result.after.items())
+    return render(
+        "analysis.html",
+        title=f"{result.model}: states of {result.state}",
+        lead="What is lost is the squared difference of each layer's operator, as a share of the operator. The floor "
+        "is what any recurrence with this state loses on this input; the truncation is fitted to this one input.",
+        table=Table("What each layer lost", columns, tuple(_lost(layer) for layer in layers)),
+        notes=_messages(layers),
+        charts_title="Operator loss over the depth of the model",
+        charts=present(_reduction_chart(result.layers)),
+        details=[Table("Loss and metrics of the model", ("", "before", "after"), numbers)] if numbers else [],
+        skipped=_without_result(result.layers, result.skipped),
+    )
+
+
+def _lost(layer: LayerReduction) -> tuple[str, ...]:
+    losses = [
+        f"{100 * value:.2g} %" if value is not None else cell(None)
+        for value in (layer.operator_loss, layer.floor, layer.truncation)
+    ]
+    size = f"{layer.state_before} → {layer.state_after}"
+    return (layer_title(layer.layer), layer.operator, size, *losses, layer.method)
+
+
+def _reduction_chart(layers: Sequence[LayerReduction]) -> Chart | None:
+    places = [(float(place), layer) for place, layer in enumerate(layers, start=1)]
+    series = [
+        Series(
+            "smaller layer", "a", [(at, each.operator_loss) for at, each in places if each.operator_loss is not None]
+        ),
+        Series("floor", "limit", [(at, each.floor) for at, each in places if each.floor is not None]),
+    ]
+    return line_chart("Share of the operator", series, Scale(1.0, float(max(len(layers), 2))), x_label="layer")
 
 
 def render_hybrid_advice(result: HybridAdvice) -> str:

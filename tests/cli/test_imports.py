@@ -38,6 +38,7 @@ def test_commands_that_need_no_model_do_not_load_torch(tmp_path: Path) -> None:
                 "profile",
                 "minimal-state",
                 "distill-check",
+                "reduce",
                 "hybrid-advice",
                 "report",
                 "compare",

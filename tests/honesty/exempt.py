@@ -42,6 +42,8 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.analysis.AtLength",
             "ess_monitor.analysis.LayerLengths",
             "ess_monitor.analysis.LayerMinimalState",
+            "ess_monitor.analysis.LayerReduction",
+            "ess_monitor.analysis.Reduction",
             "ess_monitor.analysis.LengthProfile",
             "ess_monitor.analysis.MinimalStates",
             "ess_monitor.analysis.StateError",

@@ -141,6 +141,11 @@ PACKAGE: dict[str, Case] = {
     ),
 }
 
+
+def _one(model: Any) -> dict[str, float]:
+    return {"loss": 1.0}
+
+
 ANALYSIS: dict[str, Case] = {
     "compressibility": Case(
         lambda model, inputs, **given: analysis.compressibility(model, inputs, **given),
@@ -160,6 +165,11 @@ ANALYSIS: dict[str, Case] = {
     "minimal_state": Case(
         lambda model, inputs, **given: analysis.minimal_state(model, inputs, **given),
         lambda: {"model": model(), "inputs": floats(2, 6, 8), "relative_errors": [0.1], "progress": iter},
+        exempt={"inputs": OF_THE_MODEL},
+    ),
+    "reduce": Case(
+        lambda model, inputs, **given: analysis.reduce(model, inputs, **given),
+        lambda: {"model": model(), "inputs": floats(2, 6, 8), "state": 1, "evaluate": _one, "progress": iter},
         exempt={"inputs": OF_THE_MODEL},
     ),
 }

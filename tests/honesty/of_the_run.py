@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ess_monitor import alerts, exporters, report
-from ess_monitor.analysis import Compressibility, HybridAdvice, LengthProfile, MinimalStates
+from ess_monitor.analysis import Compressibility, HybridAdvice, LengthProfile, MinimalStates, Reduction
 from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
 from ess_monitor.pipeline.counters import RunCounters
@@ -130,6 +130,7 @@ REPORT: dict[str, Case] = {
     "render_minimal_state": Case(
         report.render_minimal_state, lambda: {"result": MinimalStates(model="Net", layers=())}
     ),
+    "render_reduction": Case(report.render_reduction, lambda: {"result": Reduction(model="Net", state=4, layers=())}),
     "render_report": Case(report.render_report, lambda: {"history": HISTORY}),
 }
 

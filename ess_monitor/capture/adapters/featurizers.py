@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +13,10 @@ from ess_monitor.capture.handles import (
     Axes,
     DecayHandle,
     DecayInputs,
+    Role,
     StateHandle,
+    StateRows,
+    StateWeights,
     Transition,
     least_used,
     raised_log_decay,
@@ -71,6 +76,46 @@ _HANDLES: dict[type[nn.Module], tuple[DecayHandle | None, AlphaHandle | None]] =
     S6: (_decay("delta", "A_log"), AlphaHandle("A_log", 1.0)),
 }
 
+_ROTARY = (
+    "its rotary positions turn pairs of state dimensions at speeds that follow from the state size: fewer dimensions "
+    "would turn at other speeds"
+)
+
+
+def _weights(layer: Any) -> StateWeights | str | None:
+    """Return the rows of q, k and the decay; b and c are linear in theirs."""
+    kind = next(cls for cls in type(layer).__mro__ if cls in _HANDLES)
+    if kind in (LA, SA):
+        return _ROTARY if kind is LA else None
+    if kind is S6:
+        rows = (StateRows("b.weight", "writes"), StateRows("c.weight", "reads"), StateRows("A_log", "decays"))
+        return StateWeights(
+            layer.state_capacity, 1, rows, lambda state: {"state_capacity": state}, lambda state: {"state_size": state}
+        )
+    heads, width = layer.num_heads, layer.features.v.in_features
+    places: dict[str, Role] = {"features.q": "reads", "features.k": "writes"}
+    if kind is not WLA:
+        places["gate.up"] = "decays"
+    found = [StateRows(f"{name}.{part}", role, heads) for name, role in places.items() for part in ("weight", "bias")]
+    if kind is WLA:
+        found.append(StateRows("decay_logit", "decays", heads, has_head_dim=True))
+    if kind is GLAS6:
+        found.append(StateRows("arange", "decays"))
+
+    def attributes(state: int) -> dict[str, Any]:
+        return {"features.state": state, "features.query_scale": state**-0.5, "state_capacity": state}
+
+    return StateWeights(
+        layer.features.state,
+        heads,
+        tuple(found),
+        attributes,
+        lambda state: {"expand_k": state * heads / width, "state_size": state},
+        "first" if kind is GLAS6 else "dimensions",
+        query_scale=lambda state: float(state**-0.5),
+    )
+
+
 SPECS: dict[type[nn.Module], CaptureSpec] = {
     layer: CaptureSpec(
         operator="SoftmaxAttention" if layer is SA else "DiagonalRecurrence",
@@ -82,6 +127,7 @@ SPECS: dict[type[nn.Module], CaptureSpec] = {
         decay=decay,
         alpha=alpha,
         state=None if layer is SA else StateHandle(_CORE, _reduced),
+        weights=_weights,
     )
     for layer, (decay, alpha) in _HANDLES.items()
 }

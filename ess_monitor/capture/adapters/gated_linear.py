@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ess_monitor.capture.adapters.layer_attributes import existing, int_attribute, is_decoding_step
+from ess_monitor.capture.adapters.state_weights import of_gated_linear
 from ess_monitor.capture.handles import (
     AlphaHandle,
     Axes,
@@ -290,6 +291,7 @@ ADAPTERS = (
         decay=_decay,
         alpha=_normalizer,
         state=state_of("k", "q"),
+        weights=of_gated_linear,
         refusal=_refusal,
     ),
     LayerAdapter(

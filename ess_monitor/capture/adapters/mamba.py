@@ -31,6 +31,7 @@ from ess_monitor.capture.adapters.selective_scan import (
     why_without_kernels,
     without_placeholders,
 )
+from ess_monitor.capture.adapters.state_weights import of_mamba
 from ess_monitor.capture.handles import (
     Axes,
     DecayHandle,
@@ -381,6 +382,7 @@ ADAPTERS = (
         decay=_decay,
         alpha=alpha_of_a_log,
         state=_state,
+        weights=of_mamba,
         refusal=lambda layer: why_without_kernels(layer, *_OPS),
     ),
     LayerAdapter(
@@ -393,5 +395,6 @@ ADAPTERS = (
         channels=_CHANNELS,
         decay=own_decay,
         alpha=alpha_of_a_log,
+        weights=of_mamba,
     ),
 )

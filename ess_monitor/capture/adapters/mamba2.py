@@ -35,6 +35,7 @@ from ess_monitor.capture.adapters.selective_scan import (
     why_without_kernels,
     without_placeholders,
 )
+from ess_monitor.capture.adapters.state_weights import of_mamba2
 from ess_monitor.capture.handles import (
     STRONGEST_RATE,
     Axes,
@@ -329,6 +330,7 @@ ADAPTERS = (
         decay=_decay,
         alpha=alpha_of_a_log,
         state=_state,
+        weights=of_mamba2,
         refusal=lambda layer: why_without_kernels(layer, *_OPS),
     ),
     LayerAdapter(
@@ -341,5 +343,6 @@ ADAPTERS = (
         channels=_CHANNELS,
         decay=_decay_of_own_code,
         alpha=alpha_of_a_log,
+        weights=of_mamba2,
     ),
 )

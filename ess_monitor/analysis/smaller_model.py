@@ -1,0 +1,119 @@
+"""Builds a copy of a model whose layers have smaller states: the same classes, with weights cut out of those it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from ess_monitor.capture.handles import StateRows, StateWeights
+from ess_monitor.errors import CaptureError, format_error
+from ess_monitor.ess.realization.projection import StateProjection
+
+
+@dataclass(frozen=True, eq=False)
+class SmallerState:
+    """What becomes of one layer."""
+
+    module: nn.Module
+    """The layer, in the model that is copied."""
+    weights: StateWeights
+    projection: StateProjection
+    size: int
+
+
+@torch.no_grad()
+def smaller_model(model: nn.Module, layers: Sequence[SmallerState]) -> nn.Module:
+    """Return a copy of the model in which these layers have smaller states.
+
+    Sizes in the configurations of its modules follow, where they are those of the layers.
+
+    Raises:
+        CaptureError: the model cannot be copied, or a weight is not a plain tensor of floating numbers.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    try:
+        smaller = deepcopy(model)
+    except Exception as error:
+        raise CaptureError(f"model: {type(model).__name__} cannot be copied ({format_error(error)})") from error
+    for layer in layers:
+        module = smaller.get_submodule(names[id(layer.module)])
+        _make_smaller(module, layer, names[id(layer.module)])
+    before: dict[str, int | float] = {}
+    after: dict[str, int | float] = {}
+    for layer in layers:
+        before |= layer.weights.settings(layer.weights.size)
+        after |= layer.weights.settings(layer.size)
+    if len({layer.weights.size for layer in layers}) == 1:
+        for module in smaller.modules():
+            _update_config(module, before, after)
+    return smaller
+
+
+def _make_smaller(module: nn.Module, layer: SmallerState, name: str) -> None:
+    weights, projection = layer.weights, layer.projection
+    scale = weights.query_scale(weights.size) / weights.query_scale(layer.size)
+    decays = None if projection.kept is None else nn.functional.one_hot(projection.kept, weights.size).double()
+    matrices = {"writes": projection.writes, "reads": projection.reads * scale, "decays": decays}
+    by_tensor: dict[str, list[StateRows]] = {}
+    for rows in weights.rows:
+        by_tensor.setdefault(rows.tensor, []).append(rows)
+    for path, found in by_tensor.items():
+        owner_path, _, own_name = path.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        tensor = getattr(owner, own_name)
+        if type(tensor) not in (nn.Parameter, Tensor) or not tensor.is_floating_point():
+            raise CaptureError(
+                f"layer {name}: {path} is a {type(tensor).__name__} of {tensor.dtype}; give the model with plain "
+                "weights of floating numbers, neither quantized nor sharded"
+            )
+        changed = tensor.detach()
+        for rows in sorted(found, key=lambda each: -each.start):  # what comes before stays in its place
+            changed = _projected(changed, rows, matrices[rows.role], weights.size)
+        changed = changed.to(tensor.dtype).contiguous()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(owner, own_name, nn.Parameter(changed, tensor.requires_grad) if is_parameter else changed)
+        _update_sizes(owner)
+    for path, value in weights.attributes(layer.size).items():
+        owner_path, _, own_name = path.rpartition(".")
+        setattr(module.get_submodule(owner_path), own_name, value)
+
+
+def _projected(tensor: Tensor, rows: StateRows, matrices: Tensor | None, size: int) -> Tensor:
+    """Return the tensor with `matrices`, (G, r, n), applied to each of its blocks of n rows."""
+    if matrices is None:  # a decay that the dimensions share
+        return tensor
+    first = (tensor.flatten(rows.dim, rows.dim + 1) if rows.has_head_dim else tensor).movedim(rows.dim, 0)
+    stop = rows.start + rows.heads * size
+    before, blocks, after = first[: rows.start], first[rows.start : stop], first[stop:]
+    groups = matrices[: rows.heads]  # of one block for all heads any group's: they keep the same
+    each = groups.repeat_interleave(rows.heads // groups.shape[0], 0).to(tensor.device)
+    new = torch.einsum("hrn,hn...->hr...", each, blocks.reshape(rows.heads, size, *blocks.shape[1:]).double())
+    new = new.to(tensor.dtype)
+    if rows.has_head_dim:
+        return new.movedim((0, 1), (rows.dim, rows.dim + 1))
+    return torch.cat([before, new.flatten(0, 1), after]).movedim(0, rows.dim)
+
+
+def _update_sizes(module: nn.Module) -> None:
+    """Set the attributes by which torch's own layers know their sizes."""
+    if isinstance(module, nn.Linear):
+        module.out_features = module.weight.shape[0]
+    elif isinstance(module, nn.Conv1d):
+        module.in_channels = module.out_channels = module.groups = module.weight.shape[0]
+
+
+def _update_config(module: nn.Module, before: Mapping[str, int | float], after: Mapping[str, int | float]) -> None:
+    config: Any = getattr(module, "config", None)
+    names = [name for name, value in before.items() if getattr(config, name, None) == value]
+    changed = {name: after[name] for name in names}
+    if isinstance(config, BaseModel):
+        setattr(module, "config", config.model_copy(update=changed))  # noqa: B010
+    elif not isinstance(config, dict):
+        for name, value in changed.items():
+            setattr(config, name, value)
