@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ess_monitor import validation
 from ess_monitor.analysis.layer_operators import NotAnalyzed, Progress, layers_of, smaller_states
 from ess_monitor.analysis.results import LayerReduction, Reduction
-from ess_monitor.analysis.smaller_model import SmallerState, smaller_model
+from ess_monitor.analysis.smaller_model import SmallerState, settings_of, smaller_model
 from ess_monitor.capture import CaptureConfig, Captured, LayerFilter, find_layers
 from ess_monitor.capture.handles import StateWeights
 from ess_monitor.capture.layers import Layer, check_model, evaluating
@@ -106,7 +106,7 @@ def reduce(
     state = validation.whole("state", state, 1, hint="the state dimensions per head to keep")
     _check_below(state, model, config.layers)
     smaller: dict[str, SmallerState] = {}
-    analyze = partial(_analyzed, state=state, smaller=smaller)
+    analyze = partial(_analyzed, model=model, state=state, smaller=smaller)
     layers, skipped = layers_of(model, inputs, named_inputs, config, analyze, LayerReduction, progress)
     if not smaller:
         reasons = "; ".join(f"{layer.layer}: {layer.message}" for layer in layers)
@@ -163,7 +163,7 @@ def _evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
 
 @torch.no_grad()
 def _analyzed(
-    captured: Captured, config: MonitorConfig, *, state: int, smaller: dict[str, SmallerState]
+    captured: Captured, config: MonitorConfig, *, model: nn.Module, state: int, smaller: dict[str, SmallerState]
 ) -> LayerReduction:
     weights = _weights(captured.layer)
     if isinstance(weights, str):
@@ -192,7 +192,7 @@ def _analyzed(
         operator_loss=lost / total if total else 0.0,
         floor=predicted.floor(state),
         truncation=predicted.truncated(state),
-        settings=dict(weights.settings(state)),
+        settings=settings_of(model, weights, state),
     )
 
 

@@ -167,7 +167,7 @@ class LayerReduction(LayerStates):
     truncation: float | None = None
     """Loss of the truncated realization, whose matrices are of this input."""
     settings: dict[str, int | float] = {}
-    """Arguments with which such a layer, or its model, is built at this state size, by name; those that it has."""
+    """Arguments with which the model, or such a layer, is built at this state size, by name."""
 
 
 class Reduction(AnalysisResult):

@@ -55,6 +55,14 @@ def smaller_model(model: nn.Module, layers: Sequence[SmallerState]) -> nn.Module
     return smaller
 
 
+def settings_of(model: nn.Module, weights: StateWeights, state: int) -> dict[str, int | float]:
+    """Return the arguments that build a smaller layer: those that a configuration in the model has, or all of them."""
+    present, wanted = weights.settings(weights.size), weights.settings(state)
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    known = [name for name, value in present.items() if any(getattr(each, name, None) == value for each in configs)]
+    return {name: wanted[name] for name in known or wanted}
+
+
 def _make_smaller(module: nn.Module, layer: SmallerState, name: str) -> None:
     weights, projection = layer.weights, layer.projection
     scale = weights.query_scale(weights.size) / weights.query_scale(layer.size)

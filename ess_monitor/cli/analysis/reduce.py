@@ -148,8 +148,7 @@ def _table(title: str, result: Reduction) -> Table:
         "; ".join(changes) or "no targets or labels in the data: give them for loss and accuracy before and after",
         "lost: of the operator, squared, on the calibration data. distill-check: what any recurrence with this state "
         "loses at least, and in brackets its truncation",
-        "build the model with the one of these that its class has: "
-        + ", ".join(f"{name}={value:g}" for name, value in settings.items()),
+        "build the model for it with " + " or ".join(f"{name}={value:g}" for name, value in settings.items()),
     ]
     add_without_result(table, result.layers, result.skipped, "\n".join(lines))
     return table
