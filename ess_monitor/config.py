@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from ess_monitor import validation
-from ess_monitor.capture import CaptureConfig, LayerFilter
+from ess_monitor.capture import CaptureConfig, LayerFilter, ModulationConfig
 from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.distributed.config import DistributedConfig
 from ess_monitor.errors import ConfigError
@@ -57,6 +57,9 @@ class MonitorConfig(Settings):
     positions: Literal["midpoint", "all"] | PositiveInt = 3
     """Where in the sequence H_i is measured. 3 are a quarter, a half and three quarters, as in our experiments; more
     tighten the certified bound at a cost that grows linearly."""
+    modulation: ModulationConfig | None = None
+    """Separator tokens at which state modulation is measured: {"separators": [0]}. None: it is not, and costs
+    nothing."""
     layers: LayerFilter = LayerFilter()
     """Which layers; a list is read as include patterns."""
     capture: CaptureConfig = CaptureConfig()

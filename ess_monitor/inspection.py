@@ -227,6 +227,7 @@ def captured_layers(
         config=config.capture,
         causality=is_causal,
         reduce=reduce,
+        modulation=config.modulation,
     )
     if config.strict:
         raise_failures(items)
@@ -238,9 +239,10 @@ def _measured(item: Captured | CaptureFailure, config: MonitorConfig) -> Reading
     if isinstance(item, CaptureFailure):
         return lost_reading(0, item.layer.name, item.status, item.error)
     try:
-        computed = compute(item, config.positions, config.tolerance, config.tolerance_scale)
+        scale, modulation = config.tolerance_scale, config.modulation
+        computed = compute(item, config.positions, config.tolerance, scale, modulation)
         results = {name: value.cpu() for name, value in computed.items()}
-        return reading(0, item, config.tolerance, results, config.tolerance_scale)
+        return reading(0, item, config.tolerance, results, scale, modulation)
     except Exception as error:
         if config.strict:
             raise CaptureError(f"could not measure {item.layer.name}: {format_error(error)}") from error

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from typing_extensions import TypedDict
 
-from ess_monitor.capture import CaptureConfig, LayerFilter
+from ess_monitor.capture import CaptureConfig, LayerFilter, ModulationConfig
 from ess_monitor.config import MonitorConfig
 from ess_monitor.diagnosis import DiagnosisConfig
 from ess_monitor.distributed.config import DistributedConfig
@@ -30,6 +30,7 @@ class MonitorSettings(TypedDict, total=False):
         tolerance: Singular values above it count (tau of the tolerance-ESS).
         tolerance_scale: Against what the tolerance is measured: 1, or what the layer puts out at each token.
         positions: Where in the sequence H_i is measured: "midpoint", "all", or a number of positions.
+        modulation: Separator tokens at which state modulation is measured: {"separators": [0]}.
         layers: Which layers: a pattern or several on their dotted names, or include and exclude.
         capture: How much of a forward pass is captured.
         runtime: Where the work runs.
@@ -47,6 +48,7 @@ class MonitorSettings(TypedDict, total=False):
     tolerance: float
     tolerance_scale: Literal["absolute", "output"]
     positions: Literal["midpoint", "all"] | int
+    modulation: ModulationConfig | dict[str, Any] | None
     layers: LayerFilter | str | Sequence[str] | dict[str, Any]
     capture: CaptureConfig | dict[str, Any]
     runtime: RuntimeConfig | dict[str, Any]

@@ -4,6 +4,7 @@ from ess_monitor.capture.capture_pass import capture_operators
 from ess_monitor.capture.captured import Captured, CaptureFailure
 from ess_monitor.capture.check import CaptureCheck, check_capture
 from ess_monitor.capture.handles import AlphaHandle, DecayHandle, Transition
+from ess_monitor.capture.hooks.token_ids import ModulationConfig
 from ess_monitor.capture.layers import Layer, LayerFilter, find_layers, layer_infos
 from ess_monitor.capture.registry import register_capture
 from ess_monitor.capture.rotation import CaptureConfig
@@ -21,6 +22,7 @@ __all__ = [
     "DecayHandle",
     "Layer",
     "LayerFilter",
+    "ModulationConfig",
     "Sampler",
     "TokenProbe",
     "Transition",

@@ -12,6 +12,7 @@ from ess_monitor import validation
 from ess_monitor.capture.captured import Captured, CaptureFailure
 from ess_monitor.capture.causality.claims import claim_name, refuted
 from ess_monitor.capture.causality.layer_tests import Test
+from ess_monitor.capture.hooks.token_ids import ModulationConfig
 from ess_monitor.capture.layers import (
     Layer,
     LayerFilter,
@@ -67,6 +68,7 @@ def capture_pass(
     config: CaptureConfig = EVERYTHING,
     causality: Test | None = None,
     reduce: Callable[[Operator], Operator] | None = None,
+    modulation: ModulationConfig | None = None,
 ) -> tuple[Captured | CaptureFailure, ...]:
     """Run `model(*inputs, **named_inputs)` once and return every layer's narrowed operator, or why it has none.
 
@@ -76,11 +78,12 @@ def capture_pass(
         config: how much of each to copy.
         causality: test of each layer, as in `Sampler`.
         reduce: of recurrences that are too long to be held, as in `Sampler`.
+        modulation: which tokens are separators, likewise.
     """
     validation.instance("config", config, CaptureConfig)
     found = require_layers(model, layers, unknown=config.unknown)
     config = config.model_copy(update={"source": "validation"})
-    sampler = Sampler(found, config, model=model, causality=causality, reduce=reduce)
+    sampler = Sampler(found, config, model=model, causality=causality, reduce=reduce, modulation=modulation)
     sampler.arm()
     try:
         with evaluating(model):

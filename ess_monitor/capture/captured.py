@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ess_monitor.capture.causality.claims import Claim
 from ess_monitor.capture.layers import Layer
 from ess_monitor.errors import NotCausalError, format_error
@@ -43,6 +45,10 @@ class Captured:
     """What the measurement is estimated to cost."""
     left_out: str = ""
     """What there was no time for, of the samples, heads and tokens that the settings ask for."""
+    separators: Tensor | None = None
+    """(samples, length) bool: tokens of `operator` at which state modulation is measured. None: nowhere."""
+    no_separators: str = ""
+    """Why it is not known which they are; empty where that is not asked for."""
 
     @property
     def calls(self) -> int:

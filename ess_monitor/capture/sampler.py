@@ -41,14 +41,16 @@ from ess_monitor.capture.hooks.ignored_calls import (
     why_ignored,
     why_not_seen,
 )
+from ess_monitor.capture.hooks.token_ids import ModulationConfig
 from ess_monitor.capture.layers import Layer
 from ess_monitor.capture.rotation import CaptureConfig, EveryLayer, Part, Size, Turns, kind_of, part_of
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.capture.training_pass import Candidate, TrainingPass
 from ess_monitor.distributed.context_parallel import tokens_are_spread
 from ess_monitor.errors import CaptureError
-from ess_monitor.ess import Operator
+from ess_monitor.ess import JacobianOperator, Operator
 from ess_monitor.ess.cost import SampleShape
+from ess_monitor.ess.operators.reduced import ReducedRecurrence
 
 logger = logging.getLogger("ess_monitor")
 
@@ -75,6 +77,7 @@ class Sampler:
         clock: measures the seconds that the hooks add to the training step (`capture_seconds`).
         reduce: returns what is measured of a recurrence on the host that is too long to be held. Without it, and on an
             accelerator, only a part is taken.
+        modulation: which tokens are separators, where that is to be known.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class Sampler:
         runs_flex: bool = True,
         clock: Callable[[], float] = time.perf_counter,
         reduce: Callable[[Operator], Operator] | None = None,
+        modulation: ModulationConfig | None = None,
     ) -> None:
         self.layers = validation.several("layers", layers, Layer, hint="find_layers(model)")
         self.config = validation.instance("config", config, CaptureConfig)
@@ -118,7 +122,8 @@ class Sampler:
         self._tests = LayerTests(causality, model, clock, self._ready)
         self._clock, self._runs_flex = clock, validation.flag("runs_flex", runs_flex)
         self._hooks: list[HookHandle] = []
-        self._tokens = TokenWatch()
+        self._modulation = validation.optional("modulation", modulation, ModulationConfig)
+        self._tokens = TokenWatch(() if modulation is None else modulation.separators)
         self._eager = EagerStance()
         self._training = TrainingPass[Taken]((), None)
         self._first: dict[str, Candidate[Taken]] = {}
@@ -316,6 +321,7 @@ class Sampler:
             if part is None:
                 return CaptureFailure(layer, DEFERRED, status="deferred")
             operator = self._copied(call, whole, part)
+            separators, unknown = self._separators(call, whole, operator, part)
             if layer.spec.is_taught and layer.name not in self._checked:
                 self._checked.add(layer.name)
                 log_misfit(layer, whole, call)
@@ -333,6 +339,8 @@ class Sampler:
             (self._ready(operator.device),),
             part.shape,
             part.left_out,
+            separators,
+            unknown,
         )
         if self._on_operator is not None:
             self._on_operator(captured)
@@ -340,7 +348,22 @@ class Sampler:
 
     def _fit(self, layer: Layer, whole: Operator | LazyOperator, size: Size, window: int | None) -> SampleShape | None:
         kind, state = kind_of(whole, layer.spec, layer.module)
-        return self._turns.fit(layer.name, SampleShape(kind, state, *size, self._turns.positions, window))
+        more = 0 if self._modulation is None else self._modulation.positions
+        return self._turns.fit(layer.name, SampleShape(kind, state, *size, self._turns.positions, window, more))
+
+    def _separators(
+        self, call: Call, whole: Operator | LazyOperator, operator: Operator, part: Part
+    ) -> tuple[torch.Tensor | None, str]:
+        """Return which tokens of an operator are separators; None where that is not asked for, or why not."""
+        if self._modulation is None:
+            return None, ""
+        if isinstance(operator, ReducedRecurrence):
+            return None, "the sequence is too long to be held; set capture.max_length"
+        if isinstance(operator, JacobianOperator):
+            return None, "a layer that is linearized takes too long at so many positions"
+        if part.shape is not None and not part.shape.modulation:
+            return None, "it takes longer than runtime.sample_seconds"
+        return self._tokens.separators(call, whole, part.samples, operator.length)
 
     def _copied(self, call: Call, whole: Operator | LazyOperator, part: Part) -> Operator:
         """Return a copy of a part of an operator, or of what is measured of it, where the part is too large."""

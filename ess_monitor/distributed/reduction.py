@@ -34,10 +34,6 @@ _QUANTITIES = (
 """Fields of a reading that become means over the ranks. Diagnosis, evidence and autopilot decide on these."""
 _SIZE, _UTILIZATION = _QUANTITIES.index("effective_size"), _QUANTITIES.index("utilization_ratio")
 _SUMS = len(Changes._fields)
-_WIDTH = len(_QUANTITIES) + 2 + _SUMS
-"""Numbers of a layer in a rank's list: the quantities, how slow it was, 1 where its state is not finite, and the sums
-of `Changes`."""
-_REDUCED_WIDTH = _WIDTH + 3
 _NO_CHANGES = (math.nan,) * _SUMS
 
 
@@ -48,6 +44,7 @@ class RankReduction:
         layers: names of the measured layers, the same on all ranks.
         metrics: names of the training loop's metrics that decisions use.
         ranks: the measuring ranks, in the order of their lists.
+        tolerances: at which state modulation is measured.
 
     Example:
         >>> from ess_monitor.records import Reading
@@ -62,12 +59,19 @@ class RankReduction:
         (0.5, 0.25, 4, 2, 120)
     """
 
-    def __init__(self, layers: Sequence[str], metrics: Sequence[str], ranks: Sequence[int]) -> None:
+    def __init__(
+        self, layers: Sequence[str], metrics: Sequence[str], ranks: Sequence[int], tolerances: Sequence[float] = ()
+    ) -> None:
         self._layers = tuple(layers)
         self._metrics = tuple(dict.fromkeys(metrics))
         self._ranks = tuple(ranks)
         self._checksum = float(zlib.crc32("\n".join(self._layers).encode()))
         self._start = 2 + 2 * len(self._metrics)
+        self._tolerances = tuple(tolerances)
+        self._quantities = len(_QUANTITIES) + len(self._tolerances)
+        self._width = self._quantities + 2 + _SUMS
+        """Numbers of a layer in a rank's list: the quantities, how slow it was, 1 where its state is not finite, and
+        the sums of `Changes`."""
 
     def encode(self, sample: SampleResult, interval_steps: int) -> list[float]:
         """Return this rank's list: its sample, and the interval it wants."""
@@ -79,6 +83,8 @@ class RankReduction:
         for name in self._layers:
             quantities = (getattr(measured.get(name), quantity, None) for quantity in _QUANTITIES)
             values += [math.nan if value is None else float(value) for value in quantities]
+            modulation = dict(measured[name].modulation_ratio) if name in measured else {}
+            values += [modulation.get(tau, math.nan) for tau in self._tolerances]
             values += [sample.slowness.get(name, math.nan), float(name in nonfinite)]
             changes = sample.changes.get(name)
             values += _NO_CHANGES if changes is None else (*map(float, changes[:-1]), CHANGE_KINDS.index(changes.kind))
@@ -96,9 +102,9 @@ class RankReduction:
         values = [self._checksum, max(columns[1])]
         for k in range(2, self._start, 2):
             values += [mean_of_present(columns[k]), max(columns[k + 1])]
-        for k in range(self._start, self._start + _WIDTH * len(self._layers), _WIDTH):
-            *block, slowness, nonfinite = columns[k : k + len(_QUANTITIES) + 2]
-            changes = zip(*columns[k + len(block) + 2 : k + _WIDTH], strict=True)
+        for k in range(self._start, self._start + self._width * len(self._layers), self._width):
+            *block, slowness, nonfinite = columns[k : k + self._quantities + 2]
+            changes = zip(*columns[k + len(block) + 2 : k + self._width], strict=True)
             uses = zip(block[_UTILIZATION], self._ranks, strict=True)
             least, worst = min(((use, rank) for use, rank in uses if not math.isnan(use)), default=(math.nan, math.nan))
             count = sum(not math.isnan(size) for size in block[_SIZE])
@@ -125,14 +131,17 @@ class RankReduction:
         local = {reading.layer: reading for reading in sample.readings}
         readings, changes, slowness = [], {}, {}
         for k, name in enumerate(self._layers):
-            block = values[self._start + k * _REDUCED_WIDTH : self._start + (k + 1) * _REDUCED_WIDTH]
-            *block, kind = block
+            width = self._width + 3
+            *block, kind = values[self._start + k * width : self._start + (k + 1) * width]
             numbers, (batches, *sums) = block[: 1 - _SUMS], block[1 - _SUMS :]
             if not math.isnan(batches):
                 changes[name] = Changes._make((int(batches), *sums, CHANGE_KINDS[int(kind)]))
-            if not math.isnan(numbers[len(_QUANTITIES)]):
-                slowness[name] = numbers[len(_QUANTITIES)]
-            reading = _agreed_reading(sample.step, name, local.get(name), numbers)
+            slowest, *counts = numbers[self._quantities :]
+            if not math.isnan(slowest):
+                slowness[name] = slowest
+            pairs = zip(self._tolerances, numbers[len(_QUANTITIES) :], strict=False)
+            modulation = tuple((tau, ratio) for tau, ratio in pairs if not math.isnan(ratio))
+            reading = _agreed_reading(sample.step, name, local.get(name), numbers, counts, modulation)
             if reading is not None:
                 readings.append(reading)
         agreed = SampleResult(sample.step, tuple(readings), metrics, frozenset(nonfinite), "", changes, slowness)
@@ -165,9 +174,16 @@ def summed_changes(ranks: Iterable[Sequence[float]]) -> list[float]:
     return [*map(math.fsum, sums), kind]
 
 
-def _agreed_reading(step: int, name: str, local: Reading | None, block: Sequence[float]) -> Reading | None:
+def _agreed_reading(
+    step: int,
+    name: str,
+    local: Reading | None,
+    quantities: Sequence[float],
+    counts: Sequence[float],
+    modulation: tuple[tuple[float, float], ...],
+) -> Reading | None:
     """Return a layer's reading from its numbers; `local`, which may be None, where no rank measured it."""
-    nonfinite, count, least, worst = block[len(_QUANTITIES) + 1 :]
+    nonfinite, count, least, worst = counts
     if nonfinite:
         if local is not None and local.status == "nonfinite":
             return local
@@ -175,8 +191,8 @@ def _agreed_reading(step: int, name: str, local: Reading | None, block: Sequence
     if count == 0:
         return local
     base = local or Reading(step=step, layer=name, status="ok")
-    changes: dict[str, object] = {"status": "ok", "message": "", "ranks": int(count)}
-    numbers = {**dict(zip(_QUANTITIES, block, strict=False)), "utilization_min_ratio": least}
+    changes: dict[str, object] = {"status": "ok", "message": "", "ranks": int(count), "modulation_ratio": modulation}
+    numbers = {**dict(zip(_QUANTITIES, quantities, strict=False)), "utilization_min_ratio": least}
     changes |= {field: None if math.isnan(number) else number for field, number in numbers.items()}
     changes["worst_rank"] = None if math.isnan(worst) else int(worst)
     return base.model_copy(update=changes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ess_monitor.ess.modulation import POSITIONS_OF_A_TOKEN
 from ess_monitor.ess.operators.attention import SoftmaxAttention
 from ess_monitor.ess.operators.base import Operator
 from ess_monitor.ess.operators.convolution import Convolution, GatedConvolution
@@ -48,6 +49,7 @@ class SampleShape:
         length: Tokens of each.
         positions: Where H_i is measured, as in `operator_positions`.
         window: Tokens at the end of each sequence among which positions are placed. None: all.
+        modulation: Further positions at which ESS is measured, around some tokens of each sequence.
 
     Example:
         >>> shape = SampleShape("DiagonalRecurrence", state=64, samples=4, heads=4, length=1024, positions=3)
@@ -64,6 +66,7 @@ class SampleShape:
     length: int
     positions: Positions
     window: int | None = None
+    modulation: int = 0
 
     @property
     def kind(self) -> str:
@@ -90,21 +93,26 @@ class SampleShape:
         return _FLOAT_BYTES * self.samples * self.heads * per_head
 
     def smaller(self) -> Iterator[SampleShape]:
-        """Yield smaller shapes: half of the samples and heads, one of each, then half of the tokens again and again."""
-        half = replace(self, samples=max(1, self.samples // 2), heads=max(1, self.heads // 2))
-        one = replace(self, samples=1, heads=1)
-        yield from (shape for shape in dict.fromkeys((half, one)) if shape != self)
+        """Yield smaller shapes: half of the samples and heads, one of each, then half of the tokens again and again.
+
+        Of the positions around tokens those of one token go first, and all before there are fewer tokens.
+        """
+        few = replace(self, modulation=min(self.modulation, 2 * POSITIONS_OF_A_TOKEN))
+        half = replace(few, samples=max(1, self.samples // 2), heads=max(1, self.heads // 2))
+        one = replace(few, samples=1, heads=1)
+        alone = replace(one, modulation=0)
+        yield from (shape for shape in dict.fromkeys((few, half, one, alone)) if shape != self)
         length = self.length // 2
         while length >= _SHORTEST:
-            yield replace(one, length=length)
+            yield replace(alone, length=length)
             length //= 2
 
     def _seconds_of_one(self) -> float:
         length, n = self.length, self.state
-        count = len(self._places())
+        count, passes = len(self._places()), 1.5 if self.modulation else 1.0
         at_positions = count * (4e-5 + 1.6e-7 * n**2 + 2e-10 * n**3)
         if self.operator == "DeltaRecurrence":
-            return length * (2.6e-7 * n + 1.5e-9 * n**2) + at_positions
+            return passes * length * (2.6e-7 * n + 1.5e-9 * n**2) + at_positions
         if self.operator == "SoftmaxAttention":
             rows = length if self.window is None else min(length, self.window)
             return 1.2e-8 * length * rows + self._seconds_of_blocks(length)
@@ -115,14 +123,17 @@ class SampleShape:
         if self.operator == "JacobianOperator":
             products = 2 * min(_JACOBIAN_RANK, 4 * n) + 32
             return count * products * length * (2e-6 + 3e-9 * n**2)
-        return length * (7e-8 * n + 6.3e-10 * n**2) + at_positions  # a diagonal recurrence, and whatever is not known
+        return (
+            passes * length * (7e-8 * n + 6.3e-10 * n**2) + at_positions
+        )  # a diagonal recurrence, and whatever is not known
 
     def _places(self) -> range | list[int]:
         among = self.length if self.window is None else min(self.window, self.length)
         first = self.length - among
-        if self.positions == "all":
+        if self.positions == "all" and not self.modulation:
             return range(first + 1, self.length)
-        return [first + i for i in operator_positions(among, self.positions)]
+        more = [k * among // (self.modulation + 1) for k in range(1, self.modulation + 1)]
+        return [first + i for i in (*operator_positions(among, self.positions), *more)]
 
     def _seconds_of_blocks(self, largest: int) -> float:
         """Return what the singular values of H_i take where there is no small factor; `largest` bounds its sides."""

@@ -163,3 +163,18 @@ def spans(segments: Tensor) -> list[list[Span]]:
         runs = [(number, list(run)) for number, run in tokens]
         found.append([(run[0], run[-1] + 1) for number, run in runs if number >= 0])
     return found
+
+
+def longest_places(rows: Sequence[Sequence[Span]]) -> dict[Span, list[int]]:
+    """Return where the longest segments of rows lie, all of several that are equally long, and in which rows.
+
+    >>> longest_places([[(1, 3), (3, 4)], [], [(1, 3), (4, 6)]])
+    {(1, 3): [0, 2], (4, 6): [2]}
+    """
+    places: dict[Span, list[int]] = {}
+    for row, found in enumerate(rows):
+        longest = max((stop - start for start, stop in found), default=0)
+        for start, stop in found:
+            if stop - start == longest:
+                places.setdefault((start, stop), []).append(row)
+    return places

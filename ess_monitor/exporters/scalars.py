@@ -4,6 +4,7 @@ Tags are `<section>/<name>`. Loggers group by the part before the first slash, s
 layers (layers are compared with each other far more often than two quantities of one layer):
 
     ess_<quantity>/<layer>      one layer, for every quantity of LAYER_QUANTITIES that was measured
+    ess_modulation_ratio_tau_<tau>/<layer>  state modulation at separators, where it is asked for
     ess_layers/<condition>      how many layers are in that condition
     ess_interventions/<layer>   strength of what was applied to it, only in the measurement that applied it
     ess_evidence_<name>/<layer> changes with another decay, only in the measurement of a finding on evidence
@@ -112,6 +113,8 @@ def scalars(measurement: Measurement) -> dict[str, float]:
     for reading in measured:
         for quantity in LAYER_QUANTITIES:
             values[scalar_tag(quantity, reading.layer)] = getattr(reading, quantity)
+        for tau, ratio in reading.modulation_ratio:
+            values[scalar_tag(f"modulation_ratio_tau_{tau:g}", reading.layer)] = ratio
     conditions = list(measurement.conditions.values())
     for condition in CONDITIONS:
         values[f"ess_layers/{condition}"] = float(conditions.count(condition))

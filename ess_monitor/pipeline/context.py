@@ -155,10 +155,11 @@ class Sample(Job):
 
 
 def tensors_of(captured: Captured) -> tuple[Tensor, ...]:
-    """Return all tensors that a measurement of a captured layer reads: of operator, linearized layer and claims."""
+    """Return all tensors that a measurement of a captured layer reads: of operator, claims and separators."""
     function = getattr(captured.operator, "function", None)
     of_function = function.tensors if isinstance(function, LayerAlone) else ()
-    return (*captured.operator.tensors, *of_function, *(claim.holds for claim in captured.claims))
+    marks = () if captured.separators is None else (captured.separators,)
+    return (*captured.operator.tensors, *of_function, *(claim.holds for claim in captured.claims), *marks)
 
 
 def _with_tensors(captured: Captured, given: tuple[Tensor, ...]) -> Captured:
@@ -171,7 +172,8 @@ def _with_tensors(captured: Captured, given: tuple[Tensor, ...]) -> Captured:
     if isinstance(changed, JacobianOperator) and isinstance(changed.function, LayerAlone):
         changed = replace(changed, function=changed.function.with_tensors(new))
     claims = tuple(replace(claim, holds=new[id(claim.holds)]) for claim in captured.claims)
-    return replace(captured, operator=changed, claims=claims, ready=())
+    separators = None if captured.separators is None else new[id(captured.separators)]
+    return replace(captured, operator=changed, claims=claims, separators=separators, ready=())
 
 
 def check_run(

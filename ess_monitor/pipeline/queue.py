@@ -94,7 +94,8 @@ class MeasurementQueue:
 
     def _compute(self, captured: Captured, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Measure a layer whose tensors are `inputs`, on the worker thread."""
-        return compute(captured, self._config.positions, self._config.tolerance, self._config.tolerance_scale)
+        config = self._config
+        return compute(captured, config.positions, config.tolerance, config.tolerance_scale, config.modulation)
 
     def _finish(self, sample: Sample) -> SampleResult:
         cost = sum(task.cost_seconds for task in sample.tasks)
@@ -122,8 +123,9 @@ class MeasurementQueue:
                 continue
             if task.results is not None:
                 try:
-                    tolerance, scale = self._config.tolerance, self._config.tolerance_scale
-                    readings.append(reading(sample.step, captured, tolerance, task.results, scale))
+                    config = self._config
+                    scale, modulation = config.tolerance_scale, config.modulation
+                    readings.append(reading(sample.step, captured, config.tolerance, task.results, scale, modulation))
                     continue
                 except Exception as problem:
                     error = format_error(problem)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from ess_monitor.capture import Captured
+from ess_monitor.capture import Captured, ModulationConfig
 from ess_monitor.capture.causality.claims import claim_name
 from ess_monitor.ess import (
     JacobianOperator,
@@ -25,6 +25,7 @@ from ess_monitor.ess import (
 )
 from ess_monitor.ess.gram_spectrum import DECADES, smallest_known
 from ess_monitor.ess.linalg import index_tensor
+from ess_monitor.ess.modulation import POSITIONS_OF_A_TOKEN, ModulationSums, modulation_ratios, modulation_sums
 from ess_monitor.ess.operators.recurrence import Recurrence
 from ess_monitor.ess.operators.reduced import ReducedRecurrence, reduced
 from ess_monitor.ess.positions import Positions
@@ -64,7 +65,13 @@ class _Placed:
         return midpoint_index([i - self.first for i in self.positions], self.operator.length - self.first)
 
 
-def compute(captured: Captured, positions: Placement, tolerance: float, scale: ToleranceScale = "absolute") -> Results:
+def compute(
+    captured: Captured,
+    positions: Placement,
+    tolerance: float,
+    scale: ToleranceScale = "absolute",
+    modulation: ModulationConfig | None = None,
+) -> Results:
     """Compute everything that is measured of one operator, as tensors on its device.
 
     Padding counts for nothing, and of packed sequences the longest is measured. Waits for the device only where it has
@@ -99,6 +106,8 @@ def compute(captured: Captured, positions: Placement, tolerance: float, scale: T
         ranks = _thinned(spectrum.shape[0], spectrum.device)
         if not shortest.operator.capacity_grows:
             results["spectrum_end"] = _end(spectrum, results["state_capacity"][:, middle].amax())
+        if modulation is not None and captured.separators is not None:
+            results |= _around_separators(captured, captured.separators, modulation, scale)
         return {**results, **claims, "spectrum": spectrum[ranks], "spectrum_ranks": ranks + 1}
 
 
@@ -122,6 +131,26 @@ def _placed(parts: Sequence[Operator], positions: Placement, window: int | None 
     else:
         number = len(operator_positions(longest, positions))
     return [_among(part, tokens, number) for part, tokens in seen if tokens > number]
+
+
+def _around_separators(
+    captured: Captured, separators: torch.Tensor, modulation: ModulationConfig, scale: ToleranceScale
+) -> Results:
+    """Return `ModulationSums` of a layer, at as many tokens as there is time for."""
+    positions = modulation.positions if captured.shape is None else captured.shape.modulation
+    tokens, taus, window = positions // (2 * POSITIONS_OF_A_TOKEN), modulation.tolerances, captured.window
+    found = modulation_sums(captured.operator, separators, taus, tokens=tokens, window=window, tolerance_scale=scale)
+    return {"modulation_sizes": found.sizes, "modulation_tokens": found.tokens}
+
+
+def _modulation(captured: Captured, results: Results, modulation: ModulationConfig | None) -> dict[str, Any]:
+    """Return what a reading holds of state modulation."""
+    if modulation is None or "modulation_sizes" not in results:
+        return {"modulation_message": captured.no_separators}
+    sums = ModulationSums(results["modulation_sizes"], results["modulation_tokens"])
+    pairs = zip(modulation.tolerances, modulation_ratios(sums), strict=True)
+    known = tuple((tau, ratio) for tau, ratio in pairs if ratio is not None)
+    return {"modulation_ratio": known, "modulation_separators": int(sums.tokens[0])}
 
 
 def reduce_long(operator: Operator, positions: Placement, scale: ToleranceScale = "absolute") -> Operator:
@@ -249,7 +278,12 @@ def lost_reading(step: int, layer: str, status: Status, message: str) -> Reading
 
 
 def reading(
-    step: int, captured: Captured, tolerance: float, results: Results, scale: ToleranceScale = "absolute"
+    step: int,
+    captured: Captured,
+    tolerance: float,
+    results: Results,
+    scale: ToleranceScale = "absolute",
+    modulation: ModulationConfig | None = None,
 ) -> Reading:
     """Build a layer's reading: averages of its results, which are on the host by now."""
     name, lengths, row = captured.layer.name, results["lengths"].tolist(), captured.operator.length
@@ -314,6 +348,7 @@ def reading(
         per_position=tuple(sizes.mean((0, 1)).tolist()),
         spectrum=tuple(float(f"{value:.5g}") for value in results["spectrum"].tolist()),
         spectrum_ranks=tuple(results["spectrum_ranks"].tolist()),
+        **_modulation(captured, results, modulation),
         **common,
     )
     measured = measured if measured.basis == "operator" else _of_jacobian(measured, sizes, results)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ess_monitor.diagnosis import Tracker
 from ess_monitor.diagnosis.absent_metric import AbsentMetric
+from ess_monitor.diagnosis.absent_modulation import AbsentModulation
 from ess_monitor.diagnosis.config import contradiction
 from ess_monitor.errors import CheckpointError
 from ess_monitor.evidence.counterfactual import Alternative
@@ -80,6 +81,8 @@ class ResultHandler:
             layers=tuple(name for name in context.layer_names if name not in self._undiagnosed),
         )
         self._absent = AbsentMetric(config)
+        modulation = context.config.modulation
+        self._without_modulation = AbsentModulation(() if modulation is None else modulation.separators)
         self._is_said_that_layers_take_turns = False
         self._warnings: tuple[str, ...] = ()
         """Those that no measurement has taken to the sinks yet."""
@@ -210,8 +213,8 @@ class ResultHandler:
                 findings = self._tracker.observe(diagnosed, result.metrics, result.step, self._weigh(result))
                 others = self._context.metrics.names
                 missing = self._absent.observe(result, known=self._tracker.metric_known, others=others)
-                if missing:
-                    self._warn(missing)
+                for warning in (*filter(None, [missing]), *self._without_modulation.observe(result.readings)):
+                    self._warn(warning)
         self._report_turns(result)
         for reading in result.readings:  # a layer whose turn it was not keeps its last one
             if reading.status != "deferred" or reading.layer not in self.readings:

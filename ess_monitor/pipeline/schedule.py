@@ -137,7 +137,9 @@ class Lockstep(Schedule):
         self._source, self._consensus = source, consensus
         self._lag_steps = config.autopilot.lag_steps
         metrics = [name for name in (config.autopilot.loss, config.diagnosis.metric) if name is not None]
-        self._reduction = RankReduction(context.layer_names, metrics, () if consensus is None else consensus.measuring)
+        ranks = () if consensus is None else consensus.measuring
+        tolerances = () if config.modulation is None else config.modulation.tolerances
+        self._reduction = RankReduction(context.layer_names, metrics, ranks, tolerances)
         self._interval_steps = self._cadence.every_n_steps
         """The last agreed one: all ranks have it, whatever their own costs are."""
         self._judge_at: int | None = None

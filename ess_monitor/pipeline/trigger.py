@@ -52,6 +52,7 @@ class SampleTrigger:
             ready=lambda device: backend_of(device).ready(),
             clock=context.clock,
             reduce=partial(reduce_long, positions=config.positions, scale=config.tolerance_scale),
+            modulation=config.modulation,
         )
         self._probe = None
         if config.capture.source == "random_tokens":

@@ -119,6 +119,13 @@ class Reading(Record):
     far_share_ratio: float | None = None
     """Share of a token's output that comes from afar: ||T[p+d:, :p]||_F / ||T[p+d:, :]||_F at the position p nearest
     the middle, with d = length // 8, over all measured operators; 0..1. None where d is 0 or no row is left."""
+    modulation_ratio: tuple[tuple[float, float], ...] = ()
+    """State modulation: pairs of tau and 1 - ESS[e+1] / mean ESS[e-3..e] at separator tokens e, less the same at other
+    tokens. 0 where separators are tokens like others. Empty where it is not asked for, or not known."""
+    modulation_separators: int = 0
+    """Separators at which it was measured, over all sequences. 0 where none of these held one."""
+    modulation_message: str = ""
+    """Why it cannot be measured; empty where it can, or is not asked for."""
     per_head: tuple[float, ...] = ()
     """Tolerance-ESS of each measured head or channel."""
     heads: tuple[int, ...] = ()

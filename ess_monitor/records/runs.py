@@ -22,6 +22,8 @@ class RunInfo(Record):
     """`condition.bound` -> ratio, for the dashboards (for example `collapsed.upper`)."""
     diagnosis: dict[str, bool | int | float | str | None] = {}
     """Settings of the diagnosis by name (`warmup_steps`, `patience`, ...). Empty in older logs."""
+    modulation_separators: tuple[int, ...] = ()
+    """Token ids at which state modulation is measured. Empty where it is not, and in older logs."""
     start_timestamp_seconds: float = 0.0
     first_step: int = 0
     """Lowest step that the run may measure: above 0 where it goes on from a checkpoint. What an earlier process wrote

@@ -190,8 +190,8 @@ def line_chart(
 
 
 def x_ticks(scale: Scale) -> tuple[Tick, ...]:
-    """Return the labels of a horizontal axis of whole numbers."""
-    whole = [value for value in scale.ticks() if value == int(value)]
+    """Return the labels of a horizontal axis, of whole numbers unless it is logarithmic."""
+    whole = [value for value in scale.ticks() if value == int(value) or isinstance(scale, LogScale)]
     return tuple(Tick(round(100 * scale.place(value), 2), number(value)) for value in whole)
 
 

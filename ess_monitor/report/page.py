@@ -19,6 +19,7 @@ from ess_monitor.report.sections.diagnosis import (
     was_judged_as_benchmarked,
 )
 from ess_monitor.report.sections.layers import LayerCard, layer_card
+from ess_monitor.report.sections.modulation import modulation_chart, modulation_table
 from ess_monitor.report.sections.run_facts import overhead_chart, overhead_facts, overhead_table, run_facts
 from ess_monitor.report.sections.utilization import LEVELS, heat_map, ratio_table
 from ess_monitor.report.summary import ATTENTION, headline, paragraphs, timeline
@@ -71,6 +72,8 @@ def render_report(history: RunHistory | None = None, *, story: RunHistory | None
         retention_table=ratio_table(run, "retention_ratio", "Retention"),
         metrics=metric_charts({"": run}, scale, markers(events, scale)),
         metrics_table=metrics_table(run),
+        modulation=modulation_chart(run, scale, markers(events, scale)),
+        modulation_table=modulation_table(run),
         open_cards=cards(open_layers),
         folded_cards=cards([layer for layer in run.layers if layer not in open_layers]),
         events=events,

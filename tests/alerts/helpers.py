@@ -60,7 +60,12 @@ def served() -> Served:
     ledger.step(1, 0.1)
     found = {layer: evidence(layer) for layer in PLAIN_LAYERS}
     states = {layer: state_evidence(layer) for layer in PLAIN_LAYERS}
-    ledger.measured("ok", [reading(layer) for layer in PLAIN_LAYERS], evidence=found, state_evidence=states)
+    ledger.measured(
+        "ok",
+        [reading(layer, modulation_ratio=((0.1, 0.25),)) for layer in PLAIN_LAYERS],
+        evidence=found,
+        state_evidence=states,
+    )
     ledger.autopilot(
         (action(), action(action="rescale_alpha"), action(action="advise")), ("rescale_alpha",), budget=3, enabled=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -49,3 +50,12 @@ def test_bytes_are_those_of_the_tensors() -> None:
     for operator in operators:
         estimated = SampleShape(type(operator).__name__, state_of(operator), 2, 3, 40, "midpoint").bytes
         assert estimated == sum(tensor.numel() * tensor.element_size() for tensor in operator.tensors)
+
+
+def test_positions_around_tokens_are_paid_for_and_go_before_tokens_do() -> None:
+    plain = replace(FULL, operator="SoftmaxAttention")
+    for shape in (FULL, plain):
+        assert replace(shape, modulation=20).seconds > replace(shape, modulation=10).seconds > shape.seconds
+    sizes = [(each.modulation, each.samples, each.length) for each in replace(plain, modulation=20).smaller()]
+    assert sizes[:5] == [(10, 4, 1024), (10, 2, 1024), (10, 1, 1024), (0, 1, 1024), (0, 1, 512)]
+    assert [*replace(plain, modulation=20).smaller()][-1] == [*plain.smaller()][-1]

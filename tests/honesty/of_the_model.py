@@ -176,6 +176,7 @@ ANALYSIS: dict[str, Case] = {
 
 CAPTURE: dict[str, Case] = {
     "CaptureConfig": PACKAGE["CaptureConfig"],
+    "ModulationConfig": Case(capture.ModulationConfig, lambda: {"separators": [0]}),
     "LayerFilter": PACKAGE["LayerFilter"],
     "Sampler": Case(
         _armed,

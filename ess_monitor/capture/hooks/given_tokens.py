@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook, tensors_in
+from ess_monitor.capture.hooks.token_ids import NO_IDS, SHARED, are_separators, ids_among, of_rows
 from ess_monitor.capture.spec import LazyOperator
 from ess_monitor.ess import Convolution, Operator
 from ess_monitor.ess import segments as forms
@@ -69,9 +70,16 @@ class Rows:
 
 
 class TokenWatch:
-    """Notes in one forward pass what the measured layers and the modules around them are given."""
+    """Notes in one forward pass what the measured layers and the modules around them are given.
 
-    def __init__(self) -> None:
+    Args:
+        separators: token ids that are looked for. Without any, no ids are noted.
+    """
+
+    def __init__(self, separators: Sequence[int] = ()) -> None:
+        self._separators = tuple(separators)
+        self._ids: dict[int, tuple[Tensor, ...]] = {}
+        """id of a module -> what may be token ids among its arguments, the module called last at the end."""
         self.calls: dict[int, int] = {}
         """id of a layer's module -> its calls in the last forward pass of the model; each pass has a new dictionary."""
         self._given: dict[int, tuple[nn.Module, Named]] = {}
@@ -79,11 +87,11 @@ class TokenWatch:
         self._around: dict[int, set[int]] = {}
         self._known: dict[Any, tuple[Any, Tensor | None]] = {}
         self._is_running = False
+        self._embeddings: set[int] = set()
 
     def watch(self, model: nn.Module | None, layers: Iterable[nn.Module]) -> HookHandle:
         """Add the hooks for one forward pass of `model`; None watches the layers alone."""
-        self._given.clear()
-        self._known.clear()
+        self.forget()
         self.calls = {}
         self._is_running = False
         parents: dict[int, list[nn.Module]] = defaultdict(list)
@@ -99,6 +107,10 @@ class TokenWatch:
                 around |= {id(m): m for m in new}
             self._around[id(layer)] = set(around)
             watched |= around
+        self._embeddings = set()
+        if model is not None and self._separators:
+            embeddings = {id(module): module for module in model.modules() if isinstance(module, nn.Embedding)}
+            self._embeddings, watched = set(embeddings), {**embeddings, **watched}
         handle = HookHandle()
         for module in watched.values():
             hook = ModuleHook(self._note(id(module) in self._around, module is model))
@@ -111,6 +123,7 @@ class TokenWatch:
     def forget(self) -> None:
         """Let go of all tensors."""
         self._given.clear()
+        self._ids.clear()
         self._known.clear()
 
     def select(
@@ -133,22 +146,45 @@ class TokenWatch:
             samples, heads, length: what is selected.
             most: rows at most, where all have the same operator.
         """
-        shared = whole.batch == 1 and (isinstance(whole, Convolution) or getattr(whole, "shift_invariant", False))
         if getattr(whole, "is_indivisible", False):
             samples, length = slice(None), whole.length
-        looked_at = whole.length if _is_on_host(call) else min(whole.length, max(length, _LOOKED_AT))
-        rows = Rows(whole.batch, whole.length, slice(most) if shared else samples, looked_at, shared)
+        rows = _rows_of(call, whole, samples, length, most)
         segments = self.segments(call, rows)
-        if segments is not None and not shared and length < whole.length:
-            start = forms.starts_of_longest(segments)
-            if start.device.type != "cpu" or bool(start.any()):
-                return _at(start, segments, whole, samples, heads, length)
+        tokens = None if segments is None else _moved(segments, rows, length)
+        if segments is not None and tokens is not None:
+            return _at(tokens, segments, whole, samples, heads)
         few = whole.select(samples=samples, heads=heads, length=length)
         if segments is None:
             return few
         # Where all tokens have the same T it does not matter where a sequence begins.
-        segments = forms.at_start(segments, few.length) if shared else segments[:, :length]
+        segments = forms.at_start(segments, few.length) if rows.shared else segments[:, :length]
         return _with(few, segments)
+
+    def separators(
+        self, call: Call, whole: Operator | LazyOperator, samples: slice, length: int
+    ) -> tuple[Tensor | None, str]:
+        """Return which of the tokens that `select` takes are separators, (rows, length) bool on their device.
+
+        None where that is not known, with the reason.
+        """
+        rows = _rows_of(call, whole, samples, length, 1)
+        if rows.shared:
+            return None, SHARED
+        around = self._around.get(id(call.layer), set())
+        inner_first = [ids for key, ids in reversed(self._ids.items()) if key in around - self._embeddings]
+        embedded = [ids for key, ids in self._ids.items() if key in self._embeddings]
+        for ids in (each for found in (*inner_first, *embedded) for each in found):
+            fitting = of_rows(ids, whole.batch, whole.length)
+            if fitting is not None:
+                break
+        else:
+            return None, NO_IDS
+        flags = are_separators(fitting[samples, : rows.tokens], self._separators)
+        segments = self.segments(call, rows)
+        tokens = None if segments is None else _moved(segments, rows, length)
+        if tokens is None:
+            return flags[:, :length].contiguous(), ""
+        return flags.gather(1, tokens.clamp(max=rows.tokens - 1).expand(len(flags), -1).to(flags.device)), ""
 
     def segments(self, call: Call, rows: Rows) -> Tensor | None:
         """Return the segments of a call's tokens, (rows|1, tokens), on their device; None where all is one sequence."""
@@ -196,9 +232,12 @@ class TokenWatch:
                 self.calls = {}
             if is_layer and self._is_running:
                 self.calls[id(module)] = self.calls.get(id(module), 0) + 1
-            self._given.pop(id(module), None)
+            for noted in (self._given, self._ids):
+                noted.pop(id(module), None)
             try:
                 given = _tokens_among(module, args, kwargs)
+                if self._separators and (ids := ids_among(module, args, kwargs, _OF_A_DECODER)):
+                    self._ids[id(module)] = ids
             except Exception as error:  # of somebody's own mapping, or signature
                 logger.debug("ess_monitor: arguments of %s could not be read", type(module).__name__, exc_info=error)
                 return
@@ -211,12 +250,30 @@ class TokenWatch:
         self._is_running = False
 
 
+def _rows_of(call: Call, whole: Operator | LazyOperator, samples: slice, length: int, most: int) -> Rows:
+    shared = whole.batch == 1 and (isinstance(whole, Convolution) or getattr(whole, "shift_invariant", False))
+    looked_at = whole.length if _is_on_host(call) else min(whole.length, max(length, _LOOKED_AT))
+    return Rows(whole.batch, whole.length, slice(most) if shared else samples, looked_at, shared)
+
+
+def _moved(segments: Tensor, rows: Rows, length: int) -> Tensor | None:
+    """Return which tokens are selected, (rows|1, length), where a crop begins at the longest sequence of each row.
+
+    None where the first ones are. The host may not know.
+    """
+    if rows.shared or length >= rows.length:
+        return None
+    start = forms.starts_of_longest(segments)
+    if start.device.type == "cpu" and not bool(start.any()):
+        return None
+    return start[:, None] + torch.arange(length, device=start.device)
+
+
 def _at(
-    start: Tensor, segments: Tensor, whole: Operator | LazyOperator, samples: slice, heads: Sequence[int], length: int
+    tokens: Tensor, segments: Tensor, whole: Operator | LazyOperator, samples: slice, heads: Sequence[int]
 ) -> Operator:
-    """Return the operator of `length` tokens of each row, from a token on that the device may be alone to know."""
+    """Return the operator of some tokens of each row, which the device may be alone to know."""
     seen = segments.shape[1]
-    tokens = start[:, None] + torch.arange(length, device=start.device)
     segments = segments.gather(1, tokens.clamp(max=seen - 1)).masked_fill(tokens >= seen, forms.PADDING)
     parts = []
     for number, sample in enumerate(range(whole.batch)[samples]):

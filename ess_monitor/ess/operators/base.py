@@ -22,7 +22,7 @@ from ess_monitor.ess.linalg import index_tensor, result_dtype
 from ess_monitor.ess.metrics import tolerance_ess
 from ess_monitor.ess.operators.fields import Tokens, all_finite, check_same_device, narrowed
 from ess_monitor.ess.positions import check_positions
-from ess_monitor.ess.segments import UNKNOWN, spans
+from ess_monitor.ess.segments import UNKNOWN, longest_places, spans
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -116,13 +116,7 @@ class Operator(ABC):
         """
         if self.segments is None:
             return [self]
-        places: dict[tuple[int, int], list[int]] = {}
-        for row, found in enumerate(self._spans()):
-            longest = max((stop - start for start, stop in found), default=0)
-            for start, stop in found:
-                if stop - start == longest:
-                    places.setdefault((start, stop), []).append(row)
-        return [self._segment(rows, *place) for place, rows in places.items()]
+        return [self._segment(rows, *place) for place, rows in longest_places(self._spans()).items()]
 
     def without_decay(self) -> Operator | None:
         """Return the operator with every transition matrix A replaced by I. None where there is no A.

@@ -115,6 +115,14 @@ def _layer_families(run: RunInfo, now: Snapshot) -> Iterator[Metric]:
     shares = {layer_title(name): now.readings[name].far_share_ratio for name in names if name in now.readings}
     yield gauge("layer_far_share_ratio", "Share of a layer's output that comes from afar, 0 to 1.", shares, "layer")
     yield gauge("layer_condition", "1 for the condition a layer is in.", conditions, "layer", "condition")
+    modulation = {
+        (layer_title(name), f"{tau:g}"): ratio
+        for name in names
+        if name in now.readings
+        for tau, ratio in now.readings[name].modulation_ratio
+    }
+    what = "By how much the effective state-size of a layer falls at separators, beyond other tokens, by tau."
+    yield gauge("state_modulation_ratio", what, modulation, "layer", "tolerance")
     found: list[AnyEvidence] = [*now.evidence.values(), *now.state_evidence.values()]
     changes_of = [(layer_title(each.layer), evidence_ratios(each)) for each in found if each.layer in names]
     for quantity, documentation in _EVIDENCE_GAUGES:

@@ -109,7 +109,8 @@ class TensorBoardExporter:
             )
         self._writer = self._injected if self._injected is not None else self._open_writer(run)
         if self.config.layout:
-            self._writer.add_custom_scalars(custom_scalars_layout(layer.name for layer in run.layers))
+            names, modulation = (layer.name for layer in run.layers), bool(run.modulation_separators)
+            self._writer.add_custom_scalars(custom_scalars_layout(names, modulation=modulation))
         if self.config.heatmap_columns:
             from ess_monitor.exporters.tensorboard.heatmaps import LEGEND
 

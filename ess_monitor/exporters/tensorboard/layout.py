@@ -12,8 +12,8 @@ Layout = dict[str, dict[str, list[object]]]
 """category -> chart title -> [kind, tags], as `SummaryWriter.add_custom_scalars` takes it."""
 
 
-def custom_scalars_layout(layers: Iterable[str]) -> Layout:
-    """Return the layout for these layers, in this order.
+def custom_scalars_layout(layers: Iterable[str], *, modulation: bool = False) -> Layout:
+    """Return the layout for these layers, in this order; with charts of state modulation where it is measured.
 
     Charts of utilization also show the steps of actions, as spikes up to 1. The strengths stay on the scalars page: a
     lambda of 0.5, an alpha factor of 100 and a ratio do not fit one axis.
@@ -42,6 +42,8 @@ def custom_scalars_layout(layers: Iterable[str]) -> Layout:
             "Metrics of the training at the measured steps": _lines("ess_metrics/.*"),
         },
     }
+    if modulation:
+        layout["ESS overview"] |= {"State modulation of every layer, by tau": _lines("ess_modulation_ratio_tau_.*/.*")}
     for layer in layers:
 
         def tags(*quantities: str, layer: str = layer) -> list[str]:

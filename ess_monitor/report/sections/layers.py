@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ess_monitor.records import Condition, Reading, layer_title
 from ess_monitor.report.components import ROWS_OF_A_TABLE, Table, cell, evenly, present
-from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, number
+from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, log_scale, number
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.sections.spectra import chosen_spectra, spectra_chart, spectra_table
 
@@ -39,7 +39,7 @@ class LayerCard:
 
 
 def layer_card(history: RunHistory, layer: str, scale: Scale, marks: Sequence[Marker]) -> LayerCard:
-    """Draw sizes over the steps, sizes over the positions, and spectra at a few steps, with the numbers of all."""
+    """Draw sizes over steps, positions and tolerances, and spectra at a few steps, with the numbers of all."""
     info = history.layer(layer)
     last = history.ok(layer)[-1:]
     facts = [info.module, info.operator, *(f"TSS {number(r.state_capacity)}" for r in last if r.state_capacity)]
@@ -48,7 +48,12 @@ def layer_card(history: RunHistory, layer: str, scale: Scale, marks: Sequence[Ma
         title=layer_title(layer),
         subtitle=", ".join(filter(None, facts)),
         condition=history.conditions[layer],
-        charts=present(_sizes(history, layer, scale, marks), _positions(history, layer), spectra_chart(spectra)),
+        charts=present(
+            _sizes(history, layer, scale, marks),
+            _positions(history, layer),
+            spectra_chart(spectra),
+            _tolerances(history, layer),
+        ),
         readings=_readings_table(history.readings[layer]),
         spectra=spectra_table(spectra),
     )
@@ -89,6 +94,20 @@ def _positions(history: RunHistory, layer: str) -> Chart | None:
         Scale(0.0, float(max(last.length, *last.positions))),
         x_label="position",
     )
+
+
+def _tolerances(history: RunHistory, layer: str) -> Chart | None:
+    """Draw the ESS over tau in the first, the middle and the last reading."""
+    known = [each for each in history.ok(layer) if sum(tau > 0 for tau, _ in each.effective_size_at) > 1]
+    if not known:
+        return None
+    chosen = {reading.step: reading for reading in (known[0], known[len(known) // 2], known[-1])}
+    lines = [
+        Series(f"step {step}", kind, [(tau, size) for tau, size in reading.effective_size_at if tau > 0])
+        for kind, (step, reading) in zip("abc", chosen.items(), strict=False)
+    ]
+    axis = log_scale([tau for line in lines for tau, _ in line.pairs])
+    return line_chart("ESS over the tolerance", lines, axis, x_label="tau")
 
 
 def _readings_table(readings: Sequence[Reading]) -> Table:
