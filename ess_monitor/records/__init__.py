@@ -17,6 +17,7 @@ from ess_monitor.records.samples import Action, Finding, Measurement, SampleResu
 from ess_monitor.records.terms import (
     ACTION_OUTCOMES,
     ACTIONS,
+    COLOR_SCALE,
     CONDITION_INFO,
     CONDITIONS,
     MEASURED,
@@ -43,6 +44,7 @@ __all__ = [
     "ACTIONS",
     "ACTION_OUTCOMES",
     "CHANGE_KINDS",
+    "COLOR_SCALE",
     "CONDITIONS",
     "CONDITION_INFO",
     "MEASURED",

@@ -80,6 +80,11 @@ CONDITION_INFO: dict[Condition, ConditionInfo] = {
 """Every condition, in the order of severity. A new one is a name in `Condition`, a line here and a rule."""
 
 
+COLOR_SCALE = ("#120f3d", "#33338c", "#1a7399", "#40b373", "#fae833")
+"""Colors of a share, evenly spaced from 0 to 1, in pages and pictures alike. Lightness rises all the way, so that the
+order also shows in grayscale and to color-blind readers."""
+
+
 def condition_title(condition: Condition) -> str:
     """Return the name of a condition as it is shown: "forgets by choice"."""
     return condition.replace("_", " ")

@@ -21,7 +21,7 @@ from ess_monitor.analysis.results import (
 )
 from ess_monitor.records import LayerInfo, layer_title
 from ess_monitor.report.components import Table, cell, present
-from ess_monitor.report.figures import Chart, LogScale, Scale, Series, line_chart, log_scale
+from ess_monitor.report.figures import Figure, Series, line_figure, share_values
 from ess_monitor.report.page import render
 
 ResultT = TypeVar("ResultT", bound=LayerResult)
@@ -61,8 +61,8 @@ def render_minimal_state(result: MinimalStates) -> str:
             tuple(_sizes(layer) for layer in layers),
         ),
         notes=notes,
-        charts_title="Relative error over the size of the state",
-        charts=present(*(_errors_chart(layer) for layer in layers)),
+        figures_title="Relative error over the size of the state",
+        figures=_sharing(_errors_figure(layer) for layer in layers),
         details=[_errors_table(layer) for layer in layers],
         skipped=_without_result(result.layers, result.skipped),
     )
@@ -100,24 +100,26 @@ def _sizes(layer: LayerMinimalState) -> tuple[str, ...]:
     )
 
 
-def _errors_chart(layer: LayerMinimalState) -> Chart | None:
+def _sharing(figures: Iterable[Figure | None]) -> tuple[Figure, ...]:
+    drawn = present(*figures)
+    share_values(drawn)
+    return drawn
+
+
+def _errors_figure(layer: LayerMinimalState) -> Figure | None:
     errors = [(each.size, each.floor, each.error or 0.0) for each in layer.errors]
-    return _chart(layer_title(layer.layer), errors, "floor of any recurrence", _LEAST_ERROR)
+    return _loss_figure(layer_title(layer.layer), errors, "floor of any recurrence", _LEAST_ERROR)
 
 
-def _chart(title: str, sizes: Sequence[tuple[int, float, float]], floor_label: str, least: float) -> Chart | None:
+def _loss_figure(
+    title: str, sizes: Sequence[tuple[int, float, float]], floor_label: str, least: float
+) -> Figure | None:
     """Draw the floor and what a truncation reaches over the size of the state, as far as they are above `least`."""
     floor = [(float(size), value) for size, value, _ in sizes if value > least]
     reached = [(float(size), value) for size, _, value in sizes if value > least]
-    if not reached:
-        return None
-    return line_chart(
-        title,
-        [Series("truncated realization", "a", reached), Series(floor_label, "limit", floor)],
-        Scale(0.0, float(max(1, *(size for size, _, _ in sizes)))),
-        x_label="state size",
-        y=log_scale([value for _, value in [*reached, *floor]]),
-    )
+    lines = {"": [Series("truncated realization", "a", reached), Series(floor_label, "limit", floor)]}
+    largest = float(max(1, *(size for size, _, _ in sizes)))
+    return line_figure(title, lines, x_label="state size", x_range=(0.0, largest), log_y=True) if reached else None
 
 
 def _errors_table(layer: LayerMinimalState) -> Table:
@@ -152,8 +154,8 @@ def render_compressibility(result: Compressibility) -> str:
         "this size can avoid on this input.",
         table=Table("Smallest loss of a student", columns, tuple(_losses(layer) for layer in layers)),
         notes=notes,
-        charts_title="Operator loss over the state of the student",
-        charts=present(*(_losses_chart(layer) for layer in layers)),
+        figures_title="Operator loss over the state of the student",
+        figures=_sharing(_losses_figure(layer) for layer in layers),
         details=[],
         skipped=_without_result(result.layers, result.skipped),
     )
@@ -164,9 +166,9 @@ def _losses(layer: LayerCompressibility) -> tuple[str, ...]:
     return (layer_title(layer.layer), layer.operator, _capacity(layer.state_capacity, layer.capacity_grows), *losses)
 
 
-def _losses_chart(layer: LayerCompressibility) -> Chart | None:
+def _losses_figure(layer: LayerCompressibility) -> Figure | None:
     losses = [(each.state_size, each.floor, each.truncation) for each in layer.students]
-    return _chart(layer_title(layer.layer), losses, "floor of any student", _LEAST_ERROR**2)
+    return _loss_figure(layer_title(layer.layer), losses, "floor of any student", _LEAST_ERROR**2)
 
 
 def render_reduction(result: Reduction) -> str:
@@ -194,8 +196,8 @@ def render_reduction(result: Reduction) -> str:
         "is what any recurrence with this state loses on this input; the truncation is fitted to this one input.",
         table=Table("What each layer lost", columns, tuple(_lost(layer) for layer in layers)),
         notes=_messages(layers),
-        charts_title="Operator loss over the depth of the model",
-        charts=present(_reduction_chart(result.layers)),
+        figures_title="Operator loss over the depth of the model",
+        figures=present(_reduction_figure(result.layers)),
         details=[Table("Loss and metrics of the model", ("", "before", "after"), numbers)] if numbers else [],
         skipped=_without_result(result.layers, result.skipped),
     )
@@ -210,7 +212,7 @@ def _lost(layer: LayerReduction) -> tuple[str, ...]:
     return (layer_title(layer.layer), layer.operator, size, *losses, layer.method)
 
 
-def _reduction_chart(layers: Sequence[LayerReduction]) -> Chart | None:
+def _reduction_figure(layers: Sequence[LayerReduction]) -> Figure | None:
     places = [(float(place), layer) for place, layer in enumerate(layers, start=1)]
     series = [
         Series(
@@ -218,7 +220,8 @@ def _reduction_chart(layers: Sequence[LayerReduction]) -> Chart | None:
         ),
         Series("floor", "limit", [(at, each.floor) for at, each in places if each.floor is not None]),
     ]
-    return line_chart("Share of the operator", series, Scale(1.0, float(max(len(layers), 2))), x_label="layer")
+    ends = (1.0, float(max(len(layers), 2)))
+    return line_figure("Share of the operator", {"": series}, x_label="layer", x_range=ends)
 
 
 def render_hybrid_advice(result: HybridAdvice) -> str:
@@ -246,8 +249,8 @@ def render_hybrid_advice(result: HybridAdvice) -> str:
         lead="Rank 1 uses the smallest share of the state that it could, and so would miss a smaller one least.",
         table=Table(f"Every layer, tau {result.tolerance:g}{of}", columns, tuple(_advice(layer) for layer in layers)),
         notes=result.notes,
-        charts_title="Over the depth of the model",
-        charts=present(_depth_chart(result.layers)),
+        figures_title="Over the depth of the model",
+        figures=present(_depth_figure(result.layers)),
         details=[Table("What the advice rests on", ("layer", "evidence"), evidence)],
         skipped=_without_result(result.layers, result.skipped),
     )
@@ -259,20 +262,16 @@ def _advice(layer: LayerAdvice) -> tuple[str, ...]:
     return (layer_title(layer.layer), layer.mixer, str(layer.rank), *sizes, *ratios, layer.advice)
 
 
-def _depth_chart(layers: Sequence[LayerAdvice]) -> Chart | None:
+def _depth_figure(layers: Sequence[LayerAdvice]) -> Figure | None:
     def over_depth(values: Iterable[float | None]) -> list[tuple[float, float]]:
         return [(float(place), value) for place, value in enumerate(values, start=1) if value is not None]
 
-    return line_chart(
-        "Shares, 0 to 1",
-        [
-            Series("used: ESS / attainable size", "a", over_depth(layer.used_ratio for layer in layers)),
-            Series("retention", "b", over_depth(layer.retention_ratio for layer in layers)),
-            Series("far share", "c", over_depth(layer.far_share_ratio for layer in layers)),
-        ],
-        Scale(1.0, float(max(len(layers), 2))),
-        x_label="layer",
-    )
+    lines = [
+        Series("used: ESS / attainable size", "a", over_depth(layer.used_ratio for layer in layers)),
+        Series("retention", "b", over_depth(layer.retention_ratio for layer in layers)),
+        Series("far share", "c", over_depth(layer.far_share_ratio for layer in layers)),
+    ]
+    return line_figure("Shares, 0 to 1", {"": lines}, x_label="layer", x_range=(1.0, float(max(len(layers), 2))))
 
 
 def render_length_profile(result: LengthProfile) -> str:
@@ -295,7 +294,8 @@ def render_length_profile(result: LengthProfile) -> str:
     layers = _measured(result.layers)
     columns = ("layer", "length", "ESS", "TSS", "ESS without decay", "norm of the product of A", "entropy-ESS")
     of = " of each token's output" if result.tolerance_scale == "output" else ""
-    charts = [chart for layer in layers for chart in (_sizes_over_length(layer), _decay_over_length(layer))]
+    sizes, decays = ([draw(layer) for layer in layers] for draw in (_sizes_over_length, _decay_over_length))
+    share_values(decays)
     return render(
         "analysis.html",
         title=f"{result.model}: ESS over the length",
@@ -307,8 +307,8 @@ def render_length_profile(result: LengthProfile) -> str:
             tuple(row for layer in layers for row in _at_lengths(layer)),
         ),
         notes=_messages(layers),
-        charts_title="Over the length of the sequence",
-        charts=present(*charts),
+        figures_title="Over the length of the sequence",
+        figures=[figure for pair in zip(sizes, decays, strict=True) for figure in present(*pair)],
         details=[],
         skipped=_without_result(result.layers, result.skipped),
     )
@@ -333,23 +333,21 @@ def _over_length(layer: LayerLengths, name: str) -> list[tuple[float, float]]:
     return [(float(at.length), value) for at in layer.lengths if (value := getattr(at, name)) is not None]
 
 
-def _length_scale(layer: LayerLengths) -> Scale:
-    first, last = layer.lengths[0].length, layer.lengths[-1].length
-    return LogScale(float(first), float(last)) if last > first else Scale(0.0, float(last))
+def _over_lengths(layer: LayerLengths, what: str, lines: list[Series], *, log_y: bool = False) -> Figure | None:
+    first, last = float(layer.lengths[0].length), float(layer.lengths[-1].length)
+    ends = (first, last) if last > first else (first / 2, 2 * first)
+    title = f"{layer_title(layer.layer)}: {what}"
+    return line_figure(title, {"": lines}, x_label="tokens", x_range=ends, log_x=True, log_y=log_y)
 
 
-def _sizes_over_length(layer: LayerLengths) -> Chart | None:
+def _sizes_over_length(layer: LayerLengths) -> Figure | None:
     series = [Series("ESS", "a", _over_length(layer, "effective_size"))]
     series.append(Series("ESS without decay", "b", _over_length(layer, "undecayed_size")))
     if not layer.capacity_grows:
         series.append(Series("TSS", "limit", _over_length(layer, "state_capacity")))
-    return line_chart(f"{layer_title(layer.layer)}: ESS", series, _length_scale(layer), x_label="tokens")
+    return _over_lengths(layer, "ESS", series)
 
 
-def _decay_over_length(layer: LayerLengths) -> Chart | None:
+def _decay_over_length(layer: LayerLengths) -> Figure | None:
     norms = [(length, norm) for length, norm in _over_length(layer, "decay_product_norm") if norm > 1e-30]
-    if not norms:
-        return None
-    title = f"{layer_title(layer.layer)}: norm of the product of A"
-    axis = log_scale([norm for _, norm in norms])
-    return line_chart(title, [Series("norm", "a", norms)], _length_scale(layer), x_label="tokens", y=axis)
+    return _over_lengths(layer, "norm of the product of A", [Series("norm", "a", norms)], log_y=True)

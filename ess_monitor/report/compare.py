@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ess_monitor import validation
 from ess_monitor.records import layer_title
-from ess_monitor.report.components import Table, evenly, event_rows, metric_charts, present, steps_of
-from ess_monitor.report.figures import Chart, Scale, Series, line_chart, x_ticks
+from ess_monitor.report.components import Table, detail, evenly, event_rows, metrics_figure, steps_of
+from ess_monitor.report.figures import POINTS_OF_A_LINE, Figure, Series, line_figure, share_values
+from ess_monitor.report.heat_map import heat_figure
 from ess_monitor.report.history import RunHistory
+from ess_monitor.report.labels import shared_prefix
 from ess_monitor.report.page import render
+from ess_monitor.report.sections.layers import by_kind
 from ess_monitor.report.sections.run_facts import run_facts
-from ess_monitor.report.sections.utilization import HeatRow, heat_map
+from ess_monitor.report.sections.utilization import ratio_row
 from ess_monitor.report.summary import headline, named, paragraphs, percent
 
 STEPS_COMPARED = 5
@@ -37,7 +41,7 @@ def render_comparison(first: RunHistory, second: RunHistory) -> str:
     for name, run in (("first", first), ("second", second)):
         validation.instance(name, run, RunHistory, hint="load_history(path) reads one")
     runs = {"A": first, "B": second}
-    steps, scale = equal_steps(first, second), steps_of(first, second)
+    steps, layers = equal_steps(first, second), _layers(runs)
     return render(
         "compare.html",
         title=f"{first.info.run_name} and {second.info.run_name}: two runs compared",
@@ -47,11 +51,11 @@ def render_comparison(first: RunHistory, second: RunHistory) -> str:
         differences=_differences(first, second, steps),
         sides=[_side(letter, run) for letter, run in runs.items()],
         facts=_facts(first, second),
-        pairs=_heat_pairs(runs, scale),
-        ticks=x_ticks(scale),
+        prefix=shared_prefix(layers),
+        utilization=_utilization_figure(runs, layers, steps),
         at_steps=_utilization_table(first, second, steps),
-        metrics=metric_charts(runs, scale),
-        sizes=_sizes(runs, scale),
+        metrics=metrics_figure(runs, steps_of(first, second)),
+        sizes=_sizes(runs, layers),
     )
 
 
@@ -88,7 +92,7 @@ def _differences(first: RunHistory, second: RunHistory, steps: Sequence[int]) ->
             gaps.append((abs(a - b), f"{layer_title(layer)}: utilization {percent(a)} in A and {percent(b)} in B."))
     gaps.sort(key=lambda gap: -gap[0])
     lines += [line for _, line in gaps[:_LAYERS_NAMED]] or ["No layer's utilization differs by a tenth or more."]
-    for name in _in_both(first.metric_names, second.metric_names):
+    for name in _in_both(first.curve_names, second.curve_names):
         values = [[value for step, value in run.metric(name) if step <= steps[-1]] for run in (first, second)]
         if all(values):
             lines.append(f"{name} is {values[0][-1]:.3g} in A and {values[1][-1]:.3g} in B.")
@@ -128,26 +132,49 @@ def _layers(runs: Mapping[str, RunHistory]) -> list[str]:
     return list(dict.fromkeys(layer for run in runs.values() for layer in run.layers))
 
 
-def _heat_pairs(runs: Mapping[str, RunHistory], scale: Scale) -> list[tuple[str, list[tuple[str, HeatRow]]]]:
-    """Return the title of each layer, and its row in the heat map of each run that has the layer."""
-    rows_by_run: dict[str, dict[str, HeatRow]] = {}
-    for letter, run in runs.items():
-        heat = heat_map(run, "utilization_ratio", scale)
-        rows_by_run[letter] = {} if heat is None else dict(zip(run.layers, heat.rows, strict=True))
-    pairs = []
-    for layer in _layers(runs):
-        if pair := [(letter, rows[layer]) for letter, rows in rows_by_run.items() if layer in rows]:
-            pairs.append((layer_title(layer), pair))
-    return pairs
+def _utilization_figure(runs: Mapping[str, RunHistory], layers: Sequence[str], steps: Sequence[int]) -> Figure | None:
+    """Draw the utilization of each layer with a row for each run that has it, below each other."""
+    measured = sorted({each.step for run in runs.values() for each in run.measurements})
+    own = {letter: _newest_measured(run, measured) for letter, run in runs.items()}
+    rows = {
+        layer: [
+            ratio_row(run, layer, "utilization_ratio", f"{layer_title(layer)} ({letter})", own[letter])
+            for letter, run in runs.items()
+            if layer in run.layers
+        ]
+        for layer in layers
+    }
+
+    def difference(layer: str) -> float:
+        used = [_utilization(run, layer, steps[-1]) for run in runs.values()] if steps else []
+        return abs(used[0] - used[1]) if used and None not in used else 0.0  # type: ignore[operator]
+
+    def names(order: Sequence[str]) -> list[str]:
+        return [row.name for layer in order for row in rows[layer]]
+
+    farthest = sorted(layers, key=difference, reverse=True)
+    orders = {"the largest difference at the end": names(farthest), "the model": names(layers)}
+    return heat_figure("Utilization in A and B", measured, [row for layer in farthest for row in rows[layer]], orders)
 
 
-def _sizes(runs: Mapping[str, RunHistory], scale: Scale) -> tuple[Chart, ...]:
-    charts = []
-    for layer in _layers(runs):
-        series = [
+def _newest_measured(run: RunHistory, steps: Sequence[int]) -> list[int]:
+    """Return the newest measured step at or before each step; -1 before the first and after the last."""
+    own = [each.step for each in run.measurements]
+    return [own[bisect(own, step) - 1] if own and own[0] <= step <= own[-1] else -1 for step in steps]
+
+
+def _sizes(runs: Mapping[str, RunHistory], layers: Sequence[str]) -> dict[str, Figure]:
+    steps, figures = steps_of(*runs.values()), {}
+    for layer in layers:
+        lines = [
             Series(f"ESS in {letter}", letter.lower(), run.series(layer, "effective_size"))
             for letter, run in runs.items()
         ]
         capacity = next((found for run in runs.values() if (found := run.series(layer, "state_capacity"))), [])
-        charts.append(line_chart(layer_title(layer), [*series, Series("TSS", "limit", capacity)], scale))
-    return present(*charts)
+        panel = {"": [*lines, Series("TSS", "limit", capacity)]}
+        points = detail(POINTS_OF_A_LINE, len(layers), least=60)
+        if figure := line_figure(layer_title(layer), panel, x_range=steps, points=points):
+            figures[layer] = figure
+    for kind in by_kind(*runs.values()):
+        share_values(figures.get(layer) for layer in kind)
+    return figures

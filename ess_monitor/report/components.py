@@ -1,4 +1,4 @@
-"""Tables, event lists and metric charts that both pages use."""
+"""Tables, event lists and figures of metrics that several pages use."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ess_monitor.exporters.evidence import evidence_rows
-from ess_monitor.records import CONDITION_INFO, Action, Finding, Reading, layer_title
-from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, value_scale
+from ess_monitor.records import Action, Finding, Reading, layer_title
+from ess_monitor.report.figures import Figure, Mark, Range, Series, line_figure
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.summary import sentence, timeline
 
 T = TypeVar("T")
 ROWS_OF_A_TABLE = 40
 """Largest number of measurements in a table; they are evenly spaced."""
+"""With many layers fewer, so that a page stays small: see `detail`."""
 METRICS_SHOWN = 6
 EVENTS_SHOWN = 300
 """Largest number of entries in the list of events, the first ones."""
-
-_CLOSE_PERCENT = 5.0
-"""Marks that are nearer than this would cover each other, so they share one."""
-_SEVERITY = ("action", *CONDITION_INFO)
 
 
 @dataclass(frozen=True)
@@ -50,11 +47,20 @@ class EventRow:
     """What a finding rests on; None without evidence, and for an action."""
 
 
-def steps_of(*runs: RunHistory) -> Scale:
+def steps_of(*runs: RunHistory) -> Range:
     """Return one axis of steps that holds all runs."""
     ranges = [run.steps for run in runs if run.measurements] or [(0, 1)]
     first, last = min(first for first, _ in ranges), max(last for _, last in ranges)
-    return Scale(float(first), float(max(last, first + 1)))
+    return float(first), float(max(last, first + 1))
+
+
+def detail(most: int, layers: int, least: int = 8) -> int:
+    """Return how much of each of many layers is shown, so that a page of 200 has the size of one of 24.
+
+    >>> detail(40, 2), detail(40, 24), detail(40, 200)
+    (40, 40, 8)
+    """
+    return max(min(most, 24 * most // max(layers, 1)), least)
 
 
 def event_rows(history: RunHistory) -> tuple[EventRow, ...]:
@@ -82,44 +88,35 @@ def _evidence_table(event: Finding | Action) -> Table | None:
     return Table(caption, ("evidence", "value"), evidence_rows(found))
 
 
-def markers(events: Iterable[EventRow], scale: Scale) -> tuple[Marker, ...]:
-    """Return marks on the axis of steps; events that are close share one mark, in the color of the worst."""
-    groups: list[list[EventRow]] = []
-    for event in events:
-        if groups and 100 * (scale.place(event.step) - scale.place(groups[-1][0].step)) < _CLOSE_PERCENT:
-            groups[-1].append(event)
-        else:
-            groups.append([event])
+def marks(events: Iterable[EventRow], layer: str | None = None) -> tuple[Mark, ...]:
+    """Return the marks of events, of one layer or of all."""
     return tuple(
-        Marker(
-            at=round(100 * scale.place(group[0].step), 2),
-            label=str(group[0].number) if len(group) == 1 else f"{group[0].number}–{group[-1].number}",
-            kind=max((event.kind for event in group), key=_SEVERITY.index),
-            target=f"event-{group[0].number}",
-            text="; ".join(f"step {event.step}, {event.title}: {event.text}" for event in group[:4]),
-        )
-        for group in groups
+        Mark(event.step, event.kind, f"event-{event.number}", f"step {event.step}, {event.title}: {event.text}")
+        for event in events
+        if layer in (None, event.layer)
     )
 
 
-def metric_charts(runs: Mapping[str, RunHistory], scale: Scale, marks: Sequence[Marker] = ()) -> tuple[Chart, ...]:
+def metrics_figure(runs: Mapping[str, RunHistory], steps: Range, events: Iterable[EventRow] = ()) -> Figure | None:
     """Draw the metrics of the training loop, the loss first, with a line for each run by its label.
 
     An empty label stands for the name of the metric.
     """
-    names = list(dict.fromkeys(name for run in runs.values() for name in run.metric_names))
-    charts = []
-    for name in names[:METRICS_SHOWN]:
-        lines = zip("ab", runs.items(), strict=False)
-        series = [Series(label or name, kind, run.metric(name)) for kind, (label, run) in lines]
-        axis = value_scale([value for each in series for _, value in each.pairs], zero=False)
-        charts.append(line_chart(name, series, scale, y=axis, markers=marks))
-    return present(*charts)
+    names = list(dict.fromkeys(name for run in runs.values() for name in run.curve_names))[:METRICS_SHOWN]
+    panels = {
+        name: [
+            Series(label or name, kind, run.metric(name))
+            for kind, (label, run) in zip("ab", runs.items(), strict=False)
+        ]
+        for name in names
+    }
+    title = "Metrics of the training at the measured steps"
+    return line_figure(title, panels, x_range=steps, from_zero=False, marks=marks(events))
 
 
 def metrics_table(history: RunHistory) -> Table:
     """Return the metrics of the training loop at evenly spaced measurements."""
-    names = history.metric_names[:METRICS_SHOWN]
+    names = history.curve_names[:METRICS_SHOWN]
     chosen = evenly([each for each in history.measurements if each.metrics], ROWS_OF_A_TABLE)
     rows = tuple((str(each.step), *(cell(each.metrics.get(name)) for name in names)) for each in chosen)
     return Table("Metrics of the training loop at the measured steps", ("step", *names), rows)

@@ -1,103 +1,37 @@
-"""Charts as numbers, for the templates to draw. This module writes no markup, so it has nothing to escape.
+"""Figures as Plotly's JSON. A page draws them with the script that it carries, a notebook with the library itself.
 
-The plot area is a square of 1000 x 1000 units that the page stretches to the available size; lines keep their width.
-Marks, labels and dots are placed in percent of it, so that they keep their shape.
+The colors of data fit a light and a dark ground. Text and grid are left to whoever draws.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
-UNITS = 1000.0
-"""Width and height of the plot area."""
+from ess_monitor.errors import ConfigError
+from ess_monitor.records import CONDITION_INFO, condition_title
+from ess_monitor.report.labels import exact, number, plain, rounded
+
 POINTS_OF_A_LINE = 600
 """Largest number of points of a line: a screen has about as many columns."""
 
+COLORS = {"gray": "#868c96", "green": "#2e9e5b", "yellow": "#b98500", "red": "#e0483e", "blue": "#3d85d9"}
+"""Colors of conditions, by the names in `CONDITION_INFO`, and of actions."""
+STYLES: dict[str, dict[str, Any]] = {
+    "a": {"color": "#3d85d9", "dash": "solid", "width": 2},
+    "b": {"color": "#d0701a", "dash": "dash", "width": 2},
+    "c": {"color": "#9b6fd6", "dash": "dot", "width": 2},
+    "d": {"color": "#d6508f", "dash": "dashdot", "width": 2},
+    "limit": {"color": "#868c96", "dash": "longdash", "width": 1},
+}
+"""Line of each kind of series: color and dashes tell them apart."""
+_BAND = "rgba(61, 133, 217, 0.2)"
+
 Pairs = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A label beside an axis."""
-
-    at: float
-    """Percent of the axis, from the left or from the top."""
-    label: str
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A linear axis from `low` to `high`.
-
-    Example:
-        >>> Scale(0.0, 50.0).place(20.0)
-        0.4
-    """
-
-    low: float
-    high: float
-
-    def place(self, value: float) -> float:
-        """Return where a value lies, 0..1 along the axis; values outside are moved to its ends."""
-        return min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
-
-    def ticks(self, count: int = 4) -> tuple[float, ...]:
-        """Return round values inside the axis, about `count` of them.
-
-        >>> Scale(0.0, 1.0).ticks()
-        (0.0, 0.25, 0.5, 0.75, 1.0)
-        >>> Scale(0.0, 2000.0).ticks()
-        (0.0, 500.0, 1000.0, 1500.0, 2000.0)
-        """
-        rough = (self.high - self.low) / count
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = power * min((1.0, 2.0, 2.5, 5.0, 10.0), key=lambda size: abs(math.log(size * power / rough)))
-        first = math.ceil(self.low / step - 1e-9)
-        last = math.floor(self.high / step + 1e-9)
-        return tuple(float(f"{multiple * step:.12g}") for multiple in range(first, last + 1))
-
-
-class LogScale(Scale):
-    """A logarithmic axis from `low` to `high`, both above 0.
-
-    Example:
-        >>> LogScale(1e-3, 10.0).place(0.1)
-        0.5
-    """
-
-    def place(self, value: float) -> float:
-        return Scale(math.log(self.low), math.log(self.high)).place(math.log(max(value, self.low)))
-
-    def ticks(self, count: int = 4) -> tuple[float, ...]:
-        """Return powers of ten inside the axis, about `count` of them.
-
-        >>> LogScale(1e-5, 1e3).ticks()
-        (1e-05, 0.001, 0.1, 10.0, 1000.0)
-        """
-        first = math.ceil(math.log10(self.low) - 1e-9)
-        last = math.floor(math.log10(self.high) + 1e-9)
-        gap = max(round((last - first) / count), 1)
-        return tuple(float(f"1e{power}") for power in range(first, last + 1, gap))
-
-
-def value_scale(values: Sequence[float], *, zero: bool = True) -> Scale:
-    """Return an axis that holds all values: from 0 where `zero` is set, else with a margin on both sides."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    if zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    if high - low < 1e-12 * max(abs(high), abs(low), 1.0):
-        high = low + max(abs(low), 1.0) * 0.1 if low else 1.0
-    margin = 0.04 * (high - low)
-    return Scale(low if zero and low == 0.0 else low - margin, high + margin)
-
-
-def log_scale(values: Sequence[float]) -> LogScale:
-    """Return a logarithmic axis of whole powers of ten that holds all values; they are above 0."""
-    low = max(math.floor(math.log10(min(values))), -300)
-    high = min(math.ceil(math.log10(max(values))), 300)  # floats end soon after
-    return LogScale(10.0**low, 10.0 ** max(high, low + 1))
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -106,93 +40,133 @@ class Series:
 
     label: str
     kind: str
-    """CSS class of the line: `a` to `d` differ in color and dashes, `limit` is thin."""
+    """A key of `STYLES`."""
     pairs: Pairs
 
 
 @dataclass(frozen=True)
-class Line:
-    """A line in the plot area."""
+class Mark:
+    """A finding or an action, marked at its step."""
 
-    label: str
+    step: int
     kind: str
-    points: str
-    """`x,y x,y`, as SVG's polyline takes it."""
-    dot: tuple[float, float] | None
-    """Percent from left and top, for a line of one point."""
-
-
-@dataclass(frozen=True)
-class Marker:
-    """A mark on the axis of steps, linked to an entry in the list of events."""
-
-    at: float
-    """Percent from the left."""
-    label: str
-    kind: str
+    """A condition, or `action`."""
     target: str
-    """Id of the linked element."""
+    """Id of its entry in the list of events."""
     text: str
-    """Tooltip, also read by screen readers."""
 
 
 @dataclass(frozen=True)
-class Chart:
-    """One chart."""
+class Figure:
+    """A figure that pages and notebooks draw from the same data."""
 
     title: str
     summary: str
-    """The chart in words, for screen readers."""
-    lines: tuple[Line, ...]
-    band: str
-    """A polygon between a lower and an upper bound; empty for none."""
-    x_label: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    markers: tuple[Marker, ...] = ()
+    """The figure in words, for screen readers."""
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    rows: tuple[str, ...] = ()
+    """Full name of each row of a heat map, by which a page filters."""
+    orders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Labels of the rows in another order, by the name of the order."""
+    can_be_logarithmic: bool = False
+    """Whether a page offers a logarithmic axis of values."""
+
+    def to_plotly(self) -> Any:
+        """Return a `plotly.graph_objects.Figure`.
+
+        Raises:
+            ConfigError: plotly is not installed.
+        """
+        try:
+            plotly: Any = import_module("plotly.graph_objects")
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                'figure: needs plotly: pip install "ess-monitor[plotly]"; the pages of `ess-monitor report` do not'
+            ) from error
+        return plotly.Figure({"data": self.data, "layout": {**self.layout, "title": {"text": plain(self.title)}}})
 
 
-def line_chart(
+def line_figure(
     title: str,
-    series: Sequence[Series],
-    x: Scale,
+    panels: Mapping[str, Sequence[Series]],
     *,
     x_label: str = "step",
-    y: Scale | None = None,
+    x_range: Range | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    from_zero: bool = True,
     band: tuple[Pairs, Pairs] | None = None,
-    markers: Sequence[Marker] = (),
-) -> Chart | None:
-    """Return a chart of lines over a common axis, or None where no series has a value.
+    marks: Sequence[Mark] = (),
+    points: int = POINTS_OF_A_LINE,
+) -> Figure | None:
+    """Return lines over a common axis, in panels below each other, or None where no series has a value.
 
     Args:
         title: names the quantity and its unit.
-        series: one or more; empty ones are left out.
-        x: the axis of steps or positions.
-        y: the axis of values; by default it holds all values and zero.
-        band: lower and upper bound, drawn as an area behind the lines.
-        markers: events on the axis of steps.
+        panels: the series of each panel, by what stands beside its axis; empty ones are left out.
+        x_label: names the common axis.
+        x_range: ends of the common axis; by default those of the data.
+        log_x: whether that axis is logarithmic.
+        log_y: whether the axes of values are. Values up to 0 have no place on them.
+        from_zero: whether axes of values that are not logarithmic hold zero.
+        band: lower and upper bound, drawn behind the lines of the first panel.
+        marks: events at steps.
+        points: largest number of points of a line.
     """
-    series = [each for each in series if each.pairs]
-    if not series:
+    drawn = {name: kept for name, series in panels.items() if (kept := [each for each in series if each.pairs])}
+    if not drawn:
         return None
-    bounds = [value for pairs in band or () for _, value in pairs]
-    y = y or value_scale([value for each in series for _, value in each.pairs] + bounds)
-    return Chart(
-        title=title,
-        summary="; ".join(_summary(each, x_label) for each in series),
-        lines=tuple(_line(each, x, y) for each in series),
-        band=_polygon(band, x, y) if band and band[0] else "",
-        x_label=x_label,
-        x_ticks=x_ticks(x),
-        y_ticks=tuple(Tick(round(100 * (1 - y.place(value)), 2), number(value)) for value in y.ticks()),
-        markers=tuple(markers),
-    )
+    count, data = len(drawn), [] if band is None or not band[0] else _band(band, points)
+    x_axis: dict[str, Any] = {"title": {"text": x_label}, "anchor": f"y{_index(count)}"}
+    x_axis |= {"type": "log" if log_x else "linear"}
+    if x_range is not None:
+        x_axis["range"] = [math.log10(end) for end in x_range] if log_x else list(x_range)
+    layout: dict[str, Any] = {
+        "height": 110 + 150 * count if count > 1 else 290,
+        "hovermode": "x unified",
+        "hoversubplots": "axis",
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "xaxis": x_axis,
+    }
+    for place, (name, series) in enumerate(drawn.items(), start=1):
+        axis = f"yaxis{_index(place)}"
+        layout[axis] = {
+            "domain": [1 - (place - 0.12 * (place < count)) / count, 1 - (place - 1) / count],
+            "type": "log" if log_y else "linear",
+            "rangemode": "tozero" if from_zero else "normal",
+            "title": {"text": plain(name)},
+            "hoverformat": ".4g",
+        } | ({"exponentformat": "power"} if log_y else {})
+        is_named = [each.label for each in series] == [name]
+        data += [{**_line(each, place, points), "showlegend": not is_named} for each in series]
+        if marks:
+            layout[f"yaxis{count + place}"] = {
+                "overlaying": f"y{_index(place)}", "range": [0, 1], "visible": False, "fixedrange": True
+            }  # fmt: skip
+            data += _marks(marks, count + place, shown=place == 1)
+    several = [f"{name}, " if name and name != each.label else "" for name in drawn for each in drawn[name]]
+    lines = [each for series in drawn.values() for each in series]
+    summary = "; ".join(prefix + _summary(each, x_label) for prefix, each in zip(several, lines, strict=True))
+    return Figure(title, summary, data, layout, can_be_logarithmic=not log_y and not from_zero)
 
 
-def x_ticks(scale: Scale) -> tuple[Tick, ...]:
-    """Return the labels of a horizontal axis, of whole numbers unless it is logarithmic."""
-    whole = [value for value in scale.ticks() if value == int(value) or isinstance(scale, LogScale)]
-    return tuple(Tick(round(100 * scale.place(value), 2), number(value)) for value in whole)
+def share_values(figures: Iterable[Figure | None]) -> None:
+    """Give figures of the same kind one axis of values, so that neighbors can be compared."""
+    drawn = [figure for figure in figures if figure is not None]
+    is_log = any(figure.layout["yaxis"]["type"] == "log" for figure in drawn)
+    lines = [trace for figure in drawn for trace in figure.data if "yaxis" not in trace]
+    values = [value for trace in lines for value in trace["y"] if value is not None and (value > 0 or not is_log)]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    if is_log:
+        low, high = math.log10(low), math.log10(high)
+    else:
+        low = min(low, 0.0)
+    margin = 0.05 * (high - low) or 0.5
+    for figure in drawn:
+        figure.layout["yaxis"]["range"] = [low - margin if is_log or low < 0 else 0, high + margin]
 
 
 def thin(pairs: Pairs, points: int = POINTS_OF_A_LINE) -> list[tuple[float, float]]:
@@ -213,36 +187,65 @@ def thin(pairs: Pairs, points: int = POINTS_OF_A_LINE) -> list[tuple[float, floa
     return kept
 
 
-def number(value: float) -> str:
-    """Format a number for a label.
-
-    >>> [number(value) for value in (0.0, 0.25, 1500.0, 25000.0, 1.5e6, 1.5e-5)]
-    ['0', '0.25', '1500', '25k', '1.5M', '1.5e-05']
-    """
-    for smallest, power, sign in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= smallest:
-            return f"{value / power:.4g}{sign}"
-    return f"{value:.4g}"
-
-
-def _line(series: Series, x: Scale, y: Scale) -> Line:
-    places = _places(series.pairs, x, y)
-    dot = (round(100 * places[0][0], 2), round(100 * places[0][1], 2)) if len(places) == 1 else None
-    return Line(series.label, series.kind, _points(places), dot)
+def _line(series: Series, axis: int, points: int) -> dict[str, Any]:
+    pairs = thin(series.pairs, points)
+    trace = {
+        "type": "scatter",
+        "mode": "lines" if len(pairs) > 1 else "markers",
+        "name": plain(series.label),
+        "x": [exact(x) for x, _ in pairs],
+        "y": [rounded(y) for _, y in pairs],
+        "line": STYLES[series.kind],
+        "marker": {"color": STYLES[series.kind]["color"]},
+    }
+    return trace if axis == 1 else {**trace, "yaxis": f"y{axis}"}
 
 
-def _polygon(band: tuple[Pairs, Pairs], x: Scale, y: Scale) -> str:
-    lower, upper = (_places(pairs, x, y) for pairs in band)
-    return _points([*lower, *reversed(upper)])
+def _band(band: tuple[Pairs, Pairs], points: int) -> list[dict[str, Any]]:
+    shared: dict[str, Any] = {
+        "type": "scatter",
+        "mode": "lines",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "legendgroup": "bounds",
+    }
+    both = [
+        {**shared, "x": [exact(x) for x, _ in pairs], "y": [rounded(y) for _, y in pairs]}
+        for pairs in (thin(each, points) for each in band)
+    ]
+    both[0] |= {"legendgroup": "bounds", "showlegend": False}
+    both[1] |= {"legendgroup": "bounds", "name": "certified bounds", "fill": "tonexty", "fillcolor": _BAND}
+    return both
 
 
-def _places(pairs: Pairs, x: Scale, y: Scale) -> list[tuple[float, float]]:
-    """Return 0..1 from left and top."""
-    return [(x.place(step), 1 - y.place(value)) for step, value in thin(pairs)]
+def _marks(marks: Sequence[Mark], axis: int, *, shown: bool) -> list[dict[str, Any]]:
+    """Draw a line at the step of each event, with a dot at its top, and switch those of a kind together."""
+    traces = []
+    for kind in dict.fromkeys(mark.kind for mark in marks):
+        own = [mark for mark in marks if mark.kind == kind]
+        traces.append({
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": condition_title(kind),  # type: ignore[arg-type]
+            "legendgroup": kind,
+            "showlegend": shown,
+            "cliponaxis": False,
+            "yaxis": f"y{axis}",
+            "x": [step for mark in own for step in (mark.step, mark.step, None)],
+            "y": [0, 1, None] * len(own),
+            "line": {"color": condition_color(kind), "width": 1, "dash": "dot"},
+            "marker": {"color": condition_color(kind), "size": [0, 9, 0] * len(own),
+                       "symbol": "square" if kind == "action" else "circle"},
+            "customdata": [target for mark in own for target in (mark.target, mark.target, None)],
+            "text": [text for mark in own for text in (plain(mark.text), plain(mark.text), "")],
+            "hovertemplate": "%{text}<extra></extra>",
+        })  # fmt: skip
+    return traces
 
 
-def _points(places: Pairs) -> str:
-    return " ".join(f"{UNITS * across:.4g},{UNITS * down:.4g}" for across, down in places)
+def condition_color(kind: str) -> str:
+    """Return the color of a condition, or of an action."""
+    return COLORS["blue" if kind == "action" else CONDITION_INFO[kind].color]  # type: ignore[index]
 
 
 def _summary(series: Series, x_label: str) -> str:
@@ -252,3 +255,7 @@ def _summary(series: Series, x_label: str) -> str:
         f"{series.label}: {number(first)} at {x_label} {number(first_x)}, "
         f"{number(last)} at {x_label} {number(last_x)}, lowest {number(min(values))}, highest {number(max(values))}"
     )
+
+
+def _index(place: int) -> str:
+    return "" if place == 1 else str(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,11 @@ EVENTS_KEPT = 1000
 """Of the findings, and of the actions, so many of the first and so many of the newest are kept; the others are counted.
 A page lists 300."""
 
+READINGS_KEPT = 100_000
+"""The same for readings, of all layers together; of 50 layers and fewer the number of measurements decides."""
+
+_COUNTER = re.compile(r"(^|[/_. ])(epoch|(global_)?step|learning_rate|lr(-.*)?|num_input_tokens_seen)$", re.IGNORECASE)
+"""Names under which trainers log how far they are, and the learning rate (of an optimizer: lr-AdamW)."""
 _RUNS_NAMED = 8
 _LOG_PATTERNS = ("*.jsonl", "*.jsonl.1")
 
@@ -98,6 +104,11 @@ class RunHistory:
         """Metrics of the training loop, the loss first."""
         names = list(dict.fromkeys(name for measurement in self.measurements for name in measurement.metrics))
         return tuple(sorted(names, key=lambda name: (name != "loss", "loss" not in name.lower())))
+
+    @property
+    def curve_names(self) -> tuple[str, ...]:
+        """Metrics worth a curve: without those that only count or follow a schedule (epoch, learning rate)."""
+        return tuple(name for name in self.metric_names if not _COUNTER.search(name))
 
     @property
     def warmup_steps(self) -> int:
@@ -287,7 +298,7 @@ class _RunBuilder:
         self._seen += 1
         if (self._seen - 1) % self.thinned == 0:
             self.measurements.append(measurement.model_copy(update={"findings": (), "actions": ()}))
-        if len(self.measurements) > MEASUREMENTS_KEPT:
+        if len(self.measurements) > min(MEASUREMENTS_KEPT, READINGS_KEPT // max(len(measurement.readings), 1)):
             self.measurements = self.measurements[::2]
             self.thinned *= 2
 

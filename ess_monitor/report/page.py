@@ -1,16 +1,24 @@
-"""The page of one run, and the templates of both pages."""
+"""The page of one run, and what all pages are made with."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from base64 import b64encode
+from dataclasses import dataclass, field
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from ess_monitor import validation
 from ess_monitor.records import CONDITIONS, SCHEMA_VERSION, condition_title, layer_title
-from ess_monitor.report.components import EVENTS_SHOWN, event_rows, markers, metric_charts, metrics_table, steps_of
+from ess_monitor.report.components import EVENTS_SHOWN, event_rows, marks, metrics_figure, metrics_table, steps_of
+from ess_monitor.report.figures import Figure
 from ess_monitor.report.history import RunHistory
+from ess_monitor.report.labels import printable, shared_prefix
 from ess_monitor.report.sections.diagnosis import (
     BENCHMARK,
     benchmark_limits,
@@ -18,10 +26,10 @@ from ess_monitor.report.sections.diagnosis import (
     detector_table,
     was_judged_as_benchmarked,
 )
-from ess_monitor.report.sections.layers import LayerCard, layer_card
-from ess_monitor.report.sections.modulation import modulation_chart, modulation_table
-from ess_monitor.report.sections.run_facts import overhead_chart, overhead_facts, overhead_table, run_facts
-from ess_monitor.report.sections.utilization import LEVELS, heat_map, ratio_table
+from ess_monitor.report.sections.layers import layer_cards
+from ess_monitor.report.sections.modulation import modulation_figure, modulation_table
+from ess_monitor.report.sections.run_facts import overhead_facts, overhead_figure, overhead_table, run_facts
+from ess_monitor.report.sections.utilization import ratio_figure, ratio_table
 from ess_monitor.report.summary import ATTENTION, headline, paragraphs, timeline
 
 LAYERS_OPEN = 16
@@ -44,38 +52,31 @@ def render_report(history: RunHistory | None = None, *, story: RunHistory | None
         >>> layer = LayerInfo(name="<script>", module="Mixer", supported=True)
         >>> run = RunInfo(run_name="demo", model="Net", layers=(layer,))
         >>> page = render_report(RunHistory(Path("events.jsonl"), run))
-        >>> "&lt;script&gt;" in page, "<script" in page
+        >>> "&lt;script&gt;" in page, "<script>" in page
         (True, False)
     """
     name, given = ("history", history) if story is None else ("story", story)
     run = validation.instance(name, given, RunHistory, hint="load_history(path) reads one")
-    scale = steps_of(run)
-    events = event_rows(run)
+    events, cards = event_rows(run), layer_cards(run, event_rows(run))
     touched = {event.layer for event in timeline(run)}
-    open_layers = [layer for layer in run.layers if layer in touched or len(run.layers) <= LAYERS_OPEN]
-
-    def cards(layers: list[str]) -> list[LayerCard]:
-        return [
-            layer_card(run, layer, scale, markers([event for event in events if event.layer == layer], scale))
-            for layer in layers
-        ]
-
+    is_open = {layer: layer in touched or len(run.layers) <= LAYERS_OPEN for layer in cards}
     return render(
         "report.html",
         title=f"{run.info.run_name}: memory report",
         headline=headline(run),
         facts=run_facts(run),
         paragraphs=paragraphs(run),
-        utilization=heat_map(run, "utilization_ratio", scale),
+        prefix=shared_prefix(run.layers),
+        utilization=ratio_figure(run, "utilization_ratio", "Utilization of every layer, ESS / TSS"),
         utilization_table=ratio_table(run, "utilization_ratio", "Utilization, 0 to 1"),
-        retention=heat_map(run, "retention_ratio", scale),
+        retention=ratio_figure(run, "retention_ratio", "Retention of every layer"),
         retention_table=ratio_table(run, "retention_ratio", "Retention"),
-        metrics=metric_charts({"": run}, scale, markers(events, scale)),
+        metrics=metrics_figure({"": run}, steps_of(run), events),
         metrics_table=metrics_table(run),
-        modulation=modulation_chart(run, scale, markers(events, scale)),
+        modulation=modulation_figure(run, marks(events)),
         modulation_table=modulation_table(run),
-        open_cards=cards(open_layers),
-        folded_cards=cards([layer for layer in run.layers if layer not in open_layers]),
+        open_cards=[card for layer, card in cards.items() if is_open[layer]],
+        folded_cards=[card for layer, card in cards.items() if not is_open[layer]],
         events=events,
         events_left_out=len(run.findings) + len(run.actions) + run.events_dropped - len(events),
         events_shown=EVENTS_SHOWN,
@@ -86,13 +87,33 @@ def render_report(history: RunHistory | None = None, *, story: RunHistory | None
         benchmark_limits=benchmark_limits(run.info.diagnosis),
         overhead_facts=overhead_facts(run),
         overhead_table=overhead_table(run),
-        overhead_chart=overhead_chart(run, scale),
+        overhead_figure=overhead_figure(run),
     )
 
 
+@dataclass
+class _Contents:
+    """Collects the headings and figures of a page while its template is filled."""
+
+    headings: list[tuple[str, str]] = field(default_factory=list)
+    """Id and text."""
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+    def heading(self, text: str) -> str:
+        """Note a heading; return its id."""
+        self.headings.append((re.sub(r"[^a-z]+", "-", text.lower()).strip("-"), text))
+        return self.headings[-1][0]
+
+    def figure(self, figure: Figure) -> int:
+        """Note a figure; return its number."""
+        parts = {"data": figure.data, "layout": figure.layout, "rows": figure.rows, "orders": figure.orders}
+        self.figures.append(parts)
+        return len(self.figures) - 1
+
+
 def render(template: str, **context: Any) -> str:
-    """Fill a template of this room."""
-    return _environment().get_template(template).render(**context)
+    """Fill a template of this package."""
+    return _environment().get_template(template).render(contents=_Contents(), **context)
 
 
 @cache
@@ -105,21 +126,21 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    folder = files("ess_monitor.report") / "templates"
+    scripts = [Markup((folder / name).read_text(encoding="utf-8")) for name in ("plotly.min.js", "page.js")]
+    hashes = [b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.globals |= {
-        "levels": range(LEVELS),
         "schema_version": SCHEMA_VERSION,
         "conditions": CONDITIONS,
         "condition_title": condition_title,
         "attention": ATTENTION,
+        "scripts": scripts,
+        "script_sources": Markup(" ".join(f"'sha256-{each}'" for each in hashes)),
     }
     return environment
 
 
 def _clean(value: Any) -> Any:
-    """Replace control characters, among them those that turn the direction of text.
-
-    Texts of templates and macros are of markupsafe's type and pass as they are.
-    """
-    if type(value) is not str or value.isprintable():
-        return value
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in value)
+    """Replace control characters. Texts of templates and macros are of markupsafe's type and pass as they are."""
+    return printable(value) if type(value) is str else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from ess_monitor.diagnosis.absent_metric import NOT_GIVEN, absence
@@ -69,17 +69,31 @@ def headline(history: RunHistory) -> str:
 
 
 def paragraphs(history: RunHistory) -> tuple[Paragraph, ...]:
-    """Return what needs attention: layers with an alarm or an action, the worst first, then limits of the numbers."""
-    treated = {action.layer for action in history.actions}
-    layers = [
-        _layer(history, layer)
-        for layer, condition in history.conditions.items()
-        if condition in ATTENTION or layer in treated or alarms(history, layer)
-    ]
-    rank = {condition: index for index, condition in enumerate(ATTENTION)}
-    layers.sort(key=lambda paragraph: rank.get(paragraph.condition, len(rank)))
+    """Return what needs attention: layers with an alarm or an action, the worst first, then limits of the numbers.
+
+    Layers that ended alike, after like events and with the same advice, share a paragraph.
+    """
+    noted = _noted(history)
+    alike: dict[object, list[Paragraph]] = {}
+    for layer in by_attention(history):
+        if history.conditions[layer] in ATTENTION or layer in noted:
+            paragraph = _layer(history, layer)
+            alike.setdefault((paragraph.condition, paragraph.advice, _kinds(history, layer)), []).append(paragraph)
     limits = (_not_measured, _settings, _not_judged, _bad_readings, _short_sequences, _cost, _losses)
-    return (*layers, *chain.from_iterable(find(history) for find in limits))
+    return (*map(_merged, alike.values()), *chain.from_iterable(find(history) for find in limits))
+
+
+def by_attention(history: RunHistory) -> tuple[str, ...]:
+    """Return the layers, those first that need attention, then those with an alarm or an action."""
+    rank = {condition: place for place, condition in enumerate(ATTENTION)}
+    noted = _noted(history)
+    return tuple(
+        sorted(history.layers, key=lambda layer: (rank.get(history.conditions[layer], len(rank)), layer not in noted))
+    )
+
+
+def _noted(history: RunHistory) -> set[str]:
+    return {finding.layer for finding in alarms(history)} | {action.layer for action in history.actions}
 
 
 def named(names: Sequence[str], limit: int = 6) -> str:
@@ -159,6 +173,22 @@ def _layer(history: RunHistory, layer: str) -> Paragraph:
     events = [event for event in timeline(history) if event.layer == layer][-_EVENTS_OF_A_LAYER:]
     seen = tuple(f"Step {event.step}: {sentence(event)}" for event in events)
     return Paragraph(layer_title(layer), seen, tuple(_advice(history, layer)), history.conditions[layer])
+
+
+def _kinds(history: RunHistory, layer: str) -> frozenset[str]:
+    """Return what happened to a layer, without steps and numbers."""
+    return frozenset(
+        event.condition if isinstance(event, Finding) else f"{event.action}, {event.outcome}"
+        for event in timeline(history)
+        if event.layer == layer
+    )
+
+
+def _merged(alike: Sequence[Paragraph]) -> Paragraph:
+    if len(alike) == 1:
+        return alike[0]
+    seen = tuple(f"{each.heading}: {'; '.join(each.seen)}" for each in alike)
+    return replace(alike[0], heading=f"{len(alike)} layers: {named([each.heading for each in alike])}", seen=seen)
 
 
 def _advice(history: RunHistory, layer: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ from ess_monitor.featurizers import build_mixer
 from ess_monitor.records import Reading
 from ess_monitor.report import render_hybrid_advice
 from tests.analysis.models import WIDTH, inputs, mixed, of_transformers, tokens
+from tests.report.helpers import unwanted_scripts
 
 
 def advice_for(*mixers: torch.nn.Module, length: int = 64) -> HybridAdvice:
@@ -108,7 +109,7 @@ def test_rows_and_page_show_every_layer() -> None:
     assert [row["layer"] for row in rows] == ["gla", "attention", "<script>"]
     assert "attainable" in rows[0]["evidence"]
     page = render_hybrid_advice(result)
-    assert "<script" not in page
+    assert unwanted_scripts(page) == []
     assert page.count("<figure") == 1
     for text in ("&lt;b&gt;why", "Advice, not proof", "far share", result.layers[0].advice.replace("'", "&#39;")):
         assert text in page

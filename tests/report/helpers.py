@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,9 +22,11 @@ from ess_monitor.records import (
     RunStatus,
     Snapshot,
 )
+from ess_monitor.report import page
 from tests.exporters.helpers import evidence
 from tests.exporters.helpers import snapshot as new_run
 
+TEMPLATES = Path(page.__file__).with_name("templates")
 LAYERS = ("blocks.0.mixer", "blocks.1.mixer")
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -154,8 +157,20 @@ def rescued_run(layers: Sequence[str] = LAYERS) -> list[Measurement]:
     return measurements
 
 
+def unwanted_scripts(html: str) -> list[str]:
+    """The scripts of a page that are not ours."""
+    ours = {(TEMPLATES / name).read_text() for name in ("plotly.min.js", "page.js")}
+    return [text for attributes, text in Page(html).scripts if "id" not in attributes and text not in ours]
+
+
+def figures_of(html: str) -> list[dict[str, Any]]:
+    """The figures that a page hands to its script."""
+    found = [text for attributes, text in Page(html).scripts if attributes.get("id") == "figures"]
+    return list(json.loads(found[0])) if found else []
+
+
 class Page(HTMLParser):
-    """A page's elements, its text, and where its links lead."""
+    """A page's elements, its text, where its links lead, and its scripts."""
 
     VOID = frozenset({"meta", "br", "img", "input", "link", "col", "hr"})
 
@@ -163,6 +178,7 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.words: list[str] = []
+        self.scripts: list[tuple[dict[str, str], str]] = []
         self.unclosed: list[str] = []
         self._open: list[str] = []
         self.feed(html)
@@ -171,6 +187,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag == "script":
+            self.scripts.append((self.elements[-1][1], ""))
         if tag not in self.VOID:
             self._open.append(tag)
 
@@ -182,7 +200,10 @@ class Page(HTMLParser):
             self.unclosed.append(tag)
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self._open:
+        if "script" in self._open:
+            attributes, text = self.scripts.pop()
+            self.scripts.append((attributes, text + data))
+        elif "style" not in self._open:
             self.words.append(data)
 
     @property

@@ -17,7 +17,10 @@ from tests.report.helpers import HOSTILE, rescued_run, run_info, write_log
 WIDTHS = (400, 1200)
 
 PROBE = """<script>
-addEventListener("load", () => {
+addEventListener("load", async () => {
+  const drawn = () => [...document.querySelectorAll(".plot")].filter(e => e.checkVisibility()).slice(0, 2)
+    .every(e => e.querySelector(".main-svg"));
+  for (let tries = 0; tries < 200 && !drawn(); tries++) await new Promise(done => setTimeout(done, 50));
   const page = document.documentElement;
   const focusable = [...document.querySelectorAll("a[href], summary, [tabindex='0']")].filter(e => e.checkVisibility());
   const reached = focusable.filter(element => { element.focus(); return document.activeElement === element; });
@@ -25,9 +28,11 @@ addEventListener("load", () => {
     inner: innerWidth, width: page.scrollWidth, requests: performance.getEntriesByType("resource").length,
     focusable: focusable.length, reached: reached.length, dark: matchMedia("(prefers-color-scheme: dark)").matches,
     ground: getComputedStyle(document.body).backgroundColor, title: document.title,
-    plots: [...document.querySelectorAll(".plot > svg")].map(plot => plot.getBoundingClientRect().width),
+    plots: [...document.querySelectorAll(".plot:has(.main-svg)")].map(plot => plot.getBoundingClientRect().width),
+    ink: [...document.querySelectorAll(".xtick text")].map(text => text.style.fill),
+    traces: document.querySelectorAll(".plot .heatmaplayer image, .plot .scatterlayer .trace").length,
     rows: [...document.querySelectorAll(".scroll tbody th")].filter(e => e.checkVisibility()).map(e => e.clientHeight),
-    strips: [...document.querySelectorAll(".heat td svg")].map(strip => strip.getBoundingClientRect().width),
+    areas: [...document.querySelectorAll(".nsewdrag")].map(area => area.getBoundingClientRect().width),
   });
 });
 </script>"""
@@ -73,8 +78,11 @@ def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browser, page:
     assert probe["inner"] == width
     assert probe["width"] <= width, "something sticks out to the right"
     assert probe["plots"]
-    assert min(probe["plots"]) > 150, "a chart too narrow to read"
-    assert min(probe["strips"]) > 0.6 * min(width, 1100), "the heat map has the most of the page"
+    assert min(probe["plots"]) > 150, "a figure too narrow to read"
+    assert probe["areas"][0] > 0.4 * min(width, 1100), "the heat map has the most of the page"
+    assert probe["traces"] > 3
+    shade = {int(value) for text in probe["ink"] for value in re.findall(r"\d+", text)[:3]}
+    assert min(shade) > 140 if theme == "dark" else max(shade) < 120, "text of figures follows the theme"
     assert max(probe["rows"], default=0) < 120, "a name in a table is not broken letter by letter"
     assert probe["dark"] == (theme == "dark")
     channels = [int(value) for value in re.findall(r"\d+", probe["ground"])]

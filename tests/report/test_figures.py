@@ -1,62 +1,28 @@
-"""Where things lie on a chart."""
+"""Where things lie in a figure, and that Plotly knows everything that figures say."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ess_monitor.records import COLOR_SCALE, CONDITIONS
 from ess_monitor.report import RunHistory
-from ess_monitor.report.components import event_rows, markers, steps_of
-from ess_monitor.report.figures import Scale, Series, line_chart, thin, value_scale
-from ess_monitor.report.sections.utilization import CELLS_OF_A_ROW, heat_map
-from tests.report.helpers import LAYERS, finding, measurement, reading, rescued_run, run_info
+from ess_monitor.report.components import event_rows, marks
+from ess_monitor.report.figures import STYLES, Figure, Mark, Series, condition_color, line_figure, share_values, thin
+from ess_monitor.report.heat_map import COLUMNS, HeatRow, heat_figure
+from ess_monitor.report.labels import short_names
+from ess_monitor.report.sections.utilization import ratio_figure
+from tests.report.helpers import HOSTILE, LAYERS, finding, measurement, reading, rescued_run, run_info
+
+RISING = Series("s", "a", [(0, 0.0), (50, 1.0), (100, 2.0)])
 
 
-def _points(text: str) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in (point.split(",") for point in text.split())]
-
-
-def test_a_line_runs_from_lower_left_to_upper_right_when_it_rises() -> None:
-    chart = line_chart("t", [Series("s", "a", [(0, 0.0), (50, 1.0), (100, 2.0)])], Scale(0, 100), y=Scale(0, 2))
-    assert chart is not None
-    assert _points(chart.lines[0].points) == [(0, 1000), (500, 500), (1000, 0)]
-    assert (chart.x_ticks[0].at, chart.x_ticks[0].label) == (0, "0")
-    assert (chart.y_ticks[-1].at, chart.y_ticks[-1].label) == (0, "2")
-    assert chart.summary == "s: 0 at step 0, 2 at step 100, lowest 0, highest 2"
-
-
-def test_a_band_goes_out_along_the_lower_bound_and_back_along_the_upper() -> None:
-    band = ([(0, 1.0), (10, 1.0)], [(0, 3.0), (10, 4.0)])
-    chart = line_chart("t", [Series("s", "a", [(0, 2.0), (10, 2.0)])], Scale(0, 10), y=Scale(0, 4), band=band)
-    assert chart is not None
-    assert _points(chart.band) == [(0, 750), (1000, 750), (1000, 0), (0, 250)]
-
-
-def test_one_value_is_a_dot_and_no_value_is_no_chart() -> None:
-    chart = line_chart("t", [Series("s", "a", [(5, 1.0)]), Series("none", "b", [])], Scale(0, 10), y=Scale(0, 2))
-    assert chart is not None
-    assert [line.dot for line in chart.lines] == [(50, 50)]
-    assert line_chart("t", [Series("none", "b", [])], Scale(0, 10)) is None
-
-
-@pytest.mark.parametrize("values", [[0.0], [5.0], [-3.0, -3.0], [1e-12, 2e-12], [1e9, 1e9 + 1], [], [-2.0, 7.0]])
-@pytest.mark.parametrize("zero", [True, False])
-def test_every_value_lies_inside_its_scale_which_has_ticks(values: list[float], zero: bool) -> None:
-    scale = value_scale(values, zero=zero)
-    assert scale.low < scale.high
-    assert all(scale.low <= value <= scale.high for value in values)
-    assert len(scale.ticks()) >= 2
-    assert all(scale.low <= tick <= scale.high for tick in scale.ticks())
-
-
-def test_thinning_keeps_a_spike_of_one_step() -> None:
-    pairs = [(float(x), 1.0) for x in range(10_000)]
-    pairs[7_777] = (7_777.0, 99.0)
-    thinned = thin(pairs, 100)
-    assert len(thinned) <= 100
-    assert (7_777.0, 99.0) in thinned
-    assert thinned == sorted(thinned)
+def _drawn(figure: Figure | None) -> Figure:
+    assert figure is not None
+    return figure
 
 
 def _history(measurements: list) -> RunHistory:  # type: ignore[type-arg]
@@ -69,58 +35,166 @@ def _history(measurements: list) -> RunHistory:  # type: ignore[type-arg]
     )
 
 
-def test_a_heat_row_covers_the_axis_and_marks_the_collapse_where_it_was() -> None:
-    history = _history(rescued_run())
-    heat = heat_map(history, "utilization_ratio", steps_of(history))
-    assert heat is not None
-    row = heat.rows[1]
-    assert [cell.kind for cell in row.cells] == ["6", "1", "6"]
-    assert row.cells[0].start == 0
-    assert sum(cell.width for cell in row.cells) == pytest.approx(1000, abs=0.5)
-    (collapse,) = row.conditions
-    assert (collapse.start, collapse.start + collapse.width) == pytest.approx(
-        (1000 * 350 / 900, 1000 * 650 / 900), abs=0.2
-    )
-    assert heat.rows[0].conditions == ()
-    assert row.text == "60 % at first, 60 % at the end, lowest 10 %, highest 60 %"
+def _utilization(measurements: list) -> Figure:  # type: ignore[type-arg]
+    return _drawn(ratio_figure(_history(measurements), "utilization_ratio", "t"))
 
 
-def test_a_heat_row_has_a_hole_where_nothing_was_measured() -> None:
+def test_a_line_has_its_values_and_its_words() -> None:
+    figure = _drawn(line_figure("t", {"": [RISING]}, x_range=(0.0, 100.0)))
+    (line,) = figure.data
+    assert (line["x"], line["y"], line["name"]) == ([0, 50, 100], [0.0, 1.0, 2.0], "s")
+    assert figure.layout["xaxis"]["range"] == [0, 100]
+    assert figure.summary == "s: 0 at step 0, 2 at step 100, lowest 0, highest 2"
+
+
+def test_panels_lie_below_each_other_over_one_axis() -> None:
+    other = Series("other", "b", [(0, 5.0)])
+    figure = _drawn(line_figure("t", {"top": [RISING], "empty": [Series("none", "a", [])], "bottom": [other]}))
+    assert [line.get("yaxis", "y") for line in figure.data] == ["y", "y2"]
+    assert {line.get("xaxis", "x") for line in figure.data} == {"x"}
+    top, bottom = (figure.layout[axis] for axis in ("yaxis", "yaxis2"))
+    assert (top["title"]["text"], bottom["title"]["text"]) == ("top", "bottom")
+    assert bottom["domain"][0] == pytest.approx(0)
+    assert bottom["domain"][1] < top["domain"][0] < top["domain"][1] == 1
+    assert "bottom, other: 5 at step 0" in figure.summary
+
+
+def test_a_band_lies_between_its_bounds() -> None:
+    band = ([(0, 1.0), (10, 1.0)], [(0, 3.0), (10, 4.0)])
+    lower, upper, line = _drawn(line_figure("t", {"": [Series("s", "a", [(0, 2.0), (10, 2.0)])]}, band=band)).data
+    assert (lower["y"], upper["y"], line["y"]) == ([1, 1], [3, 4], [2, 2])
+    assert upper["fill"] == "tonexty"
+    assert [trace.get("showlegend", True) for trace in (lower, upper)] == [False, True]
+
+
+def test_one_value_is_a_dot_and_no_value_is_no_figure() -> None:
+    (dot,) = _drawn(line_figure("t", {"": [Series("s", "a", [(5, 1.0)]), Series("none", "b", [])]})).data
+    assert dot["mode"] == "markers"
+    assert line_figure("t", {"": [Series("none", "b", [])]}) is None
+
+
+def test_what_is_no_number_is_a_gap() -> None:
+    (line,) = _drawn(line_figure("t", {"": [Series("s", "a", [(0, 1.0), (1, math.nan), (2, math.inf)])]})).data
+    assert line["y"] == [1.0, None, None]
+
+
+def test_neighbors_share_their_axis_of_values() -> None:
+    figures = [line_figure("t", {"": [Series("s", "a", [(0, 1.0), (1, top)])]}) for top in (2.0, 8.0)]
+    share_values([*figures, None])
+    assert [_drawn(figure).layout["yaxis"]["range"] for figure in figures] == [[0, pytest.approx(8.4)]] * 2
+    logs = [line_figure("t", {"": [Series("s", "a", [(0, 0.0), (1, top)])]}, log_y=True) for top in (1e-3, 10.0)]
+    share_values(logs)
+    low, high = _drawn(logs[0]).layout["yaxis"]["range"]
+    assert (low, high) == tuple(_drawn(logs[1]).layout["yaxis"]["range"])
+    assert low < -3 < 1 < high, "powers of ten"
+
+
+def test_thinning_keeps_a_spike_of_one_step() -> None:
+    pairs = [(float(x), 1.0) for x in range(10_000)]
+    pairs[7_777] = (7_777.0, 99.0)
+    thinned = thin(pairs, 100)
+    assert len(thinned) <= 100
+    assert (7_777.0, 99.0) in thinned
+    assert thinned == sorted(thinned)
+
+
+def test_a_heat_map_marks_the_collapse_where_it_was_and_begins_with_that_layer() -> None:
+    figure = _utilization(rescued_run())
+    heat, collapse = figure.data
+    assert figure.rows == (LAYERS[1], LAYERS[0])
+    assert heat["y"] == ["1.mixer", "0.mixer"]
+    assert heat["x"] == list(range(0, 1000, 100))
+    assert heat["z"][0] == [0.6] * 4 + [0.1] * 3 + [0.6] * 3
+    assert (collapse["name"], collapse["x"], collapse["y"]) == (
+        "collapsed", [350, 650, None], ["1.mixer", "1.mixer", None]
+    )  # fmt: skip
+    assert figure.orders == {"what needs attention": ["1.mixer", "0.mixer"], "the model": ["0.mixer", "1.mixer"]}
+    assert f"{LAYERS[1]}: 60 % at first, 60 % at the end, lowest 10 %, highest 60 %" in figure.summary
+
+
+def test_a_heat_map_has_a_hole_where_nothing_was_measured() -> None:
     bad = (reading(LAYERS[0], 200, status="failed", utilization_ratio=None),)
     measurements = [
         measurement(step, readings=bad) if step == 200 else measurement(step) for step in range(0, 500, 100)
     ]
-    history = _history(measurements)
-    heat = heat_map(history, "utilization_ratio", steps_of(history))
-    assert heat is not None
-    first, second = heat.rows[0].cells
-    assert (first.start + first.width, second.start) == (375, 625)
+    assert _utilization(measurements).data[0]["z"][0] == [0.25, 0.25, None, 0.25, 0.25]
 
 
-def test_a_heat_row_of_a_long_run_has_a_bounded_number_of_cells() -> None:
-    measurements = [
-        measurement(step, readings=(reading(LAYERS[0], step, (step % 7) / 7),)) for step in range(10 * CELLS_OF_A_ROW)
-    ]
-    history = _history(measurements)
-    heat = heat_map(history, "utilization_ratio", steps_of(history))
-    assert heat is not None
-    assert 1 <= len(heat.rows[0].cells) <= CELLS_OF_A_ROW
+def test_a_heat_map_of_a_long_run_has_a_bounded_number_of_columns_each_a_mean() -> None:
+    count = 10 * COLUMNS
+    measurements = [measurement(step, readings=(reading(LAYERS[0], step, (step % 10) / 10),)) for step in range(count)]
+    heat = _utilization(measurements).data[0]
+    assert len(heat["x"]) == len(heat["z"][0]) == COLUMNS
+    assert set(heat["z"][0]) == {0.45}
 
 
-def test_a_single_measurement_fills_its_row() -> None:
-    history = _history([measurement(7)])
-    heat = heat_map(history, "utilization_ratio", steps_of(history))
-    assert heat is not None
-    assert [(cell.start, cell.width) for cell in heat.rows[0].cells] == [(0, 1000)]
+def test_a_single_measurement_is_a_heat_map_and_none_is_none() -> None:
+    assert _utilization([measurement(7)]).data[0]["x"] == [7]
+    assert heat_figure("t", [7], [HeatRow("a", [None])]) is None
+    assert heat_figure("t", [], [HeatRow("a", [])]) is None
 
 
-def test_events_close_to_each_other_share_a_mark_in_the_color_of_the_worst() -> None:
+def test_a_scale_is_dark_at_zero_as_everywhere() -> None:
+    scale = _utilization(rescued_run()).data[0]["colorscale"]
+    assert [place for place, _ in scale] == [0, 0.25, 0.5, 0.75, 1]
+    assert tuple(color for _, color in scale) == COLOR_SCALE
+    assert [_luminance(color) for color in COLOR_SCALE] == sorted(_luminance(color) for color in COLOR_SCALE)
+
+
+def test_labels_are_short_and_each_is_there_once() -> None:
+    names = [f"model.{'x' * 30}.{end}.{'y' * 40}" for end in ("a", "b", "a.b")]
+    labels = short_names(names)
+    assert len(set(labels)) == 3
+    assert max(map(len, labels)) <= 30
+    assert short_names(["", "a"]) == ["root", "a"]
+    assert short_names(["a.mixer", "a.mixer.inner"]) == ["mixer", "mixer.inner"]
+
+
+def test_events_are_lines_at_their_steps_that_know_their_entries() -> None:
     found = (finding(LAYERS[0], 100, "saturated"), finding(LAYERS[1], 101), finding(LAYERS[1], 900, "healthy"))
     history = _history([measurement(0), measurement(1000, findings=found)])
-    marks = markers(event_rows(history), Scale(0, 1000))
-    assert [(mark.label, mark.kind, mark.at, mark.target) for mark in marks] == [
-        ("1–2", "collapsed", 10, "event-1"),
-        ("3", "healthy", 90, "event-3"),
-    ]
-    assert LAYERS[0] in marks[0].text
-    assert LAYERS[1] in marks[0].text
+    rows = event_rows(history)
+    figure = _drawn(line_figure("t", {"": [RISING]}, marks=marks(rows)))
+    events = {trace["name"]: trace for trace in figure.data[1:]}
+    assert {name: (trace["x"][0], trace["customdata"][0]) for name, trace in events.items()} == {
+        "saturated": (100, "event-1"),
+        "collapsed": (101, "event-2"),
+        "healthy": (900, "event-3"),
+    }
+    assert events["collapsed"]["text"][0] == f"step 101, {LAYERS[1]}: healthy → collapsed: seen so"
+    assert figure.layout["yaxis2"]["overlaying"] == "y"
+    assert [mark.step for mark in marks(rows, LAYERS[1])] == [101, 900]
+
+
+def _luminance(color: str) -> float:
+    channels = [int(color[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#1b1e24"], ids=["light", "dark"])
+def test_lines_have_the_contrast_that_wcag_asks_of_graphics(ground: str) -> None:
+    for color in {style["color"] for style in STYLES.values()} | {*map(condition_color, ("action", *CONDITIONS))}:
+        low, high = sorted((_luminance(color), _luminance(ground)))
+        assert (high + 0.05) / (low + 0.05) >= 3.0, color
+
+
+def every_kind() -> list[Figure]:
+    """A figure with everything that figures use, with the worst names."""
+    event = Mark(3, "collapsed", "event-1", HOSTILE[0])
+    done = Mark(4, "action", "event-2", HOSTILE[1])
+    kinds = [Series(name, kind, [(1, 1.0), (2, 3.0)]) for name, kind in zip(HOSTILE, STYLES, strict=False)]
+    band = ([(1, 1.0), (2, 1.0)], [(1, 2.0), (2, 2.0)])
+    panels = dict.fromkeys(HOSTILE[:2], kinds)
+    rows = [HeatRow(name, [0.5, None], ["collapsed", None]) for name in HOSTILE]
+    lines = line_figure(HOSTILE[0], panels, log_x=True, log_y=True, x_range=(1.0, 2.0), band=band, marks=(event, done))
+    return [_drawn(lines), _drawn(heat_figure(HOSTILE[1], [1, 2], rows, {"the model": HOSTILE}))]
+
+
+def test_plotly_knows_every_word_of_a_figure() -> None:
+    graph_objects: Any = pytest.importorskip("plotly.graph_objects")
+    for figure in every_kind():
+        made = figure.to_plotly()  # Plotly refuses what it does not know
+        assert isinstance(made, graph_objects.Figure)
+        assert [trace.type for trace in made.data] == [trace["type"] for trace in figure.data]
+        assert made.layout.height == figure.layout["height"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import subprocess
 import sys
@@ -17,17 +19,20 @@ from tests.exporters.helpers import evidence
 from tests.report.helpers import (
     HOSTILE,
     LAYERS,
+    TEMPLATES,
     Page,
     action,
+    figures_of,
     finding,
     measurement,
+    reading,
     rescued_run,
     run_info,
+    unwanted_scripts,
     write_log,
 )
 
 Run = Callable[..., tuple[int, str, str]]
-TEMPLATES = Path(page.__file__).with_name("templates")
 
 
 @pytest.fixture
@@ -83,9 +88,9 @@ def test_every_link_leads_to_a_place_on_the_page(html: str) -> None:
     assert {attributes["href"] for attributes in parsed.of("a")} <= ids
 
 
-def test_nothing_is_fetched_and_nothing_runs(html: str) -> None:
+def test_nothing_is_fetched_and_nothing_runs_but_our_scripts(html: str) -> None:
     parsed = Page(html)
-    assert not {"script", "img", "link", "iframe", "object", "embed", "image", "use", "form", "base"} & {
+    assert not {"img", "link", "iframe", "object", "embed", "image", "use", "form", "base"} & {
         name for name, _ in parsed.elements
     }
     for _, attributes in parsed.elements:
@@ -93,28 +98,43 @@ def test_nothing_is_fetched_and_nothing_runs(html: str) -> None:
     (style,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
     assert not re.search(r"url\(|@import|expression|https?:", style)
     (policy,) = [meta["content"] for meta in parsed.of("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    run = [text for attributes, text in parsed.scripts if attributes.get("type") != "application/json"]
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
+    assert re.findall(r"'sha256-(.*?)'", policy) == hashes
+    assert unwanted_scripts(html) == []
+    assert len(run) == 2
+    assert figures_of(html)
 
 
 def test_every_chart_and_every_table_is_reached_by_the_keyboard_and_has_a_name(html: str) -> None:
     parsed = Page(html)
-    charts = [attributes for attributes in parsed.of("svg") if attributes.get("role") == "img"]
-    assert charts
+    charts = [attributes for attributes in parsed.of("div") if attributes.get("class") == "plot"]
+    assert len(charts) == len(figures_of(html))
+    assert {attributes["role"] for attributes in charts} == {"img"}
     for attributes in [*charts, *(each for each in parsed.of("div") if each.get("class") == "scroll")]:
         assert attributes["tabindex"] == "0"
         assert attributes["aria-label"].strip()
-    decorations = [attributes for attributes in parsed.of("svg") if "role" not in attributes]
-    assert all("aria-hidden" in each or "preserveaspectratio" in each or "viewbox" in each for each in decorations)
 
 
 def test_names_and_texts_of_a_run_are_shown_as_they_are(hostile: Path) -> None:
     for html in (render_report(load_history(hostile)), render_comparison(load_history(hostile), load_history(hostile))):
-        assert "<script" not in html
+        assert unwanted_scripts(html) == []
         assert "\x1b" not in html
         text = Page(html).text
         for name in HOSTILE:
             assert "".join(char if char.isprintable() else "�" for char in name) in text
         assert "49" not in re.findall(r"\b\d+\b", text), "a name is never a template"
+
+
+def test_the_script_of_the_pages_is_whole_and_of_the_major_version_that_plotly_brings() -> None:
+    script = (TEMPLATES / "plotly.min.js").read_text()
+    assert "</script" not in script.lower()
+    assert "<!--" not in script
+    (major,) = re.findall(r"plotly\.js \(cartesian - minified\) v(\d+)\.", script[:500])
+    assert "Permission is hereby granted" in (TEMPLATES / "plotly.LICENSE").read_text()
+    offline = pytest.importorskip("plotly.offline")
+    assert offline.get_plotlyjs_version().split(".")[0] == major, "notebooks and pages draw alike"
 
 
 def test_no_template_turns_escaping_off() -> None:
@@ -170,7 +190,7 @@ def test_a_layer_that_forgets_by_choice_is_shown_so_with_the_evidence_of_its_out
     html = render_report(load_history(log))
     text = Page(html).text
     assert _evidence_tables(html) == [f"Evidence on {HOSTILE[0]}, from batches up to step 100"], "one finding has none"
-    assert "<script" not in html
+    assert unwanted_scripts(html) == []
     for part in (
         "outcome by choice: the outputs depend on the forgetting",
         "compared the outputs (KL, in nats), on 8 batches that were run again change with half the decay (m50) 0.5 ",
@@ -184,11 +204,72 @@ def test_a_layer_that_forgets_by_choice_is_shown_so_with_the_evidence_of_its_out
 
 
 def test_the_events_are_marks_on_the_loss_and_lead_to_the_list(rescued: Path) -> None:
-    parsed = Page(render_report(load_history(rescued)))
-    marks = [attributes for attributes in parsed.of("a") if attributes.get("aria-label", "").startswith("Event")]
-    assert {attributes["href"] for attributes in marks} == {"#event-1", "#event-3"}
-    assert marks[0]["class"] == "collapsed"
-    assert "step 400, blocks.1.mixer" in marks[0]["aria-label"]
+    html = render_report(load_history(rescued))
+    (metrics,) = [each for each in figures_of(html) if "yaxis4" in each["layout"]]
+    targets = {target for trace in metrics["data"] for target in trace.get("customdata", ()) if target}
+    assert targets == {"event-1", "event-2", "event-3"}
+    assert targets <= {attributes.get("id") for attributes in Page(html).of("li")}
+
+
+def test_epoch_and_learning_rate_are_no_metrics_to_plot(tmp_path: Path) -> None:
+    given = {"epoch": 0.5, "loss": 2.0, "lr-AdamW": 1e-3, "train/learning_rate": 1e-3, "train/epoch": 0.5, "lrx": 1.0}
+    log = write_log(tmp_path / "log.jsonl", [measurement(step, metrics=given) for step in (0, 100)])
+    for html in (render_report(load_history(log)), render_comparison(load_history(log), load_history(log))):
+        titles = {axis["title"]["text"] for each in figures_of(html) for name, axis in each["layout"].items()
+                  if name.startswith("yaxis") and "title" in axis}  # fmt: skip
+        assert {"loss", "lrx"} <= titles
+        assert not titles & {"epoch", "lr-AdamW", "train/learning_rate", "train/epoch"}
+        assert "learning_rate" not in Page(html).text
+
+
+def test_a_table_of_contents_leads_to_every_heading(rescued: Path) -> None:
+    for html in (render_report(load_history(rescued)), render_comparison(load_history(rescued), load_history(rescued))):
+        parsed = Page(html)
+        headings = [attributes["id"] for attributes in parsed.of("h2")]
+        links = [attributes["href"] for attributes in parsed.of("a")]
+        assert links[1 : 1 + len(headings)] == [f"#{each}" for each in headings]
+
+
+def test_like_findings_share_a_card(tmp_path: Path) -> None:
+    layers = tuple(f"blocks.{index}" for index in range(9))
+    found = tuple(finding(layer, 100 + 10 * k, reason=f"0.{k}") for k, layer in enumerate(layers[:7]))
+    conditions = dict.fromkeys(layers, "healthy") | dict.fromkeys(layers[:7], "collapsed")
+    measured = [measurement(200, layers, findings=(*found, finding(layers[7], 150, "saturated")),
+                            conditions={**conditions, layers[7]: "saturated"})]  # fmt: skip
+    html = render_report(load_history(write_log(tmp_path / "log.jsonl", measured, run_info(layers))))
+    text = Page(html).text
+    assert (
+        "7 layers: blocks.0, blocks.1, blocks.2, blocks.3, blocks.4, blocks.5 and 1 more collapsed at the end" in text
+    )
+    assert html.partition("The run</h2>")[0].count('<section class="card') == 2, "the saturated layer has its own"
+    assert "blocks.6: Step 160: healthy → collapsed: 0.6" in text
+
+
+def test_two_hundred_layers_are_a_page_of_a_few_megabytes(tmp_path: Path) -> None:
+    layers = tuple(f"model.layers.{index}.mixer" for index in range(200))
+    positions, spectrum = tuple(range(1, 64)), tuple(1.0 / rank for rank in range(1, 33))
+    ranks = tuple(range(1, 33))
+    shown = [
+        tuple(
+            reading(layer, step, positions=positions, per_position=tuple(map(float, positions)), spectrum=spectrum,
+                    spectrum_ranks=ranks)
+            for layer in layers
+        )
+        for step in range(0, 400, 100)
+    ]  # fmt: skip
+    measured = [measurement(each[0].step, layers, readings=each) for each in shown]
+    history = load_history(write_log(tmp_path / "log.jsonl", measured, run_info(layers)))
+    html = render_report(history)
+    assert len(html.encode()) < 5_000_000
+    heat = figures_of(html)[0]
+    assert heat["layout"]["height"] < 1300
+    assert heat["data"][0]["y"][:2] == ["0.mixer", "1.mixer"], "the shared beginning is folded"
+    assert "leave out model.layers. , with which all begin" in Page(html).text
+    spectra = [
+        each["layout"]["yaxis"]["range"] for each in figures_of(html) if each["layout"]["yaxis"]["type"] == "log"
+    ]
+    assert len(spectra) == 200
+    assert spectra.count(spectra[0]) == 200, "neighbors have one axis"
 
 
 def test_the_page_says_nothing_of_what_the_log_does_not_hold(alone: Path) -> None:
@@ -212,7 +293,6 @@ def test_layers_without_a_finding_are_folded_away_when_there_are_many(tmp_path: 
     before, _, folded = html.partition("47 layers without a finding")
     assert before.count('<h3>blocks.47 <span class="pill') == 2, "in words, and as a card"
     assert folded.count("<h3>") == 47
-    assert len(html) < 2_000_000
 
 
 def test_a_comparison_sets_layers_side_by_side_at_equal_steps(rescued: Path, alone: Path) -> None:
@@ -251,12 +331,9 @@ def test_text_has_the_contrast_that_wcag_asks_for(theme: int) -> None:
     for ground in ("paper", "card"):
         for ink in ("ink", "soft", "a", *CONDITIONS):
             assert _contrast(colors[ink], colors[ground]) >= 4.5, (ink, ground)
-        for line in ("b", "c", "d", "limit", "focus"):
-            assert _contrast(colors[line], colors[ground]) >= 3.0, (line, ground)
+        assert _contrast(colors["focus"], colors[ground]) >= 3.0, ground
     for mark in ("action", *CONDITIONS):
         assert _contrast(colors["on"], colors[mark]) >= 4.5, mark
-    steps = [_luminance(colors[f"h{level}"]) for level in range(11)]
-    assert steps == sorted(steps, reverse=theme == 0), "the order of the scale survives grayscale"
 
 
 @pytest.fixture

@@ -72,16 +72,53 @@ def test_a_data_frame_has_a_row_for_each_reading(log: Path) -> None:
     assert (len(empty), list(empty.columns)) == (0, list(Reading.model_fields))
 
 
+def test_a_figure_is_plotlys_own_by_its_name(log: Path) -> None:
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    run = ess_monitor.load_run(log)
+    utilization = run.figure("utilization")
+    assert isinstance(utilization, graph_objects.Figure)
+    assert list(utilization.data[0].z[1]) == [0.6] * 4 + [0.1] * 3 + [0.6] * 3
+    assert utilization.layout.title.text == "Utilization of every layer, ESS / TSS"
+    for name in ("retention", "metrics", "overhead", "sizes", "positions"):
+        assert isinstance(run.figure(name), graph_objects.Figure)
+    sizes = run.figure("sizes", layer=LAYERS[0])
+    assert sizes.layout.title.text == f"{LAYERS[0]}: State dimensions over steps"
+    (ess,) = (list(line.y) for line in sizes.data if line.name == "ESS")
+    assert ess[0] == pytest.approx(9.6)
+    assert run.figure("sizes").layout.title.text.startswith(LAYERS[1]), "the one that needs attention most"
+
+
+def test_a_wrong_figure_or_layer_is_told_what_there_is(log: Path) -> None:
+    run = ess_monitor.load_run(log)
+    names = "utilization, retention, metrics, overhead, sizes, positions, spectra"
+    with pytest.raises(ConfigError, match=rf"name: no 'utilizaton'; did you mean 'utilization'\? give one of {names}"):
+        run.figure("utilizaton")
+    with pytest.raises(ConfigError, match=rf"layer: no 'blocks.1.mixr'; did you mean '{LAYERS[1]}'\? give one of"):
+        run.figure("sizes", "blocks.1.mixr")
+    with pytest.raises(ConfigError, match="layer: utilization shows all layers; leave it out"):
+        run.figure("utilization", LAYERS[0])
+    with pytest.raises(ConfigError, match=r"the log of second has no data for spectra of 'blocks\.1\.mixer'"):
+        run.figure("spectra")
+    with pytest.raises(ConfigError, match="name: no 7; give one of utilization"):
+        run.figure(7)  # type: ignore[arg-type]
+
+
+def test_without_plotly_the_error_says_what_to_install(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(ConfigError, match=r'figure: needs plotly: pip install "ess-monitor\[plotly\]"'):
+        ess_monitor.load_run(log).figure("utilization")
+
+
 def test_without_pandas_the_error_says_what_to_install(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ConfigError, match=r'to_dataframe: needs pandas: pip install "ess-monitor\[pandas\]"'):
         ess_monitor.load_run(log).readings.to_dataframe()
 
 
-def test_reading_a_log_loads_neither_torch_nor_pandas(log: Path) -> None:
+def test_reading_a_log_loads_no_torch_pandas_or_plotly(log: Path) -> None:
     code = (
         "import sys, ess_monitor; name = ess_monitor.load_run(sys.argv[1]).name; "
-        "print(name, {'torch', 'pandas'} & set(sys.modules))"
+        "print(name, {'torch', 'pandas', 'plotly'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code, str(log)], capture_output=True, text=True, check=False)
     assert out.stdout.split() == ["second", "set()"], out.stderr

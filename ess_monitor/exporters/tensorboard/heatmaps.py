@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ess_monitor.records import Reading
+from ess_monitor.records import COLOR_SCALE, Reading
 
-# Lightness rises all the way, so that the order also shows in grayscale and to color-blind readers.
-_ANCHORS = ((0.07, 0.06, 0.24), (0.20, 0.20, 0.55), (0.10, 0.45, 0.60), (0.25, 0.70, 0.45), (0.98, 0.91, 0.20))
+_ANCHORS = tuple(tuple(channel / 255 for channel in bytes.fromhex(color[1:])) for color in COLOR_SCALE)
 _MISSING = (0.5, 0.5, 0.5)
 _CELL_PIXELS = 8
 _SINGLE_PRECISION = 1e-7

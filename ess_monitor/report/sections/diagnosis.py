@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ess_monitor.diagnosis.utilization import attainable_utilization, full_state_utilization
 from ess_monitor.records import Finding, Measurement, Reading, layer_title
 from ess_monitor.report.components import Table, tolerance_title
-from ess_monitor.report.figures import number
 from ess_monitor.report.history import RunHistory
+from ess_monitor.report.labels import number
 from ess_monitor.report.sections.run_facts import Facts
 from ess_monitor.report.summary import ATTENTION, alarms
 

@@ -1,4 +1,4 @@
-"""The card of one layer: its charts, and their numbers."""
+"""The cards of layers: their figures, and the numbers of these."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ess_monitor.records import Condition, Reading, layer_title
-from ess_monitor.report.components import ROWS_OF_A_TABLE, Table, cell, evenly, present
-from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart, log_scale, number
+from ess_monitor.report.components import (
+    ROWS_OF_A_TABLE,
+    EventRow,
+    Table,
+    cell,
+    detail,
+    evenly,
+    marks,
+    present,
+    steps_of,
+)
+from ess_monitor.report.figures import POINTS_OF_A_LINE, Figure, Mark, Series, line_figure, share_values
 from ess_monitor.report.history import RunHistory
-from ess_monitor.report.sections.spectra import chosen_spectra, spectra_chart, spectra_table
+from ess_monitor.report.labels import number
+from ess_monitor.report.sections.spectra import chosen_spectra, spectra_figure, spectra_table
+from ess_monitor.report.summary import by_attention
 
 _COLUMNS = {
     "ESS": "effective_size",
@@ -32,49 +44,78 @@ class LayerCard:
     title: str
     subtitle: str
     condition: Condition
-    charts: tuple[Chart, ...]
+    figures: tuple[Figure, ...]
     readings: Table
     spectra: Table | None
     """The singular values; None where the log has none."""
 
 
-def layer_card(history: RunHistory, layer: str, scale: Scale, marks: Sequence[Marker]) -> LayerCard:
-    """Draw sizes over steps, positions and tolerances, and spectra at a few steps, with the numbers of all."""
-    info = history.layer(layer)
-    last = history.ok(layer)[-1:]
-    facts = [info.module, info.operator, *(f"TSS {number(r.state_capacity)}" for r in last if r.state_capacity)]
-    spectra = chosen_spectra(history, layer)
-    return LayerCard(
-        title=layer_title(layer),
-        subtitle=", ".join(filter(None, facts)),
-        condition=history.conditions[layer],
-        charts=present(
-            _sizes(history, layer, scale, marks),
-            _positions(history, layer),
-            spectra_chart(spectra),
-            _tolerances(history, layer),
-        ),
-        readings=_readings_table(history.readings[layer]),
-        spectra=spectra_table(spectra),
-    )
+def layer_cards(history: RunHistory, events: Sequence[EventRow] = ()) -> dict[str, LayerCard]:
+    """Draw sizes over steps, positions and tolerances, and spectra at a few steps, with the numbers of all.
+
+    The layers that need attention come first. Layers of one kind share their axes of sizes, all share that of spectra.
+    """
+    layers = by_attention(history)
+    chosen = {layer: chosen_spectra(history, layer) for layer in layers}
+    sizes = {layer: sizes_figure(history, layer, marks(events, layer)) for layer in layers}
+    positions = {layer: positions_figure(history, layer) for layer in layers}
+    tolerances = {layer: tolerances_figure(history, layer) for layer in layers}
+    spectra = {layer: spectra_figure(chosen[layer]) for layer in layers}
+    share_values(spectra.values())
+    for layers_of_kind in by_kind(history):
+        share_values(sizes[layer] for layer in layers_of_kind)
+        share_values(positions[layer] for layer in layers_of_kind)
+        share_values(tolerances[layer] for layer in layers_of_kind)
+    return {
+        layer: LayerCard(
+            title=layer_title(layer),
+            subtitle=_subtitle(history, layer),
+            condition=history.conditions[layer],
+            figures=present(sizes[layer], positions[layer], spectra[layer], tolerances[layer]),
+            readings=_readings_table(history.readings[layer], detail(ROWS_OF_A_TABLE, len(layers))),
+            spectra=spectra_table(chosen[layer]),
+        )
+        for layer in layers
+    }
 
 
-def _sizes(history: RunHistory, layer: str, scale: Scale, marks: Sequence[Marker]) -> Chart | None:
+def by_kind(*runs: RunHistory) -> list[list[str]]:
+    """Return the layers of one module, operator and size together."""
+    kinds: dict[tuple[str, str, float | None], list[str]] = {}
+    for history in runs:
+        for layer in history.layers:
+            info, last = history.layer(layer), history.ok(layer)[-1:]
+            size = None if not last or last[0].capacity_grows else last[0].state_capacity
+            kinds.setdefault((info.module, info.operator, size), []).append(layer)
+    return list(kinds.values())
+
+
+def _subtitle(history: RunHistory, layer: str) -> str:
+    info, last = history.layer(layer), history.ok(layer)[-1:]
+    sizes = [f"TSS {number(reading.state_capacity)}" for reading in last if reading.state_capacity]
+    return ", ".join(filter(None, [info.module, info.operator, *sizes]))
+
+
+def sizes_figure(history: RunHistory, layer: str, events: Sequence[Mark] = ()) -> Figure | None:
+    """Draw ESS, with its bounds, entropy-ESS and TSS over the steps."""
     lower, upper = history.series(layer, "effective_size_lower"), history.series(layer, "effective_size_upper")
-    return line_chart(
+    return line_figure(
         "State dimensions over steps",
-        [
-            Series("ESS", "a", history.series(layer, "effective_size")),
-            Series("entropy-ESS", "b", history.series(layer, "entropy_size")),
-            Series("TSS", "limit", history.series(layer, "state_capacity")),
-        ],
-        scale,
+        {
+            "": [
+                Series("ESS", "a", history.series(layer, "effective_size")),
+                Series("entropy-ESS", "b", history.series(layer, "entropy_size")),
+                Series("TSS", "limit", history.series(layer, "state_capacity")),
+            ]
+        },
+        x_range=steps_of(history),
         band=(lower, upper) if len(lower) == len(upper) > 1 else None,
-        markers=marks,
+        marks=events,
+        points=detail(POINTS_OF_A_LINE, len(history.layers), least=60),
     )
 
 
-def _positions(history: RunHistory, layer: str) -> Chart | None:
+def positions_figure(history: RunHistory, layer: str) -> Figure | None:
     """Draw the ESS at each position in the first reading, the one at the first finding, and the last."""
     full = [r for r in history.ok(layer) if len(r.per_position) == len(r.positions) > 1]
     if not full:
@@ -88,15 +129,15 @@ def _positions(history: RunHistory, layer: str) -> Chart | None:
         Series(f"step {reading.step}", kind, list(zip(reading.positions, reading.per_position, strict=True)))
         for kind, reading in zip("abc", chosen, strict=False)
     ]
-    return line_chart(
+    return line_figure(
         "ESS over positions of the sequence",
-        [*lines, Series("largest possible", "limit", cap if last.length else [])],
-        Scale(0.0, float(max(last.length, *last.positions))),
+        {"": [*lines, Series("largest possible", "limit", cap if last.length else [])]},
         x_label="position",
+        x_range=(0.0, float(max(last.length, *last.positions))),
     )
 
 
-def _tolerances(history: RunHistory, layer: str) -> Chart | None:
+def tolerances_figure(history: RunHistory, layer: str) -> Figure | None:
     """Draw the ESS over tau in the first, the middle and the last reading."""
     known = [each for each in history.ok(layer) if sum(tau > 0 for tau, _ in each.effective_size_at) > 1]
     if not known:
@@ -106,14 +147,13 @@ def _tolerances(history: RunHistory, layer: str) -> Chart | None:
         Series(f"step {step}", kind, [(tau, size) for tau, size in reading.effective_size_at if tau > 0])
         for kind, (step, reading) in zip("abc", chosen.items(), strict=False)
     ]
-    axis = log_scale([tau for line in lines for tau, _ in line.pairs])
-    return line_chart("ESS over the tolerance", lines, axis, x_label="tau")
+    return line_figure("ESS over the tolerance", {"": lines}, x_label="tau", log_x=True)
 
 
-def _readings_table(readings: Sequence[Reading]) -> Table:
+def _readings_table(readings: Sequence[Reading], most: int) -> Table:
     rows = tuple(
         (str(reading.step), *(cell(getattr(reading, name)) for name in _COLUMNS.values()), reading.status)
-        for reading in evenly(readings, ROWS_OF_A_TABLE)
+        for reading in evenly(readings, most)
     )
     caption = f"{len(rows)} of {len(readings)} readings" if len(rows) < len(readings) else f"All {len(rows)} readings"
     return Table(caption, ("step", *_COLUMNS, "status"), rows)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from itertools import cycle
 
 from ess_monitor.records import Reading, layer_title
-from ess_monitor.report.components import Table, cell
-from ess_monitor.report.figures import Chart, Marker, Scale, Series, line_chart
+from ess_monitor.report.components import Table, cell, steps_of
+from ess_monitor.report.figures import Figure, Mark, Series, line_figure
 from ess_monitor.report.history import RunHistory
 
 LINES = 8
-"""Layers of a chart: of more, those with the largest modulation."""
+"""Layers of a figure: of more, those with the largest modulation."""
 
 
-def modulation_chart(history: RunHistory, scale: Scale, marks: tuple[Marker, ...] = ()) -> Chart | None:
+def modulation_figure(history: RunHistory, marks: tuple[Mark, ...] = ()) -> Figure | None:
     """Draw a line for each layer, at the tolerance at which the layers modulate most in the end; None without any."""
     last = [dict(readings[-1].modulation_ratio) for readings in _known(history).values()]
     taus = sorted({tau for ratios in last for tau in ratios})
@@ -29,7 +29,8 @@ def modulation_chart(history: RunHistory, scale: Scale, marks: tuple[Marker, ...
     largest = sorted((layer for layer in lines if lines[layer]), key=lambda layer: -abs(lines[layer][-1][1]))[:LINES]
     kinds = zip([layer for layer in lines if layer in largest], cycle("abcd"), strict=False)
     series = [Series(layer_title(layer), kind, lines[layer]) for layer, kind in kinds]
-    return line_chart(f"State modulation at separators, tau {tau:g}", series, scale, markers=marks)
+    title = f"State modulation at separators, tau {tau:g}"
+    return line_figure(title, {"": series}, x_range=steps_of(history), marks=marks)
 
 
 def modulation_table(history: RunHistory) -> Table | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime, timezone
 
 from ess_monitor.records import PHASES
-from ess_monitor.report.components import Table
-from ess_monitor.report.figures import Chart, Scale, Series, line_chart
+from ess_monitor.report.components import Table, steps_of
+from ess_monitor.report.figures import Figure, Series, line_figure
 from ess_monitor.report.history import RunHistory
 
 Facts = tuple[tuple[str, str], ...]
@@ -60,16 +60,14 @@ def overhead_table(history: RunHistory) -> Table | None:
     return Table("Time of the monitor by phase", ("phase", "times", "total", "mean"), rows) if rows else None
 
 
-def overhead_chart(history: RunHistory, scale: Scale) -> Chart | None:
+def overhead_figure(history: RunHistory) -> Figure | None:
     """Draw the cost up to each measurement, in percent of the training time, and the budget."""
+    steps = steps_of(history)
     cost = [(float(each.step), 100 * each.overhead_ratio) for each in history.measurements]
     budget = 100 * history.info.overhead_budget_ratio
-    limit = [(scale.low, budget), (scale.high, budget)] if budget else []
-    return line_chart(
-        "Cost of the monitor so far, % of training time",
-        [Series("cost", "a", cost), Series("budget", "limit", limit)],
-        scale,
-    )
+    limit = Series("budget", "limit", [(step, budget) for step in steps] if budget and cost else [])
+    lines = {"": [Series("cost", "a", cost), limit]}
+    return line_figure("Cost of the monitor so far, % of training time", lines, x_range=steps)
 
 
 def duration(seconds: float) -> str:

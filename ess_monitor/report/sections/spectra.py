@@ -1,4 +1,4 @@
-"""Singular values of a layer at a few steps, as a chart and as numbers."""
+"""Singular values of a layer at a few steps, as a figure and as numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ess_monitor.records import Reading
 from ess_monitor.report.components import Table, cell, tolerance_title
-from ess_monitor.report.figures import Chart, Scale, Series, line_chart, log_scale
+from ess_monitor.report.figures import Figure, Series, line_figure
 from ess_monitor.report.history import RunHistory
 
 
@@ -35,7 +35,7 @@ def chosen_spectra(history: RunHistory, layer: str) -> tuple[tuple[str, Reading]
     return tuple(chosen.values())
 
 
-def spectra_chart(chosen: Sequence[tuple[str, Reading]]) -> Chart | None:
+def spectra_figure(chosen: Sequence[tuple[str, Reading]]) -> Figure | None:
     """Draw the singular values by rank on a logarithmic axis, with the tolerance; None where all are 0."""
     series = [
         Series(_label(reason, reading), kind, [(float(rank), value) for rank, value in _pairs(reading) if value > 0])
@@ -44,17 +44,11 @@ def spectra_chart(chosen: Sequence[tuple[str, Reading]]) -> Chart | None:
     if not any(each.pairs for each in series):
         return None
     ranks = [float(rank) for _, reading in chosen for rank in reading.spectrum_ranks]
-    axis = Scale(min(ranks), max(*ranks, min(ranks) + 1))
     tolerance, shown = chosen[-1][1].tolerance, tolerance_title(chosen[-1][1])
-    limit = [(axis.low, tolerance), (axis.high, tolerance)] if tolerance > 0 else []
-    drawn = [value for pairs in (limit, *(each.pairs for each in series)) for _, value in pairs]
-    return line_chart(
-        "Singular values at the middle of the sequence, by rank",
-        [*series, Series(f"tolerance {shown}: the ESS at this position counts the values above", "limit", limit)],
-        axis,
-        x_label="rank",
-        y=log_scale(drawn),
-    )
+    limit = [(min(ranks), tolerance), (max(ranks), tolerance)] if tolerance > 0 else []
+    lines = [*series, Series(f"tolerance {shown}: the ESS here counts the values above", "limit", limit)]
+    title = "Singular values at the middle of the sequence, by rank"
+    return line_figure(title, {"": lines}, x_label="rank", log_y=True)
 
 
 def spectra_table(chosen: Sequence[tuple[str, Reading]]) -> Table | None:
