@@ -1,4 +1,4 @@
-"""Sizes and seconds of pages, and the memory that a long log takes: `python -m benchmarks.pages [FOLDER]`.
+"""Sizes and processor seconds of pages, and the memory that a long log takes: `python -m benchmarks.pages [FOLDER]`.
 
 The runs are made up: 400 samples, two metrics, spectra and sizes at 63 positions; one layer in eight collapses. With
 FOLDER the pages are kept there.
@@ -83,22 +83,22 @@ def pages() -> Result:
         folder.mkdir(parents=True, exist_ok=True)
         for layers in LAYERS:
             logs = [write_log(Path(temporary, f"{layers}-{k}.jsonl"), layers, phase=k) for k in (0.0, 1.0)]
-            started = time.perf_counter()
+            started = time.process_time()
             first, second = map(load_history, logs)
-            loaded = time.perf_counter()
+            loaded = time.process_time()
             report = render_report(first)
-            reported = time.perf_counter()
+            reported = time.process_time()
             comparison = render_comparison(first, second)
-            compared = time.perf_counter()
+            compared = time.process_time()
             for kind, page in (("report", report), ("compare", comparison)):
                 (folder / f"{kind}-{layers}.html").write_text(page, encoding="utf-8")
             rows.append({
                 "layers": layers,
                 "log MB": round(logs[0].stat().st_size / 1e6, 1),
-                "read one log, s": (loaded - started) / 2,
-                "report, s": reported - loaded,
+                "read one log, CPU s": (loaded - started) / 2,
+                "report, CPU s": reported - loaded,
                 "report, MB": round(len(report.encode()) / 1e6, 2),
-                "compare, s": compared - reported,
+                "compare, CPU s": compared - reported,
                 "compare, MB": round(len(comparison.encode()) / 1e6, 2),
             })  # fmt: skip
     return Result("Pages of runs of 400 samples", rows)
@@ -114,15 +114,15 @@ def memory() -> Result:
                 kept, seconds, megabytes = pool.apply(_read, (log,))
             rows.append({
                 "layers": layers, "lines": lines, "log MB": round(log.stat().st_size / 1e6), "samples kept": kept,
-                "seconds": seconds, "memory MB": megabytes,
+                "CPU s": seconds, "memory MB": megabytes,
             })  # fmt: skip
     return Result("Reading long logs", rows)
 
 
 def _read(log: Path) -> tuple[int, float, float]:
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     kept = len(load_history(log).measurements)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return kept, seconds, round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 

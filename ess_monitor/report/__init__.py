@@ -3,10 +3,10 @@
 This room reads event logs through `ess_monitor.exporters` and works on records only; it imports no model code and no
 torch. The data flows
 
-    files ──► history (what happened) ──► summary (words), figures (charts), sections ──► page, compare (HTML)
+    files ──► history (what happened) ──► summary (words), figures, sections ──► page, compare (HTML)
 
-A page is one file that works without a network: its styles are inside, its charts are inline SVG, and its content
-policy forbids everything else.
+A page is one file that works without a network: styles, figures as Plotly's JSON and the script that draws them are
+inside, and its content policy forbids everything else.
 """
 
 from __future__ import annotations

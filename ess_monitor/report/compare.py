@@ -8,8 +8,8 @@ from typing import Any
 
 from ess_monitor import validation
 from ess_monitor.records import layer_title
-from ess_monitor.report.components import Table, detail, evenly, event_rows, metrics_figure, steps_of
-from ess_monitor.report.figures import POINTS_OF_A_LINE, Figure, Series, line_figure, share_values
+from ess_monitor.report.components import POINTS_OF_A_CARD, Table, detail, evenly, event_rows, metrics_figure, steps_of
+from ess_monitor.report.figures import Figure, Series, line_figure, share_values
 from ess_monitor.report.heat_map import heat_figure
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.labels import shared_prefix
@@ -172,7 +172,7 @@ def _sizes(runs: Mapping[str, RunHistory], layers: Sequence[str]) -> dict[str, F
         ]
         capacity = next((found for run in runs.values() if (found := run.series(layer, "state_capacity"))), [])
         panel = {"": [*lines, Series("TSS", "limit", capacity)]}
-        points = detail(POINTS_OF_A_LINE, len(layers), least=60)
+        points = detail(POINTS_OF_A_CARD, len(layers), least=40)
         if figure := line_figure(layer_title(layer), panel, x_range=steps, points=points):
             figures[layer] = figure
     for kind in by_kind(*runs.values()):

@@ -16,6 +16,8 @@ T = TypeVar("T")
 ROWS_OF_A_TABLE = 40
 """Largest number of measurements in a table; they are evenly spaced."""
 """With many layers fewer, so that a page stays small: see `detail`."""
+POINTS_OF_A_CARD = 240
+"""Largest number of points of a line in the figure of one layer, likewise."""
 METRICS_SHOWN = 6
 EVENTS_SHOWN = 300
 """Largest number of entries in the list of events, the first ones."""

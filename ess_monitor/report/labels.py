@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-LABEL_CHARACTERS = 26
+LABEL_CHARACTERS = 18
 """Longer names lose their beginning beside an axis, so that a telephone has room for the figure."""
 
 
@@ -71,5 +71,5 @@ def exact(value: float) -> float | None:
 
 
 def rounded(value: float) -> float | None:
-    """Return a number to five digits; None for what is not finite."""
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+    """Return a number to four digits; None for what is not finite."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None

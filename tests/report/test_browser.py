@@ -66,7 +66,7 @@ def _probed(browse: Browser, page: Path, width: int, theme: str) -> dict[str, An
     assert found == 1
     copy = page.with_name(f"probed-{page.name}")
     copy.write_text(FRAME.format(width=width, page=escape(html)))
-    dom = browse(copy.as_uri(), "--dump-dom", width=width, theme=theme).stdout
+    dom = browse(copy.as_uri(), "--dump-dom", "--virtual-time-budget=20000", width=width, theme=theme).stdout
     (answer,) = re.findall(r'data-probe="([^"]*)"', dom)
     return dict(json.loads(unescape(answer)))
 

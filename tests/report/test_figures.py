@@ -145,7 +145,7 @@ def test_labels_are_short_and_each_is_there_once() -> None:
     names = [f"model.{'x' * 30}.{end}.{'y' * 40}" for end in ("a", "b", "a.b")]
     labels = short_names(names)
     assert len(set(labels)) == 3
-    assert max(map(len, labels)) <= 30
+    assert max(map(len, labels)) <= 22
     assert short_names(["", "a"]) == ["root", "a"]
     assert short_names(["a.mixer", "a.mixer.inner"]) == ["mixer", "mixer.inner"]
 

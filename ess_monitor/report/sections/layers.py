@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ess_monitor.records import Condition, Reading, layer_title
 from ess_monitor.report.components import (
+    POINTS_OF_A_CARD,
     ROWS_OF_A_TABLE,
     EventRow,
     Table,
@@ -17,7 +18,7 @@ from ess_monitor.report.components import (
     present,
     steps_of,
 )
-from ess_monitor.report.figures import POINTS_OF_A_LINE, Figure, Mark, Series, line_figure, share_values
+from ess_monitor.report.figures import Figure, Mark, Series, line_figure, share_values
 from ess_monitor.report.history import RunHistory
 from ess_monitor.report.labels import number
 from ess_monitor.report.sections.spectra import chosen_spectra, spectra_figure, spectra_table
@@ -61,6 +62,7 @@ def layer_cards(history: RunHistory, events: Sequence[EventRow] = ()) -> dict[st
     positions = {layer: positions_figure(history, layer) for layer in layers}
     tolerances = {layer: tolerances_figure(history, layer) for layer in layers}
     spectra = {layer: spectra_figure(chosen[layer]) for layer in layers}
+    rows = detail(ROWS_OF_A_TABLE, len(layers))
     share_values(spectra.values())
     for layers_of_kind in by_kind(history):
         share_values(sizes[layer] for layer in layers_of_kind)
@@ -72,8 +74,8 @@ def layer_cards(history: RunHistory, events: Sequence[EventRow] = ()) -> dict[st
             subtitle=_subtitle(history, layer),
             condition=history.conditions[layer],
             figures=present(sizes[layer], positions[layer], spectra[layer], tolerances[layer]),
-            readings=_readings_table(history.readings[layer], detail(ROWS_OF_A_TABLE, len(layers))),
-            spectra=spectra_table(chosen[layer]),
+            readings=_readings_table(history.readings[layer], rows),
+            spectra=spectra_table(chosen[layer], rows),
         )
         for layer in layers
     }
@@ -111,7 +113,7 @@ def sizes_figure(history: RunHistory, layer: str, events: Sequence[Mark] = ()) -
         x_range=steps_of(history),
         band=(lower, upper) if len(lower) == len(upper) > 1 else None,
         marks=events,
-        points=detail(POINTS_OF_A_LINE, len(history.layers), least=60),
+        points=detail(POINTS_OF_A_CARD, len(history.layers), least=40),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ess_monitor.records import Reading
-from ess_monitor.report.components import Table, cell, tolerance_title
+from ess_monitor.report.components import ROWS_OF_A_TABLE, Table, cell, evenly, tolerance_title
 from ess_monitor.report.figures import Figure, Series, line_figure
 from ess_monitor.report.history import RunHistory
 
@@ -51,13 +51,13 @@ def spectra_figure(chosen: Sequence[tuple[str, Reading]]) -> Figure | None:
     return line_figure(title, {"": lines}, x_label="rank", log_y=True)
 
 
-def spectra_table(chosen: Sequence[tuple[str, Reading]]) -> Table | None:
-    """Return the singular values as numbers, with a row for each rank; None where there are none."""
+def spectra_table(chosen: Sequence[tuple[str, Reading]], most: int = ROWS_OF_A_TABLE) -> Table | None:
+    """Return the singular values as numbers, with a row for each of at most so many ranks; None without any."""
     columns = [dict(_pairs(reading)) for _, reading in chosen]
     ranks = sorted({rank for column in columns for rank in column})
     if not ranks:
         return None
-    rows = tuple((str(rank), *(cell(column.get(rank)) for column in columns)) for rank in ranks)
+    rows = tuple((str(rank), *(cell(column.get(rank)) for column in columns)) for rank in evenly(ranks, most))
     return Table("Singular values", ("rank", *(_label(reason, reading) for reason, reading in chosen)), rows)
 
 

@@ -99,7 +99,11 @@ def test_the_table_has_every_rank_that_any_of_the_steps_has() -> None:
 
 def test_a_real_run_has_its_spectra_on_the_page(real_log: Path) -> None:
     page = Page(render_report(load_history(real_log)))
-    summaries = [each["aria-label"] for each in page.of("div") if each.get("aria-label", "").startswith("Singular")]
+    summaries = [
+        each["aria-label"]
+        for each in page.of("div")
+        if each.get("class") == "plot" and each["aria-label"].startswith("Singular")
+    ]
     assert len(summaries) == 2, "one for each layer"
     assert "step 0, first: " in summaries[0]
     assert "at rank 1" in summaries[0]
