@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ess_monitor.report import RunHistory, render_report
-from ess_monitor.report.components import steps_of
-from ess_monitor.report.sections.layers import layer_card
-from ess_monitor.report.sections.modulation import modulation_chart, modulation_table
+from ess_monitor.report.sections.layers import layer_cards
+from ess_monitor.report.sections.modulation import modulation_figure, modulation_table
 from tests.report.helpers import LAYERS, measurement, reading, run_info
 
 
@@ -26,11 +25,11 @@ def test_there_is_a_line_for_each_layer_at_the_tolerance_that_shows_most() -> No
     early = {first: ((0.1, 0.0), (0.3, 0.0)), second: ((0.1, 0.9), (0.3, 0.0))}
     late = {first: ((0.1, 0.125), (0.3, 0.5)), second: ((0.1, 0.0), (0.3, 0.25))}
     history = _history(early, early, {}, late)
-    chart = modulation_chart(history, steps_of(history))
-    assert chart is not None
-    assert chart.title == "State modulation at separators, tau 0.3"
-    assert [line.label for line in chart.lines] == list(LAYERS)
-    assert f"{first}: 0 at step 0, 0.5 at step 300, lowest 0, highest 0.5" in chart.summary
+    figure = modulation_figure(history)
+    assert figure is not None
+    assert figure.title == "State modulation at separators, tau 0.3"
+    assert [line["name"] for line in figure.data] == list(LAYERS)
+    assert f"{first}: 0 at step 0, 0.5 at step 300, lowest 0, highest 0.5" in figure.summary
     table = modulation_table(history)
     assert table is not None
     assert table.columns == ("layer", "tau 0.1", "tau 0.3")
@@ -41,7 +40,7 @@ def test_there_is_a_line_for_each_layer_at_the_tolerance_that_shows_most() -> No
 
 def test_without_separators_the_report_says_nothing_of_it() -> None:
     history = _history({}, {})
-    assert modulation_chart(history, steps_of(history)) is None
+    assert modulation_figure(history) is None
     assert modulation_table(history) is None
     assert "modulation" not in render_report(history)
 
@@ -52,8 +51,9 @@ def test_the_card_of_a_layer_shows_its_size_over_the_tolerance() -> None:
         measurement(step, readings=(reading(LAYERS[0], step, effective_size_at=sizes),)) for step in (0, 100, 200, 300)
     )
     history = RunHistory(Path("log"), run_info(), measurements)
-    charts = {chart.title: chart for chart in layer_card(history, LAYERS[0], steps_of(history), ()).charts}
-    chart = charts["ESS over the tolerance"]
-    assert [line.label for line in chart.lines] == ["step 0", "step 200", "step 300"]
-    assert "8 at tau 0.0001, 1 at tau 0.01" in chart.summary
-    assert [tick.label for tick in chart.x_ticks] == ["0.0001", "0.001", "0.01"]
+    figures = {figure.title: figure for figure in layer_cards(history)[LAYERS[0]].figures}
+    figure = figures["ESS over the tolerance"]
+    assert [line["name"] for line in figure.data] == ["step 0", "step 200", "step 300"]
+    assert "8 at tau 0.0001, 1 at tau 0.01" in figure.summary
+    assert figure.layout["xaxis"]["type"] == "log"
+    assert figure.data[0]["x"] == [1e-4, 1e-3, 1e-2]
