@@ -83,11 +83,11 @@ def _condition_lines(
     found: dict[Condition, tuple[list[float | None], list[str | None]]] = {}
     for row in rows:
         bins = [row.conditions[k * size : (k + 1) * size] for k in range(len(columns))]
-        worst = [max(filter(None, each), key=CONDITIONS.index, default=None) for each in bins]
-        for condition, group in groupby(range(len(columns)), key=worst.__getitem__):
-            if condition is not None:
+        severest = [max((CONDITIONS.index(name) for name in each if name is not None), default=None) for each in bins]
+        for severity, group in groupby(range(len(columns)), key=severest.__getitem__):
+            if severity is not None:
                 places = list(group)
-                x, y = found.setdefault(condition, ([], []))
+                x, y = found.setdefault(CONDITIONS[severity], ([], []))
                 x += [edges[places[0]], edges[places[-1] + 1], None]
                 y += [labels[row.name], labels[row.name], None]
     width = 4 if len(rows) <= 60 else 2
