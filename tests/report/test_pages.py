@@ -25,7 +25,6 @@ from tests.report.helpers import (
     figures_of,
     finding,
     measurement,
-    reading,
     rescued_run,
     run_info,
     unwanted_scripts,
@@ -222,56 +221,6 @@ def test_epoch_and_learning_rate_are_no_metrics_to_plot(tmp_path: Path) -> None:
         assert "learning_rate" not in Page(html).text
 
 
-def test_a_table_of_contents_leads_to_every_heading(rescued: Path) -> None:
-    for html in (render_report(load_history(rescued)), render_comparison(load_history(rescued), load_history(rescued))):
-        parsed = Page(html)
-        headings = [attributes["id"] for attributes in parsed.of("h2")]
-        links = [attributes["href"] for attributes in parsed.of("a")]
-        assert links[1 : 1 + len(headings)] == [f"#{each}" for each in headings]
-
-
-def test_like_findings_share_a_card(tmp_path: Path) -> None:
-    layers = tuple(f"blocks.{index}" for index in range(9))
-    found = tuple(finding(layer, 100 + 10 * k, reason=f"0.{k}") for k, layer in enumerate(layers[:7]))
-    conditions = dict.fromkeys(layers, "healthy") | dict.fromkeys(layers[:7], "collapsed")
-    measured = [measurement(200, layers, findings=(*found, finding(layers[7], 150, "saturated")),
-                            conditions={**conditions, layers[7]: "saturated"})]  # fmt: skip
-    html = render_report(load_history(write_log(tmp_path / "log.jsonl", measured, run_info(layers))))
-    text = Page(html).text
-    assert (
-        "7 layers: blocks.0, blocks.1, blocks.2, blocks.3, blocks.4, blocks.5 and 1 more collapsed at the end" in text
-    )
-    assert html.partition("The run</h2>")[0].count('<section class="card') == 2, "the saturated layer has its own"
-    assert "blocks.6: Step 160: healthy → collapsed: 0.6" in text
-
-
-def test_two_hundred_layers_are_a_page_of_a_few_megabytes(tmp_path: Path) -> None:
-    layers = tuple(f"model.layers.{index}.mixer" for index in range(200))
-    positions, spectrum = tuple(range(1, 64)), tuple(1.0 / rank for rank in range(1, 33))
-    ranks = tuple(range(1, 33))
-    shown = [
-        tuple(
-            reading(layer, step, positions=positions, per_position=tuple(map(float, positions)), spectrum=spectrum,
-                    spectrum_ranks=ranks)
-            for layer in layers
-        )
-        for step in range(0, 400, 100)
-    ]  # fmt: skip
-    measured = [measurement(each[0].step, layers, readings=each) for each in shown]
-    history = load_history(write_log(tmp_path / "log.jsonl", measured, run_info(layers)))
-    html = render_report(history)
-    assert len(html.encode()) < 5_000_000
-    heat = figures_of(html)[0]
-    assert heat["layout"]["height"] < 1300
-    assert heat["data"][0]["y"][:2] == ["0.mixer", "1.mixer"], "the shared beginning is folded"
-    assert "leave out model.layers. , with which all begin" in Page(html).text
-    spectra = [
-        each["layout"]["yaxis"]["range"] for each in figures_of(html) if each["layout"]["yaxis"]["type"] == "log"
-    ]
-    assert len(spectra) == 200
-    assert spectra.count(spectra[0]) == 200, "neighbors have one axis"
-
-
 def test_the_page_says_nothing_of_what_the_log_does_not_hold(alone: Path) -> None:
     text = Page(render_report(load_history(alone))).text
     assert "The log has no end" in text
@@ -285,14 +234,6 @@ def test_a_run_without_a_single_measurement_is_a_page(tmp_path: Path) -> None:
     assert parsed.unclosed == []
     assert "Nothing was measured" in parsed.text
     assert "nothing can be compared" in Page(render_comparison(empty, empty)).text
-
-
-def test_layers_without_a_finding_are_folded_away_when_there_are_many(tmp_path: Path) -> None:
-    layers = tuple(f"blocks.{index}" for index in range(48))
-    html = render_report(load_history(write_log(tmp_path / "deep.jsonl", rescued_run(layers), run_info(layers))))
-    before, _, folded = html.partition("47 layers without a finding")
-    assert before.count('<h3>blocks.47 <span class="pill') == 2, "in words, and as a card"
-    assert folded.count("<h3>") == 47
 
 
 def test_a_comparison_sets_layers_side_by_side_at_equal_steps(rescued: Path, alone: Path) -> None:

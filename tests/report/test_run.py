@@ -91,7 +91,9 @@ def test_a_figure_is_plotlys_own_by_its_name(log: Path) -> None:
 def test_a_wrong_figure_or_layer_is_told_what_there_is(log: Path) -> None:
     run = ess_monitor.load_run(log)
     names = "utilization, retention, metrics, overhead, sizes, positions, spectra"
-    with pytest.raises(ConfigError, match=rf"name: no 'utilization_'; did you mean 'utilization'\? give one of {names}"):
+    with pytest.raises(
+        ConfigError, match=rf"name: no 'utilization_'; did you mean 'utilization'\? give one of {names}"
+    ):
         run.figure("utilization_")
     with pytest.raises(ConfigError, match=rf"layer: no 'blocks.1.mixr'; did you mean '{LAYERS[1]}'\? give one of"):
         run.figure("sizes", "blocks.1.mixr")
