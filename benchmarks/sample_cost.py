@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.report import Result, main
 from ess_monitor import MonitorConfig
 from ess_monitor.capture import Captured
+from ess_monitor.capture.layers import Layer
 from ess_monitor.ess import DeltaRecurrence, DiagonalRecurrence, Operator, SoftmaxAttention
 from ess_monitor.ess.cost import SampleShape, state_of
 from ess_monitor.pipeline.readings import compute
@@ -65,13 +66,19 @@ KINDS: dict[str, tuple[Callable[[int], Operator], int]] = {
 }
 
 
+def captured(operator: Operator) -> Captured:
+    """Return the operator as of a layer in a sample."""
+    layer = cast(Layer, SimpleNamespace(name="mixer", module=None))
+    return Captured(layer, operator, heads=(), channels=operator.heads, length=operator.length)
+
+
 def row_of(name: str) -> tuple[dict[str, Any], float]:
     """Return the row of a kind, and how many times as long as estimated it took."""
     build, state = KINDS[name]
     operator = build(state)
     shape = SampleShape(type(operator).__name__, state_of(operator), *SIZE, CONFIG.positions)
     started = time.thread_time()
-    compute(cast(Captured, SimpleNamespace(operator=operator)), CONFIG.positions, CONFIG.tolerance)
+    compute(captured(operator), CONFIG.positions, CONFIG.tolerance)
     seconds = time.thread_time() - started
     size = sum(tensor.numel() * tensor.element_size() for tensor in operator.tensors)
     taken = second_sample(shape, seconds / shape.seconds)
@@ -101,7 +108,7 @@ def second_sample(shape: SampleShape, slowness: float) -> int:
 def run() -> Result:
     """Measure every kind."""
     torch.set_num_threads(1)
-    compute(cast(Captured, SimpleNamespace(operator=_gated(16))), CONFIG.positions, CONFIG.tolerance)  # loads libraries
+    compute(captured(_gated(16)), CONFIG.positions, CONFIG.tolerance)  # loads libraries
     found = {name: row_of(name) for name in KINDS}
     failures = [
         f"{name}: took {ratio:.2f} times as long as estimated"

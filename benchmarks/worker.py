@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +25,7 @@ from torch import multiprocessing
 
 from benchmarks.layer_overhead import MODELS, Training, quiet
 from benchmarks.report import Result, main
-from ess_monitor.capture import Captured
+from benchmarks.sample_cost import captured
 from ess_monitor.ess import DeltaRecurrence, DiagonalRecurrence, Operator
 from ess_monitor.pipeline.readings import compute
 from ess_monitor.runtime.backends import limit_this_thread
@@ -59,15 +58,13 @@ def operators() -> dict[str, Operator]:
 
 def work(name: str, active: Switch, done: Callable[[float], None], is_over: Callable[[], bool]) -> None:
     """Measure an operator again and again while `active` is set."""
-    operator = operators()[name]
-    layer: Any = SimpleNamespace(name=name, module=None)
-    captured = Captured(layer, operator, heads=(), channels=operator.heads, length=operator.length)
+    operator = captured(operators()[name])
     limit_this_thread(1)
     done(0.0)
     while not is_over():
         if active.wait(0.1):
             started = time.thread_time()
-            compute(captured, 3, 1e-3)
+            compute(operator, 3, 1e-3)
             done(time.thread_time() - started)
 
 
