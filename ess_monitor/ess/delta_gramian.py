@@ -40,13 +40,16 @@ from ess_monitor.ess.gramian import (
 )
 from ess_monitor.ess.linalg import index_tensor, slabs, working_dtype
 from ess_monitor.ess.positions import tokens_in_reach
-from ess_monitor.ess.row_squares import Passed, Windows
+from ess_monitor.ess.row_squares import Passed, Windows, split_row_squares
 
 VECTORS_PER_TOKEN = 8
 """Held at once while windows are processed, roughly."""
 
 LOOPED_STEPS = 8
 """At least so many steps of a window are taken one after another, and fewer than twice as many, before it is joined."""
+
+FORGOTTEN = -40.0
+"""Log of a share of what was in a state, below which it is rounding."""
 
 ROW_CHUNK = 16
 """Tokens of a window where norms of rows are computed: each row of a window takes one more step with all before it."""
@@ -83,6 +86,12 @@ class Transitions:
         left, right = (None if tensor is None else _chosen(tensor, chosen) for tensor in (self.left, self.right))
         log_decay, beta, k = (_chosen(tensor, chosen) for tensor in (self.log_decay, self.beta, self.k))
         return Transitions(log_decay, beta, k, left, right)
+
+    def since(self, first: int) -> Transitions:
+        """Return the transitions of the tokens from `first` on."""
+        left, right = (None if tensor is None else tensor[:, :, first:] for tensor in (self.left, self.right))
+        log_decay, beta = (each if each.shape[2] == 1 else each[:, :, first:] for each in (self.log_decay, self.beta))
+        return Transitions(log_decay, beta, self.k[:, :, first:], left, right)
 
     def log_norms(self) -> Tensor | None:
         """Return the log of a bound of ||A_t||, (B|1, H|1, L), in the working dtype.
@@ -187,6 +196,24 @@ def _sides(
 def delta_windows(transitions: Transitions, q: Tensor, batch: int, heads: int) -> Windows:
     """Return the windows in which squared norms of the rows of T are computed. `q` is (B|1, H|1, L, N)."""
     return _DeltaWindows(q, batch, heads, ROW_CHUNK, max(ROW_CHUNK, q.shape[3] // 2), transitions)
+
+
+def delta_row_squares(
+    transitions: Transitions, q: Tensor, batch: int, heads: int, position: int, start: int
+) -> tuple[Tensor, Tensor]:
+    """Return `split_row_squares`. On a CPU heads that have forgotten what was before the position begin there."""
+    bound = transitions.log_norms()
+    if bound is None or bound.device.type != "cpu":
+        return split_row_squares(delta_windows(transitions, q, batch, heads), position, start)
+    forgets = (bound.expand(-1, -1, q.shape[2])[:, :, position:start].sum(-1) < FORGOTTEN).expand(batch, heads)
+    far, near = (torch.zeros((batch, heads), dtype=torch.float64) for _ in range(2))
+    for chosen, first in ((forgets, position), (~forgets, 0)):
+        if bool(chosen.any()):
+            part, outputs = transitions.of(chosen).since(first), _chosen(q, chosen)[:, :, first:]
+            windows = delta_windows(part, outputs, 1, outputs.shape[1])
+            of_part = split_row_squares(windows, position - first, start - first)
+            far[chosen], near[chosen] = (squares[0] for squares in of_part)
+    return far, near
 
 
 def transition_product_norm(transitions: Transitions, batch: int, heads: int, smallest: float) -> Tensor:

@@ -91,24 +91,24 @@ def split_row_squares(windows: Windows, position: int, start: int) -> tuple[Tens
     """Return ||T[start:, :position]||_F^2 and ||T[start:, position:]||_F^2: (B, H) each, in the working dtype."""
     batch, heads, (length, state) = windows.batch, windows.heads, windows.outputs.shape[2:]
     dtype, device = working_dtype(windows.outputs.device), windows.outputs.device
-    # Of the tokens before the position (0), and of those after it (1).
-    gramians = torch.zeros((batch, heads, 2, state, state), dtype=dtype, device=device)
+    # Of the tokens after the position (0), and of those before it (1).
+    gramians = torch.zeros((batch, heads, 2 if position else 1, state, state), dtype=dtype, device=device)
     squares = torch.zeros((batch, heads, 2), dtype=dtype, device=device)
-    for side, first, stop in ((0, 0, position), (1, position, start), (1, start, length)):
-        present = gramians[:, :, : side + 1]
+    for side, first, stop in ((1, 0, position), (0, position, start), (0, start, length)):
+        present = gramians[:, :, side:]
         is_read = stop > start
         for pick in _picks(windows, first, stop, windows.chunk if is_read else windows.unread_chunk):
             by = windows.passed_and_read(pick) if is_read else windows.passed(pick)
             entering = by.columns.mT @ by.columns
             if by.within is not None:
-                squares[..., 1] += by.within.sum((2, 3))
+                squares[..., 0] += by.within.sum((2, 3))
             for window in range(entering.shape[2]):
                 if by.rows is not None:
                     rows = by.rows[:, :, window, None]
-                    squares += ((rows @ gramians) * rows).sum((-2, -1)).clamp_(min=0.0)
+                    squares[..., : gramians.shape[2]] += ((rows @ gramians) * rows).sum((-2, -1)).clamp_(min=0.0)
                 by.carry_(present, window)
                 gramians[:, :, side] += entering[:, :, window]
-    return squares[..., 0], squares[..., 1]
+    return squares[..., 1], squares[..., 0]
 
 
 def row_squares(windows: Windows) -> Tensor:

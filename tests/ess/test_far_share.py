@@ -73,6 +73,21 @@ def test_diagonal_recurrences_of_every_decay_have_the_norms_of_their_matrix(
         assert_share(operator, operator.materialize(), max(1, length // 2), length // 8 if length > 2 else 0)
 
 
+def test_heads_of_a_delta_rule_that_have_forgotten_what_was_before_are_measured_without_it() -> None:
+    shape = (2, 3, 120, 6)
+    k = torch.nn.functional.normalize(torch.randn(shape).double(), dim=-1)
+    log_decay = torch.tensor([-3.0, -0.02, -1.5]).double()[None, :, None, None]
+    for decay in (log_decay, log_decay.expand(-1, -1, 120, -1), log_decay.masked_fill(log_decay < -2, -torch.inf)):
+        operator = DeltaRecurrence(decay, torch.rand(2, 3, 120).double(), k, torch.randn(2, 1, 120, 6).double())
+        T = reference.matrix_recurrence(
+            reference.delta_rule(decay.expand(2, 3, 120, 1), operator.beta, k),
+            operator.beta[..., None] * k,
+            operator.q.expand(shape),
+        )
+        assert_share(operator, T, 50, 30)
+        assert (far_share(operator, 50, 30).far_squared == 0).tolist() == [[True, False, True]] * 2
+
+
 def test_sequences_that_were_packed_see_nothing_of_the_one_before() -> None:
     shape = (1, 2, 40, 4)
     log_decay = _log_decays(0.1, *shape)

@@ -12,6 +12,7 @@ from ess_monitor.errors import OperatorError
 from ess_monitor.ess.delta_gramian import (
     Transitions,
     delta_cores,
+    delta_row_squares,
     delta_singular_values,
     delta_windows,
     mean_diagonal,
@@ -21,7 +22,7 @@ from ess_monitor.ess.linalg import result_dtype
 from ess_monitor.ess.operators.fields import check_floating
 from ess_monitor.ess.operators.recurrence import VECTOR_SHAPE, DiagonalRecurrence, Recurrence, resets
 from ess_monitor.ess.realization.state_space import StateSpace, diagonal_plus_rank_one
-from ess_monitor.ess.row_squares import Windows, row_squares, split_row_squares
+from ess_monitor.ess.row_squares import Windows, row_squares
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,7 @@ class DeltaRecurrence(Recurrence):
         return mean_diagonal(self.transitions)
 
     def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
-        return split_row_squares(self._windows, position, start)
+        return delta_row_squares(self.transitions, self.q, self.batch, self.heads, position, start)
 
     def _unit_rows(self) -> DeltaRecurrence:
         return replace(self, q=self.q * self._inverse(row_squares(self._windows))[..., None])
