@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,21 +18,30 @@ from benchmarks.census.small_config import setting
 
 LENGTH = 24
 Inputs = dict[str, Any]
-_MOST_TRIES = 16
+_MOST_TRIES = 24
+_MOST_OF_A_SET = 8
+"""Forms that one set of arguments is tried in, such as shapes of an image, so that every set is tried."""
 _MOST_CHANGES = 6
 _IMAGE_PIXELS = 224
 
 
-def inputs_on_which(model: Any, config: Any) -> Inputs:
+def inputs_on_which(model: Any, config: Any, *, seconds: float = math.inf) -> Inputs:
     """Return inputs with which the model runs; those that reach most of it first.
+
+    Args:
+        model, config: the model.
+        seconds: processor time after which no others are tried.
 
     Raises:
         Exception: what the model raised with the first inputs.
     """
     problems: list[Exception] = []
+    begin = time.process_time()
     for given in itertools.islice(_candidates(model, config), _MOST_TRIES):
         changed: Inputs | None = given
         for _ in range(_MOST_CHANGES):
+            if time.process_time() - begin > seconds:
+                break
             try:
                 with torch.no_grad():
                     model(**changed)
@@ -113,7 +123,7 @@ def _candidates(model: Any, config: Any) -> Iterator[Inputs]:
             continue
         seen.append(names)
         makers = [_MAKERS.get(name, _unknown) for name in sorted(names)]
-        for values in itertools.product(*(maker(config) for maker in makers)):
+        for values in itertools.islice(itertools.product(*(maker(config) for maker in makers)), _MOST_OF_A_SET):
             yield dict(zip(sorted(names), values, strict=True))
 
 
@@ -131,15 +141,9 @@ def _with_places(given: Inputs, config: Any, problem: str) -> Inputs | None:
     kind = re.match(r"(\w+) features", problem)
     if asked is None or kind is None or "input_ids" not in given:
         return None
-    token = next(
-        (
-            value
-            for name in (f"{kind[1].lower()}_token_id", f"{kind[1].lower()}_token_index", "media_token_id")
-            if isinstance(value := getattr(config, name, None), int)
-        ),
-        None,
-    )
-    if token is None or not 0 < int(asked[1]) < 5000:
+    name = kind[1].lower()
+    token = _find(config, f"{name}_token_id", f"{name}_token_index", "media_token_id")
+    if type(token) is not int or not 0 < int(asked[1]) < 5000:
         return None
     tokens = _tokens(config)[0]
     places = torch.full((1, int(asked[1])), token)

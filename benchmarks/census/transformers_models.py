@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -17,8 +18,8 @@ from benchmarks.census.model_inputs import inputs_on_which
 from benchmarks.census.small_config import SHRINKS, shrunk
 
 _MOST_PARAMETERS = 1e8
-_MOST_TRIED = 6
-"""Models that are built and do not run, before the inputs are given up."""
+_MOST_SECONDS = 15.0
+"""Processor time after which no other model of a type that does not run is tried."""
 _SERIES = {"prediction_length": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _ROPE_IN_SECTIONS = {**_ROPE, "mrope_section": [16, 16, 16, 16]}
@@ -30,6 +31,7 @@ _WITHOUT_DEFAULT: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE_BY_KIND}},
     "cohere_compass_text": {"rope_parameters": _ROPE_BY_KIND},
     "chameleon": {"vocabulary_map": {"<image>": 4, **{f"IMGIMGB{letter}Z": 5 + n for n, letter in enumerate("BCDE")}}},
+    "emu3": {"vocabulary_map": {"<image>": 4, "<|visual token 000000|>": 5, "<|extra_200|>": 6}},
     "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE_IN_SECTIONS}},
     "hunyuan_vl_text": {"rope_parameters": _ROPE_IN_SECTIONS},
     "reformer": {"is_decoder": True, "axial_pos_shape": (4, 6)},
@@ -52,15 +54,15 @@ def build(name: str) -> Built:
     The last is on the device without memory, and has no inputs.
     """
     with _without(_KERNELS):
-        tried = 0
+        begin = time.process_time()
         for by, cls in product(SHRINKS, _classes()[name]):
             try:
                 config = shrunk(_config(name), by)
-                if tried == _MOST_TRIED or _parameters(cls, config) > _MOST_PARAMETERS:
+                left = begin + _MOST_SECONDS - time.process_time()
+                if left < 0 or _parameters(cls, config) > _MOST_PARAMETERS:
                     continue
                 model = _model(cls, config).eval()
-                tried += 1
-                return Built(model, ((), inputs_on_which(model, config)))
+                return Built(model, ((), inputs_on_which(model, config, seconds=left)))
             except ImportError:
                 raise
             except Exception:

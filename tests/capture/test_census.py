@@ -116,3 +116,25 @@ def test_inputs_are_changed_as_errors_ask_for() -> None:
     assert given["pixel_values"].shape == (1, 1, 32, 32)
     assert (given["input_ids"] == 7).sum() == 36
     assert given["states"].shape[-1] == 19
+
+
+class Words(nn.Module):
+    """Takes words, and images in no form that is known."""
+
+    main_input_name = "input_ids"
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        if pixel_values is not None:
+            raise ValueError("too many values to unpack")
+        return input_ids
+
+
+def test_arguments_without_those_that_no_form_suits_are_tried_too() -> None:
+    config = Settings(vlm_config=Settings(image_token_id=7, image_size=32), num_channels=3)
+    assert list(inputs_on_which(Words(), config)) == ["input_ids"]
+
+
+def test_the_token_of_an_image_is_found_in_a_part_of_the_configuration() -> None:
+    parts = Settings(image_token_id=7, vision_config=Settings(image_size=32, num_channels=1), state_dim=17)
+    given = inputs_on_which(Reader(), Settings(vlm_config=parts))
+    assert (given["input_ids"] == 7).sum() == 36
