@@ -6,6 +6,7 @@ that a setting means the same in every loop.
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -92,6 +93,8 @@ class LoopFacts:
     be scaled like the loss, so the autopilot must not act."""
     log_folder: str | Path | None = None
     """Where the loop's own logs of this run are; None where it writes none."""
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    """What the loop knows of them; those of the settings come first."""
     parallel: Mapping[str, int] = field(default_factory=dict)
     """Number of processes over which the loop's settings split layers ("pipeline"), tokens ("context") or heads
     ("tensor")."""
@@ -178,7 +181,7 @@ class CallbackBase:
             return
         monitor = Monitor(
             model,
-            self.config.model_copy(update={"exporters": exporters}),
+            self.config.model_copy(update={"exporters": exporters, "hyperparameters": self._hyperparameters(facts)}),
             exporters=(*sinks(), *self._live_exporters, *self._default_log(facts.log_folder)) if reports else (),
             strategy=facts.strategy,
             world_size=facts.world_size,
@@ -196,6 +199,11 @@ class CallbackBase:
         # A loop that dies without calling its callbacks, and is dropped with them, still ends the run in the exporters.
         self._close_if_dropped = weakref.finalize(self, monitor.close, "failed")
         self._close_if_dropped.atexit = False  # the monitor does that itself
+
+    def _hyperparameters(self, facts: LoopFacts) -> dict[str, Any]:
+        """Return those of the settings, and of the loop's those that are plain values."""
+        plain = {str(name): value for name, value in facts.hyperparameters.items() if _is_plain(value)}
+        return {**plain, **self.config.hyperparameters}
 
     def _close(self, status: RunStatus) -> None:
         if self.monitor is None or self._close_if_dropped is None:
@@ -251,6 +259,13 @@ class CallbackBase:
         """Return the settings and the state, without the running training, for copies and pickles."""
         kept = {name: value for name, value in self.__dict__.items() if name not in self._not_copied}
         return {**kept, "monitor": None, "_close_if_dropped": None, "_state": self.state_dict() or None}
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value can be written to the event log as it is."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, str)) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 CallbackBase.__signature__ = with_settings(CallbackBase.__init__)

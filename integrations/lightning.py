@@ -80,6 +80,7 @@ class ESSMonitorCallback(CallbackBase, _Base):
             ),
             step=_steps_done(trainer),
             log_folder=log_folder(trainer.loggers) if trainer.is_global_zero and not trainer.fast_dev_run else None,
+            hyperparameters=dict(getattr(pl_module, "hparams", {})),
             parallel=sizes_of_mesh(getattr(trainer.strategy, "_device_mesh", None)),
         )
         self._open(pl_module, facts, lambda: self._sinks(trainer))

@@ -41,6 +41,7 @@ class MonitorSettings(TypedDict, total=False):
         handle_sigterm: Record a run that is told to end as terminated; None does so under a scheduler.
         strict: Raise at the next step when a part of the monitor has failed; for tests.
         run_name: Name of the run in the exporters.
+        hyperparameters: Facts of the run by name, for the event log; Lightning adds those of the module.
     """
 
     every_n_steps: int
@@ -59,6 +60,7 @@ class MonitorSettings(TypedDict, total=False):
     handle_sigterm: bool | None
     strict: bool
     run_name: str | None
+    hyperparameters: dict[str, bool | int | float | str | None]
 
 
 def with_settings(init: Any) -> Signature:

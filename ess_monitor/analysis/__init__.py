@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ess_monitor.analysis.correlation import correlate
     from ess_monitor.analysis.hybrids import hybrid_advice
     from ess_monitor.analysis.lengths import length_profile
     from ess_monitor.analysis.reduction import reduce
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
     )
     from ess_monitor.analysis.smallest_states import minimal_state
     from ess_monitor.analysis.student_states import compressibility
+    from ess_monitor.analysis.study_results import Correlation, Study, StudyCell, StudyRun
 
 __all__ = [
     "AtLength",
     "Compressibility",
+    "Correlation",
     "HybridAdvice",
     "LayerAdvice",
     "LayerCompressibility",
@@ -50,7 +53,11 @@ __all__ = [
     "StateError",
     "StateFor",
     "StudentLoss",
+    "Study",
+    "StudyCell",
+    "StudyRun",
     "compressibility",
+    "correlate",
     "hybrid_advice",
     "length_profile",
     "minimal_state",
@@ -63,8 +70,10 @@ _MODULES = {
     "hybrid_advice": "hybrids",
     "length_profile": "lengths",
     "reduce": "reduction",
+    "correlate": "correlation",
+    **dict.fromkeys(("Correlation", "Study", "StudyCell", "StudyRun"), "study_results"),
 }
-"""Functions, and the modules that they are in. All other names are records, in `results`."""
+"""Names, and the modules that they are in. All others are records, in `results`."""
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,7 @@ def run_info(model: nn.Module, config: MonitorConfig, started_seconds: float, fa
         thresholds=thresholds(config.diagnosis),
         diagnosis=config.diagnosis.model_dump(),
         modulation_separators=() if config.modulation is None else config.modulation.separators,
+        hyperparameters=dict(config.hyperparameters),
         start_timestamp_seconds=started_seconds,
         overhead_budget_ratio=config.overhead_budget_ratio or 1.0,
         every_n_steps=config.every_n_steps,

@@ -31,6 +31,8 @@ class RunInfo(Record):
     overhead_budget_ratio: float = 0.0
     every_n_steps: int = 0
     """The shortest interval between two samples. 0 in older logs."""
+    hyperparameters: dict[str, bool | int | float | str | None] = {}
+    """Facts of the run that its user gave, by name (`kv_pairs`, `state_size`, `lr`, ...). Empty in older logs."""
     addresses: dict[str, str] = {}
     """Exporter -> where it serves (`prometheus` -> `http://127.0.0.1:9464/metrics`). Empty in older logs."""
 

@@ -22,6 +22,8 @@ from ess_monitor.report.compare import render_comparison
 from ess_monitor.report.history import RunHistory, find_event_log, load_history
 from ess_monitor.report.page import render_report
 from ess_monitor.report.run import Run, load_run
+from ess_monitor.report.study import load_study
+from ess_monitor.report.study_page import render_study
 
 RunStory, load_story = RunHistory, load_history
 """Their names in 0.1."""
@@ -32,6 +34,7 @@ __all__ = [
     "find_event_log",
     "load_history",
     "load_run",
+    "load_study",
     "render_comparison",
     "render_compressibility",
     "render_hybrid_advice",
@@ -39,4 +42,5 @@ __all__ = [
     "render_minimal_state",
     "render_reduction",
     "render_report",
+    "render_study",
 ]

@@ -152,6 +152,15 @@ def find_event_log(path: str | Path) -> Path:
     Raises:
         ConfigError: the folder holds no event log.
     """
+    return max(find_event_logs(path), key=_written_seconds)
+
+
+def find_event_logs(path: str | Path) -> list[Path]:
+    """Return every event log in a folder and below it, by name, or `path` itself where it is a file.
+
+    Raises:
+        ConfigError: the folder holds no event log.
+    """
     validation.instance("RUN_DIR", path, (str, Path), hint="the folder of a run, or its event log")
     path = Path(path)
     try:
@@ -159,7 +168,7 @@ def find_event_log(path: str | Path) -> Path:
     except (OSError, ValueError):  # not a valid file name
         is_file = is_folder = False
     if is_file:
-        return path
+        return [path]
     if not is_folder:
         found = "is not a file" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"RUN_DIR: {validation.shown(str(path))} {found}; give the folder of a run, or its event log")
@@ -171,7 +180,7 @@ def find_event_log(path: str | Path) -> Path:
             f"RUN_DIR: {path} holds no event log; train with the exporter `event_log` "
             '(exporters=["event_log"]) and give the folder it writes to'
         )
-    return max(logs, key=_written_seconds)
+    return logs
 
 
 def _has_events(file: Path) -> bool:
@@ -228,6 +237,15 @@ def load_history(path: str | Path, run: str | int | None = None) -> RunHistory:
             f"{'..., ' if len(names) > _RUNS_NAMED else ''}{listed}"
         )
     return found.history(log, reader.skipped_lines)
+
+
+def load_histories(log: Path) -> list[RunHistory]:
+    """Read every run of one event log, in their order; none of a file that cannot be read or holds none."""
+    try:
+        reader = read_event_log(log, rotated=True)
+        return [run.history(log, reader.skipped_lines) for run in list(_runs(reader))]
+    except OSError:
+        return []
 
 
 EventT = TypeVar("EventT", Finding, Action)
