@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, FiniteFloat, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from ess_monitor import validation
@@ -85,9 +86,17 @@ class MonitorConfig(Settings):
     to find a cause. Off, because no fault of the monitor should end a run."""
     run_name: str | None = None
     """Name of the run in the exporters; by default the model's class and the time it started."""
-    hyperparameters: dict[str, bool | int | FiniteFloat | str | None] = Field(default={})
+    hyperparameters: dict[str, bool | int | float | str | None] = Field(default={})
     """Facts that tell the run from others, such as {"kv_pairs": 8, "seed": 0}; they are written to the event log, and
     read by `ess-monitor study`. The callback for Lightning adds the module's `hparams`."""
+
+    @field_validator("hyperparameters")
+    @classmethod
+    def _are_finite(cls, given: dict[str, Any]) -> dict[str, Any]:
+        wrong = [name for name, value in given.items() if isinstance(value, float) and not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"must be finite numbers or texts (got {given[wrong[0]]} for {wrong[0]!r})")
+        return given
 
     @model_validator(mode="after")
     def _samples_are_judged_before_the_next(self) -> MonitorConfig:

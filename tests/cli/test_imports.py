@@ -39,6 +39,7 @@ def test_commands_that_need_no_model_do_not_load_torch(tmp_path: Path) -> None:
                 "minimal-state",
                 "distill-check",
                 "reduce",
+                "study",
                 "hybrid-advice",
                 "report",
                 "compare",
@@ -48,6 +49,7 @@ def test_commands_that_need_no_model_do_not_load_torch(tmp_path: Path) -> None:
     ]
     commands = [[*command, "--help"] for command in [*commands, ["profile", "model"], ["profile", "featurizers"]]]
     commands += [["--version"], ["report", str(logs[0])], ["compare", *map(str, logs), "-o", str(tmp_path / "c.html")]]
+    commands += [["study", str(tmp_path), "--metric", "accuracy"]]
     commands += [["alerts", "export", str(tmp_path / "alerts")], ["report", str(tmp_path / "nothing")]]
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(commands)], capture_output=True, text=True, check=False

@@ -152,6 +152,9 @@ ANALYSIS: dict[str, Case] = {
         lambda: {"model": model(), "inputs": floats(2, 6, 8), "student_states": [1, 2], "progress": iter},
         exempt={"inputs": OF_THE_MODEL},
     ),
+    "correlate": Case(
+        analysis.correlate, lambda: {"runs": [analysis.StudyRun(name="a", metric=1.0, effective_size=2.0)]}
+    ),
     "hybrid_advice": Case(
         lambda model, inputs, **given: analysis.hybrid_advice(model, inputs, **given),
         lambda: {"model": model(), "inputs": floats(2, 6, 8)},

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ess_monitor import alerts, exporters, report
-from ess_monitor.analysis import Compressibility, HybridAdvice, LengthProfile, MinimalStates, Reduction
-from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event
+from ess_monitor.analysis import Compressibility, HybridAdvice, LengthProfile, MinimalStates, Reduction, Study
+from ess_monitor.exporters.event_log.events import MeasurementEvent, RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
 from ess_monitor.pipeline.counters import RunCounters
 from tests.exporters.test_contract import WandbRun
@@ -63,6 +63,15 @@ def _told(path: Any, run: Any = None, load: Any = report.load_history) -> Any:
         return load(log if path == FOLDER else path, run)
 
 
+def _studied(folder: Any, **given: Any) -> Any:
+    with tempfile.TemporaryDirectory() as logs:
+        common: dict[str, Any] = {"timestamp_seconds": 0.0, "run": "demo"}
+        measured = MeasurementEvent(data=MEASUREMENT.model_copy(update={"metrics": {"accuracy": 0.5}}), **common)
+        events = (RunStartedEvent(data=RUN, **common), measured)
+        Path(logs, "events.jsonl").write_bytes(b"".join(map(encode_event, events)))
+        return report.load_study(logs if folder == FOLDER else folder, **given)
+
+
 def _opened(path: Any, run: Any = None) -> Any:
     return _told(path, run, load=report.load_run)
 
@@ -112,6 +121,11 @@ REPORT: dict[str, Case] = {
     "find_event_log": Case(report.find_event_log, lambda: {"path": Path(__file__)}, named={"path": "RUN_DIR"}),
     "load_history": Case(_told, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
     "load_run": Case(_opened, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
+    "load_study": Case(
+        _studied,
+        lambda: {"folder": FOLDER, "metric": "accuracy", "progress": iter},
+        named={"folder": "RUN_DIR"},
+    ),
     "render_comparison": Case(report.render_comparison, lambda: {"first": HISTORY, "second": HISTORY}),
     "render_compressibility": Case(
         report.render_compressibility,
@@ -131,6 +145,7 @@ REPORT: dict[str, Case] = {
         report.render_minimal_state, lambda: {"result": MinimalStates(model="Net", layers=())}
     ),
     "render_reduction": Case(report.render_reduction, lambda: {"result": Reduction(model="Net", state=4, layers=())}),
+    "render_study": Case(report.render_study, lambda: {"study": Study(metric="accuracy", demand="", runs=())}),
     "render_report": Case(report.render_report, lambda: {"history": HISTORY}),
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ess_monitor.exporters import read_event_log
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from tests.integrations.helpers import callback, measurements
 from tests.programs import run_program
@@ -44,6 +45,21 @@ def make_module(framework):
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     return Module()
+
+
+@pytest.mark.parametrize("given", [{}, {"kv_pairs": 8, "lr": 0.5}])
+def test_the_event_log_holds_the_hyperparameters_of_the_module_and_of_the_settings(tmp_path, given):
+    module = make_module(pl)
+    module.save_hyperparameters(
+        {"kv_pairs": 4, "featurizer": "gla", "sizes": [1, 2], "lr": float("inf"), "huge": 2**70}
+    )
+    log = tmp_path / "events.jsonl"
+    watcher = callback(
+        "lightning", hyperparameters=given, exporters=[{"kind": "event_log", "path": str(log)}], table=False
+    )
+    make_trainer(tmp_path, [watcher]).fit(module, loader(2))
+    [start, *_] = read_event_log(log)
+    assert start.data.hyperparameters == {"kv_pairs": 4, "featurizer": "gla", **given}
 
 
 def loader(batches: int = 12) -> DataLoader:
