@@ -8,6 +8,9 @@ as Ray has cores. Without `--address` Ray is started on this machine and stopped
 written to FOLDER/RUN_ID.json when the run ends. To resume an interrupted sweep, give the same command again: runs that
 have a result with the same settings are skipped, and runs that failed are repeated.
 
+Every run also writes an event log, FOLDER/RUN_ID/events.jsonl, with its task, mixer and sizes as hyperparameters:
+`ess-monitor study FOLDER` says how ESS and TSS go along with accuracy over all of them.
+
 With `--file-sd DIR` Prometheus can scrape every run: the run opens /metrics on a free port of its machine, and writes
 its address for file-based service discovery to DIR.
 """
@@ -52,7 +55,7 @@ def grid(tasks: list[str], models: list[str], seeds: int, steps: int) -> list[di
     return settings
 
 
-def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
+def train(run: dict[str, Any], file_sd: str | None, folder: str) -> dict[str, Any]:
     """Train one run under a monitor in a worker of Ray; return its result."""
     import torch
 
@@ -84,7 +87,9 @@ def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
     torch.manual_seed(run["seed"])
     model = Backbone(BackboneConfig(vocab_size=shape["vocab_size"], featurizer=run["model"], state_size=STATE_SIZE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-    exporters = []
+    log = Path(folder, run["run_id"], "events.jsonl")
+    log.unlink(missing_ok=True)  # of an attempt that failed
+    exporters: list[dict[str, Any]] = [{"kind": "event_log", "path": str(log)}]
     if file_sd is not None:
         exporters.append({"kind": "prometheus", "port": 0, "run_id": run["run_id"], "file_sd_dir": file_sd})
     settings = MonitorConfig.load(
@@ -92,6 +97,7 @@ def train(run: dict[str, Any], file_sd: str | None) -> dict[str, Any]:
         diagnosis={"metric": "accuracy", "metric_solved": 0.9},
         exporters=exporters,
         run_name=run["run_id"],
+        hyperparameters={**run, "featurizer": run["model"], "state_size": STATE_SIZE},
     )
     batches = data(run["steps"] * BATCH, run["seed"])
 
@@ -227,7 +233,7 @@ def main() -> int:
         local = {} if arguments.address else {"include_dashboard": False}
         ray.init(address=arguments.address, log_to_driver=False, logging_level="ERROR", **local)
         try:
-            for result in results(train, missing, file_sd):
+            for result in results(train, missing, file_sd, str(arguments.folder.resolve())):
                 keep(arguments.folder / f"{result['run_id']}.json", result)
                 rows.append(result)
                 summary = result.get("error") or f"accuracy {result['accuracy']:.3f}"
