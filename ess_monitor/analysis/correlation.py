@@ -95,7 +95,9 @@ def _correlation(
     task: str, featurizer: str, quantity: Quantity, runs: Iterable[StudyRun], resamples: int, seed: int
 ) -> Correlation:
     pairs = [
-        (x, run.metric) for run in runs if (x := _QUANTITIES[quantity](run)) is not None and run.metric is not None
+        (size, run.metric)
+        for run in runs
+        if (size := _QUANTITIES[quantity](run)) is not None and run.metric is not None
     ]
     x, y = [value for value, _ in pairs], [value for _, value in pairs]
     r = pearson(x, y)
