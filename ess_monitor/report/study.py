@@ -56,7 +56,9 @@ def load_study(
         ...     common = {"timestamp_seconds": 0.0, "run": f"run {k}"}
         ...     info = RunInfo(run_name=f"run {k}", model="Net", layers=(), hyperparameters={"kv_pairs": 4})
         ...     reading = Reading(step=1, layer="a", status="ok", effective_size=k, state_capacity=8.0)
-        ...     measured = Measurement(step=1, readings=(reading,), metrics={"accuracy": k / 10}, conditions={})
+        ...     measured = Measurement(
+        ...         step=1, timestamp_seconds=0.0, readings=(reading,), metrics={"accuracy": k / 10}, conditions={}
+        ...     )
         ...     events = [RunStartedEvent(data=info, **common), MeasurementEvent(data=measured, **common)]
         ...     Path(folder, f"{k}.jsonl").write_bytes(b"".join(map(encode_event, events)))
         >>> with tempfile.TemporaryDirectory() as folder:
