@@ -61,9 +61,10 @@ def heat_figure(
         "height": max(90, min(26 * len(rows), 640 + 2 * len(rows))) + 90,
         "plot_bgcolor": "rgba(128, 128, 128, 0.35)",
         "hovermode": "closest",
+        "showlegend": True,
         "legend": {"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
         "xaxis": {"title": {"text": "step"}, "type": "linear", "showgrid": False, "zeroline": False},
-        "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "showgrid": False},
+        "yaxis": {"type": "category", "range": [len(rows) - 0.5, -0.5], "automargin": True, "showgrid": False},
     }
     return Figure(
         title,

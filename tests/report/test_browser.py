@@ -18,9 +18,8 @@ WIDTHS = (400, 1200)
 
 PROBE = """<script>
 addEventListener("load", async () => {
-  const drawn = () => [...document.querySelectorAll(".plot")].filter(e => e.checkVisibility()).slice(0, 2)
-    .every(e => e.querySelector(".main-svg"));
-  for (let tries = 0; tries < 200 && !drawn(); tries++) await new Promise(done => setTimeout(done, 50));
+  dispatchEvent(new Event("beforeprint"));  // draws what is out of view too
+  await new Promise(done => setTimeout(done, 1000));
   const page = document.documentElement;
   const focusable = [...document.querySelectorAll("a[href], summary, [tabindex='0']")].filter(e => e.checkVisibility());
   const reached = focusable.filter(element => { element.focus(); return document.activeElement === element; });
@@ -28,6 +27,7 @@ addEventListener("load", async () => {
     inner: innerWidth, width: page.scrollWidth, requests: performance.getEntriesByType("resource").length,
     focusable: focusable.length, reached: reached.length, dark: matchMedia("(prefers-color-scheme: dark)").matches,
     ground: getComputedStyle(document.body).backgroundColor, title: document.title,
+    undrawn: [...document.querySelectorAll(".plot:not(:has(.main-svg))")].filter(e => e.checkVisibility()).length,
     plots: [...document.querySelectorAll(".plot:has(.main-svg)")].map(plot => plot.getBoundingClientRect().width),
     ink: [...document.querySelectorAll(".xtick text")].map(text => text.style.fill),
     traces: document.querySelectorAll(".plot .heatmaplayer image, .plot .scatterlayer .trace").length,
@@ -78,6 +78,7 @@ def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browser, page:
     assert probe["inner"] == width
     assert probe["width"] <= width, "something sticks out to the right"
     assert probe["plots"]
+    assert probe["undrawn"] == 0
     assert min(probe["plots"]) > 150, "a figure too narrow to read"
     assert probe["areas"][0] > 0.4 * min(width, 1100), "the heat map has the most of the page"
     assert probe["traces"] > 3

@@ -101,6 +101,7 @@ def test_thinning_keeps_a_spike_of_one_step() -> None:
 def test_a_heat_map_marks_the_collapse_where_it_was_and_begins_with_that_layer() -> None:
     figure = _utilization(rescued_run())
     heat, collapse = figure.data
+    assert figure.layout["yaxis"]["range"] == [1.5, -0.5], "the first row is on top, and the rows fill the figure"
     assert figure.rows == (LAYERS[1], LAYERS[0])
     assert heat["y"] == ["1.mixer", "0.mixer"]
     assert heat["x"] == list(range(0, 1000, 100))

@@ -37,7 +37,7 @@ function shown(plot) {
     const points = line.y.map((_, at) => at).filter((at) => kept.includes(line.y[at - at % 3]));
     return { ...line, x: points.map((at) => line.x[at]), y: points.map((at) => line.y[at]) };
   });
-  const yaxis = { ...layout.yaxis, categoryorder: "array", categoryarray: heat.y };
+  const yaxis = { ...layout.yaxis, categoryorder: "array", categoryarray: heat.y, range: [heat.y.length - 0.5, -0.5] };
   const height = Math.min(layout.height, 120 + 26 * order.length);
   plot.style.height = `${height}px`;
   return { data: [heat, ...lines], layout: { ...layout, yaxis, height } };
