@@ -142,13 +142,18 @@ def _cells(runs: Iterable[StudyRun]) -> Iterable[StudyCell]:
             state_capacity=capacity,
             demand=demand,
             runs=len(group),
-            metric=_mean(run.metric for run in group),
-            effective_size=_mean(run.effective_size for run in group),
-            utilization_ratio=_mean(run.utilization_ratio for run in group),
-            within_correlation=_mean(run.within_correlation for run in group),
+            metric=mean_of_known(run.metric for run in group),
+            effective_size=mean_of_known(run.effective_size for run in group),
+            utilization_ratio=mean_of_known(run.utilization_ratio for run in group),
+            within_correlation=mean_of_known(run.within_correlation for run in group),
         )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known; None without any.
+
+    >>> mean_of_known([1.0, None, 2.0]), mean_of_known([None])
+    (1.5, None)
+    """
     known = [value for value in values if value is not None]
     return fmean(known) if known else None

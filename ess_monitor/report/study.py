@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from ess_monitor import validation
-from ess_monitor.analysis.correlation import correlate, pearson
+from ess_monitor.analysis.correlation import correlate, mean_of_known, pearson
 from ess_monitor.analysis.study_results import Study, StudyRun
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import Measurement
@@ -119,10 +118,10 @@ def _run(history: RunHistory, metric: str, demand: str) -> StudyRun:
         task=str(facts.get("task") or ""),
         featurizer=featurizer,
         demand=_number(facts.get(demand)),
-        state_capacity=_mean(each.state_capacity for each in last),
-        effective_size=_mean(each.effective_size for each in last),
-        entropy_size=_mean(each.entropy_size for each in last),
-        utilization_ratio=_mean(each.utilization_ratio for each in last),
+        state_capacity=mean_of_known(each.state_capacity for each in last),
+        effective_size=mean_of_known(each.effective_size for each in last),
+        entropy_size=mean_of_known(each.entropy_size for each in last),
+        utilization_ratio=mean_of_known(each.utilization_ratio for each in last),
         metric=values[-1][1] if values else None,
         within_correlation=_within(history.measurements[1:], metric),
         hyperparameters=facts,
@@ -132,7 +131,7 @@ def _run(history: RunHistory, metric: str, demand: str) -> StudyRun:
 def _within(measurements: Sequence[Measurement], metric: str) -> float | None:
     pairs = []
     for each in measurements:
-        size = _mean(reading.effective_size for reading in each.readings if reading.status == "ok")
+        size = mean_of_known(reading.effective_size for reading in each.readings if reading.status == "ok")
         if size is not None and metric in each.metrics:
             pairs.append((size, each.metrics[metric]))
     return pearson([size for size, _ in pairs], [value for _, value in pairs])
@@ -140,8 +139,3 @@ def _within(measurements: Sequence[Measurement], metric: str) -> float | None:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None

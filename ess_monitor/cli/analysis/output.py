@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 Heads = Annotated[int, typer.Option(min=1, help="Heads or channels of each layer at most.")]
 
 
-def progress(layers: Sequence[Any]) -> Iterable[Any]:
-    """Pass layers on with a progress bar on standard error, where that is a terminal."""
+def progress(items: Sequence[Any], label: str = "layers") -> Iterable[Any]:
+    """Pass layers, or others, on with a progress bar on standard error, where that is a terminal."""
     console = Console(stderr=True)
-    bar: Iterator[Any] = iter(track(layers, "layers", console=console, transient=True, disable=not console.is_terminal))
+    bar: Iterator[Any] = iter(track(items, label, console=console, transient=True, disable=not console.is_terminal))
     return bar
 
 

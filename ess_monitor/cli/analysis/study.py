@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,8 @@ def study(
 
     What tells runs apart (task, featurizer, kv_pairs) is read from their hyperparameters, a setting of the monitor.
     """
-    result = load_study(folder, metric=metric, demand=demand, resamples=resamples, seed=seed, progress=progress)
+    logs = partial(progress, label="logs")
+    result = load_study(folder, metric=metric, demand=demand, resamples=resamples, seed=seed, progress=logs)
     page = render_study(result) if html is not None else None
     put_out(result.model_dump(mode="json"), _table(f"{len(result.runs)} runs in {folder}", result), page,
             as_json=as_json, html=html)  # fmt: skip
