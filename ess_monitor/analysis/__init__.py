@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ess_monitor.analysis.correlation import correlate
     from ess_monitor.analysis.hybrids import hybrid_advice
     from ess_monitor.analysis.lengths import length_profile
+    from ess_monitor.analysis.modulation_results import LayerModulation, ModulationAt, StateModulation, Substitution
     from ess_monitor.analysis.reduction import reduce
     from ess_monitor.analysis.results import (
         AtLength,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         StateFor,
         StudentLoss,
     )
+    from ess_monitor.analysis.separators import state_modulation
     from ess_monitor.analysis.smallest_states import minimal_state
     from ess_monitor.analysis.student_states import compressibility
     from ess_monitor.analysis.study_results import Correlation, Study, StudyCell, StudyRun
@@ -46,22 +48,27 @@ __all__ = [
     "LayerCompressibility",
     "LayerLengths",
     "LayerMinimalState",
+    "LayerModulation",
     "LayerReduction",
     "LengthProfile",
     "MinimalStates",
+    "ModulationAt",
     "Reduction",
     "StateError",
     "StateFor",
+    "StateModulation",
     "StudentLoss",
     "Study",
     "StudyCell",
     "StudyRun",
+    "Substitution",
     "compressibility",
     "correlate",
     "hybrid_advice",
     "length_profile",
     "minimal_state",
     "reduce",
+    "state_modulation",
 ]
 
 _MODULES = {
@@ -72,6 +79,8 @@ _MODULES = {
     "reduce": "reduction",
     "correlate": "correlation",
     **dict.fromkeys(("Correlation", "Study", "StudyCell", "StudyRun"), "study_results"),
+    "state_modulation": "separators",
+    **dict.fromkeys(("LayerModulation", "ModulationAt", "StateModulation", "Substitution"), "modulation_results"),
 }
 """Names, and the modules that they are in. All others are records, in `results`."""
 

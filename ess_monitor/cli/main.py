@@ -9,6 +9,7 @@
     ess-monitor reduce TARGET                 a checkpoint with smaller states, and what it costs
     ess-monitor hybrid-advice TARGET          which layers would not miss a smaller state, or another mixer
     ess-monitor study DIR                     how ESS and TSS go along with the metric, over many runs
+    ess-monitor modulation TARGET             how much of its state each layer lets go of at separators of a text
     ess-monitor report RUN_DIR                one HTML page about a run, from its event log
     ess-monitor compare RUN_A RUN_B           one HTML page that compares two runs
     ess-monitor alerts export DIR             alerting rules, dashboards and runbooks, as files
@@ -29,6 +30,7 @@ from ess_monitor.cli.alerts import alerts_app
 from ess_monitor.cli.analysis.distill_check import distill_check
 from ess_monitor.cli.analysis.hybrid_advice import hybrid_advice
 from ess_monitor.cli.analysis.minimal_state import minimal_state
+from ess_monitor.cli.analysis.modulation import modulation
 from ess_monitor.cli.analysis.reduce import reduce
 from ess_monitor.cli.analysis.study import study
 from ess_monitor.cli.describe import describe
@@ -50,6 +52,7 @@ app.command()(distill_check)
 app.command()(reduce)
 app.command()(hybrid_advice)
 app.command()(study)
+app.command()(modulation)
 app.command()(report)
 app.command()(compare)
 app.add_typer(alerts_app, name="alerts")

@@ -124,7 +124,7 @@ def modulation_sums(
     flags = is_separator.tolist()
     sums = torch.zeros(2, 2, len(given), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
-    for row, start, part in _sequences(operator, len(flags)):
+    for row, start, part in longest_sequences(operator, len(flags)):
         marks = flags[row if len(flags) > 1 else 0][start : start + part.length]
         first = 0 if window is None else max(0, part.length - window)
         chosen = [evenly_chosen(each, tokens) for each in comparable_tokens(marks, first)]
@@ -147,8 +147,13 @@ def modulation_ratios(sums: ModulationSums) -> list[float | None]:
     return found
 
 
-def _sequences(operator: Operator, rows: int) -> Iterator[tuple[int, int, Operator]]:
-    """Yield the row, the first token and the operator of every sequence that is the longest in its row."""
+def longest_sequences(operator: Operator, rows: int) -> Iterator[tuple[int, int, Operator]]:
+    """Yield the row, the first token and the operator of every sequence that is the longest in its row.
+
+    Args:
+        operator: whose `segments` the host may read.
+        rows: how many there are, where all have the same operator.
+    """
     places, are_shared = {(0, operator.length): list(range(max(rows, operator.batch)))}, False
     if operator.segments is not None:
         places, are_shared = longest_places(operator._spans()), operator.segments.shape[0] == 1

@@ -20,6 +20,7 @@ from ess_monitor.report.analysis import (
 )
 from ess_monitor.report.compare import render_comparison
 from ess_monitor.report.history import RunHistory, find_event_log, load_history
+from ess_monitor.report.modulation import render_state_modulation
 from ess_monitor.report.page import render_report
 from ess_monitor.report.run import Run, load_run
 from ess_monitor.report.study import load_study
@@ -42,5 +43,6 @@ __all__ = [
     "render_minimal_state",
     "render_reduction",
     "render_report",
+    "render_state_modulation",
     "render_study",
 ]

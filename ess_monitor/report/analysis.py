@@ -64,7 +64,7 @@ def render_minimal_state(result: MinimalStates) -> str:
         figures_title="Relative error over the size of the state",
         figures=_sharing(_errors_figure(layer) for layer in layers),
         details=[_errors_table(layer) for layer in layers],
-        skipped=_without_result(result.layers, result.skipped),
+        skipped=without_result(result.layers, result.skipped),
     )
 
 
@@ -77,7 +77,7 @@ def _messages(layers: Iterable[LayerResult]) -> list[str]:
     return [f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message]
 
 
-def _without_result(layers: Iterable[LayerResult], skipped: Sequence[LayerInfo]) -> Table | None:
+def without_result(layers: Iterable[LayerResult], skipped: Sequence[LayerInfo]) -> Table | None:
     """Return the layers that have no result with the reason; None without any."""
     rows = [(layer_title(layer.layer), f"{layer.status}: {layer.message}") for layer in layers if layer.status != "ok"]
     rows += [(layer_title(info.name), f"skipped: {info.reason}") for info in skipped]
@@ -157,7 +157,7 @@ def render_compressibility(result: Compressibility) -> str:
         figures_title="Operator loss over the state of the student",
         figures=_sharing(_losses_figure(layer) for layer in layers),
         details=[],
-        skipped=_without_result(result.layers, result.skipped),
+        skipped=without_result(result.layers, result.skipped),
     )
 
 
@@ -199,7 +199,7 @@ def render_reduction(result: Reduction) -> str:
         figures_title="Operator loss over the depth of the model",
         figures=present(_reduction_figure(result.layers)),
         details=[Table("Loss and metrics of the model", ("", "before", "after"), numbers)] if numbers else [],
-        skipped=_without_result(result.layers, result.skipped),
+        skipped=without_result(result.layers, result.skipped),
     )
 
 
@@ -252,7 +252,7 @@ def render_hybrid_advice(result: HybridAdvice) -> str:
         figures_title="Over the depth of the model",
         figures=present(_depth_figure(result.layers)),
         details=[Table("What the advice rests on", ("layer", "evidence"), evidence)],
-        skipped=_without_result(result.layers, result.skipped),
+        skipped=without_result(result.layers, result.skipped),
     )
 
 
@@ -310,7 +310,7 @@ def render_length_profile(result: LengthProfile) -> str:
         figures_title="Over the length of the sequence",
         figures=[figure for pair in zip(sizes, decays, strict=True) for figure in present(*pair)],
         details=[],
-        skipped=_without_result(result.layers, result.skipped),
+        skipped=without_result(result.layers, result.skipped),
     )
 
 

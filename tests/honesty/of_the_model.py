@@ -177,6 +177,24 @@ ANALYSIS: dict[str, Case] = {
     ),
 }
 
+
+def _modulated(model: Any, tokens: Any, **given: Any) -> Any:
+    return analysis.state_modulation(model, tokens, **given)
+
+
+ANALYSIS["state_modulation"] = Case(
+    _modulated,
+    lambda: {
+        "model": torch.nn.Sequential(torch.nn.Embedding(8, 8), model()),
+        "tokens": torch.arange(24).remainder(8)[None],
+        "separators": [7],
+        "substitutes": [3],
+        "tolerances": [0.1],
+        "progress": iter,
+    },
+    named={"tokens": "tokens|separators"},
+)
+
 CAPTURE: dict[str, Case] = {
     "CaptureConfig": PACKAGE["CaptureConfig"],
     "ModulationConfig": Case(capture.ModulationConfig, lambda: {"separators": [0]}),

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ess_monitor import alerts, exporters, report
-from ess_monitor.analysis import Compressibility, HybridAdvice, LengthProfile, MinimalStates, Reduction, Study
+from ess_monitor.analysis import (
+    Compressibility,
+    HybridAdvice,
+    LengthProfile,
+    MinimalStates,
+    Reduction,
+    StateModulation,
+    Study,
+)
 from ess_monitor.exporters.event_log.events import MeasurementEvent, RunStartedEvent, encode_event
 from ess_monitor.integrations.common import CallbackBase
 from ess_monitor.pipeline.counters import RunCounters
@@ -130,6 +138,10 @@ REPORT: dict[str, Case] = {
     "render_compressibility": Case(
         report.render_compressibility,
         lambda: {"result": Compressibility(model="Net", student_states=(4,), layers=())},
+    ),
+    "render_state_modulation": Case(
+        report.render_state_modulation,
+        lambda: {"result": StateModulation(model="Net", separators=(0,), tolerance_scale="absolute", layers=())},
     ),
     "render_hybrid_advice": Case(
         report.render_hybrid_advice,
