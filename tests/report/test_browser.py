@@ -38,6 +38,28 @@ addEventListener("load", async () => {
 </script>"""
 """Runs in a copy of the page without its content policy, which would not let any script run."""
 
+CONTROLS = """<script>
+addEventListener("load", () => {
+  dispatchEvent(new Event("beforeprint"));
+  const heat = document.querySelector(".plot"), order = document.querySelector("[data-order]");
+  const filter = document.getElementById("filter"), tick = document.querySelector("[data-logarithmic]");
+  const seen = () => ({
+    rows: heat.data[0].y, values: heat.data[0].z.map(row => row[5]), marked: heat.data[1].y.filter(name => name),
+    cards: [...document.querySelectorAll(".card[data-layer]")].filter(card => !card.hidden).length,
+    axis: tick.closest("figure").querySelector(".plot").layout.yaxis.type,
+  });
+  const before = seen();
+  order.value = "the model";
+  tick.checked = true;
+  for (const control of [order, tick]) control.dispatchEvent(new Event("change"));
+  const ordered = seen();
+  filter.value = " LAYERS.12 ";
+  filter.dispatchEvent(new Event("input"));
+  parent.document.documentElement.dataset.probe = JSON.stringify({ before, ordered, filtered: seen() });
+});
+</script>"""
+"""Uses the controls of a report one after the other."""
+
 FRAME = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <iframe style="border: 0; width: {width}px; height: 1800px" srcdoc="{page}"></iframe>"""
 """A window of the browser is never narrower than 500 pixels; a frame is as wide as a telephone."""
@@ -61,8 +83,8 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def _probed(browse: Browser, page: Path, width: int, theme: str) -> dict[str, Any]:
-    html, found = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', PROBE, page.read_text())
+def _probed(browse: Browser, page: Path, width: int, theme: str, probe: str = PROBE) -> dict[str, Any]:
+    html, found = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', lambda _: probe, page.read_text())
     assert found == 1
     copy = page.with_name(f"probed-{page.name}")
     copy.write_text(FRAME.format(width=width, page=escape(html)))
@@ -90,6 +112,19 @@ def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browser, page:
     assert max(channels) < 60 if theme == "dark" else min(channels) > 200
     assert probe["requests"] == 0
     assert probe["reached"] == probe["focusable"] > 10
+
+
+@pytest.mark.parametrize("page", ["report"], indirect=True)
+def test_order_axis_and_filter_of_a_report(chromium: Browser, page: Path) -> None:
+    probe = _probed(chromium, page, 1200, "light", CONTROLS)
+    before, ordered, filtered = (probe[name] for name in ("before", "ordered", "filtered"))
+    assert len(before["rows"]) == before["cards"] == len(HOSTILE) + 1
+    assert before["marked"] == before["rows"][:1] * 2, "the layer that collapsed is on top"
+    assert ordered["rows"] == before["rows"][1:] + before["rows"][:1], "the model has it at the end"
+    assert ordered["values"] == before["values"][1:] + before["values"][:1], "values go with their rows"
+    assert (before["axis"], ordered["axis"]) == ("linear", "log")
+    assert filtered["rows"] == filtered["marked"][:1] == before["rows"][:1]
+    assert filtered["cards"] == 1
 
 
 @pytest.mark.parametrize("theme", sorted(THEMES))

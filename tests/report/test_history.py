@@ -123,6 +123,13 @@ def test_a_very_long_run_is_thinned_and_keeps_its_findings(log: Path, monkeypatc
     assert len(history.findings) == 50
 
 
+def test_a_run_of_many_layers_is_thinned_sooner(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "READINGS_KEPT", 8 * len(LAYERS))
+    history = load_history(write_log(log, [measurement(step) for step in range(50)]))
+    assert (history.thinned, len(history.measurements)) == (8, 7)
+    assert sum(map(len, history.readings.values())) <= 8 * len(LAYERS)
+
+
 def test_a_layer_that_was_never_announced_is_listed_too(log: Path) -> None:
     history = load_history(write_log(log, [measurement(0, ("late",))], run_info(("early",))))
     assert history.layers == ("early", "late")
