@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -125,6 +127,17 @@ def test_order_axis_and_filter_of_a_report(chromium: Browser, page: Path) -> Non
     assert (before["axis"], ordered["axis"]) == ("linear", "log")
     assert filtered["rows"] == filtered["marked"][:1] == before["rows"][:1]
     assert filtered["cards"] == 1
+
+
+def test_figures_of_a_page_become_pictures(chromium: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(render_report(load_history(write_log(tmp_path / "events.jsonl", rescued_run()))))
+    script = Path(__file__).parents[2] / ".ci" / "pictures.py"
+    pictures = runpy.run_path(str(script))["write"](page, tmp_path / "pictures")
+    texts = [" ".join(ElementTree.parse(path).getroot().itertext()) for path in pictures]
+    assert len(texts) == 8
+    assert "0.mixer" in texts[0]
+    assert "accuracy" in texts[1]
 
 
 @pytest.mark.parametrize("theme", sorted(THEMES))
