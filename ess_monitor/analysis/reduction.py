@@ -111,7 +111,8 @@ def reduce(
     if not smaller:
         reasons = "; ".join(f"{layer.layer}: {layer.message}" for layer in layers)
         raise CaptureError(f"model: no state of {type(model).__name__} can be made smaller: {reasons}")
-    copy = smaller_model(model, list(smaller.values()))
+    with_state = [layer.name for layer in find_layers(model) if isinstance(_weights(layer), StateWeights)]
+    copy = smaller_model(model, list(smaller.values()), are_all=set(with_state) == set(smaller))
     before = {} if evaluate is None else _evaluated(model, evaluate)
     try:
         after = {} if evaluate is None else _evaluated(copy, evaluate)

@@ -28,10 +28,10 @@ class SmallerState:
 
 
 @torch.no_grad()
-def smaller_model(model: nn.Module, layers: Sequence[SmallerState]) -> nn.Module:
+def smaller_model(model: nn.Module, layers: Sequence[SmallerState], *, are_all: bool) -> nn.Module:
     """Return a copy of the model in which these layers have smaller states.
 
-    Sizes in the configurations of its modules follow, where they are those of the layers.
+    Where these `are_all` layers with a state, and had one size, it changes in the configurations of the modules too.
 
     Raises:
         CaptureError: the model cannot be copied, or a weight is not a plain tensor of floating numbers.
@@ -49,7 +49,7 @@ def smaller_model(model: nn.Module, layers: Sequence[SmallerState]) -> nn.Module
     for layer in layers:
         before |= layer.weights.settings(layer.weights.size)
         after |= layer.weights.settings(layer.size)
-    if len({layer.weights.size for layer in layers}) == 1:
+    if are_all and len({layer.weights.size for layer in layers}) == 1:
         for module in smaller.modules():
             _update_config(module, before, after)
     return smaller

@@ -253,6 +253,12 @@ def test_only_chosen_layers_are_made_smaller() -> None:
     smaller, result = reduce(model, inputs(), state=4, config=MonitorConfig(layers=LayerFilter(include=("1",))))
     assert [layer.layer for layer in result.layers] == ["1"]
     assert [each.state_capacity for each in smaller] == [8, 4]  # type: ignore[union-attr]
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneConfig(vocab_size=12, width=WIDTH, featurizer="gla", state_size=8))
+    first = MonitorConfig(layers=LayerFilter(include=("blocks.0.*",)))
+    partly, _ = reduce(backbone, torch.randint(12, (2, 16)), state=4, config=first)
+    assert [block.mixer.state_capacity for block in partly.blocks] == [4, 8]  # type: ignore[union-attr]
+    assert partly.config.state_size == 8, "no one size is that of all layers"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("state", [0, -1, 8, 9, 2.5, True, None])
