@@ -17,7 +17,8 @@ from ess_monitor.records.dataframe import RecordList
 from ess_monitor.report.components import event_rows, marks, metrics_figure, steps_of
 from ess_monitor.report.figures import Figure
 from ess_monitor.report.history import RunHistory, load_history
-from ess_monitor.report.sections.layers import positions_figure, sizes_figure
+from ess_monitor.report.sections.layers import positions_figure, sizes_figure, tolerances_figure
+from ess_monitor.report.sections.modulation import modulation_figure
 from ess_monitor.report.sections.run_facts import overhead_figure
 from ess_monitor.report.sections.spectra import chosen_spectra, spectra_figure
 from ess_monitor.report.sections.utilization import ratio_figure
@@ -27,11 +28,13 @@ _OF_THE_RUN: dict[str, Callable[[RunHistory], Figure | None]] = {
     "utilization": lambda run: ratio_figure(run, "utilization_ratio", "Utilization of every layer, ESS / TSS"),
     "retention": lambda run: ratio_figure(run, "retention_ratio", "Retention of every layer"),
     "metrics": lambda run: metrics_figure({"": run}, steps_of(run), event_rows(run)),
+    "modulation": lambda run: modulation_figure(run, marks(event_rows(run))),
     "overhead": overhead_figure,
 }
 _OF_A_LAYER: dict[str, Callable[[RunHistory, str], Figure | None]] = {
     "sizes": lambda run, layer: sizes_figure(run, layer, marks(event_rows(run), layer)),
     "positions": positions_figure,
+    "tolerances": tolerances_figure,
     "spectra": lambda run, layer: spectra_figure(chosen_spectra(run, layer)),
 }
 FIGURES = (*_OF_THE_RUN, *_OF_A_LAYER)

@@ -90,7 +90,7 @@ def test_a_figure_is_plotlys_own_by_its_name(log: Path) -> None:
 
 def test_a_wrong_figure_or_layer_is_told_what_there_is(log: Path) -> None:
     run = ess_monitor.load_run(log)
-    names = "utilization, retention, metrics, overhead, sizes, positions, spectra"
+    names = "utilization, retention, metrics, modulation, overhead, sizes, positions, tolerances, spectra"
     with pytest.raises(
         ConfigError, match=rf"name: no 'utilization_'; did you mean 'utilization'\? give one of {names}"
     ):

@@ -15,11 +15,11 @@ LINES = 8
 
 def modulation_figure(history: RunHistory, marks: tuple[Mark, ...] = ()) -> Figure | None:
     """Draw a line for each layer, at the tolerance at which the layers modulate most in the end; None without any."""
-    last = [dict(readings[-1].modulation_ratio) for readings in _known(history).values()]
-    taus = sorted({tau for ratios in last for tau in ratios})
+    late = _late_means(history)
+    taus = sorted({tau for means in late.values() for tau in means})
     if not taus:
         return None
-    tau = max(taus, key=lambda each: sum(ratios.get(each, 0.0) for ratios in last))
+    tau = max(taus, key=lambda each: sum(means.get(each, 0.0) for means in late.values()))
     lines = {
         layer: [
             (reading.step, ratios[tau]) for reading in readings if tau in (ratios := dict(reading.modulation_ratio))
@@ -35,18 +35,23 @@ def modulation_figure(history: RunHistory, marks: tuple[Mark, ...] = ()) -> Figu
 
 def modulation_table(history: RunHistory) -> Table | None:
     """Return the mean of each layer over the last quarter of its readings, at every tolerance; None without any."""
-    known = _known(history)
-    taus = sorted({tau for readings in known.values() for reading in readings for tau, _ in reading.modulation_ratio})
-    if not taus:
-        return None
-    rows = []
-    for layer, readings in known.items():
+    late = _late_means(history)
+    taus = sorted({tau for means in late.values() for tau in means})
+    rows = tuple((layer_title(layer), *(cell(means.get(tau)) for tau in taus)) for layer, means in late.items())
+    columns = ("layer", *(f"tau {tau:g}" for tau in taus))
+    return Table("Mean over the last quarter of the readings", columns, rows) if taus else None
+
+
+def _late_means(history: RunHistory) -> dict[str, dict[float, float]]:
+    """Return for each layer the mean at every tolerance over the last quarter of its readings: one alone is noisy."""
+    found: dict[str, dict[float, float]] = {}
+    for layer, readings in _known(history).items():
         late = [dict(reading.modulation_ratio) for reading in readings[-max(1, len(readings) // 4) :]]
-        means = ([ratios[tau] for ratios in late if tau in ratios] for tau in taus)
-        rows.append((layer_title(layer), *(cell(sum(each) / len(each) if each else None) for each in means)))
-    return Table(
-        "Mean over the last quarter of the readings", ("layer", *(f"tau {tau:g}" for tau in taus)), tuple(rows)
-    )
+        by_tau = {
+            tau: [ratios[tau] for ratios in late if tau in ratios] for tau in {tau for each in late for tau in each}
+        }
+        found[layer] = {tau: sum(values) / len(values) for tau, values in sorted(by_tau.items())}
+    return found
 
 
 def _known(history: RunHistory) -> dict[str, list[Reading]]:

@@ -38,6 +38,14 @@ def test_there_is_a_line_for_each_layer_at_the_tolerance_that_shows_most() -> No
     assert "State modulation at separators" in page
 
 
+def test_one_noisy_reading_does_not_choose_the_tolerance() -> None:
+    steady, noisy = ((0.1, 0.5), (1.0, -0.5)), ((0.1, 0.5), (1.0, 0.75))
+    history = _history(*[{LAYERS[0]: each} for each in (*[steady] * 7, noisy)])
+    figure = modulation_figure(history)
+    assert figure is not None
+    assert figure.title.endswith("tau 0.1")
+
+
 def test_without_separators_the_report_says_nothing_of_it() -> None:
     history = _history({}, {})
     assert modulation_figure(history) is None
