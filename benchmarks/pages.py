@@ -21,7 +21,7 @@ from ess_monitor.report import load_history, render_comparison, render_report
 
 LAYERS = (2, 24, 120, 200)
 SAMPLES = 400
-LONG = ((2, 20_000), (200, 4_000))
+LONG = ((2, 5_000), (2, 20_000), (200, 1_000))
 """Layers and lines of the long logs."""
 POSITIONS = tuple(range(4, 256, 4))
 
