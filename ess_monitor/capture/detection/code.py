@@ -91,8 +91,13 @@ def _of_attribute(value: Any) -> str:
 def _named_like_operations(module: nn.Module) -> Iterator[str]:
     """Yield the attributes of a module that are called like an operation and are none: a `conv1d` of one tap."""
     for name, value in (*vars(module).items(), *module._parameters.items(), *module._modules.items()):
-        if any(names.fullmatch(name) for names in _OPERATIONS.values()) and _mixes_nothing(value):
+        if _is_called_like_operation(name) and _mixes_nothing(value):
             yield name
+
+
+@cache
+def _is_called_like_operation(name: str) -> bool:
+    return any(names.fullmatch(name) for names in _OPERATIONS.values())
 
 
 def _mixes_nothing(value: Any) -> bool:
