@@ -75,7 +75,7 @@ gpu: $(DEV)
 
 # Without the variable the theme prints its vendor's announcements into every build.
 docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

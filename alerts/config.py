@@ -10,7 +10,7 @@ from ess_monitor.validation.settings import Settings
 class AlertsConfig(Settings):
     """Job name, thresholds and waiting times of the alerting rules.
 
-    Example:
+    Examples:
         >>> AlertsConfig(stalled_seconds=3600).stalled_seconds
         3600
     """

@@ -31,7 +31,7 @@ _SOURCE_UID = re.compile(r"\buid: ess-monitor-prometheus\b")
 def render(config: AlertsConfig) -> dict[str, str]:
     """Return the content of every file by its relative path.
 
-    Example:
+    Examples:
         >>> files = render(AlertsConfig(job="llm", stalled_seconds=3600))
         >>> 'ess_monitor_last_step_timestamp_seconds{job="llm"} > 3600' in files["prometheus/ess_monitor.rules.yml"]
         True
@@ -73,7 +73,7 @@ def export(
         ConfigError: a setting is unknown or out of range, a file is there already and differs, or the directory cannot
             be written to. Nothing has been written in the first two cases.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     names = [path.name for path in export(folder, job="llm", overhead_ratio=0.02)]

@@ -37,7 +37,7 @@ _ADDRESS = re.compile(r"(?:tcp|udp|sctp)://")
 class MonitorConfig(Settings):
     """Settings of a `Monitor`. Unknown names are errors.
 
-    Example:
+    Examples:
         >>> config = MonitorConfig(every_n_steps=50, layers=["blocks.*"], capture={"samples": 2})
         >>> config.every_n_steps, config.layers.include
         (50, ('blocks.*',))

@@ -103,13 +103,14 @@ def describe(model: nn.Module, *inputs: Any, layers: LayerFilter | None = None, 
 
     Args:
         model: any module; without inputs it is not run.
-        inputs, named_inputs: arguments of its forward, or none.
+        *inputs: arguments of its forward, or none.
+        **named_inputs: the same by name.
         layers: the same filter as `MonitorConfig.layers`; a layer that it excludes is listed as skipped.
 
     Raises:
         ConfigError: a pattern of `layers` matches no layer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor import describe
         >>> from ess_monitor.featurizers import GLA, SA
@@ -179,7 +180,8 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
 
     Args:
         model: the model.
-        inputs, named_inputs: arguments of its forward.
+        *inputs: arguments of its forward.
+        **named_inputs: the same by name.
         config: `tolerance`, `tolerance_scale`, `positions`, `layers` and `capture` are used; the default measures 8
             samples, all heads and 8 positions; of sequences above 1024 tokens what `capture.max_length` says. With
             `strict` a layer that could not be measured is an error.
@@ -188,7 +190,7 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         NoLayersError: no layer of the model can be measured.
         CaptureError: with `config.strict`, a layer could not be read, or its spectrum could not be computed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor import profile
         >>> from ess_monitor.featurizers import LA

@@ -39,7 +39,8 @@ class Monitor(RunSampling):
         model: the module whose sequence mixers are watched. Wrappers (DDP, FSDP, torch.compile) are fine.
         config: settings; the defaults suit a long run.
         exporters: sinks, besides those that `config.exporters` asks for.
-        strategy, precision: facts of the run that the exporters show.
+        strategy: facts of the run that the exporters show.
+        precision: facts of the run that the exporters show.
         world_size: processes of the run; by default those of `torch.distributed`. With several, build the monitor on
             each, after `init_process_group`; `config.distributed` says which of them measure.
         grad_scale: what the loss is multiplied with before backward (the loss scaler's scale, 1 / accumulation steps),
@@ -52,7 +53,7 @@ class Monitor(RunSampling):
         ConfigError: when a layer pattern matches nothing, or the model is split in a way that cannot be measured.
         ExporterError: at `start`, when a sink that was asked for cannot be opened.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor import Monitor, MonitorConfig
         >>> from ess_monitor.featurizers import GLA

@@ -42,7 +42,7 @@ class ESSMonitorCallback(ExplicitLoop):
         event_log: write the event log to the loop's log folder, for `ess-monitor report`.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from accelerate import Accelerator
         >>> from ess_monitor.featurizers import GLA

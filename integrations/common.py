@@ -63,7 +63,7 @@ def loss_factor(scaler: Any, device: torch.device, accumulation_steps: float) ->
         device: where the loss lives.
         accumulation_steps: the divisor of the loss.
 
-    Example:
+    Examples:
         >>> loss_factor(None, torch.device("cpu"), 4)
         0.25
     """

@@ -35,7 +35,7 @@ class ESSMonitorCallback(ExplicitLoop):
         event_log: write the event log to the loop's log folder, for `ess-monitor report`.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
-    Example:
+    Examples:
         >>> from ess_monitor.integrations.fabric import ESSMonitorCallback
         >>> callback = ESSMonitorCallback(every_n_steps=200, exporters=["prometheus"])
         >>> callback.config.every_n_steps

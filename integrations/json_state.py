@@ -34,7 +34,7 @@ def checkpoint_state(state_dict: Callable[[], dict[str, Any]]) -> Any:
 def to_json(value: Any) -> Any:
     """Return `value` with every tensor replaced by its bytes, dtype and shape.
 
-    Example:
+    Examples:
         >>> to_json({"step": 3, "tensor": torch.tensor([1.0])})
         {'step': 3, 'tensor': {'tensor:base64': 'AACAPw==', 'dtype': 'float32', 'shape': [1]}}
     """

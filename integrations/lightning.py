@@ -54,7 +54,7 @@ class ESSMonitorCallback(CallbackBase, _Base):
         event_log: write the event log to the loop's log folder, for `ess-monitor report`.
         settings: fields of `MonitorConfig`, instead of or on top of `config`.
 
-    Example:
+    Examples:
         >>> from ess_monitor.integrations.lightning import ESSMonitorCallback
         >>> callback = ESSMonitorCallback(every_n_steps=200, exporters=["prometheus"])
         >>> callback.config.every_n_steps

@@ -18,7 +18,7 @@ class StepLoss:
     The Trainer of transformers reads the loss from the model's output, `output["loss"]` or `output[0]`, and passes it
     to no callback. The same tensors are kept here; nothing waits for the device.
 
-    Example:
+    Examples:
         >>> class Model(nn.Module):
         ...     def forward(self, x):
         ...         return {"loss": x.mean()}

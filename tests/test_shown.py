@@ -11,8 +11,10 @@ from rich.console import Console
 from torch import nn
 
 from ess_monitor import Monitor, MonitorConfig, describe, profile
+from ess_monitor.exporters import TerminalConfig, TerminalExporter
 from ess_monitor.exporters.terminal.shown import Shown
 from ess_monitor.featurizers import GLA, LA
+from ess_monitor.records import Measurement
 
 NAME = "[bold]<i>"
 """A layer's name that is neither markup nor HTML."""
@@ -86,3 +88,15 @@ def test_a_narrow_terminal_loses_no_number(columns: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", columns)
     result = profile(model(), torch.randn(2, 32, 16))
     assert f"{result.readings[0].effective_size:.2f}" in str(result)
+
+
+def test_in_a_notebook_nothing_is_displayed_beside_what_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *args: pytest.fail("displayed by itself"))
+    found = describe(model())
+    assert "GLA" in str(found)
+    assert "GLA" in found._repr_html_()
+    texts: list[str] = []
+    exporter = TerminalExporter(TerminalConfig(), write=texts.append)
+    exporter.export(Measurement(step=7, timestamp_seconds=0.0, readings=(), conditions={}))
+    assert "step 7" in texts[0]

@@ -19,7 +19,7 @@ __all__ = ["AlertCase", "RecordCase", "render_tests", "rule_cases"]
 def rule_cases(config: AlertsConfig) -> dict[str, tuple[AlertCase | RecordCase, ...]]:
     """Return the cases of each file by its name.
 
-    Example:
+    Examples:
         >>> sorted(rule_cases(AlertsConfig()))
         ['interventions.yml', 'layers.yml', 'lifecycle.yml', 'monitor.yml', 'records.yml', 'run.yml']
     """

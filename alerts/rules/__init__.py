@@ -25,7 +25,7 @@ _HEADING = (
 def rule_groups(config: AlertsConfig) -> tuple[Group, ...]:
     """Return all rules for these settings.
 
-    Example:
+    Examples:
         >>> groups = rule_groups(AlertsConfig())
         >>> [rule.name for rule in groups[1].rules]
         ['InterventionFailing', 'InterventionFlapping', 'InterventionIneffective']

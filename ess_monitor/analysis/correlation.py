@@ -52,7 +52,8 @@ def correlate(
 
     Args:
         runs: what `ess_monitor.report.load_study` reads from event logs.
-        metric, demand: their names, for tables.
+        metric: its name, for tables.
+        demand: its name, for tables.
         resamples: of the bootstrap; 0 gives no intervals.
         seed: of the bootstrap.
         notes: passed on.
@@ -60,7 +61,7 @@ def correlate(
     Raises:
         ConfigError: `runs` is empty, or holds something else.
 
-    Example:
+    Examples:
         >>> runs = [StudyRun(name=str(k), metric=0.1 * k, effective_size=k, demand=2) for k in range(1, 6)]
         >>> study = correlate(runs, metric="accuracy", demand="kv_pairs")
         >>> [(each.quantity, each.r) for each in study.correlations if each.r is not None]

@@ -47,14 +47,15 @@ def hybrid_advice(
 
     Args:
         model: a trained model; it is run once in eval mode, without gradients, and not changed.
-        inputs, named_inputs: arguments of its forward; advice is worth as much as these are typical.
+        *inputs: arguments of its forward; advice is worth as much as these are typical.
+        **named_inputs: the same by name.
         config: as in `profile`. Default: tau 0.1 of each token's output, 4 samples, all heads and 8 positions.
 
     Raises:
         NoLayersError: no layer of the model can be measured.
         CaptureError: with `config.strict`, a layer could not be measured.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor.analysis import hybrid_advice
         >>> from ess_monitor.featurizers import GLA, SA

@@ -39,7 +39,8 @@ def length_profile(
 
     Args:
         model: the model; it is run once in eval mode, without gradients, and not changed.
-        inputs, named_inputs: arguments of its forward, at least as long as the largest of `lengths`.
+        *inputs: arguments of its forward, at least as long as the largest of `lengths`.
+        **named_inputs: the same by name.
         lengths: tokens from the start of each sequence, each at least 2.
         config: `tolerance`, `tolerance_scale`, `layers`, `capture` and `strict` are used, with the largest of `lengths`
             as `capture.max_length`. Default: 2 samples, 16 heads or channels, tau 1e-3.
@@ -50,7 +51,7 @@ def length_profile(
         CaptureError: with `config.strict`, a layer could not be analyzed.
         ConfigError: `lengths` is empty, or one is below 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor.analysis import length_profile
         >>> from ess_monitor.featurizers import LA

@@ -75,7 +75,8 @@ def reduce(
 
     Args:
         model: the model; it is run once in eval mode, without gradients, and not changed.
-        inputs, named_inputs: arguments of its forward: one batch that is typical of what it is to be used on.
+        *inputs: arguments of its forward: one batch that is typical of what it is to be used on.
+        **named_inputs: the same by name.
         state: state dimensions per head, below those of the present layers. Layers that have no more stay as they are.
         evaluate: loss and metrics of a model, by name; called with the model and with the copy.
         config: `layers`, `capture` and `strict` are used. Default: 16 samples, all heads, 256 tokens.
@@ -89,7 +90,7 @@ def reduce(
         CaptureError: no layer can be made smaller, or the smaller model does not run.
         NoLayersError: no layer of the model can be measured.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor.analysis import reduce
         >>> from ess_monitor.featurizers import GLA

@@ -64,7 +64,7 @@ def state_modulation(
         CaptureError: with `config.strict`, a layer could not be analyzed.
         ConfigError: an argument is out of range, or no separator of the batch can be compared with what is before it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor.analysis import state_modulation
         >>> from ess_monitor.featurizers import Backbone, BackboneConfig

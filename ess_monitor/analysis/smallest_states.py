@@ -32,7 +32,8 @@ def minimal_state(
 
     Args:
         model: the model; it is run once in eval mode, without gradients, and not changed.
-        inputs, named_inputs: arguments of its forward.
+        *inputs: arguments of its forward.
+        **named_inputs: the same by name.
         relative_errors: for which the smallest states are looked up, each above 0 and at most 1.
         config: `layers`, `capture` and `strict` are used. Default: 2 samples, 16 heads or channels, 256 tokens. Layers
             that come from no recurrence (softmax attention, long filters) are analyzed on their first 128 tokens.
@@ -43,7 +44,7 @@ def minimal_state(
         CaptureError: with `config.strict`, a layer could not be analyzed.
         ConfigError: a relative error is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor.analysis import minimal_state
         >>> from ess_monitor.featurizers import GLA
@@ -62,7 +63,7 @@ def minimal_state(
 def tried_sizes(rank: int) -> tuple[int, ...]:
     """Return the sizes of truncations: all to 8, then four in each doubling, and the rank.
 
-    Example:
+    Examples:
         >>> tried_sizes(20)
         (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)
     """

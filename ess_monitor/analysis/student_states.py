@@ -33,7 +33,8 @@ def compressibility(
 
     Args:
         model: the teacher; it is run once in eval mode, without gradients, and not changed.
-        inputs, named_inputs: arguments of its forward.
+        *inputs: arguments of its forward.
+        **named_inputs: the same by name.
         student_states: state dimensions per head of the students, from 0 up.
         config: as in `minimal_state`.
         progress: passes the layers on, such as `rich.progress.track`.
@@ -43,7 +44,7 @@ def compressibility(
         CaptureError: with `config.strict`, a layer could not be analyzed.
         ConfigError: `student_states` is empty, or holds no whole numbers from 0 up.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor.analysis import compressibility
         >>> from ess_monitor.featurizers import GLA

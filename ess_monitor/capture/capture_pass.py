@@ -121,7 +121,7 @@ def capture_operators(model: nn.Module, *inputs: Any, **named_inputs: Any) -> di
         NoLayersError: the model has no layer that can be measured.
         CaptureError: a layer could not be read; the message names it and says why. `profile` goes on without it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor import capture_operators
         >>> from ess_monitor.featurizers import GLA

@@ -60,13 +60,14 @@ def check_capture(layer: nn.Module, *inputs: Any, **named_inputs: Any) -> Captur
 
     Args:
         layer: an instance of a registered class.
-        inputs, named_inputs: arguments of its forward; take some sequences of random numbers, and more tokens than
+        *inputs: arguments of its forward; take some sequences of random numbers, and more tokens than
             channels.
+        **named_inputs: the same by name.
 
     Raises:
         CaptureError: no capture is known for the layer, or the function for it raised.
 
-    Example:
+    Examples:
         >>> from ess_monitor import check_capture, register_capture
         >>> from ess_monitor.ess import Convolution
         >>> class Mean(nn.Module):

@@ -21,7 +21,7 @@ from ess_monitor.errors import CaptureError
 def can_raise(layer: Layer) -> str:
     """Return why `decay_raised` cannot change the layer's A; empty where it can.
 
-    Example:
+    Examples:
         >>> from ess_monitor.capture import find_layers
         >>> from ess_monitor.featurizers import GLA, LA
         >>> [can_raise(layer) for layer in find_layers(nn.Sequential(GLA(16, 2), LA(16, 2)))]
@@ -57,7 +57,7 @@ def decay_raised(layer: Layer, power: float) -> Iterator[ChangedCalls]:
         CaptureError: the layer cannot be raised.
         ConfigError: the power is not a number above 0.
 
-    Example:
+    Examples:
         >>> from ess_monitor.capture import find_layers
         >>> from ess_monitor.featurizers import GLA
         >>> model, x = GLA(16, 2), torch.randn(1, 8, 16)

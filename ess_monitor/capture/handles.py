@@ -281,7 +281,7 @@ def least_used(written: torch.Tensor, read: torch.Tensor, share: float) -> torch
         read: usage by what reads it.
         share: rounded up to whole dimensions.
 
-    Example:
+    Examples:
         >>> least_used(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[9.0, 1.0, 1.0, 0.1]]), 0.5)
         tensor([[False,  True, False,  True]])
     """

@@ -62,7 +62,7 @@ def register_capture(
     Raises:
         CaptureError: `layer` is not a module class, or an argument that should be a function is not one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor import capture_operators, register_capture
         >>> from ess_monitor.ess import DiagonalRecurrence

@@ -30,7 +30,7 @@ def load_model(target: str, kwargs: str | None = None, *, seed: int = 0) -> nn.M
         ConfigError: the target does not exist, does not take these arguments, or is not a model. Errors of the
             target's own code are passed on.
 
-    Example:
+    Examples:
         >>> load_model("torch.nn:Linear", '{"in_features": 3, "out_features": 2}')
         Linear(in_features=3, out_features=2, bias=True)
     """
@@ -101,7 +101,7 @@ def make_inputs(
     Raises:
         ConfigError: `width` or `vocab_size` is needed and not known.
 
-    Example:
+    Examples:
         >>> make_inputs(nn.Embedding(10, 4), InputKind.tokens, batch=2, length=5).shape
         torch.Size([2, 5])
     """

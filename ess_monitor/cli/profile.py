@@ -190,7 +190,7 @@ def scaling(ess: list[float]) -> Literal["rises", "flat", "mixed", "unknown"]:
     It `rises` where every step adds a tenth or more, is `flat` where the largest is at most 1.5 times the smallest, is
     `mixed` otherwise, and `unknown` for a single TSS.
 
-    Example:
+    Examples:
         >>> scaling([4, 8, 16, 31.9, 40.1]), scaling([2.3, 2.5, 2.4, 2.3, 2.3]), scaling([4, 8, 8, 8])
         ('rises', 'flat', 'mixed')
     """

@@ -28,7 +28,7 @@ def load_weights(path: str | Path, *, prefix: str = "") -> dict[str, torch.Tenso
     Raises:
         CheckpointError: the file is missing, is not a file of weights, or has no name with `prefix`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp(), "weights.pt")
         >>> torch.save({"state_dict": {"model.weight": torch.ones(2)}, "epoch": 3}, path)

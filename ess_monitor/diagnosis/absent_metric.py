@@ -21,7 +21,7 @@ class AbsentMetric:
     Args:
         config: names the metric.
 
-    Example:
+    Examples:
         >>> from ess_monitor.records import Reading
         >>> absent = AbsentMetric(DiagnosisConfig(metric="acc", metric_solved=0.9, warmup_steps=0, patience=1))
         >>> reading = Reading(step=1, layer="mixer", status="ok")
@@ -71,7 +71,7 @@ def absence(metric: str | None, measurements: int, names: Collection[str]) -> st
         measurements: how many there were.
         names: of the metrics that were given.
 
-    Example:
+    Examples:
         >>> absence("acc", 5, ["loss", "accuracy"])[:85]
         "diagnosis: metric='acc' was not among the metrics in 5 measurements; given were accur"
     """

@@ -16,7 +16,7 @@ class AbsentModulation:
     Args:
         separators: the token ids; without any nothing is observed.
 
-    Example:
+    Examples:
         >>> absent = AbsentModulation([0])
         >>> reading = Reading(step=1, layer="mixer", status="ok", modulation_message="no token ids")
         >>> absent.observe([reading]), absent.observe([reading])

@@ -37,7 +37,7 @@ class DiagnosisConfig(Settings):
     reported some hundred steps late has cost little (left alone until step 2000, three of three WLA runs could still be
     rescued).
 
-    Example:
+    Examples:
         >>> config = DiagnosisConfig(metric="accuracy", metric_solved=0.9)
         >>> config.collapsed_below, config.collapsed_recovers_above
         (0.3, 0.35)
@@ -187,7 +187,7 @@ def thresholds(config: DiagnosisConfig) -> dict[str, float]:
     The lines of a starved layer are left out: they hold only below a retention, which a curve of utilization does not
     show.
 
-    Example:
+    Examples:
         >>> thresholds(DiagnosisConfig())["collapsed.upper"]
         0.3
     """
@@ -205,7 +205,7 @@ def contradiction(config: DiagnosisConfig) -> str:
 
     A name of both kinds (`accuracy_loss`), or of none, contradicts nothing.
 
-    Example:
+    Examples:
         >>> contradiction(DiagnosisConfig(metric="val_loss", metric_solved=0.1))[:61]
         "metric='val_loss' with metric_mode='max': less of it is usual"
         >>> contradiction(DiagnosisConfig(metric="val_loss", metric_solved=0.1, metric_mode="min"))

@@ -284,7 +284,7 @@ def judge(reading: Reading, context: Context, config: DiagnosisConfig, rules: Se
     A reading cannot be judged with a status other than `ok`, without sizes, or of a layer whose capacity grows with the
     position. Every other one gets a verdict: that of the first rule that gives one, or healthy.
 
-    Example:
+    Examples:
         >>> reading = Reading(step=2000, layer="mixer.1", status="ok", length=64, positions=(32,), state_capacity=16,
         ...                   attainable_size=16, effective_size=2.4, utilization_ratio=0.15, retention_ratio=0.54)
         >>> judge(reading, Context(), DiagnosisConfig()).condition

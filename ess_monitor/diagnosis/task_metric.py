@@ -42,7 +42,7 @@ class TaskMetric:
     Args:
         config: `metric`, `metric_new_values`, `metric_constant_after` and the windows are used.
 
-    Example:
+    Examples:
         >>> metric = TaskMetric(DiagnosisConfig(metric="accuracy", metric_solved=0.9))
         >>> for value in (0.1, 0.1, 0.1, 0.3, 0.3):
         ...     metric.observe({"accuracy": value})

@@ -50,7 +50,7 @@ class Tracker:
             rules.
         layers: names of the judged layers in model order. By default the order in which they are seen.
 
-    Example:
+    Examples:
         >>> reading = Reading(step=0, layer="mixer", status="ok", length=64, state_capacity=16, attainable_size=16,
         ...                   effective_size=2.4, utilization_ratio=0.15, retention_ratio=0.5)
         >>> tracker = Tracker(DiagnosisConfig(warmup_steps=100, patience=2))

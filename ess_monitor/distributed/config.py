@@ -39,7 +39,7 @@ def measuring_ranks(ranks: str | int | None, world_size: int, *, acts: bool) -> 
     Raises:
         ConfigError: an argument has a value it cannot have.
 
-    Example:
+    Examples:
         >>> measuring_ranks(3, 8, acts=False), measuring_ranks(None, 8, acts=False)
         ((0, 2, 5), (0,))
         >>> len(measuring_ranks(None, 10_000, acts=True))

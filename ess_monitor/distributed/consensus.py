@@ -75,7 +75,7 @@ class StoreConsensus:
     Raises:
         ConfigError: an argument has a value it cannot have.
 
-    Example:
+    Examples:
         >>> import torch.distributed as dist
         >>> alone = StoreConsensus(dist.HashStore(), rank=0, world_size=1)
         >>> alone.exchange(100, [1.0, 2.0], lambda ranks: [sum(column) for column in zip(*ranks)]).values

@@ -18,7 +18,7 @@ def tokens_are_spread() -> bool:
 
     The block replaces torch's softmax attention by a function of its own, which may lie under or over our hook.
 
-    Example:
+    Examples:
         >>> tokens_are_spread()
         False
     """

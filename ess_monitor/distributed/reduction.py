@@ -46,7 +46,7 @@ class RankReduction:
         ranks: the measuring ranks, in the order of their lists.
         tolerances: at which state modulation is measured.
 
-    Example:
+    Examples:
         >>> from ess_monitor.records import Reading
         >>> reduction = RankReduction(["mixer"], [], ranks=(0, 4))
         >>> def sample(use):

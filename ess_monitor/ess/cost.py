@@ -51,7 +51,7 @@ class SampleShape:
         window: Tokens at the end of each sequence among which positions are placed. None: all.
         modulation: Further positions at which ESS is measured, around some tokens of each sequence.
 
-    Example:
+    Examples:
         >>> shape = SampleShape("DiagonalRecurrence", state=64, samples=4, heads=4, length=1024, positions=3)
         >>> round(shape.seconds, 1), shape.bytes // 2**20
         (0.2, 12)

@@ -44,7 +44,7 @@ def far_share(operator: Operator, position: int, distance: int) -> FarShare:
     Raises:
         OperatorError: `operator` is not an operator, `position` is out of range, or no row is left.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DenseOperator
         >>> T = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [3.0, 0.0, 4.0]])
         >>> far, total = far_share(DenseOperator(T), 1, 1)  # the last row is 3, 0, 4; before position 1 is the 3

@@ -73,7 +73,7 @@ def measure(
         ConfigError: `tolerance` is negative or not a number, `tolerance_scale` is unknown, or `retention` is not a
             flag.
 
-    Example:
+    Examples:
         >>> features = torch.eye(4).expand(1, 1, 4, 4)
         >>> from ess_monitor.ess import DiagonalRecurrence
         >>> measured = measure(DiagonalRecurrence(torch.zeros(1, 1, 1, 1), features, features.flip(2)), [2])
@@ -109,7 +109,7 @@ def decay_product_norm(operator: Operator) -> Tensor | None:
     Returns:
         (batch, heads), NaN where the operator is not finite. None for an operator without transition matrices.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DiagonalRecurrence
         >>> ones = torch.ones(1, 1, 8, 4)
         >>> decay_product_norm(DiagonalRecurrence(torch.zeros(1, 1, 1, 1), ones, ones))
@@ -129,7 +129,7 @@ def mean_decay(operator: Operator) -> Tensor | None:
     Returns:
         (batch, heads), NaN where the operator is not finite. None for an operator without transition matrices.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DiagonalRecurrence
         >>> ones = torch.ones(1, 1, 8, 4)
         >>> mean_decay(DiagonalRecurrence(torch.full((1, 1, 1, 1), 0.5).log(), ones, ones))
@@ -170,7 +170,7 @@ def retention_ratio(ess: Tensor, undecayed_ess: Tensor) -> Tensor:
     Raises:
         OperatorError: An argument is not a floating tensor, or the two do not broadcast to one shape.
 
-    Example:
+    Examples:
         >>> retention_ratio(torch.tensor([3.0, 0.0, 2.0]), torch.tensor([4.0, 0.0, 0.0]))
         tensor([0.7500, 1.0000, 2.0000])
     """

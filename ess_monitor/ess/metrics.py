@@ -35,7 +35,7 @@ def tolerance_ess(singular_values: Tensor, tau: float = 1e-3) -> Tensor:
         ConfigError: `tau` is negative or not a number.
         OperatorError: `singular_values` is not a floating tensor of at least one dimension.
 
-    Example:
+    Examples:
         >>> tolerance_ess(torch.tensor([[3.0, 0.5, 1e-3, 0.0]]))
         tensor([2.])
     """
@@ -60,7 +60,7 @@ def entropy_ess(singular_values: Tensor) -> Tensor:
     Raises:
         OperatorError: `singular_values` is not a floating tensor of at least one dimension.
 
-    Example:
+    Examples:
         >>> entropy_ess(torch.tensor([[2.0, 2.0, 0.0], [0.0, 0.0, 0.0]]))
         tensor([2., 0.])
     """
@@ -101,7 +101,7 @@ def aggregate(
     Raises:
         OperatorError: `ess` has another shape, or `over` is unknown.
 
-    Example:
+    Examples:
         >>> ess = torch.tensor([[[2.0, 4.0], [1.0, 1.0]]])  # one sample, two heads, two positions
         >>> aggregate(ess), aggregate(ess, "total", channels_per_head=8), aggregate(ess, "minimum", position=0)
         (tensor(2.), tensor(32.), tensor(1.))

@@ -37,7 +37,7 @@ def comparable_tokens(is_separator: Sequence[bool], first: int = 0) -> tuple[tup
         is_separator: for each token.
         first: token from which on the sequence counts.
 
-    Example:
+    Examples:
         >>> comparable_tokens([token == "." for token in "ab cd. ef gh.. ij"])
         ((5, 12), (9, 10))
     """
@@ -103,7 +103,7 @@ def modulation_sums(
         OperatorError: `is_separator` does not fit the operator.
         ConfigError: a tolerance or number is out of range.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DiagonalRecurrence
         >>> decay, keys = torch.zeros(1, 1, 24, 1), torch.eye(4).repeat(1, 1, 6, 1)
         >>> decay[:, :, 12] = -50.0  # token 12 erases the state

@@ -44,7 +44,7 @@ def operator_positions(length: int, positions: Positions) -> tuple[int, ...]:
     Raises:
         OperatorError: `length` or `positions` is out of range.
 
-    Example:
+    Examples:
         >>> operator_positions(128, "midpoint")
         (64,)
         >>> operator_positions(128, 3)
@@ -68,7 +68,7 @@ def midpoint_index(positions: Sequence[int], length: int) -> int:
     Raises:
         OperatorError: `positions` is empty, or it or `length` is not of whole numbers.
 
-    Example:
+    Examples:
         >>> midpoint_index([16, 32, 48], 64)
         1
     """
@@ -165,7 +165,7 @@ def ess_bounds(
         OperatorError: `positions` are out of order or out of range, `ess` has another number of positions, or
             `capacity` is neither one number nor one per position.
 
-    Example:
+    Examples:
         >>> bounds = ess_bounds([4, 8], torch.tensor([4.0, 2.0]), 12, capacity=4)
         >>> bounds.lower
         tensor([1., 2., 3., 4., 3., 2., 1., 2., 1., 0., 0.])

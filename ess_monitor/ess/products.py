@@ -39,7 +39,7 @@ class JacobianProducts:
         OperatorError: The outputs have another shape, depend on later inputs or other samples, or differ from call to
             call; or no way to multiply agrees with a difference. The message says which.
 
-    Example:
+    Examples:
         >>> products = JacobianProducts(lambda u: u.cumsum(1), torch.ones(1, 3, 1, dtype=torch.float64))
         >>> products.forward(torch.ones(1, 1, 3, 1, dtype=torch.float64)).flatten().tolist(), products.method
         ([1.0, 2.0, 3.0], 'forward mode')

@@ -57,7 +57,7 @@ def singular_values_by_products(
         tolerance: tau, above which all singular values are to be found.
         largest: columns of the span at most.
 
-    Example:
+    Examples:
         >>> J = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0, 0.0]).double())[None]
         >>> def product(v): return v @ J.mT[0]
         >>> found = singular_values_by_products(product, product, (1, 5, 5), J, 1e-3, 64)

@@ -82,7 +82,7 @@ class CallRecorder:
     Args:
         model: as the training calls it, with its wrappers. A sharded model can be called through them only.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1)
         >>> recorder = CallRecorder(model)
         >>> recorder.attach()

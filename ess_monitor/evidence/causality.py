@@ -43,7 +43,7 @@ def is_causal(
         One bool, on the module's device. None where it cannot be told: input and output have no axis of so many tokens,
         other code has hooks in the module, ranks exchange something in it, or it cannot be run again.
 
-    Example:
+    Examples:
         >>> x = torch.randn(2, 6, 4)
         >>> [bool(is_causal(net, (x,), {}, x, 6)) for net in (nn.Linear(4, 4), nn.RNN(4, 4, batch_first=True))]
         [True, True]

@@ -16,7 +16,7 @@ from ess_monitor.validation.settings import Settings
 class EvidenceConfig(Settings):
     """Sets what a collapse must be supported by before a layer is called collapsed.
 
-    Example:
+    Examples:
         >>> EvidenceConfig(batches=16).batches
         16
     """

@@ -21,7 +21,7 @@ def why_not_alone(model: nn.Module) -> str:
     A forward pass in which the ranks exchange something would wait for them forever. DDP exchanges buffers only, which
     `Undisturbed(alone=True)` switches off. Exchanges in a layer's own code cannot be known.
 
-    Example:
+    Examples:
         >>> why_not_alone(nn.Linear(2, 2))
         ''
     """

@@ -19,7 +19,7 @@ def loss_of(output: Any) -> torch.Tensor | None:
 
     None for anything else, and for a loss that is not one real number.
 
-    Example:
+    Examples:
         >>> loss_of({"loss": torch.tensor(2.0), "logits": torch.ones(1, 4)}), loss_of(torch.ones(1, 4))
         (tensor(2.), None)
     """
@@ -34,7 +34,7 @@ def logits_of(output: Any) -> torch.Tensor | None:
 
     Looked at are the output itself, `output.logits`, `output["logits"]`, and the items of a tuple or list.
 
-    Example:
+    Examples:
         >>> logits_of((torch.tensor(2.0), torch.ones(1, 4))).shape
         torch.Size([1, 4])
     """
@@ -66,7 +66,7 @@ def kl_divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Raises:
         ConfigError: they are not floating-point tensors of one shape, or are empty.
 
-    Example:
+    Examples:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
         tensor(0.1201)
     """

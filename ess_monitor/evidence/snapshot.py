@@ -67,7 +67,7 @@ class ModelState:
     Not kept is what objects of other classes hold, class attributes, and iterators. The copies take as much memory as
     the tensors and arrays do that are not parameters.
 
-    Example:
+    Examples:
         >>> model = nn.BatchNorm1d(2)
         >>> state = ModelState(model)
         >>> _ = model(torch.ones(3, 2))

@@ -15,7 +15,7 @@ from ess_monitor.errors import CaptureError
 def can_reduce(layer: Layer) -> str:
     """Return why `state_reduced` cannot make the layer's state smaller; empty where it can.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from ess_monitor.capture import find_layers
         >>> from ess_monitor.featurizers import GLA, SA
@@ -49,7 +49,7 @@ def state_reduced(layer: Layer, share: float) -> Iterator[ChangedCalls]:
         CaptureError: the layer's state cannot be made smaller.
         ConfigError: the share is not a number above 0 and up to 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ess_monitor.capture import capture_operators, find_layers
         >>> from ess_monitor.ess import tolerance_ess

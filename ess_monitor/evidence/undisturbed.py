@@ -40,7 +40,7 @@ class Undisturbed:
         CaptureError: at the start of the block, with `alone`: ranks exchange something in a forward pass; see
             `why_not_alone`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))
         >>> before = torch.get_rng_state()
         >>> with Undisturbed(model) as block:

@@ -26,7 +26,7 @@ def add_changes(one: Changes, other: Changes) -> Changes:
     Raises:
         ValueError: they are of two kinds.
 
-    Example:
+    Examples:
         >>> add_changes(Changes(1, 2.0, 0.5, 1.0, 4.0, 0.25), Changes(1, 3.0, 0.5, 1.0, 4.0, 0.25)).base
         5.0
     """
@@ -48,7 +48,7 @@ def weigh(
         config: thresholds.
         far_share_ratio: of the layer's reading.
 
-    Example:
+    Examples:
         >>> changes = Changes(batches=4, base=8.0, first=0.004, second=0.04, third=0.8)
         >>> weigh("mixer", 1500, changes, EvidenceConfig(), far_share_ratio=0.6).outcome
         'loud'
@@ -93,7 +93,7 @@ def weigh_state(
         config: thresholds.
         spectrum_end_ratio: of the layer's reading.
 
-    Example:
+    Examples:
         >>> changes = Changes(batches=4, base=8.0, first=1.2, second=3.0, third=9.0, kind="state_loss")
         >>> weigh_state("mixer", 1500, changes, EvidenceConfig()).outcome
         'needed'

@@ -89,7 +89,7 @@ def build_exporter(config: AnyConfig) -> Exporter:
     Raises:
         ConfigError: `config` is not the settings of an exporter.
 
-    Example:
+    Examples:
         >>> build_exporter(EventLogConfig(path="events.jsonl")).name
         'event_log'
     """

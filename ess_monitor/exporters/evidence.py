@@ -42,7 +42,7 @@ def changes_of(evidence: AnyEvidence) -> tuple[str, ...]:
 def evidence_ratios(evidence: AnyEvidence) -> dict[str, float]:
     """Return each change as a share of the base loss; nothing by KL, or where that loss is 0.
 
-    Example:
+    Examples:
         >>> found = Evidence(step=7, layer="mixer", basis="loss", batches=8, base=4.0, m50=0.5, m90=1.0, cut=2.0,
         ...                  outcome="by_choice", reason="the loss prefers the forgetting")
         >>> evidence_ratios(found)
@@ -73,7 +73,7 @@ def evidence_fields(evidence: AnyEvidence) -> dict[str, str | int | float]:
 def evidence_rows(evidence: AnyEvidence) -> tuple[tuple[str, str], ...]:
     """Return name and value of everything that the evidence consists of, as text.
 
-    Example:
+    Examples:
         >>> found = Evidence(step=7, layer="mixer", basis="loss", batches=8, base=4.0, m50=0.01, m90=0.5, cut=2.0,
         ...                  m50_error=0.002, outcome="loud", reason="it needs the past")
         >>> for name, value in evidence_rows(found)[:3]:

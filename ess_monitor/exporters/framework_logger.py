@@ -25,7 +25,7 @@ class LoggerExporter:
     Raises:
         ConfigError: `log` or `flush` cannot be called, or `log` is that of a W&B run.
 
-    Example:
+    Examples:
         >>> sink = LoggerExporter("csv", lambda metrics, step: print(step, sorted(metrics)))
         >>> sink.name, sink.inline
         ('csv', True)

@@ -38,7 +38,7 @@ class ExporterHub:
     Raises:
         ConfigError: a number is below 1.
 
-    Example:
+    Examples:
         >>> hub = ExporterHub([])
         >>> hub.errors, hub.dropped, hub.queue_lengths
         ({}, {}, {})

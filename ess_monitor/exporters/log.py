@@ -42,7 +42,7 @@ class LogExporter:
         config: there is nothing to set so far.
         logger: receives the lines; None: the logger `ess_monitor`.
 
-    Example:
+    Examples:
         >>> LogExporter().name
         'log'
     """

@@ -100,7 +100,7 @@ def loss_name(metrics: Iterable[str]) -> str | None:
 def scalars(measurement: Measurement) -> dict[str, float]:
     """Return the finite numbers of a measurement by tag, from readings with status ok.
 
-    Example:
+    Examples:
         >>> from ess_monitor.records import Measurement, Reading
         >>> reading = Reading(step=7, layer="mixer", status="ok", effective_size=3.0, state_capacity=12.0)
         >>> values = scalars(Measurement(step=7, timestamp_seconds=0.0, readings=(reading,), conditions={}))

@@ -25,7 +25,7 @@ _INDEX_DTYPES = (torch.int64, torch.int32)  # those that an embedding accepts
 class BackboneConfig(Settings):
     """Sets the parts of a `Backbone`. The defaults are the smallest net that shows the paper's phenomena on MQAR.
 
-    Example:
+    Examples:
         >>> BackboneConfig(vocab_size=32, featurizer=("gla", "sa"), mixer_options={"beta": 1.0}).featurizers
         ('gla', 'sa')
     """
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
     Raises:
         ConfigError: A mixer cannot be built with these sizes.
 
-    Example:
+    Examples:
         >>> import torch
         >>> backbone = Backbone(BackboneConfig(vocab_size=32, featurizer="wla", mixer_options={"beta": 1.0}))
         >>> backbone(torch.randint(32, (4, 20))).shape
@@ -180,7 +180,7 @@ class LastTokenDecoder(nn.Module):
     The only way from an earlier token to its reconstruction leads through the memory at the last position. Position
     codes are sines and cosines of speeds from 1 down to 1/10000, so that any length can be decoded.
 
-    Example:
+    Examples:
         >>> decoder = LastTokenDecoder(32)
         >>> features = torch.randn(1, 5, 32)
         >>> changed = features.clone()

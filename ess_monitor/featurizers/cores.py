@@ -22,7 +22,7 @@ from ess_monitor.featurizers.chunked import chunked_scan, chunked_sum, stepped_s
 class DiagonalScan(nn.Module):
     """Applies T_ij = sum_n q_i[n] exp(sum_{t=j+1..i} log_decay_t[n]) k_j[n]; see `diagonal_scan` for shapes and errors.
 
-    Example:
+    Examples:
         >>> q, k, v = torch.randn(3, 1, 2, 5, 4).unbind(0)
         >>> y = DiagonalScan()(q, k, v, None)  # linear attention
         >>> torch.allclose(y, (q @ k.mT).tril() @ v, atol=1e-6)
@@ -37,7 +37,7 @@ class DiagonalScan(nn.Module):
 class CausalSoftmax(nn.Module):
     """Applies T = softmax(scale q k^T) over the tokens up to each row's own.
 
-    Example:
+    Examples:
         >>> q, k, v = torch.randn(3, 1, 2, 5, 4).unbind(0)
         >>> torch.allclose(CausalSoftmax()(q, k, v, 0.5)[:, :, 0], v[:, :, 0])  # the first token sees itself alone
         True
@@ -70,7 +70,8 @@ def diagonal_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
     least, also under autocast: half precision rounds a decay of 0.999 to 1.
 
     Args:
-        q, k: (B, H, L, N). The operator uses q as it is; scale it before.
+        q: (B, H, L, N). The operator uses q as it is; scale it before.
+        k: as `q`.
         v: (B, H, L, V).
         log_decay: at most 0, -inf allowed; (B | 1, H | 1, L | 1, N | 1). Length 1 is a fixed decay, state 1 a scalar
             one. None: no decay (A = I), which is computed faster.
@@ -83,7 +84,7 @@ def diagonal_scan(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
 
     Equals the recurrence S_t = diag(exp log_decay_t) S_{t-1} + k_t v_t^T, y_t = S_t^T q_t.
 
-    Example:
+    Examples:
         >>> ones = torch.ones(1, 1, 3, 1)
         >>> diagonal_scan(ones, ones, ones, torch.tensor(0.5).log().expand(1, 1, 1, 1)).flatten()
         tensor([1.0000, 1.5000, 1.7500])

@@ -78,7 +78,7 @@ class LA(HeadMixer):
     Raises:
         ConfigError: The state per head is not a whole, even number, or an option is out of range.
 
-    Example:
+    Examples:
         >>> LA(32, 2, rope_base=10.0)(torch.randn(4, 20, 32)).shape
         torch.Size([4, 20, 32])
     """
@@ -97,7 +97,10 @@ class WLA(HeadMixer):
     """Weights linear attention: A = sigmoid(A_hat)^(1/beta), a learned constant per head and state (Eq. C.2.6).
 
     Args:
-        width, num_heads, expand_k, qk_bias_std: as in `LA`.
+        width: as in `LA`.
+        num_heads: as in `LA`.
+        expand_k: as in `LA`.
+        qk_bias_std: as in `LA`.
         beta: normalization of the logit. A starts at 2^(-1/beta): 0.96 with the paper's 16, which keeps half of a token
             for 16 steps; 1/2 with 1, which forgets within a few.
 
@@ -109,7 +112,7 @@ class WLA(HeadMixer):
     Raises:
         ConfigError: The state per head is not a whole number, or an option is out of range.
 
-    Example:
+    Examples:
         >>> WLA(32, 2, beta=1.0)(torch.randn(4, 20, 32)).shape
         torch.Size([4, 20, 32])
     """
@@ -147,7 +150,7 @@ class GLA(HeadMixer):
     Raises:
         ConfigError: The state per head is not a whole number, or an option is out of range.
 
-    Example:
+    Examples:
         >>> GLA(32, 2)(torch.randn(4, 20, 32)).shape
         torch.Size([4, 20, 32])
     """
@@ -179,7 +182,12 @@ class GLAS6(HeadMixer):
     4); a large alpha keeps A near I (Finding 5).
 
     Args:
-        width, num_heads, expand_k, gate_rank, qk_bias_std, gate_bias_std: as in `GLA`.
+        width: as in `GLA`.
+        num_heads: as in `GLA`.
+        expand_k: as in `GLA`.
+        gate_rank: as in `GLA`.
+        qk_bias_std: as in `GLA`.
+        gate_bias_std: as in `GLA`.
         alpha: normalization of the arange; 1000 in table 2 of the paper.
 
     Attributes:
@@ -190,7 +198,7 @@ class GLAS6(HeadMixer):
     Raises:
         ConfigError: The state per head is not a whole number, or an option is out of range.
 
-    Example:
+    Examples:
         >>> GLAS6(32, 2, alpha=1.0)(torch.randn(4, 20, 32)).shape
         torch.Size([4, 20, 32])
     """
@@ -222,7 +230,9 @@ class SA(HeadMixer):
     """Mixes by causal attention: T = softmax(RoPE(W_C u) RoPE(W_B u)^T / sqrt(n)) (Eq. C.2.8; Vaswani et al., 2017).
 
     Args:
-        width, num_heads, qk_bias_std: as in `LA`.
+        width: as in `LA`.
+        num_heads: as in `LA`.
+        qk_bias_std: as in `LA`.
         expand_k: dimensions n of q and k per head as a multiple of d / h.
         rope_base: base of the rotary positions.
 
@@ -234,7 +244,7 @@ class SA(HeadMixer):
     Raises:
         ConfigError: n is not a whole, even number, or an option is out of range.
 
-    Example:
+    Examples:
         >>> SA(32, 2)(torch.randn(4, 20, 32)).shape
         torch.Size([4, 20, 32])
     """

@@ -24,7 +24,7 @@ def state_per_head(width: int, num_heads: int, expand_k: float) -> int:
     Raises:
         ConfigError: A value is not a positive number, heads do not divide the width, or the state is not whole.
 
-    Example:
+    Examples:
         >>> state_per_head(width=32, num_heads=2, expand_k=0.5)
         8
     """
@@ -115,7 +115,7 @@ class RMSNorm(nn.Module):
 
     Equals `torch.nn.RMSNorm`, but accepts another dtype than its weight's without the warning that torch gives.
 
-    Example:
+    Examples:
         >>> RMSNorm(4)(torch.tensor([1.0, -1.0, 1.0, -1.0]).bfloat16()).dtype
         torch.bfloat16
     """
@@ -151,7 +151,7 @@ class Rotary(nn.Module):
     Only differences of positions then enter q^T k. A small `base` keeps all pairs fast, which short sequences need to
     tell neighboring positions apart.
 
-    Example:
+    Examples:
         >>> turn = Rotary(4, base=100.0)
         >>> q, k = turn(torch.ones(1, 1, 6, 4)), turn(torch.ones(1, 1, 6, 4))
         >>> products = q @ k.mT

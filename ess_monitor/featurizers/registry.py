@@ -33,7 +33,7 @@ def build_mixer(name: str, width: int, num_heads: int, state_size: int, **option
     Raises:
         ConfigError: The name or an option is unknown, or a value is out of range.
 
-    Example:
+    Examples:
         >>> [build_mixer(name, 32, 2, 8).state_capacity for name in ("la", "wla", "gla", "sa", "s6", "gla_s6")]
         [8, 8, 8, None, 8, 8]
     """
@@ -53,7 +53,7 @@ def options_of(name: str) -> frozenset[str]:
     Raises:
         ConfigError: There is no such featurizer.
 
-    Example:
+    Examples:
         >>> sorted(options_of("wla"))
         ['beta', 'qk_bias_std']
     """
@@ -65,7 +65,7 @@ def options_of(name: str) -> frozenset[str]:
 def check_options(names: Collection[str], options: Collection[str]) -> None:
     """Raise `ConfigError` unless every option belongs to at least one of the named featurizers.
 
-    Example:
+    Examples:
         >>> check_options(("wla", "sa"), {"beta", "rope_base"})
         >>> check_options(("wla",), {"alpha"})
         Traceback (most recent call last):

@@ -37,7 +37,7 @@ class S6(nn.Module):
     Raises:
         ConfigError: A size is not a whole number from 1 up.
 
-    Example:
+    Examples:
         >>> S6(32, state_size=8)(torch.randn(4, 20, 32)).shape
         torch.Size([4, 20, 32])
     """

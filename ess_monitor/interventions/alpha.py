@@ -61,7 +61,7 @@ def rescale_alpha(
         ConfigError: the factor is not a finite number above 0.
         CaptureError: the layer has nothing that scales its decay, or no parameter or buffer for it.
 
-    Example:
+    Examples:
         >>> from ess_monitor.featurizers import GLAS6
         >>> layer = GLAS6(16, 2, alpha=1.0)
         >>> _ = rescale_alpha(layer, 100.0)

@@ -67,7 +67,7 @@ def advise_alpha(
         ConfigError: too few sizes, an unusable factor, or a length too short for the largest state.
         CaptureError: the layer has nothing that scales its decay.
 
-    Example:
+    Examples:
         >>> from ess_monitor.featurizers import GLAS6
         >>> advice = advise_alpha(lambda n: GLAS6(16, 1, expand_k=n / 16, alpha=1.0), (4, 8, 16), width=16)
         >>> advice.factor

@@ -21,7 +21,7 @@ class AnswerSettings(BaseModel):
 
     Cool-down, release and loss band are left out: they time a treatment, and none of them makes an answer wrong.
 
-    Example:
+    Examples:
         >>> one, two = (AnswerSettings.of(AutopilotConfig(max_layers=layers)) for layers in (1, 2))
         >>> one == two, one.same_treatment(two)
         (False, True)

@@ -19,7 +19,7 @@ _MODES = "{!r}, {!r} or {!r}".format(*get_args(Mode))
 class AutopilotConfig(Settings):
     """Sets what may be done about a collapsed layer. A bare mode ("auto") is the same as {"mode": "auto"}.
 
-    Example:
+    Examples:
         >>> AutopilotConfig.model_validate("auto").mode
         'auto'
     """

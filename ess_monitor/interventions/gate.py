@@ -18,7 +18,7 @@ def gate_tensors(layer: Layer) -> dict[str, torch.Tensor]:
 
     Where a projection gives the decay beside other things (Mamba's `x_proj`), it counts as a whole.
 
-    Example:
+    Examples:
         >>> from ess_monitor.capture import find_layers
         >>> from ess_monitor.featurizers import WLA
         >>> [layer] = find_layers(WLA(16, 2))

@@ -50,7 +50,7 @@ def identity_penalty(log_decay: torch.Tensor) -> torch.Tensor:
     Returns:
         A scalar, in float32 at least, 0 for A = I. Its gradient there is 0.
 
-    Example:
+    Examples:
         >>> identity_penalty(torch.full((2, 1, 8, 4), 0.5).log()).item()
         1.0
     """
@@ -220,7 +220,7 @@ class IdentityPull:
     Raises:
         ConfigError: the strength is not a finite number above 0.
 
-    Example:
+    Examples:
         >>> from ess_monitor.capture import find_layers
         >>> from ess_monitor.featurizers import WLA
         >>> [layer] = find_layers(WLA(16, 2, beta=1.0))

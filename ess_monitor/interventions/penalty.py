@@ -80,7 +80,7 @@ def collect_penalties(model: nn.Module, layers: LayerFilter | str | Sequence[str
             from `total()`, a layer was not seen: compiled code shows no calls.
         ConfigError: a pattern matches no layer.
 
-    Example:
+    Examples:
         >>> from ess_monitor.featurizers import GLA, LA
         >>> model = nn.Sequential(LA(16, 2), GLA(16, 2))
         >>> with collect_penalties(model) as penalties:

@@ -23,7 +23,7 @@ from ess_monitor.validation.settings import Settings
 class ProbationConfig(Settings):
     """Sets when a treatment is compared with the gate from before it, and what ends it.
 
-    Example:
+    Examples:
         >>> ProbationConfig().checks
         (25, 100, 400, 1000)
     """

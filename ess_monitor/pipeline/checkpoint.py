@@ -198,7 +198,7 @@ def match_layers(saved: Iterable[str], present: Collection[str]) -> dict[str, st
         saved: names in the state.
         present: names of the measured layers.
 
-    Example:
+    Examples:
         >>> match_layers(["blocks.0.mixer", "head"], ["net.model.blocks.0.mixer", "net.head"])
         {'blocks.0.mixer': 'net.model.blocks.0.mixer', 'head': 'net.head'}
         >>> match_layers(["mixer"], ["model.mixer", "base_model.mixer"])

@@ -227,7 +227,7 @@ def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor
     Returns:
         (rank,)
 
-    Example:
+    Examples:
         >>> mean_spectrum(torch.tensor([[[8.0, 1.0, 0.0], [2.0, 0.25, 0.0]]]))
         tensor([4.0000, 0.5000, 0.0000])
     """

@@ -35,7 +35,7 @@ def data_frame(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None 
 class RecordList(Sequence[RecordT], Generic[RecordT]):
     """Holds records of one kind, and makes a data frame of them.
 
-    Example:
+    Examples:
         >>> from ess_monitor.records import Reading
         >>> readings = RecordList(Reading, [Reading(step=s, layer="a", status="ok") for s in (10, 20)])
         >>> readings, readings[-1].step, [reading.step for reading in readings]

@@ -39,7 +39,7 @@ def render_minimal_state(result: MinimalStates) -> str:
     Returns:
         One whole document; it needs no other file.
 
-    Example:
+    Examples:
         >>> page = render_minimal_state(MinimalStates(model="Net", layers=()))
         >>> "Net: smallest states" in page, "<script" in page
         (True, False)
@@ -137,7 +137,7 @@ def render_compressibility(result: Compressibility) -> str:
     Returns:
         One whole document; it needs no other file.
 
-    Example:
+    Examples:
         >>> page = render_compressibility(Compressibility(model="Net", student_states=(4,), layers=()))
         >>> "Net: what a smaller state must lose" in page, "<script" in page
         (True, False)
@@ -180,7 +180,7 @@ def render_reduction(result: Reduction) -> str:
     Returns:
         One whole document; it needs no other file.
 
-    Example:
+    Examples:
         >>> page = render_reduction(Reduction(model="Net", state=4, layers=()))
         >>> "Net: states of 4" in page, "<script" in page
         (True, False)
@@ -233,7 +233,7 @@ def render_hybrid_advice(result: HybridAdvice) -> str:
     Returns:
         One whole document; it needs no other file.
 
-    Example:
+    Examples:
         >>> page = render_hybrid_advice(HybridAdvice(model="Net", tolerance=0.1, tolerance_scale="output", layers=()))
         >>> "Net: advice for its layers" in page, "<script" in page
         (True, False)
@@ -283,7 +283,7 @@ def render_length_profile(result: LengthProfile) -> str:
     Returns:
         One whole document; it needs no other file.
 
-    Example:
+    Examples:
         >>> page = render_length_profile(
         ...     LengthProfile(model="Net", lengths=(64,), tolerance=1e-3, tolerance_scale="absolute", layers=())
         ... )

@@ -22,7 +22,7 @@ def render_state_modulation(result: StateModulation) -> str:
     Returns:
         One whole document; it needs no other file.
 
-    Example:
+    Examples:
         >>> page = render_state_modulation(
         ...     StateModulation(model="Net", separators=(0,), tolerance_scale="absolute", layers=())
         ... )

@@ -46,7 +46,7 @@ def render_report(history: RunHistory | None = None, *, story: RunHistory | None
     Returns:
         One whole document; it needs no other file. Names and texts of the run are escaped.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from ess_monitor.records import LayerInfo, RunInfo
         >>> layer = LayerInfo(name="<script>", module="Mixer", supported=True)

@@ -155,7 +155,7 @@ def load_run(path: str | Path, run: str | int | None = None) -> Run:
     Raises:
         ConfigError: there is no log, or it holds no run, or not this one; the message lists those it holds.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from ess_monitor.exporters.event_log.events import RunStartedEvent, encode_event

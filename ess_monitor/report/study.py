@@ -41,13 +41,14 @@ def load_study(
         metric: the task metric; by default that of the diagnosis.
         demand: the hyperparameter that says what the task asks a memory for; by default the first of kv_pairs,
             num_kv_pairs, kv and tokens_to_copy that a run has.
-        resamples, seed: of the bootstrap, as in `correlate`.
+        resamples: of the bootstrap, as in `correlate`.
+        seed: as `resamples`.
         progress: passes the logs on, such as `rich.progress.track`.
 
     Raises:
         ConfigError: there is no log or no run, or no run has the metric or the demand.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from ess_monitor.exporters.event_log.events import MeasurementEvent, RunStartedEvent, encode_event
         >>> from ess_monitor.records import Reading, RunInfo

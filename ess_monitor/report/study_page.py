@@ -31,7 +31,7 @@ def render_study(study: Study) -> str:
     Returns:
         One whole document; it needs no other file.
 
-    Example:
+    Examples:
         >>> page = render_study(Study(metric="accuracy", demand="kv_pairs", runs=()))
         >>> "Study of 0 runs" in page, "<script" in page
         (True, False)

@@ -37,7 +37,7 @@ class SampleSizeBackoff:
         pause: samples that are skipped when the smallest size fails.
         patience: samples in a row before the size grows.
 
-    Example:
+    Examples:
         >>> backoff = SampleSizeBackoff(pause=2)
         >>> shares = []
         >>> for _ in range(6):

@@ -26,7 +26,7 @@ class Cadence:
         locked: change the interval in `resume` only, never because of a cost that this process alone knows.
         window: number of latest steps in the median.
 
-    Example:
+    Examples:
         >>> cadence = Cadence(every_n_steps=10, budget_ratio=0.01)
         >>> for step in range(1, 4):
         ...     cadence.stepped(0.1)

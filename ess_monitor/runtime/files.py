@@ -30,7 +30,7 @@ def require_regular(path: Path) -> int | None:
     Raises:
         OSError: there is something else, or a chain of links that does not end.
 
-    Example:
+    Examples:
         >>> require_regular(Path("/dev/null"))
         Traceback (most recent call last):
         ...

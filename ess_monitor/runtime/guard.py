@@ -31,7 +31,7 @@ class Guard:
         strict: keep the first failure for `raise_pending`.
         advice: how to turn the part on again; logged when it turns itself off.
 
-    Example:
+    Examples:
         >>> guard = Guard("capture", limit=2)
         >>> with guard:
         ...     pass
@@ -142,7 +142,7 @@ class Breaker:
     Args:
         limit: failures without a success in between.
 
-    Example:
+    Examples:
         >>> breaker = Breaker(limit=2)
         >>> breaker.failed("a", "no memory"), breaker.failed("a", "no memory"), breaker.failed("a", "no memory")
         (False, True, False)

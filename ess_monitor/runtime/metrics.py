@@ -29,7 +29,7 @@ class MetricReader:
     Args:
         kept: name of a metric that may come at steps that are not sampled, as those of an evaluation do.
 
-    Example:
+    Examples:
         >>> numbers, tensors = MetricReader().read({"loss": torch.tensor(0.5), "accuracy": 0.9, "f1": None})
         >>> numbers, tensors
         ({'accuracy': 0.9}, {device(type='cpu'): {'loss': tensor(0.5000)}})
@@ -50,7 +50,7 @@ class MetricReader:
     def keep(self, metrics: object) -> None:
         """Keep the newest value of the one metric for the next `read`. Nothing is read without such a metric.
 
-        Example:
+        Examples:
             >>> reader = MetricReader(kept="accuracy")
             >>> reader.keep({"accuracy": 0.9})
             >>> reader.read({"loss": 0.5})[0], reader.read({"loss": 0.5})[0]

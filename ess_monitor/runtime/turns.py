@@ -58,7 +58,7 @@ class LayerTurns:
         limit_seconds: of one core, for a sample; None for no limit.
         positions: where layers are measured: what shapes are to be made with.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess.cost import SampleShape
         >>> turns = LayerTurns(["a", "b", "c"], limit_seconds=3.0)
         >>> shape = SampleShape("DeltaRecurrence", state=128, samples=4, heads=4, length=1024, positions=3)
@@ -235,7 +235,7 @@ class TimeLimit:
         limit_seconds: of one core; None for no limit.
         clock: wall time in seconds.
 
-    Example:
+    Examples:
         >>> limit = TimeLimit(10.0, lambda: 0.0)
         >>> limit.allows(30.0)
         True

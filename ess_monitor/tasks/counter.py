@@ -32,7 +32,7 @@ def random_bits(seed: int, index_B: Tensor, count: int) -> Tensor:
     Returns:
         (B, count) int64.
 
-    Example:
+    Examples:
         >>> one = random_bits(0, torch.tensor([7]), 4)
         >>> torch.equal(one, random_bits(0, torch.tensor([3, 7]), 9)[1:, :4])
         True
@@ -46,7 +46,7 @@ def random_bits(seed: int, index_B: Tensor, count: int) -> Tensor:
 def exponential(bits: Tensor) -> Tensor:
     """Return exponentially distributed float64 of mean 1, from random bits. Never 0 and never infinite.
 
-    Example:
+    Examples:
         >>> [float(f"{value:.2g}") for value in exponential(torch.tensor([0, (1 << 63) - 1]))]
         [37.0, 1.1e-16]
     """

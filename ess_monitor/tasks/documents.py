@@ -21,7 +21,7 @@ SEPARATOR = 0
 class DocumentsConfig(TaskConfig):
     """Sets size and difficulty of recall in documents.
 
-    Example:
+    Examples:
         >>> DocumentsConfig(length=64).vocab_size
         17
         >>> DocumentsConfig(min_pairs=8, max_pairs=6)
@@ -71,7 +71,7 @@ class Documents(SyntheticTask):
     their values with replacement, and each pair one of its keys. The target at a key that was seen before in the same
     document is its value. What was seen before a separator is of no use after it: a layer that can tell may forget.
 
-    Example:
+    Examples:
         >>> inputs, targets = Documents(DocumentsConfig(length=12, min_pairs=2, max_pairs=3))[0]
         >>> inputs.tolist(), targets[targets != -100].tolist()
         ([6, 12, 2, 12, 0, 2, 15, 7, 11, 7, 11, 0], [11])

@@ -17,7 +17,7 @@ from ess_monitor.tasks.counter import random_bits
 class SelectiveCopyingConfig(TaskConfig):
     """Sets size and difficulty of a copying task.
 
-    Example:
+    Examples:
         >>> SelectiveCopyingConfig(length=17, tokens_to_copy=8)
         Traceback (most recent call last):
         ...
@@ -49,7 +49,7 @@ class SelectiveCopying(SyntheticTask):
 
     The places of the content are uniform over all choices of K places out of L - K - 1, unless `ends_on_content`.
 
-    Example:
+    Examples:
         >>> config = SelectiveCopyingConfig(length=12, tokens_to_copy=3, vocab_size=10)
         >>> inputs, targets = SelectiveCopying(config)[0]
         >>> torch.equal(inputs[inputs < 8], targets[-3:]), inputs[-4:].tolist()
@@ -82,7 +82,7 @@ class SelectiveCopying(SyntheticTask):
 class CompressionConfig(TaskConfig):
     """Sets size and difficulty of a compression task.
 
-    Example:
+    Examples:
         >>> CompressionConfig(length=32, vocab_size=8).samples
         128000
     """
@@ -107,7 +107,7 @@ class Compression(SyntheticTask):
     Targets are the inputs, except at the last position, whose token is always the same (see `asks_last`). Train it in a
     backbone with `decoder="last_token"`: otherwise each position sees its own answer.
 
-    Example:
+    Examples:
         >>> inputs, targets = Compression(CompressionConfig(length=6, vocab_size=8))[0]
         >>> torch.equal(inputs[:-1], targets[:-1]), inputs[-1].item(), targets[-1].item()
         (True, 7, -100)

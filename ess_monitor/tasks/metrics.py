@@ -26,7 +26,7 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         OperatorError: The shapes do not go together, or a dtype or device is wrong.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
         tensor(1.3863)
@@ -40,7 +40,7 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args, returns and errors as in `loss`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> accuracy(torch.eye(4)[None], torch.tensor([[0, 1, 0, -100]]))
         tensor(0.6667)
@@ -77,7 +77,7 @@ def recall_perplexity(logits: Tensor, tokens: Tensor, *, separator: int | None =
         OperatorError: The shapes do not go together, a dtype or device is wrong, or a token is not in the vocabulary.
         ConfigError: `separator` is not the number of a token.
 
-    Example:
+    Examples:
         >>> import torch
         >>> found = recall_perplexity(torch.zeros(1, 5, 4), torch.tensor([[1, 2, 3, 1, 2]]))
         >>> round(found.recall, 6), found.recall_tokens, found.rest_tokens

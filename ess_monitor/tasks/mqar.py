@@ -17,7 +17,7 @@ from ess_monitor.tasks.counter import exponential, random_bits
 class MQARConfig(TaskConfig):
     """Sets size and difficulty of a recall task.
 
-    Example:
+    Examples:
         >>> MQARConfig(length=30, kv_pairs=8)
         Traceback (most recent call last):
         ...
@@ -60,7 +60,7 @@ class MQAR(SyntheticTask):
     target at the position of a repeated key is its value. Keys and values are distinct within a sample. Place
     g = 1, 2, ... after the pairs has weight g^(power - 1); the keys draw their places in turn without replacement.
 
-    Example:
+    Examples:
         >>> inputs, targets = MQAR(MQARConfig(length=12, kv_pairs=2, vocab_size=10))[0]
         >>> pairs = dict(zip(inputs[:4:2].tolist(), inputs[1:4:2].tolist()))
         >>> asked = targets != -100

@@ -34,7 +34,7 @@ def shown(value: Any) -> str:
 
     A container shows its type only: its settings may hold a URL with a password.
 
-    Example:
+    Examples:
         >>> import torch
         >>> shown(torch.zeros(2, 3)), shown("x" * 200)[-5:], shown(10**5000)
         ('a torch.float32 tensor of shape (2, 3)', 'xx...', 'a value of type int')
@@ -54,7 +54,7 @@ def shown(value: Any) -> str:
 def shown_version(version: object) -> str:
     """Return the version of a saved state for an error message; of what is not one, only the type.
 
-    Example:
+    Examples:
         >>> shown_version(2), shown_version(None), shown_version("2")
         ('2', 'None', 'of type str')
     """
@@ -65,7 +65,7 @@ def shown_version(version: object) -> str:
 def type_of(value: object) -> str:
     """Return the type of `value` as text, without its content.
 
-    Example:
+    Examples:
         >>> type_of({"password": "x"}), type_of(dict), type_of(None)
         ('a dict', 'the class dict', 'None')
     """
@@ -77,7 +77,7 @@ def type_of(value: object) -> str:
 def whole(name: str, value: Any, low: int, high: int = LARGEST, *, hint: str = "", error: Error = ConfigError) -> int:
     """Return a whole number in low..high. NumPy's integers are allowed; bools and floats are not.
 
-    Example:
+    Examples:
         >>> whole("width", 0, 1)
         Traceback (most recent call last):
         ...
@@ -105,7 +105,7 @@ def real(
 ) -> float:
     """Return a finite number from `low` (or above `above`) up to `high`.
 
-    Example:
+    Examples:
         >>> real("beta", float("nan"), above=0, hint="the paper uses 16")
         Traceback (most recent call last):
         ...
@@ -128,7 +128,7 @@ def instance(
 ) -> T:
     """Return an object of class `kind`, or of one of several classes.
 
-    Example:
+    Examples:
         >>> instance("config", {}, int)
         Traceback (most recent call last):
         ...
@@ -207,7 +207,7 @@ def has_long_integer(value: object) -> bool:
 
     Python refuses to write integers of thousands of digits, so they break error messages and files.
 
-    Example:
+    Examples:
         >>> has_long_integer({"a": [1, (2**63,)]}), has_long_integer({"a": [1, 2.0**63]})
         (True, False)
     """

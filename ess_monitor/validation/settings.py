@@ -64,7 +64,7 @@ class Settings(BaseModel, metaclass=_SettingsType):
         ConfigError: a setting is unknown or has a value it cannot have. It names the setting, what is allowed, and the
             value unless it may hold a secret.
 
-    Example:
+    Examples:
         >>> class Example(Settings):
         ...     samples: int = 4
         >>> Example(sample=2)
@@ -150,7 +150,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def did_you_mean(model: type[BaseModel], name: str) -> str:
     """Return the setting whose name is like `name`, wherever it is in the settings; empty where none is.
 
-    Example:
+    Examples:
         >>> from ess_monitor.interventions import AutopilotConfig
         >>> [did_you_mean(AutopilotConfig, name) for name in ("lag_step", "harm_ratio", "nothing")]
         ['lag_steps', 'probation.harm_ratio', '']

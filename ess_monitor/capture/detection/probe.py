@@ -62,7 +62,7 @@ class MixingProbe:
         in_training: leave the arguments of modules as they are, and do not ask where a backward pass might do more than
             compute a gradient: functions of Python, hooks of others, activation checkpointing.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4, batch_first=True))
         >>> with MixingProbe(net) as probe:
         ...     _ = net(torch.randn(2, 6, 4))
@@ -226,7 +226,7 @@ def depends_on(x: Tensor, y: Tensor, axis: int) -> Mixing:
     Raises:
         RuntimeError: something in between has no derivative.
 
-    Example:
+    Examples:
         >>> x = torch.randn(2, 5, 3, requires_grad=True)
         >>> mixing = depends_on(x, x.cumsum(1), 1)
         >>> bool(mixing.past), bool(mixing.future)

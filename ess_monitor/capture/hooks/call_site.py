@@ -84,7 +84,7 @@ class ModuleHook:
     It does nothing either once it was removed within the call that it belongs to, by a signal handler that closes the
     monitor: PyTorch still calls it then, but without the keyword arguments.
 
-    Example:
+    Examples:
         >>> import pickle
         >>> model = nn.Linear(2, 2)
         >>> handle = model.register_forward_pre_hook(ModuleHook(lambda module, args: print("called")))

@@ -74,7 +74,7 @@ def runs_flex_attention(model: nn.Module) -> bool:
 
     Run as it is written it holds the scores of all pairs of tokens: gigabytes, where compiled code needs none.
 
-    Example:
+    Examples:
         >>> class Layer(nn.Module):
         ...     def forward(self, q):
         ...         return flex_attention(q, q, q)

@@ -26,7 +26,7 @@ def when_raised(model: nn.Module, act: Callable[[], None]) -> Callable[[], None]
     Returns:
         A function that undoes this; a second call of it does nothing.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 2)
         >>> forget = when_raised(model, lambda: print("gone wrong"))
         >>> try:

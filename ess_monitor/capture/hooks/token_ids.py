@@ -33,7 +33,7 @@ class ModulationConfig(Settings):
     A reading then has `modulation_ratio` for each tolerance. It costs an ESS at ten positions of a sequence for each of
     `tokens`; where a sample has no time for that it is measured at fewer, or left out.
 
-    Example:
+    Examples:
         >>> ModulationConfig(separators=[0]).positions
         20
     """

@@ -29,7 +29,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
     Raises:
         ConfigError: it cannot be loaded.
 
-    Example:
+    Examples:
         >>> load_tokenizer("bytes").encode("ab."), load_tokenizer("bytes").label(46)
         ([97, 98, 46], '.')
     """

@@ -63,7 +63,7 @@ class SoftmaxAttention(Operator):
     Raises:
         OperatorError: The shapes do not fit together, `scale` is not finite, or `softcap` is not positive.
 
-    Example:
+    Examples:
         >>> even = SoftmaxAttention(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))  # every row is an average
         >>> even.singular_values([2]).round(decimals=4)  # rank 1: any average of the past is one number
         tensor([[[[0.5893, 0.0000]]]])

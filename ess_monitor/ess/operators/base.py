@@ -108,7 +108,7 @@ class Operator(ABC):
         Raises:
             OperatorError: It is not known which tokens of a row are padding.
 
-        Example:
+        Examples:
             >>> from ess_monitor.ess import DenseOperator
             >>> padded = DenseOperator(torch.ones(4, 4).tril(), segments=torch.tensor([[[0, 0, 0, -1]]]))
             >>> [operator.length for operator in padded.longest_segments()]
@@ -134,7 +134,7 @@ class Operator(ABC):
         white, ||T_i|| is the root mean square of the output y_i. With d rows for a token their norm is the root of the
         mean square, ||T[d i : d (i + 1)]||_F / sqrt(d). Rows of zeros stay as they are.
 
-        Example:
+        Examples:
             >>> from ess_monitor.ess import DenseOperator
             >>> DenseOperator(torch.tensor([[0.0, 0.0], [3e-6, 4e-6]])).with_unit_rows().materialize()
             tensor([[[[0.0000, 0.0000],
@@ -180,7 +180,7 @@ class Operator(ABC):
         Raises:
             OperatorError: A position is outside 1..L-1.
 
-        Example:
+        Examples:
             >>> from ess_monitor.ess import DenseOperator
             >>> T = torch.tensor([[1.0, 0.0, 0.0], [2.0, 1.0, 0.0], [3.0, 4.0, 1.0]])
             >>> DenseOperator(T).singular_values([2]).round(decimals=4)  # H_2 = [[3, 4]]

@@ -30,7 +30,7 @@ def complex_recurrence(log_decay: Tensor, b: Tensor, c: Tensor) -> DiagonalRecur
     Raises:
         OperatorError: A tensor has another number of dimensions, or they do not broadcast.
 
-    Example:
+    Examples:
         >>> half_turn = torch.full((1, 1, 1, 1), torch.pi) * 1j
         >>> complex_recurrence(half_turn, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 3, 1)).materialize().round()
         tensor([[[[ 1.,  0.,  0.],

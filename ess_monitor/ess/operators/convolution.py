@@ -60,7 +60,7 @@ class Convolution(Operator):
     Raises:
         OperatorError: `kernel` has another shape, or `length` or `state_size` is negative.
 
-    Example:
+    Examples:
         >>> delay = Convolution(torch.tensor([[[0.0, 0.0, 1.0]]]), length=10)  # y_t = u_{t-2}
         >>> delay.singular_values([5]).round(decimals=4)  # a delay of two tokens keeps two numbers
         tensor([[[[1., 1.]]]])
@@ -136,7 +136,7 @@ class GatedConvolution(Operator):
     Raises:
         OperatorError: The shapes do not fit together.
 
-    Example:
+    Examples:
         >>> open_gate = torch.ones(1, 1, 10)
         >>> delay = GatedConvolution(open_gate, torch.tensor([[[0.0, 0.0, 1.0]]]), 3 * open_gate)
         >>> delay.singular_values([5]).round(decimals=4)

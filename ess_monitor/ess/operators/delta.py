@@ -51,7 +51,7 @@ class DeltaRecurrence(Recurrence):
     Raises:
         OperatorError: The shapes do not fit together, or only one of `left` and `right` is given.
 
-    Example:
+    Examples:
         >>> one, key = torch.ones(1, 1, 6), torch.tensor([1.0, 0.0]).expand(1, 1, 6, 2)
         >>> overwriting = DeltaRecurrence(torch.zeros(1, 1, 1, 1), one, key, key)
         >>> overwriting.singular_values([3]).round(decimals=4)  # the same key again: every token erases the one before
@@ -73,7 +73,7 @@ class DeltaRecurrence(Recurrence):
         `right` reads the state before the decay. RWKV-7, S_t = diag(e^w) S + b (a^T S) + k v^T read with r, is
         `diagonal_plus_rank_one(w, b, a, k, r)`. Shapes as in the class, all vectors (batch, heads, length, state).
 
-        Example:
+        Examples:
             >>> ones = torch.ones(1, 1, 4, 2)
             >>> held = DeltaRecurrence.diagonal_plus_rank_one(torch.zeros(1, 1, 1, 1), 0 * ones, ones, ones, ones)
             >>> held.singular_values([2]).round(decimals=4)

@@ -45,7 +45,7 @@ class DenseOperator(Operator):
     Raises:
         OperatorError: T is not square, or `block_size` does not divide its size.
 
-    Example:
+    Examples:
         >>> DenseOperator(torch.ones(6, 6).tril(), block_size=2).singular_values([1]).round(decimals=4)  # of rank 1
         tensor([[[[2.8284, 0.0000]]]])
     """

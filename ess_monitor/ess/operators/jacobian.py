@@ -46,7 +46,7 @@ class JacobianOperator(Operator):
         OperatorError: `inputs` has another shape or dtype, or `largest` is below 1. In `singular_values`: f cannot be
             linearized, with the reason.
 
-    Example:
+    Examples:
         >>> gru = torch.nn.GRU(4, 3, batch_first=True).double()
         >>> operator = JacobianOperator(torch.randn(2, 1, 12, 4).double(), lambda u: gru(u)[0])
         >>> (operator.singular_values([6]) > 1e-3).sum(-1).flatten().tolist()  # three numbers are carried on

@@ -126,7 +126,7 @@ class DiagonalRecurrence(Recurrence):
     Raises:
         OperatorError: The shapes do not fit together, or a tensor is complex: `complex_recurrence` takes those.
 
-    Example:
+    Examples:
         >>> memory = DiagonalRecurrence(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 6, 2), torch.ones(1, 1, 6, 2))
         >>> memory.singular_values([3]).round(decimals=4)  # two state dimensions that hold the same thing: rank 1
         tensor([[[[6., 0.]]]])

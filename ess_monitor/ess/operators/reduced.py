@@ -114,7 +114,7 @@ def reduced(
         rows: Position and first row at which `far_share` looks. None: nowhere.
         unit_rows: Reduce T with unit rows; the decay and `rows` are still of T itself.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DiagonalRecurrence
         >>> features = torch.eye(3).repeat(1, 1, 40, 1)
         >>> few = reduced(DiagonalRecurrence(torch.zeros(1, 1, 1, 1), features, features), [60])

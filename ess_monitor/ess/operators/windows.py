@@ -23,7 +23,7 @@ def at_tokens(operator: Kind, tokens: Tensor) -> Kind:
         tokens: (n,), their ascending indices on the device of the operator. The last may be repeated. They are not read
             on the host.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DenseOperator
         >>> at_tokens(DenseOperator(torch.arange(9.0).reshape(3, 3)), torch.tensor([1, 2])).T.tolist()
         [[[[4.0, 5.0], [7.0, 8.0]]]]

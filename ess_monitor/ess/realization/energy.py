@@ -38,7 +38,7 @@ def causal_singular_values(operator: Operator, positions: Sequence[int]) -> Tens
     Raises:
         OperatorError: `operator` is not an operator, or a position is out of range.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DiagonalRecurrence
         >>> unread = DiagonalRecurrence(torch.zeros(1, 1, 1, 1), torch.eye(3)[None, None], torch.zeros(1, 1, 3, 3))
         >>> unread.singular_values([2])  # nothing is read from the state
@@ -101,7 +101,7 @@ def tail_energy(operator: Operator, sizes: Sequence[int], positions: Sequence[in
     Raises:
         OperatorError: `operator` is not an operator, a size is negative, or a position is out of range.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DenseOperator
         >>> T = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0] * 4, [2.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
         >>> tail_energy(DenseOperator(T), [0, 1, 2], [2]).round(decimals=4)
@@ -134,7 +134,7 @@ def truncation_errors(realization: Realization, sizes: Sequence[int]) -> Tensor:
     Raises:
         OperatorError: `realization` is not a `Realization`, or a size is negative.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DenseOperator, realize
         >>> T = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0] * 4, [2.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
         >>> truncation_errors(realize(DenseOperator(T)), [1, 2]).square().round(decimals=4)  # 1 of 5
@@ -177,7 +177,7 @@ def squared_truncation_errors(realization: Realization, checked: Sequence[int]) 
 def squared_norm(operator: Operator) -> Tensor:
     """Return ||T||_F^2, by the factors where the operator has them: (batch, heads), in the working dtype.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DenseOperator
         >>> squared_norm(DenseOperator(torch.tensor([[3.0, 0.0], [0.0, 4.0]])))
         tensor([[25.]], dtype=torch.float64)

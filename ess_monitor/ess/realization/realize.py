@@ -137,7 +137,7 @@ def realize(operator: Operator, *, size: int | None = None, tolerance: float | N
         OperatorError: `operator` is not an operator, `size` is negative, or `size` and `tolerance` are both given.
         ConfigError: `tolerance` is negative or not a number.
 
-    Example:
+    Examples:
         >>> from ess_monitor.ess import DiagonalRecurrence
         >>> memory = DiagonalRecurrence(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 6, 2), torch.ones(1, 1, 6, 2))
         >>> realize(memory).state_sizes  # two state dimensions that hold the same: one is enough

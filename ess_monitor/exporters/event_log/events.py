@@ -129,7 +129,7 @@ def read_event_log(path: str | Path, *, rotated: bool = False) -> EventReader:
         ConfigError: `path` does not name a file, or `rotated` is not a flag.
         OSError: with the first event, when the file cannot be opened.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from ess_monitor.records import RunInfo
         >>> started = RunStartedEvent(

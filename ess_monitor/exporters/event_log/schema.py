@@ -21,7 +21,7 @@ def event_schema() -> dict[str, Any]:
     Fields with a default are optional: lines of an older release of the same schema version may lack them. Unknown
     fields are allowed: a newer release of the same version may add some.
 
-    Example:
+    Examples:
         >>> sorted(event_schema()["discriminator"]["mapping"])
         ['action', 'finding', 'measurement', 'run_finished', 'run_started']
     """

@@ -18,7 +18,7 @@ DEFAULT_PORT = 9464
 class PrometheusConfig(IdentifiedConfig):
     """Settings of the Prometheus endpoint.
 
-    Example:
+    Examples:
         >>> PrometheusConfig(host="0.0.0.0", auth={"secret_env": "METRICS_TOKEN"}).auth.secret_env
         'METRICS_TOKEN'
     """

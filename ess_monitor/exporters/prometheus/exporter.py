@@ -47,7 +47,7 @@ class PrometheusExporter:
         registry: where the collector is registered; None makes a fresh one.
         identity: run and rank, where the caller knows better than `identify`.
 
-    Example:
+    Examples:
         >>> PrometheusExporter(PrometheusConfig(port=0)).url is None  # no address before it has started
         True
     """

@@ -30,7 +30,7 @@ class Renewed(Generic[T]):
     Raises:
         Exception: what `make` raises at the first time.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "token")

@@ -86,7 +86,7 @@ def colorize(values_RT: Tensor) -> Tensor:
     Returns:
         (3, R, T) floats in 0..1.
 
-    Example:
+    Examples:
         >>> colorize(torch.tensor([[0.0, float("nan")]])).shape
         torch.Size([3, 1, 2])
     """

@@ -73,7 +73,7 @@ def spike_tag(layer: str) -> str:
 class Spikes:
     """Makes the points of a curve that is 1 at the steps of events and 0 right beside them.
 
-    Example:
+    Examples:
         >>> spikes = Spikes()
         >>> spikes.at(100)
         [(99, 0.0), (100, 1.0), (101, 0.0)]

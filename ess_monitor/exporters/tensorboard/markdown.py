@@ -40,7 +40,7 @@ def finding_markdown(finding: Finding) -> str:
 def action_table(actions: Iterable[Action]) -> str:
     """Format actions as a table with one row each; `before` and `after` are utilization.
 
-    Example:
+    Examples:
         >>> from ess_monitor.records import Action
         >>> done = Action(step=7, layer="mixer", action="pull_to_identity", outcome="applied", finding="collapsed",
         ...               message="attached", strength=0.5, utilization_before=0.125)

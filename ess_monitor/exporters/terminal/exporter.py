@@ -42,7 +42,7 @@ class TerminalExporter:
             keeps tables out of a pipe.
         clock: seconds that never go back.
 
-    Example:
+    Examples:
         >>> exporter = TerminalExporter(TerminalConfig(color=False), write=print)
         >>> exporter.name
         'terminal'
@@ -102,6 +102,7 @@ class TerminalExporter:
             file=text,
             width=self.config.width or shutil.get_terminal_size((100, 24)).columns,
             force_terminal=color,
+            force_jupyter=False,  # in a notebook it would display the table in the place of the text
             no_color=not color,
             color_system="standard" if color else None,
             legacy_windows=False,

@@ -18,7 +18,7 @@ _HTML = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.2">{code
 class Shown:
     """Shows what `__rich__` returns: as text by `print`, as HTML in a notebook.
 
-    Example:
+    Examples:
         >>> class Answer(Shown):
         ...     def __rich__(self):
         ...         return "42 < 43"
@@ -54,6 +54,7 @@ def _console(columns: int) -> Console:
         record=True,
         width=columns,
         force_terminal=True,
+        force_jupyter=False,  # in a notebook it would display by itself, beside what is returned
         color_system="truecolor",
         legacy_windows=False,
     )

@@ -53,7 +53,7 @@ def render_table(
     Returns:
         A rich table; print it with `rich.print` or any console.
 
-    Example:
+    Examples:
         >>> from ess_monitor.records import Measurement, Reading
         >>> reading = Reading(step=7, layer="mixer", status="ok", effective_size=3.0, state_capacity=12.0)
         >>> render_table(Measurement(step=7, timestamp_seconds=0.0, readings=(reading,), conditions={})).row_count
@@ -113,7 +113,7 @@ def render_warning(warning: str) -> Text:
 def render_actions(measurement: Measurement) -> Text:
     """Return one line per action of the autopilot in this measurement, colored by its outcome.
 
-    Example:
+    Examples:
         >>> from ess_monitor.records import Action, Measurement
         >>> done = Action(step=7, layer="mixer", action="pull_to_identity", outcome="applied", finding="collapsed",
         ...               message="regularizer attached", strength=0.5, utilization_before=0.12)

@@ -37,7 +37,7 @@ class WandbExporter:
     Raises:
         ConfigError: `run` is no run of W&B.
 
-    Example:
+    Examples:
         >>> class Run:
         ...     step = 0
         ...     def define_metric(self, name, **options): ...
