@@ -42,6 +42,8 @@ MONITOR = {
     "diagnosis": {"metric": "accuracy", "metric_solved": 0.9, "warmup_steps": 300},
 }
 TREATED = "blocks.1.mixer"
+LOW = ("collapsed", "unused")
+"""Conditions in which a layer is treated here. "unused": nothing of the past reaches the loss, which is unsolved."""
 
 
 def batch_loss(model: torch.nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -103,8 +105,9 @@ def run(featurizer: str, seed: int, arm: str, steps: int | None = None) -> dict[
     config = MonitorConfig.load(**MONITOR, autopilot="auto" if arm == "autopilot" else "advise", environment=False)
     monitor, final = train(setting, seed, config)
     reading = next(r for r in monitor.readings if r.layer == TREATED)
-    collapsed = [f.step for f in monitor.findings if f.layer == TREATED and f.condition == "collapsed"]
-    recovered = [f.step for f in monitor.findings if f.layer == TREATED and f.previous == "collapsed"]
+    findings = [f for f in monitor.findings if f.layer == TREATED]
+    found = next((f for f in findings if f.condition in LOW), None)
+    recovered = [f.step for f in findings if f.previous in LOW]
     return {
         "seed": seed,
         "featurizer": featurizer,
@@ -112,7 +115,8 @@ def run(featurizer: str, seed: int, arm: str, steps: int | None = None) -> dict[
         "accuracy": final,
         "utilization": reading.utilization_ratio,
         "retention": reading.retention_ratio,
-        "diagnosed_step": collapsed[0] if collapsed else None,
+        "evidence_step": found.evidence.step if found and found.evidence else None,
+        "diagnosed_step": found.step if found else None,
         "recovered_step": recovered[0] if recovered else None,
         "actions": [f"{a.step} {a.layer} {a.action} {a.strength or ''} {a.outcome}" for a in monitor.actions],
     }
@@ -137,7 +141,16 @@ def main() -> None:
         ]
         rows = [future.result() for future in futures]
     table = Table(title=f"{arguments.featurizer}: control against autopilot at equal steps", title_justify="left")
-    columns = ("seed", "arm", "accuracy", "utilization", "retention", "diagnosed_step", "recovered_step")
+    columns = (
+        "seed",
+        "arm",
+        "accuracy",
+        "utilization",
+        "retention",
+        "evidence_step",
+        "diagnosed_step",
+        "recovered_step",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:

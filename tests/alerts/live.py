@@ -124,9 +124,8 @@ def _tick(ledger: RunCounters, rank: int, step: int) -> None:
         ledger.spent(phase, 0.01)
     ledger.overhead(0.02, 100)
     used = 0.125 + 0.5 * rank
-    good = [
-        reading(layer, step, effective_size=16 * used, utilization_ratio=used, retention_ratio=0.5) for layer in LAYERS
-    ]
+    sizes: dict[str, Any] = {"effective_size": 16 * used, "utilization_ratio": used, "retention_ratio": 0.5}
+    good = [reading(layer, step, modulation_ratio=((0.1, 0.25),), **sizes) for layer in LAYERS]
     conditions = {LAYERS[0]: "collapsed", LAYERS[1]: "collapsed", LAYERS[2]: "saturated"}
     found = {LAYERS[0]: evidence(LAYERS[0], step)}
     ledger.measured("ok", good, [finding(LAYERS[0], step)], conditions, found)  # type: ignore[arg-type]
