@@ -1,12 +1,13 @@
 """Which versions of a library are read: each one in an environment of its own, without installing torch again.
 
-Usage: matrix.py [--only WORD] [--lowest] [--again] [--seconds N] [--folder PATH]
+Usage: matrix.py [--only WORD] [--lowest] [--oldest LIBRARY] [--again] [--seconds N] [--folder PATH]
 
 The versions are those in LOWEST and the newest patch of every minor version after them; with --lowest, the oldest and
-the newest of each library. A virtual environment of each is made below --folder. Its packages come first; everything
-else is taken from the environment that runs this file. In it `python -m benchmarks.versions` reads every small model
-of the library, and compares T u with the layer's output. Environments and results are kept: a run that was interrupted
-goes on, and --again measures anew.
+the newest of each library; with --oldest, that of one library alone, without asking the index which there are. A
+virtual environment of each is made below --folder. Its packages come first; everything else is taken from the
+environment that runs this file. In it `python -m benchmarks.versions` reads every small model of the library, and
+compares T u with the layer's output. Environments and results are kept: a run that was interrupted goes on, and --again
+measures anew.
 """
 
 from __future__ import annotations
@@ -131,13 +132,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="WORD", help="only versions whose `library==version` has WORD")
     parser.add_argument("--lowest", action="store_true", help="only the oldest and the newest of each library")
+    parser.add_argument("--oldest", choices=LOWEST, help="only the oldest version of this library")
     parser.add_argument("--again", action="store_true", help="measure versions that have a result again")
     parser.add_argument("--seconds", type=float, default=600, help="limit of one version, for each of its two steps")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix", help="where environments are made")
     options = parser.parse_args()
     table, status = ["| library | version | read | skipped | wrong | |", "|---|---|---|---|---|---|"], 0
     for library, lowest in LOWEST.items():
-        versions = newest_patches(available(library), lowest)
+        if options.oldest not in (None, library):
+            continue
+        versions = [lowest] if options.oldest else newest_patches(available(library), lowest)
         results = {}
         for version in versions if not options.lowest else dict.fromkeys((versions[0], versions[-1])):
             name = f"{library}=={version}"
