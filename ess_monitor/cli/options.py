@@ -50,6 +50,11 @@ class ScaleName(str, Enum):
     output = "output"
 
 
+ToleranceScale = Annotated[
+    ScaleName, typer.Option(help="Count singular values above tau of what the layer puts out at each token, or of 1.")
+]
+
+
 class Unknown(str, Enum):
     """Names of what becomes of layers of an unknown kind, as options of the command line."""
 

@@ -28,6 +28,7 @@ from ess_monitor.cli.options import (
     ScaleName,
     Seed,
     Target,
+    ToleranceScale,
     Unknown,
     VocabSize,
     Width,
@@ -38,10 +39,6 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.exporters.terminal.inspected import reading_table
 
 Tolerance = Annotated[float, typer.Option(help="tau: singular values above it count.")]
-ToleranceScale = Annotated[
-    ScaleName,
-    typer.Option(help="Count singular values above tau, or above tau of what the layer puts out at each token."),
-]
 Positions = Annotated[str, typer.Option(help="'midpoint', 'all' or a number of positions.")]
 
 

@@ -42,7 +42,7 @@ def load_study(
         demand: the hyperparameter that says what the task asks a memory for; by default the first of kv_pairs,
             num_kv_pairs, kv and tokens_to_copy that a run has.
         resamples: of the bootstrap, as in `correlate`.
-        seed: as `resamples`.
+        seed: of the bootstrap.
         progress: passes the logs on, such as `rich.progress.track`.
 
     Raises:

@@ -24,6 +24,7 @@ from ess_monitor.cli.options import (
     ScaleName,
     Seed,
     Target,
+    ToleranceScale,
     VocabSize,
     Width,
 )
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from ess_monitor.analysis import HybridAdvice
 
 Tolerance = Annotated[float, typer.Option(help="tau: singular values above it count. 0.1 as in the paper's figure 30.")]
-ToleranceScale = Annotated[
-    ScaleName, typer.Option(help="Count singular values above tau of what the layer puts out at each token, or of 1.")
-]
 
 
 def hybrid_advice(

@@ -26,6 +26,7 @@ from ess_monitor.cli.options import (
     ScaleName,
     Seed,
     Target,
+    ToleranceScale,
 )
 from ess_monitor.cli.tables import plain_table
 from ess_monitor.errors import ConfigError
@@ -58,9 +59,6 @@ Substitute = Annotated[
     list[str] | None, typer.Option(metavar="ID", help="Put this token in their place, and compare; repeatable.")
 ]
 Tolerances = Annotated[list[float] | None, typer.Option("--tolerance", help="tau; repeatable. Default .01 .1 .3 1.")]
-ToleranceScale = Annotated[
-    ScaleName, typer.Option(help="Count singular values above tau of what the layer puts out at each token, or of 1.")
-]
 
 
 def modulation(
