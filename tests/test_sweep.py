@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.programs import run_program
+from tests.scripts import load_script
 
 pytest.importorskip("ray")
 
@@ -23,12 +23,7 @@ COMMAND = [sys.executable, "-u", str(SWEEP), "--tasks", "mqar", "--models", "wla
 
 @pytest.fixture(scope="module")
 def sweep() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep", SWEEP)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SWEEP)
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from benchmarks.layers import CASES, Case
 from benchmarks.versions import outcome
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 BY_NAME = {case.name: case for case in CASES}
@@ -22,12 +22,7 @@ LLAMA = BY_NAME["transformers LlamaAttention (sdpa, grouped keys)"]
 
 
 def matrix() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("matrix", ROOT / ".ci" / "matrix.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / ".ci" / "matrix.py")
 
 
 def not_causal() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
