@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ess_monitor.interventions import AutopilotConfig
     from ess_monitor.monitor import Monitor
     from ess_monitor.records import Action, Evidence, Finding, LayerInfo, Measurement, Reading, StateEvidence
-    from ess_monitor.report.run import load_run
+    from ess_monitor.report import figures_of, load_run
     from ess_monitor.runtime import RuntimeConfig
 
 __all__ = [
@@ -68,11 +68,14 @@ __all__ = [
     "capture_operators",
     "check_capture",
     "describe",
+    "figures_of",
     "load_run",
     "profile",
     "register_capture",
 ]
 
+_OF_REPORTS = ("figures_of", "load_run")
+"""Names of a package that the monitor does not know, and that loads no torch."""
 _MODULES = (
     "errors",
     "records",
@@ -88,8 +91,8 @@ _MODULES = (
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_run":  # of a package that the monitor does not know, and that loads no torch
-        return globals().setdefault(name, import_module(f"{__name__}.report.run").load_run)
+    if name in _OF_REPORTS:
+        return globals().setdefault(name, getattr(import_module(f"{__name__}.report"), name))
     if name in __all__:
         for module in _MODULES:
             value = getattr(import_module(f"{__name__}.{module}"), name, None)

@@ -124,7 +124,7 @@ def may_import(module: str) -> set[str]:
         return packages - {"integrations"}
     if package == "integrations":
         return packages - {"cli"} - ONLY_TO_TRAIN
-    of_logs = {"report"} if module == "ess_monitor" else set()  # `load_run`, imported when it is used
+    of_logs = {"report"} if module == "ess_monitor" else set()  # `load_run` and `figures_of`, imported when used
     return (packages - ABOVE_THE_MONITOR - ONLY_TO_TRAIN - {""}) | of_logs
 
 

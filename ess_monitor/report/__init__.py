@@ -11,20 +11,21 @@ inside, and its content policy forbids everything else.
 
 from __future__ import annotations
 
-from ess_monitor.report.analysis import (
+from ess_monitor.report.analyses.layers import (
     render_compressibility,
     render_hybrid_advice,
     render_length_profile,
     render_minimal_state,
     render_reduction,
 )
+from ess_monitor.report.analyses.modulation import render_state_modulation
+from ess_monitor.report.analyses.results import figures_of
+from ess_monitor.report.analyses.study import render_study
 from ess_monitor.report.compare import render_comparison
 from ess_monitor.report.history import RunHistory, find_event_log, load_history
-from ess_monitor.report.modulation import render_state_modulation
 from ess_monitor.report.page import render_report
 from ess_monitor.report.run import Run, load_run
 from ess_monitor.report.study import load_study
-from ess_monitor.report.study_page import render_study
 
 RunStory, load_story = RunHistory, load_history
 """Their names in 0.1."""
@@ -32,6 +33,7 @@ RunStory, load_story = RunHistory, load_history
 __all__ = [
     "Run",
     "RunHistory",
+    "figures_of",
     "find_event_log",
     "load_history",
     "load_run",

@@ -127,6 +127,7 @@ ALERTS: dict[str, Case] = {
 
 REPORT: dict[str, Case] = {
     "find_event_log": Case(report.find_event_log, lambda: {"path": Path(__file__)}, named={"path": "RUN_DIR"}),
+    "figures_of": Case(report.figures_of, lambda: {"result": Study(metric="accuracy", demand="", runs=())}),
     "load_history": Case(_told, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
     "load_run": Case(_opened, lambda: {"path": FOLDER}, named={"path": "RUN_DIR"}),
     "load_study": Case(

@@ -21,7 +21,10 @@ from tests.honesty.exempt import EXEMPT
 from tests.honesty.wrong import wrong_values
 
 REGISTRY: dict[str, dict[str, Case]] = {
-    "ess_monitor": {**of_the_model.PACKAGE, "load_run": of_the_run.REPORT["load_run"]},
+    "ess_monitor": {
+        **of_the_model.PACKAGE,
+        **{name: of_the_run.REPORT[name] for name in ("figures_of", "load_run")},
+    },
     "ess_monitor.alerts": of_the_run.ALERTS,
     "ess_monitor.analysis": of_the_model.ANALYSIS,
     "ess_monitor.capture": of_the_model.CAPTURE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ess_monitor.records import Condition, Reading, layer_title
@@ -125,14 +125,21 @@ def positions_figure(history: RunHistory, layer: str) -> Figure | None:
     found = [finding.step for finding in history.findings if finding.layer == layer][:1]
     at_finding = [reading for reading in full if found and reading.step <= found[0]][-1:]
     chosen = list({reading.step: reading for reading in (full[0], *at_finding, full[-1])}.values())
-    last = full[-1]
+    return positions_over("ESS over positions of the sequence", {f"step {each.step}": each for each in chosen})
+
+
+def positions_over(title: str, readings: Mapping[str, Reading]) -> Figure | None:
+    """Draw the ESS at each position, a line for each label, and the largest ESS that the last reading could have."""
+    last = [*readings.values()][-1]
+    if len(last.per_position) != len(last.positions) or not last.positions:
+        return None
     cap = [(float(i), float(min(last.state_capacity or i, i, last.length - i))) for i in last.positions]
     lines = [
-        Series(f"step {reading.step}", kind, list(zip(reading.positions, reading.per_position, strict=True)))
-        for kind, reading in zip("abc", chosen, strict=False)
+        Series(label, kind, list(zip(reading.positions, reading.per_position, strict=True)))
+        for kind, (label, reading) in zip("abc", readings.items(), strict=False)
     ]
     return line_figure(
-        "ESS over positions of the sequence",
+        title,
         {"": [*lines, Series("largest possible", "limit", cap if last.length else [])]},
         x_label="position",
         x_range=(0.0, float(max(last.length, *last.positions))),

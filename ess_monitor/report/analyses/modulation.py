@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ess_monitor import validation
 from ess_monitor.analysis.modulation_results import OFFSETS, LayerModulation, ModulationAt, StateModulation
 from ess_monitor.records import layer_title
-from ess_monitor.report.analysis import without_result
+from ess_monitor.report.analyses.layers import without_result
 from ess_monitor.report.components import Table, cell, present
 from ess_monitor.report.figures import Figure, Series, line_figure
 from ess_monitor.report.page import render
@@ -38,7 +38,6 @@ def render_state_modulation(result: StateModulation) -> str:
         for layer in some
         if layer.status == "ok"
     ]
-    figures = [figure for layer in layers for figure in (_along(layer, result.places), _around(layer))]
     return render(
         "analysis.html",
         title=f"{result.model}: state modulation",
@@ -51,10 +50,16 @@ def render_state_modulation(result: StateModulation) -> str:
         ),
         notes=[f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message],
         figures_title="ESS along the first sequence, and around separators",
-        figures=present(*figures),
+        figures=state_modulation_figures(result),
         details=[],
         skipped=without_result(result.layers, result.skipped),
     )
+
+
+def state_modulation_figures(result: StateModulation) -> tuple[Figure, ...]:
+    """Draw the ESS along the first sequence and around separators, layer by layer."""
+    layers = [layer for layer in result.layers if layer.status == "ok"]
+    return present(*(figure for layer in layers for figure in (_along(layer, result.places), _around(layer))))
 
 
 def _title(at: ModulationAt) -> str:

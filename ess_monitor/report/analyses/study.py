@@ -47,10 +47,15 @@ def render_study(study: Study) -> str:
         table=Table(f"Correlation with {study.metric}", columns, tuple(map(_correlation, study.correlations))),
         notes=[*study.notes, *([f"demand: {study.demand}"] if study.demand else [])],
         figures_title=f"{study.metric} over ESS, and means by TSS and {demand}",
-        figures=present(_scatter(study), *(_grid(study, kind, demand) for kind in _kinds(study))),
+        figures=study_figures(study),
         details=[*_grids(study, demand), _runs(study, demand)],
         skipped=None,
     )
+
+
+def study_figures(study: Study) -> tuple[Figure, ...]:
+    """Draw the final metric over ESS, and by TSS and demand."""
+    return present(_scatter(study), *(_grid(study, kind, study.demand or "demand") for kind in _kinds(study)))
 
 
 def _correlation(each: Correlation) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The pages of analyses."""
+"""The pages of analyses of a model, layer by layer."""
 
 from __future__ import annotations
 
@@ -62,10 +62,15 @@ def render_minimal_state(result: MinimalStates) -> str:
         ),
         notes=notes,
         figures_title="Relative error over the size of the state",
-        figures=_sharing(_errors_figure(layer) for layer in layers),
+        figures=minimal_state_figures(result),
         details=[_errors_table(layer) for layer in layers],
         skipped=without_result(result.layers, result.skipped),
     )
+
+
+def minimal_state_figures(result: MinimalStates) -> tuple[Figure, ...]:
+    """Draw the error over the size of the state, layer by layer."""
+    return _sharing(_errors_figure(layer) for layer in _measured(result.layers))
 
 
 def _measured(layers: Iterable[ResultT]) -> list[ResultT]:
@@ -108,18 +113,18 @@ def _sharing(figures: Iterable[Figure | None]) -> tuple[Figure, ...]:
 
 def _errors_figure(layer: LayerMinimalState) -> Figure | None:
     errors = [(each.size, each.floor, each.error or 0.0) for each in layer.errors]
-    return _loss_figure(layer_title(layer.layer), errors, "floor of any recurrence", _LEAST_ERROR)
+    return _loss_figure(layer, "relative error", errors, "floor of any recurrence", _LEAST_ERROR)
 
 
 def _loss_figure(
-    title: str, sizes: Sequence[tuple[int, float, float]], floor_label: str, least: float
+    layer: LayerResult, quantity: str, sizes: Sequence[tuple[int, float, float]], floor_label: str, least: float
 ) -> Figure | None:
     """Draw the floor and what a truncation reaches over the size of the state, as far as they are above `least`."""
     floor = [(float(size), value) for size, value, _ in sizes if value > least]
     reached = [(float(size), value) for size, _, value in sizes if value > least]
-    lines = {"": [Series("truncated realization", "a", reached), Series(floor_label, "limit", floor)]}
-    largest = float(max(1, *(size for size, _, _ in sizes)))
-    return line_figure(title, lines, x_label="state size", x_range=(0.0, largest), log_y=True) if reached else None
+    lines = {quantity: [Series("truncated realization", "a", reached), Series(floor_label, "limit", floor)]}
+    ends, title = (0.0, float(max(1, *(size for size, _, _ in sizes)))), layer_title(layer.layer)
+    return line_figure(title, lines, x_label="state size", x_range=ends, log_y=True) if reached else None
 
 
 def _errors_table(layer: LayerMinimalState) -> Table:
@@ -155,10 +160,15 @@ def render_compressibility(result: Compressibility) -> str:
         table=Table("Smallest loss of a student", columns, tuple(_losses(layer) for layer in layers)),
         notes=notes,
         figures_title="Operator loss over the state of the student",
-        figures=_sharing(_losses_figure(layer) for layer in layers),
+        figures=compressibility_figures(result),
         details=[],
         skipped=without_result(result.layers, result.skipped),
     )
+
+
+def compressibility_figures(result: Compressibility) -> tuple[Figure, ...]:
+    """Draw what a student loses over the size of its state, layer by layer."""
+    return _sharing(_losses_figure(layer) for layer in _measured(result.layers))
 
 
 def _losses(layer: LayerCompressibility) -> tuple[str, ...]:
@@ -168,7 +178,7 @@ def _losses(layer: LayerCompressibility) -> tuple[str, ...]:
 
 def _losses_figure(layer: LayerCompressibility) -> Figure | None:
     losses = [(each.state_size, each.floor, each.truncation) for each in layer.students]
-    return _loss_figure(layer_title(layer.layer), losses, "floor of any student", _LEAST_ERROR**2)
+    return _loss_figure(layer, "operator loss", losses, "floor of any student", _LEAST_ERROR**2)
 
 
 def render_reduction(result: Reduction) -> str:
@@ -197,7 +207,7 @@ def render_reduction(result: Reduction) -> str:
         table=Table("What each layer lost", columns, tuple(_lost(layer) for layer in layers)),
         notes=_messages(layers),
         figures_title="Operator loss over the depth of the model",
-        figures=present(_reduction_figure(result.layers)),
+        figures=reduction_figures(result),
         details=[Table("Loss and metrics of the model", ("", "before", "after"), numbers)] if numbers else [],
         skipped=without_result(result.layers, result.skipped),
     )
@@ -212,16 +222,24 @@ def _lost(layer: LayerReduction) -> tuple[str, ...]:
     return (layer_title(layer.layer), layer.operator, size, *losses, layer.method)
 
 
-def _reduction_figure(layers: Sequence[LayerReduction]) -> Figure | None:
-    places = [(float(place), layer) for place, layer in enumerate(layers, start=1)]
-    series = [
-        Series(
-            "smaller layer", "a", [(at, each.operator_loss) for at, each in places if each.operator_loss is not None]
-        ),
-        Series("floor", "limit", [(at, each.floor) for at, each in places if each.floor is not None]),
+def reduction_figures(result: Reduction) -> tuple[Figure, ...]:
+    """Draw what each layer lost over the depth of the model."""
+    layers = result.layers
+    lines = [
+        ("smaller layer", "a", [layer.operator_loss for layer in layers]),
+        ("floor", "limit", [layer.floor for layer in layers]),
     ]
-    ends = (1.0, float(max(len(layers), 2)))
-    return line_figure("Share of the operator", {"": series}, x_label="layer", x_range=ends)
+    return present(depth_figure("Share of the operator", lines))
+
+
+def depth_figure(title: str, lines: Iterable[tuple[str, str, Sequence[float | None]]]) -> Figure | None:
+    """Draw values over the depth of the model, a line for each label, kind of line, and value of every layer."""
+    series = [
+        Series(label, kind, [(float(place), value) for place, value in enumerate(values, start=1) if value is not None])
+        for label, kind, values in lines
+    ]
+    deepest = max((place for each in series for place, _ in each.pairs), default=0.0)
+    return line_figure(title, {"": series}, x_label="layer", x_range=(1.0, max(deepest, 2.0)))
 
 
 def render_hybrid_advice(result: HybridAdvice) -> str:
@@ -250,7 +268,7 @@ def render_hybrid_advice(result: HybridAdvice) -> str:
         table=Table(f"Every layer, tau {result.tolerance:g}{of}", columns, tuple(_advice(layer) for layer in layers)),
         notes=result.notes,
         figures_title="Over the depth of the model",
-        figures=present(_depth_figure(result.layers)),
+        figures=hybrid_advice_figures(result),
         details=[Table("What the advice rests on", ("layer", "evidence"), evidence)],
         skipped=without_result(result.layers, result.skipped),
     )
@@ -262,16 +280,15 @@ def _advice(layer: LayerAdvice) -> tuple[str, ...]:
     return (layer_title(layer.layer), layer.mixer, str(layer.rank), *sizes, *ratios, layer.advice)
 
 
-def _depth_figure(layers: Sequence[LayerAdvice]) -> Figure | None:
-    def over_depth(values: Iterable[float | None]) -> list[tuple[float, float]]:
-        return [(float(place), value) for place, value in enumerate(values, start=1) if value is not None]
-
+def hybrid_advice_figures(result: HybridAdvice) -> tuple[Figure, ...]:
+    """Draw what the layers use over the depth of the model."""
+    layers = result.layers
     lines = [
-        Series("used: ESS / attainable size", "a", over_depth(layer.used_ratio for layer in layers)),
-        Series("retention", "b", over_depth(layer.retention_ratio for layer in layers)),
-        Series("far share", "c", over_depth(layer.far_share_ratio for layer in layers)),
+        ("used: ESS / attainable size", "a", [layer.used_ratio for layer in layers]),
+        ("retention", "b", [layer.retention_ratio for layer in layers]),
+        ("far share", "c", [layer.far_share_ratio for layer in layers]),
     ]
-    return line_figure("Shares, 0 to 1", {"": lines}, x_label="layer", x_range=(1.0, float(max(len(layers), 2))))
+    return present(depth_figure("Shares, 0 to 1", lines))
 
 
 def render_length_profile(result: LengthProfile) -> str:
@@ -294,8 +311,6 @@ def render_length_profile(result: LengthProfile) -> str:
     layers = _measured(result.layers)
     columns = ("layer", "length", "ESS", "TSS", "ESS without decay", "norm of the product of A", "entropy-ESS")
     of = " of each token's output" if result.tolerance_scale == "output" else ""
-    sizes, decays = ([draw(layer) for layer in layers] for draw in (_sizes_over_length, _decay_over_length))
-    share_values(decays)
     return render(
         "analysis.html",
         title=f"{result.model}: ESS over the length",
@@ -308,10 +323,18 @@ def render_length_profile(result: LengthProfile) -> str:
         ),
         notes=_messages(layers),
         figures_title="Over the length of the sequence",
-        figures=[figure for pair in zip(sizes, decays, strict=True) for figure in present(*pair)],
+        figures=length_profile_figures(result),
         details=[],
         skipped=without_result(result.layers, result.skipped),
     )
+
+
+def length_profile_figures(result: LengthProfile) -> tuple[Figure, ...]:
+    """Draw the sizes and the norm of the product of A over the length, layer by layer."""
+    layers = _measured(result.layers)
+    sizes, decays = ([draw(layer) for layer in layers] for draw in (_sizes_over_length, _decay_over_length))
+    share_values(decays)
+    return present(*(figure for pair in zip(sizes, decays, strict=True) for figure in pair))
 
 
 def _at_lengths(layer: LayerLengths) -> list[tuple[str, ...]]:
