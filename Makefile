@@ -1,4 +1,4 @@
-# make demo | observability | test | coverage | mutation | faults | fuzz | matrix | audit | check | bench | gpu | docs | clean
+# make demo | paper | observability | test | coverage | mutation | faults | fuzz | matrix | audit | check | bench | gpu | docs | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="-k ess -x" is passed on to pytest.
 
 PYTHON ?= python3
@@ -18,13 +18,17 @@ MAMBA_SSM := MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(PIP) install --
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo observability test coverage mutation faults fuzz matrix audit check bench gpu docs clean
+.PHONY: help demo paper observability test coverage mutation faults fuzz matrix audit check bench gpu docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
 
 demo: $(DEV)
 	$(BIN)/python examples/demo.py
+
+# Every finding of the paper, and the page docs/paper/. What was run before is kept in runs/paper. Figures need Chromium.
+paper: $(DEV)
+	$(BIN)/python -m examples.paper --page docs/paper $(ARGS)
 
 observability: $(DEV)
 	$(BIN)/python examples/observability.py

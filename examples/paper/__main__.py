@@ -1,0 +1,102 @@
+"""Runs the experiments of the paper, prints the verdicts and writes the page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from examples.paper.experiment import Experiment, Outcome, Run, cluster, perform, planned
+
+EXPERIMENTS = ("memory_decay",)
+"""Modules of experiments, in the order of the page."""
+
+
+def load(name: str) -> Experiment:
+    """Return an experiment by the name of its module."""
+    experiment: Experiment = import_module(f"examples.paper.{name}").EXPERIMENT
+    return experiment
+
+
+def performed(experiments: list[Experiment], folder: Path, address: str | None, short: bool) -> list[Outcome]:
+    """Do all runs that have no result in `folder`, under a progress bar."""
+    outcomes = []
+    plans = {
+        experiment.name: planned(experiment, experiment.seeds[:2] if short else experiment.seeds, short)
+        for experiment in experiments
+    }
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with cluster(address), Progress(*columns) as progress:
+        task = progress.add_task("paper", total=sum(map(len, plans.values())))
+        for experiment in experiments:
+            progress.update(task, description=experiment.name)
+            place = folder / experiment.name
+            place.mkdir(parents=True, exist_ok=True)
+            rows: list[Run] = []
+            for row in perform(plans[experiment.name], experiment, place):
+                rows.append(row)
+                progress.advance(task)
+            order = {run["run_id"]: index for index, run in enumerate(plans[experiment.name])}
+            outcomes.append(Outcome(experiment, sorted(rows, key=lambda row: order[row["run_id"]])))
+    return outcomes
+
+
+def show(console: Console, outcomes: list[Outcome]) -> None:
+    """Print the table of verdicts."""
+    table = Table(title="The findings of the paper, run again", title_justify="left", show_lines=True)
+    for column in ("finding", "verdict", "result", "core minutes"):
+        table.add_column(column, justify="right" if column == "core minutes" else "left")
+    for outcome in outcomes:
+        for finding in outcome.findings:
+            table.add_row(finding.name, finding.verdict, finding.result, f"{outcome.minutes:.1f}")
+    console.print(table)
+
+
+def machine() -> str:
+    """Return what the runs ran on, in words."""
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, {os.cpu_count()} cores of a CPU"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is missing, print the table, write the page; return 1 if a run failed."""
+    parser = argparse.ArgumentParser(prog="python -m examples.paper", description=__doc__)
+    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], help="by default all")
+    parser.add_argument("--folder", type=Path, default=Path("runs/paper"), help="folder of the results of runs")
+    parser.add_argument("--address", help="address of a Ray cluster; without it Ray runs on this machine")
+    parser.add_argument("--page", type=Path, metavar="FOLDER", help="write the page, its figures and numbers there")
+    parser.add_argument("--short", action="store_true", help="a few steps each: proves nothing but that it runs")
+    given = parser.parse_args(arguments)
+    started, fresh = time.monotonic(), not any(given.folder.rglob("*.json"))
+    experiments = [load(name) for name in given.experiments or EXPERIMENTS]
+    outcomes = performed(experiments, given.folder, given.address, given.short)
+    failed = [row for outcome in outcomes for row in outcome.rows if "error" in row]
+    for row in failed:
+        print(f"{row['run_id']}: {row['error']}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} runs failed; the same command runs them again", file=sys.stderr)
+        return 1
+    for outcome in outcomes:
+        outcome.findings = outcome.experiment.findings(outcome.rows)
+    show(Console(), outcomes)
+    if given.page is not None:
+        from examples.paper.page import write_page
+
+        write_page(given.page, outcomes, machine(), (time.monotonic() - started) / 60 if fresh else None)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Figures of the page, from the class of figures that reports draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ess_monitor.report.figures import STYLES, Figure
+
+_KINDS = tuple(name for name in STYLES if name != "limit")
+_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up")
+
+Point = tuple[float, float, float, float]
+"""x, mean, and both ends of its interval."""
+
+
+def curves(
+    title: str,
+    lines: Mapping[str, Sequence[Point]],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> Figure:
+    """Return lines of means with their intervals."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": label,
+            "x": [x for x, *_ in points],
+            "y": [mean for _, mean, _, _ in points],
+            "error_y": {
+                "type": "data",
+                "symmetric": False,
+                "array": [high - mean for _, mean, _, high in points],
+                "arrayminus": [mean - low for _, mean, low, _ in points],
+                "thickness": 1,
+            },
+            "line": STYLES[_KINDS[place % len(_KINDS)]],
+            "marker": {"symbol": _SYMBOLS[place % len(_SYMBOLS)], "size": 7},
+        }
+        for place, (label, points) in enumerate(lines.items())
+    ]
+    summary = "; ".join(
+        f"{label}: " + ", ".join(f"{mean:.3g} at {x:.4g}" for x, mean, _, _ in points)
+        for label, points in lines.items()
+    )
+    return Figure(title, summary, data, _layout(x_label, y_label, log_x=log_x, log_y=log_y))
+
+
+def scatter(
+    title: str, groups: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str, y_label: str, log_x: bool = False
+) -> Figure:
+    """Return a point for each pair."""
+    data = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": label,
+            "x": [x for x, _ in points],
+            "y": [y for _, y in points],
+            "marker": {
+                "color": STYLES[_KINDS[place % len(_KINDS)]]["color"],
+                "symbol": _SYMBOLS[place % len(_SYMBOLS)],
+                "size": 7,
+            },
+        }
+        for place, (label, points) in enumerate(groups.items())
+    ]
+    summary = "; ".join(f"{label}: {len(points)} points" for label, points in groups.items())
+    return Figure(title, summary, data, _layout(x_label, y_label, log_x=log_x))
+
+
+def _layout(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> dict[str, object]:
+    return {
+        "height": 340,
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "xaxis": {"title": {"text": x_label}, "type": "log" if log_x else "linear"},
+        "yaxis": {"title": {"text": y_label}, "type": "log" if log_y else "linear"},
+    }
