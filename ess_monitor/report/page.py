@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from base64 import b64encode
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -32,6 +35,8 @@ from ess_monitor.report.sections.run_facts import overhead_facts, overhead_figur
 from ess_monitor.report.sections.utilization import ratio_figure, ratio_table
 from ess_monitor.report.summary import ATTENTION, headline, paragraphs, timeline
 
+_LEAST_SHARED = 24
+"""Characters of a value that is worth a reference."""
 LAYERS_OPEN = 16
 """With more layers than this, those without a finding or an action are folded."""
 
@@ -104,11 +109,61 @@ class _Contents:
         self.headings.append((re.sub(r"[^a-z]+", "-", text.lower()).strip("-"), text))
         return self.headings[-1][0]
 
+    def drawn(self) -> dict[str, list[Any]]:
+        """Return the figures for the script of the page."""
+        return share_repeated(self.figures)
+
     def figure(self, figure: Figure) -> int:
         """Note a figure; return its number."""
         parts = {"data": figure.data, "layout": figure.layout, "rows": figure.rows, "orders": figure.orders}
         self.figures.append(parts)
         return len(self.figures) - 1
+
+
+def share_repeated(figures: Sequence[Any]) -> dict[str, list[Any]]:
+    """Store lists and objects that occur again once, so that a page is smaller: neighbors have the same steps and axes.
+
+    Returns:
+        `figures`, in which `{"shared": n}` stands for what repeats, and `shared`: these values, which may refer to
+        others.
+
+    >>> share_repeated([{"x": [0, 1000, 2000, 3000]}, {"x": [0, 1000, 2000, 3000]}])
+    {'figures': [{'x': {'shared': 0}}, {'x': {'shared': 0}}], 'shared': [[0, 1000, 2000, 3000]]}
+    """
+    counts: Counter[str] = Counter()
+    texts: dict[int, str] = {}
+
+    def count(value: Any) -> None:
+        if isinstance(value, (dict, list, tuple)):
+            text = texts[id(value)] = json.dumps(value, separators=(",", ":"))
+            counts[text] += len(text) > _LEAST_SHARED
+            if counts[text] < 2:  # what is in a repeated value is stored with it
+                for each in value.values() if isinstance(value, dict) else value:
+                    count(each)
+
+    shared: list[Any] = []
+    places: dict[str, int] = {}
+
+    def replace(value: Any) -> Any:
+        if not isinstance(value, (dict, list, tuple)):
+            return value
+        text = texts.get(id(value)) or json.dumps(value, separators=(",", ":"))
+        if counts[text] > 1:
+            if text not in places:
+                places[text] = len(shared)
+                shared.append(None)
+                shared[places[text]] = inside(value)
+            return {"shared": places[text]}
+        return inside(value)
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replace(each) for key, each in value.items()}
+        return [replace(each) for each in value]
+
+    for figure in figures:
+        count(figure)
+    return {"figures": [inside(figure) for figure in figures], "shared": shared}
 
 
 def render(template: str, **context: Any) -> str:

@@ -166,7 +166,15 @@ def unwanted_scripts(html: str) -> list[str]:
 def figures_of(html: str) -> list[dict[str, Any]]:
     """The figures that a page hands to its script."""
     found = [text for attributes, text in Page(html).scripts if attributes.get("id") == "figures"]
-    return list(json.loads(found[0])) if found else []
+    page = json.loads(found[0]) if found else {"figures": []}
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            named = value.get("shared")
+            return {key: whole(each) for key, each in value.items()} if named is None else whole(page["shared"][named])
+        return [whole(each) for each in value] if isinstance(value, list) else value
+
+    return list(whole(page["figures"]))
 
 
 class Page(HTMLParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ess_monitor.report import load_history, render_comparison, render_report
@@ -47,7 +48,8 @@ def test_two_hundred_layers_are_a_page_of_a_few_megabytes(tmp_path: Path) -> Non
     measured = [measurement(each[0].step, layers, readings=each) for each in shown]
     history = load_history(write_log(tmp_path / "log.jsonl", measured, run_info(layers)))
     html = render_report(history)
-    assert len(html.encode()) < 5_000_000
+    assert len(html.encode()) < 4_000_000
+    assert html.count(json.dumps([float(i) for i in positions], separators=(",", ":"))) == 1, "stored once"
     heat = figures_of(html)[0]
     assert heat["layout"]["height"] < 1300
     assert heat["data"][0]["y"][:2] == ["0.mixer", "1.mixer"], "the shared beginning is folded"

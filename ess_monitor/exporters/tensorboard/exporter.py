@@ -16,8 +16,8 @@ from ess_monitor import validation
 from ess_monitor.errors import ConfigError, ExporterError, format_error
 from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, layer_tag, loss_name, scalars
 from ess_monitor.exporters.tensorboard.layout import Spikes, custom_scalars_layout, spike_tag
-from ess_monitor.exporters.tensorboard.markdown import action_table, finding_markdown
-from ess_monitor.records import Action, Measurement, RunInfo, RunStatus, Snapshot
+from ess_monitor.exporters.tensorboard.markdown import action_table, escape, finding_markdown
+from ess_monitor.records import Action, Measurement, RunInfo, RunStatus, Snapshot, layer_title
 from ess_monitor.validation.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ ACTIONS_TAG = "ess_actions/table"
 """Text tag of the table of actions."""
 PICTURES_TAG = "ess_help/pictures"
 """Text tag of the legend of the heat maps."""
+OVERVIEW_TAG = "ess/utilization_of_every_layer--see_CUSTOM_SCALARS"
+"""Image tag of the heat map of all layers. TensorBoard opens with the tags that come first, and shows no other hint."""
 
 _TABLE_ROWS = 100
 """Newest actions that the table holds: many times what a run's budget allows."""
@@ -56,8 +58,9 @@ class TensorBoardConfig(Settings):
 class TensorBoardExporter:
     """Writes measurements into a `SummaryWriter`.
 
-    Global step is `measurement.step`. Each measurement draws one heat map (heads, positions or spectrum of one layer),
-    in turn, because a picture costs a hundred times what a scalar does; closing draws those that have changed since.
+    Global step is `measurement.step`. Each measurement draws one heat map, because a picture costs a hundred times what
+    a scalar does: that of all layers and one of a layer (heads, positions or spectrum) by turns. Closing draws those
+    that have changed since.
     The table of actions is written again with each action; its newest version holds the earlier actions too.
 
     Args:
@@ -78,8 +81,9 @@ class TensorBoardExporter:
             )
         self._injected = writer
         self._writer: Any = None
+        self._places: dict[str, int] = {}
         self._pictures: dict[str, Heatmap] = {}
-        self._next_picture = 0
+        self._turn = self._next_picture = 0
         self._loss: str | None = None
         self._highest_loss = 0.0
         self._actions: deque[Action] = deque(maxlen=_TABLE_ROWS)
@@ -90,7 +94,10 @@ class TensorBoardExporter:
     def shown_by(self) -> str | None:
         """Where the curves are, and the command that shows them."""
         folder = str(getattr(self._injected, "log_dir", "")) if self._injected is not None else str(self.config.log_dir)
-        return f"curves: {folder}; see them with: tensorboard --logdir {shlex.quote(folder)}" if folder else None
+        if not folder:
+            return None
+        page = " (charts of every layer: page CUSTOM SCALARS)" if self.config.layout else ""
+        return f"curves: {folder}; see them with: tensorboard --logdir {shlex.quote(folder)}{page}"
 
     def start(self, run: RunInfo, snapshot: Callable[[], Snapshot]) -> None:
         """Open the writer and write the layout of the page.
@@ -112,9 +119,13 @@ class TensorBoardExporter:
             names, modulation = (layer.name for layer in run.layers), bool(run.modulation_separators)
             self._writer.add_custom_scalars(custom_scalars_layout(names, modulation=modulation))
         if self.config.heatmap_columns:
-            from ess_monitor.exporters.tensorboard.heatmaps import LEGEND
+            from ess_monitor.exporters.tensorboard.heatmaps import LEAST_HEIGHT_PIXELS, LEGEND, Heatmap
 
-            self._writer.add_text(PICTURES_TAG, LEGEND, global_step=0)
+            measured = [layer.name for layer in run.layers if layer.supported]
+            self._places = {name: place for place, name in enumerate(measured)}
+            self._pictures[OVERVIEW_TAG] = Heatmap(self.config.heatmap_columns, len(measured), LEAST_HEIGHT_PIXELS)
+            legend = LEGEND.format(layers=", ".join(escape(layer_title(name)) for name in measured))
+            self._writer.add_text(PICTURES_TAG, legend, global_step=0)
 
     def export(self, measurement: Measurement) -> None:
         """Write one measurement."""
@@ -191,19 +202,22 @@ class TensorBoardExporter:
     def _add_columns(self, measurement: Measurement) -> None:
         if not self.config.heatmap_columns:
             return
-        from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, Heatmap
+        from ess_monitor.exporters.tensorboard.heatmaps import PICTURES, Heatmap, layers
 
-        for reading in measurement.readings:
-            if reading.status != "ok":
-                continue
+        measured = [reading for reading in measurement.readings if reading.status == "ok"]
+        self._pictures[OVERVIEW_TAG].add(layers(measured, self._places))
+        for reading in measured:
             for section, read in PICTURES.items():
                 tag = f"{section}/{layer_tag(reading.layer)}"
                 if tag not in self._pictures:
-                    self._pictures[tag] = Heatmap(read, self.config.heatmap_columns, self.config.heatmap_rows)
-                self._pictures[tag].add(reading)
+                    self._pictures[tag] = Heatmap(self.config.heatmap_columns, self.config.heatmap_rows)
+                self._pictures[tag].add(read(reading))
 
     def _draw_next(self, measurement: Measurement) -> None:
-        tags = list(self._pictures)
+        self._turn += 1
+        if self._turn % 2 and self._draw(self._writer, OVERVIEW_TAG, measurement):
+            return
+        tags = [tag for tag in self._pictures if tag != OVERVIEW_TAG]
         for _ in tags:  # a heat map without a new column loses its turn
             tag = tags[self._next_picture % len(tags)]
             self._next_picture += 1
@@ -211,8 +225,8 @@ class TensorBoardExporter:
                 return
 
     def _draw(self, writer: Any, tag: str, measurement: Measurement) -> bool:
-        heatmap = self._pictures[tag]
-        if not heatmap.changed:
+        heatmap = self._pictures.get(tag)
+        if heatmap is None or not heatmap.changed:
             return False
         writer.add_image(tag, heatmap.image(), global_step=measurement.step, walltime=measurement.timestamp_seconds)
         return True

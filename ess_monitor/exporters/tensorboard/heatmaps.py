@@ -1,4 +1,4 @@
-"""Draws heat maps of a layer over the run: columns are measurements; rows are heads, positions or singular values.
+"""Draws heat maps over the run: columns are measurements; rows are layers, or heads, positions or ranks of one.
 
 Legend: R rows, T measurements (columns), C = 3 color channels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from ess_monitor.records import COLOR_SCALE, Reading
 _ANCHORS = tuple(tuple(channel / 255 for channel in bytes.fromhex(color[1:])) for color in COLOR_SCALE)
 _MISSING = (0.5, 0.5, 0.5)
 _CELL_PIXELS = 8
+LEAST_HEIGHT_PIXELS = 128
+"""Height of the map of all layers, of which there may be few."""
 _SINGLE_PRECISION = 1e-7
 """Without a tolerance, singular values below this share of the largest one are dark."""
 
@@ -56,6 +58,12 @@ def spectrum(reading: Reading) -> HeatmapColumn:
     return HeatmapColumn(dict(zip(reading.spectrum_ranks, decades, strict=False)), brightest=1.0)
 
 
+def layers(readings: Iterable[Reading], places: Mapping[str, int]) -> HeatmapColumn:
+    """Return the utilization of every layer by its place in the model; a full state is brightest."""
+    measured = [each for each in readings if each.layer in places and each.utilization_ratio is not None]
+    return HeatmapColumn({places[each.layer]: min(each.utilization_ratio or 0.0, 1.0) for each in measured}, 1.0)
+
+
 PICTURES: dict[str, Callable[[Reading], HeatmapColumn]] = {
     "ess_heads": heads,
     "ess_positions": positions,
@@ -64,17 +72,21 @@ PICTURES: dict[str, Callable[[Reading], HeatmapColumn]] = {
 """What a heat map shows, by the section of its tag."""
 
 LEGEND = """\
-Pictures of a layer: one column is one measurement, the newest on the right. Gray was not measured.
+Charts of every layer, with bounds, and of the loss beside them, are on the page CUSTOM SCALARS. TensorBoard has one
+color for a run: in a chart of all layers, point at a line to see whose it is.
+
+In pictures one column is one measurement, the newest on the right. Gray was not measured.
 
 | tag | rows, from the top | color |
 |---|---|---|
+| ess | layers, in the order of the model: {layers} | utilization: dark is 0, yellow a full state |
 | ess_heads | heads or channels | effective state-size: dark is 0, yellow the capacity |
 | ess_positions | positions in the sequence, first to last | the same |
 | ess_spectrum | singular values, largest to smallest | powers of ten above the tolerance, dark is below it |
 
 Where the capacity grows with the position (softmax attention), and in spectra, yellow is the largest value seen so far.
 """
-"""Explanation of the heat maps in Markdown, for the text page: an image has no caption."""
+"""Explanation of the heat maps in Markdown, for the text page: an image has no caption. `layers` is filled in."""
 
 
 def colorize(values_RT: Tensor) -> Tensor:
@@ -101,16 +113,16 @@ def colorize(values_RT: Tensor) -> Tensor:
 
 
 class Heatmap:
-    """Keeps and draws the last measurements of one layer, up to a number of columns and rows.
+    """Keeps and draws the last measurements, up to a number of columns and rows.
 
     Args:
-        read: extracts a column from a reading, one of `PICTURES`.
         columns: measurements kept; the oldest is dropped first.
         rows: rows kept. Of more, evenly spaced ones are chosen; those seen first stay.
+        least_height: pixels of the picture; rows become higher than wide where there are few.
     """
 
-    def __init__(self, read: Callable[[Reading], HeatmapColumn], columns: int, rows: int) -> None:
-        self._read = read
+    def __init__(self, columns: int, rows: int, least_height: int = 0) -> None:
+        self._least_height = least_height
         self._columns: deque[dict[int, float]] = deque(maxlen=columns)
         self._max_rows = rows
         self._rows: set[int] = set()
@@ -118,9 +130,8 @@ class Heatmap:
         self.changed = False
         """True when a column was added since the last image."""
 
-    def add(self, reading: Reading) -> None:
-        """Add the column of a reading, if the reading has one."""
-        column = self._read(reading)
+    def add(self, column: HeatmapColumn) -> None:
+        """Add a column, if it has a value."""
         new = sorted(column.cells.keys() - self._rows)
         self._rows.update(_evenly(new, self._max_rows - len(self._rows)))
         cells = {row: value for row, value in column.cells.items() if row in self._rows}
@@ -141,7 +152,8 @@ class Heatmap:
         """Return the picture (3, height, width), one square per row and measurement. Needs at least one column."""
         self.changed = False
         image_CRT = colorize(self.values())
-        return image_CRT.repeat_interleave(_CELL_PIXELS, dim=1).repeat_interleave(_CELL_PIXELS, dim=2)
+        height = max(_CELL_PIXELS, self._least_height // image_CRT.shape[1])
+        return image_CRT.repeat_interleave(height, dim=1).repeat_interleave(_CELL_PIXELS, dim=2)
 
 
 def _capacity(reading: Reading) -> float:

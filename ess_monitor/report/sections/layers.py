@@ -62,7 +62,7 @@ def layer_cards(history: RunHistory, events: Sequence[EventRow] = ()) -> dict[st
     positions = {layer: positions_figure(history, layer) for layer in layers}
     tolerances = {layer: tolerances_figure(history, layer) for layer in layers}
     spectra = {layer: spectra_figure(chosen[layer]) for layer in layers}
-    rows = detail(ROWS_OF_A_TABLE, len(layers))
+    rows = detail(ROWS_OF_A_TABLE, len(layers), least=5)
     share_values(spectra.values())
     for layers_of_kind in by_kind(history):
         share_values(sizes[layer] for layer in layers_of_kind)

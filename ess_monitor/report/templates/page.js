@@ -1,6 +1,15 @@
 "use strict";
 // Draws the figures of the page, each when it comes into view, in the colors of the page's theme.
-const figures = JSON.parse(document.getElementById("figures").textContent);
+const page = JSON.parse(document.getElementById("figures").textContent);
+// What several figures share is stored once. Each gets objects of its own, as Plotly writes into them; lists of numbers are shared.
+const whole = (value) => {
+  if (value === null || typeof value !== "object") return value;
+  if (Array.isArray(value)) return value.some((each) => typeof each === "object") ? value.map(whole) : value;
+  if ("shared" in value) return whole(page.shared[value.shared]);
+  return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, whole(each)]));
+};
+const figures = page.figures.map(() => null);
+const figure = (plot) => figures[plot.dataset.figure] ??= whole(page.figures[plot.dataset.figure]);
 const plots = [...document.querySelectorAll(".plot")];
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const touched = matchMedia("(pointer: coarse)").matches;
@@ -25,7 +34,7 @@ function theme() {
 
 // A heat map in the chosen order, without the rows that the filter leaves out.
 function shown(plot) {
-  const { data, layout, rows, orders } = figures[plot.dataset.figure];
+  const { data, layout, rows, orders } = figure(plot);
   if (!rows.length) return { data, layout };
   const labels = data[0].y, kept = labels.filter((_, row) => holds(rows[row]));
   const chosen = plot.closest("figure").querySelector("[data-order]");
@@ -74,5 +83,5 @@ for (const control of document.querySelectorAll("[data-order], [data-logarithmic
 filter?.addEventListener("input", () => {
   for (const each of document.querySelectorAll("[data-layer]")) each.hidden = !holds(each.dataset.layer);
   if (filter.value) document.querySelectorAll("details:has(.card)").forEach((fold) => { fold.open = true; });
-  plots.filter((plot) => plot.dataset.drawn && figures[plot.dataset.figure].rows.length).forEach(draw);
+  plots.filter((plot) => plot.dataset.drawn && figure(plot).rows.length).forEach(draw);
 });

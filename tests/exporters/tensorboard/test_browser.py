@@ -14,6 +14,7 @@ from torch import nn
 
 from ess_monitor import Measurement, Monitor, MonitorConfig
 from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter
+from ess_monitor.exporters.tensorboard.exporter import OVERVIEW_TAG
 from ess_monitor.exporters.tensorboard.layout import custom_scalars_layout
 from ess_monitor.featurizers import build_mixer
 from tests.browser import Browser, fresh_picture
@@ -125,12 +126,13 @@ def test_the_pictures_of_every_layer_are_shown(tensorboard: str, page: Page) -> 
         deep(loader.shadowRoot, "img").map(image => [loader.tag, [image.naturalWidth, image.naturalHeight]]));
       return Object.fromEntries(shown);
     }})()"""
-    page.open(f"{tensorboard}#images&tagFilter=ess_", width=1400, height=2000)
+    page.open(f"{tensorboard}#images&tagFilter=ess", width=1400, height=2000)
     expected = {
         f"{section}/{layer}": [8 * STEPS, 8 * rows]
         for section, rows in {"ess_heads": 2, "ess_positions": 8, "ess_spectrum": 8}.items()
         for layer in LAYERS
     }
+    expected[OVERVIEW_TAG] = [8 * STEPS, 64 * len(LAYERS)]
     page.ask_until_true(f"Object.values({pictures}).filter(([width]) => width > 0).length === {len(expected)}")
     assert page.ask(pictures) == expected
     page.save_picture(fresh_picture("tensorboard-images.png"))

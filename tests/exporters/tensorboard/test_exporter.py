@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalars
+from ess_monitor.exporters.tensorboard.exporter import OVERVIEW_TAG
 from ess_monitor.exporters.tensorboard.heatmaps import Heatmap, colorize, heads, positions, spectrum
 from ess_monitor.exporters.tensorboard.layout import Spikes
 from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, reading, run_info, snapshot
@@ -130,15 +131,45 @@ def test_heat_maps_take_turns_and_the_last_ones_are_complete(tmp_path: Path) -> 
     events = read(tmp_path / "demo")
     steps = {tag: [image.step for image in events.Images(tag)] for tag in events.Tags()["images"]}
     assert steps == {
-        "ess_heads/blocks.0.mixer": [1, 5],
-        "ess_positions/blocks.0.mixer": [2, 5],
-        "ess_heads/blocks.1.mixer": [3, 5],
-        "ess_positions/blocks.1.mixer": [4, 5],
+        OVERVIEW_TAG: [1, 3, 5],
+        "ess_heads/blocks.0.mixer": [2, 5],
+        "ess_positions/blocks.0.mixer": [4, 5],
+        "ess_heads/blocks.1.mixer": [5],
+        "ess_positions/blocks.1.mixer": [5],
     }, "a layer without a spectrum takes no turn"
-    for tag in steps:
+    for tag in steps.keys() - {OVERVIEW_TAG}:
         picture = Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string))
         rows = 4 if "heads" in tag else 3
         assert picture.size == (5 * 8, rows * 8), "five measurements of four heads or three positions, a square of 8"
+
+
+def test_the_first_tag_is_a_map_of_all_layers_and_names_the_page_of_charts(tmp_path: Path) -> None:
+    names = ("blocks.0.mixer", "blocks.1.mixer", "blocks.2.mixer")
+    exporter = TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path))
+    shares = ((0.0, 1.0, None), (0.25, 0.5, 2.0))
+    readings = [
+        tuple(
+            reading(name, utilization_ratio=share) for name, share in zip(names, each, strict=True) if share is not None
+        )
+        for each in shares
+    ]
+    write(exporter, *(measurement(step, readings=each) for step, each in enumerate(readings)), layers=names)
+    events = read(tmp_path / "demo")
+    tags = [tag for kind in ("scalars", "images") for tag in events.Tags()[kind]]
+    assert min(tags) == OVERVIEW_TAG
+    assert "CUSTOM_SCALARS" in OVERVIEW_TAG
+    picture = Image.open(io.BytesIO(events.Images(OVERVIEW_TAG)[-1].encoded_image_string))
+    assert picture.size == (2 * 8, 3 * (128 // 3)), "high enough to be seen"
+    seen = [[picture.getpixel((8 * column + 4, 42 * row + 20)) for column in (0, 1)] for row in range(3)]
+    (dark, quarter), (full, half), (missing, more) = seen
+    assert dark != full == more
+    assert len({dark, quarter, half, full}) == 4
+    assert missing == (128, 128, 128) or missing == (127, 127, 127)
+    assert exporter.shown_by is not None
+    assert exporter.shown_by.endswith(f"tensorboard --logdir {tmp_path} (charts of every layer: page CUSTOM SCALARS)")
+    plain = TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path, layout=False)).shown_by
+    assert plain is not None
+    assert plain.endswith(f"tensorboard --logdir {tmp_path}")
 
 
 def test_an_injected_writer_is_flushed_and_stays_open(tmp_path: Path) -> None:
@@ -210,16 +241,16 @@ def test_colours_get_brighter_with_the_value_and_nan_is_grey() -> None:
 
 
 def test_a_history_of_heads_is_bounded_and_leaves_gaps_for_heads_that_were_not_measured() -> None:
-    history = Heatmap(heads, columns=3, rows=2)
+    history = Heatmap(columns=3, rows=2)
     for measured, sizes in (((0, 1), (9.0, 9.0)), ((0, 1), (4.0, 8.0)), ((1, 2), (16.0, 5.0)), ((0,), (0.0,))):
-        history.add(reading(heads=measured, per_head=sizes, state_capacity=16.0))
+        history.add(heads(reading(heads=measured, per_head=sizes, state_capacity=16.0)))
     values = history.values().nan_to_num(-1.0)
     assert values.tolist() == [[0.25, -1.0, 0.0], [0.5, 1.0, -1.0]]
 
 
 def test_a_history_scales_growing_capacity_by_what_was_seen() -> None:
-    history = Heatmap(heads, columns=3, rows=2)
-    history.add(reading(heads=(), per_head=(5.0, 10.0), state_capacity=1000.0, capacity_grows=True))
+    history = Heatmap(columns=3, rows=2)
+    history.add(heads(reading(heads=(), per_head=(5.0, 10.0), state_capacity=1000.0, capacity_grows=True)))
     assert history.values().tolist() == [[0.5], [1.0]]
     assert history.changed
     history.image()
@@ -227,17 +258,19 @@ def test_a_history_scales_growing_capacity_by_what_was_seen() -> None:
 
 
 def test_a_history_of_positions_keeps_evenly_spaced_ones() -> None:
-    history = Heatmap(positions, columns=2, rows=3)
+    history = Heatmap(columns=2, rows=3)
     places = tuple(range(1, 10))
-    history.add(reading(positions=places, per_position=tuple(float(place) for place in places), state_capacity=10.0))
+    history.add(
+        positions(reading(positions=places, per_position=tuple(float(place) for place in places), state_capacity=10.0))
+    )
     torch.testing.assert_close(history.values(), torch.tensor([[0.1], [0.4], [0.7]]))
 
 
 def test_a_picture_of_spectra_lights_up_what_the_tolerance_counts() -> None:
-    history = Heatmap(spectrum, columns=4, rows=32)
+    history = Heatmap(columns=4, rows=32)
     ranks = (1, 2, 3, 4)
-    history.add(reading(spectrum=(10.0, 0.1, 1e-3, 0.0), spectrum_ranks=ranks, tolerance=1e-3))
-    history.add(reading(spectrum=(1e-3, 1e-4, 1e-9, 0.0), spectrum_ranks=ranks, tolerance=1e-3))
+    history.add(spectrum(reading(spectrum=(10.0, 0.1, 1e-3, 0.0), spectrum_ranks=ranks, tolerance=1e-3)))
+    history.add(spectrum(reading(spectrum=(1e-3, 1e-4, 1e-9, 0.0), spectrum_ranks=ranks, tolerance=1e-3)))
     torch.testing.assert_close(history.values(), torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]))
 
 

@@ -132,4 +132,5 @@ def test_the_pictures_have_a_legend_that_the_text_page_shows_as_a_table(tmp_path
     table = as_page(event.tensor_proto.string_val[0]).find("table")
     assert table is not None
     rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
-    assert [row[0] for row in rows[1:]] == list(PICTURES)
+    assert [row[0] for row in rows[1:]] == ["ess", *PICTURES]
+    assert rows[1][1] == "layers, in the order of the model: blocks.0.mixer, blocks.1.mixer"
