@@ -161,13 +161,45 @@ def values_of_product(controllability: Tensor, observability: Tensor, tolerance:
 
 def count_of_product(controllability: Tensor, observability: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Return how many singular values of O C are above the tolerance, and where this is known: (...) each."""
+    known = _all_above(controllability, observability, tolerance)
+    count = controllability.new_full(known.shape, controllability.shape[-1])
+    if not bool(known.all()):
+        rest, each = ~known, (*known.shape, -1, -1)
+        controllability, observability = controllability.expand(each)[rest], observability.expand(each)[rest]
+        count[rest], known[rest] = _count_of_product(controllability, observability, tolerance)
+    return count, known
+
+
+def _all_above(controllability: Tensor, observability: Tensor, tolerance: float) -> Tensor:
+    """Return (...) bool: where the smallest singular values of O and of C show that those of O C are above tau."""
+    means = [gramian.diagonal(dim1=-2, dim2=-1).mean(-1) for gramian in (controllability, observability)]
+    ratio = (means[0] / means[1]).sqrt()
+    above = ratio.isfinite()
+    for gramian, mean, least in (
+        (controllability, means[0], tolerance * ratio),
+        (observability, means[1], tolerance / ratio),
+    ):
+        # Over all that share the Gramian, so that it is factorized once.
+        shared = [d for d, size in enumerate(gramian.shape[:-2]) if size == 1]
+        least = least.amax(shared, keepdim=True) if shared else least
+        shift = (1 + _ROUNDING) * least + _ROUNDING * gramian.shape[-1] * mean
+        above = above & _is_above(gramian.clone(), shift)
+    return above
+
+
+def _is_above(gram: Tensor, least: Tensor) -> Tensor:
+    """Return (...) bool: where all eigenvalues are above `least` (...). Overwrites `gram` (..., n, n)."""
+    gram.diagonal(dim1=-2, dim2=-1).sub_(least[..., None])
+    above: Tensor = torch.linalg.cholesky_ex(gram).info == 0
+    return above
+
+
+def _count_of_product(controllability: Tensor, observability: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     product, error, known = _product(controllability, observability)
-    state = product.shape[-1]
     square = tolerance * tolerance
     error = error + _ROUNDING * square
-    shifted = product - torch.diag_embed((square + error)[..., None].expand(*error.shape, state))
-    all_above = torch.linalg.cholesky_ex(shifted).info == 0
-    count = torch.full_like(error, state)
+    all_above = _is_above(product.clone(), square + error)
+    count = torch.full_like(error, product.shape[-1])
     rest = ~all_above & known
     if bool(rest.any()):
         squares, error = _eigenvalues(product[rest]), error[rest]
@@ -229,21 +261,21 @@ def _is_worth_a_gramian(recurrence: Diagonal, positions: Sequence[int]) -> Tenso
 
 
 def recurrence_gramians(recurrence: Diagonal, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return C_i C_i^T and O_i^T O_i at every position, (B, H, P, N, N) each.
+    """Return C_i C_i^T and O_i^T O_i at every position, (B|1, H|1, P, N, N) each.
 
     They cost a product of matrices where R costs a factorization, and square the condition number.
     """
     length, state = recurrence.b.shape[2:]
     log_decay = recurrence.log_decay.expand(-1, -1, length, -1)
     order = sorted(set(positions))
-    places = [order.index(i) for i in positions]
     both = []
     for rows, ends, newest_last in (
         (recurrence.b, [0, *order], True),
         (recurrence.c, [length, *reversed(order)], False),
     ):
-        gramian = rows.new_zeros((*recurrence.shape, state, state), dtype=working_dtype(rows.device))
-        at = []
+        shape = tuple(map(max, rows.shape[:2], log_decay.shape[:2]))
+        gramian = rows.new_zeros((*shape, state, state), dtype=working_dtype(rows.device))
+        at = gramian.new_empty((*shape, len(positions), state, state))
         for end, next_end in pairwise(ends):
             for part in slabs(abs(next_end - end), SLAB_ELEMENTS // GRAMIAN_TOKENS):
                 window = slice(end + part.start, end + part.stop)
@@ -254,19 +286,17 @@ def recurrence_gramians(recurrence: Diagonal, positions: Sequence[int]) -> tuple
                 gramian *= decay[..., :, None] * decay[..., None, :]
                 entering = _entering(rows[:, :, window], decays, newest_last)
                 gramian += entering.mT @ entering
-            at.append(gramian.clone())
-        at = at if newest_last else at[::-1]
-        both.append(torch.stack([at[place] for place in places], dim=2))
+            at[:, :, [p for p, i in enumerate(positions) if i == next_end]] = gramian[:, :, None]
+        both.append(at)
     return both[0], both[1]
 
 
 def _entering(rows: Tensor, decays: Tensor, newest_last: bool) -> Tensor:
-    """Return the rows of a window as seen from its end, or from its start: (B|1, H|1, K, N), in any order."""
-    if newest_last:
-        rows, decays = rows.flip(2), decays.flip(2)
+    """Return the rows of a window as seen from its end, or from its start: (B|1, H|1, K, N)."""
     seen = decays.new_zeros(decays.shape, dtype=working_dtype(rows.device))
     if newest_last:
-        torch.cumsum(decays[:, :, :-1], 2, dtype=seen.dtype, out=seen[:, :, 1:])
+        torch.cumsum(decays.flip(2)[:, :, :-1], 2, dtype=seen.dtype, out=seen[:, :, 1:])
+        seen = seen.flip(2)
     else:
         torch.cumsum(decays, 2, dtype=seen.dtype, out=seen)
     return seen.exp_() * rows
@@ -277,8 +307,8 @@ def _product(controllability: Tensor, observability: Tensor) -> tuple[Tensor, Te
     # Of any scaling of the state dimensions: the one in which both diagonals are equal makes the bound small.
     diagonals = (observability.diagonal(dim1=-2, dim2=-1), controllability.diagonal(dim1=-2, dim2=-1))
     scale = (diagonals[0] / diagonals[1]).sqrt().sqrt().nan_to_num(1.0, 1.0, 1.0).masked_fill_(diagonals[0] == 0, 1.0)
-    controllability = controllability * scale[..., None] * scale[..., None, :]
-    observability = observability / scale[..., None] / scale[..., None, :]
+    scales = scale[..., None] * scale[..., None, :]
+    controllability, observability = controllability * scales, observability / scales
     factor, info = torch.linalg.cholesky_ex(controllability)
     product, finite = _finite(factor.mT @ (observability @ factor))
     error = _ROUNDING_OF_PRODUCT * torch.linalg.matrix_norm(controllability) * torch.linalg.matrix_norm(observability)

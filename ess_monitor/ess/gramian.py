@@ -101,11 +101,17 @@ class Diagonal:
         return max(field.shape[0] for field in fields), max(field.shape[1] for field in fields)
 
     def of(self, chosen: Tensor | None) -> Diagonal:
-        """Return the recurrence of some samples and heads, (B, H) bool, as heads of one sample. None: all of it."""
+        """Return the recurrence of some samples and heads, (B, H) bool, in this order. None: all of it.
+
+        They are heads of one sample, unless they are the same heads of every sample.
+        """
         if chosen is None or bool(chosen.all()):
             return self
-        fields = (field.expand(*self.shape, -1, -1)[chosen][None] for field in (self.log_decay, self.b, self.c))
-        return Diagonal(*fields)
+        fields = (self.log_decay, self.b, self.c)
+        if bool((chosen == chosen[:1]).all()):  # what the heads share stays shared
+            heads = chosen[0].nonzero()[:, 0]
+            return Diagonal(*(field if field.shape[1] == 1 else field[:, heads] for field in fields))
+        return Diagonal(*(field.expand(*self.shape, -1, -1)[chosen][None] for field in fields))
 
     def sides(self, positions: int) -> tuple[FactorRows, FactorRows]:
         """Return the factors C^T and O, cut for so many positions."""

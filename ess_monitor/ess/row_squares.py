@@ -84,7 +84,8 @@ def diagonal_windows(
     token.
     """
     chunk = min(CHUNK, 1 << (longest - 1).bit_length())
-    return _DiagonalWindows(c, batch, heads, chunk, chunk, log_decay, b, present)
+    unread_chunk = min(max(CHUNK, c.shape[3]), longest)
+    return _DiagonalWindows(c, batch, heads, chunk, unread_chunk, log_decay, b, present)
 
 
 def split_row_squares(windows: Windows, position: int, start: int) -> tuple[Tensor, Tensor]:
@@ -100,12 +101,13 @@ def split_row_squares(windows: Windows, position: int, start: int) -> tuple[Tens
         for pick in _picks(windows, first, stop, windows.chunk if is_read else windows.unread_chunk):
             by = windows.passed_and_read(pick) if is_read else windows.passed(pick)
             entering = by.columns.mT @ by.columns
+            reading = None if by.rows is None else by.rows.mT @ by.rows
             if by.within is not None:
                 squares[..., 0] += by.within.sum((2, 3))
             for window in range(entering.shape[2]):
-                if by.rows is not None:
-                    rows = by.rows[:, :, window, None]
-                    squares[..., : gramians.shape[2]] += ((rows @ gramians) * rows).sum((-2, -1)).clamp_(min=0.0)
+                if reading is not None:
+                    seen = gramians.flatten(3) @ reading[:, :, window].flatten(2)[..., None]
+                    squares[..., : gramians.shape[2]] += seen[..., 0].clamp_(min=0.0)
                 by.carry_(present, window)
                 gramians[:, :, side] += entering[:, :, window]
     return squares[..., 1], squares[..., 0]
@@ -147,11 +149,11 @@ class _DiagonalWindows(Windows):
     """Whether an output sees its own token."""
 
     def passed(self, pick: Pick) -> Passed:
-        # Newest first, so that what is left of a token is a running sum; the order of columns does not matter.
+        # Newest first, what is left of a token is a running sum.
         log_decay = self._log_decay(pick).flip(3)
-        left = F.pad(log_decay, (0, 0, 1, -1)).cumsum(3, dtype=working_dtype(log_decay.device)).exp_()
+        left = F.pad(log_decay, (0, 0, 1, -1)).cumsum(3, dtype=working_dtype(log_decay.device)).flip(3).exp_()
         oldest = log_decay[..., -1:, :].to(left.dtype).exp()
-        return Passed(pick(self.inputs).flip(3) * left, _carry_through(left[..., -1:, :] * oldest))
+        return Passed(pick(self.inputs) * left, _carry_through(left[..., :1, :] * oldest))
 
     def passed_and_read(self, pick: Pick) -> Passed:
         """Join neighboring blocks of tokens until they are windows.

@@ -173,6 +173,21 @@ def test_the_spectrum_of_a_product_is_known_from_the_gramians_of_its_factors_or_
     assert known_of[0.0] or name != "well conditioned"
 
 
+def test_heads_that_share_a_gramian_are_counted_each() -> None:
+    torch.manual_seed(0)
+    observing = torch.randn(2, 1, 60, 16).double()
+    scale = torch.logspace(-6, 0, 5, dtype=torch.float64)
+    controlling = torch.randn(2, 5, 16, 60).double() * scale[:, None, None]
+    controlling[1, 4] = 0.0
+    gramians = controlling @ controlling.mT, observing.mT @ observing
+    exact = (torch.linalg.svdvals(observing @ controlling)[..., :16] > TAU).sum(-1)
+    count, known = count_of_product(*gramians, TAU)
+    assert exact.tolist() == [[0, 13, 16, 16, 16], [0, 14, 16, 16, 0]]
+    assert torch.equal(count[known], exact[known].double())
+    assert known[:, 2:4].all()
+    assert not known[1, 4]
+
+
 def _randn(*shape: int) -> Tensor:
     return torch.randn(*shape)
 
@@ -211,6 +226,12 @@ OPERATORS: dict[str, Callable[[], Operator]] = {
     "strong decay": lambda: DiagonalRecurrence(_decays(3.0), _randn(*SHAPE), _randn(*SHAPE)),
     "strong and weak heads": lambda: DiagonalRecurrence(
         torch.tensor([-4.0, -0.02])[None, :, None, None], _randn(*SHAPE), _randn(*SHAPE)
+    ),
+    "the same strong head of two samples, shared reads": lambda: DiagonalRecurrence(
+        torch.tensor([-4.0, -0.02])[None, :, None, None], _randn(2, HEADS, LENGTH, STATE), _randn(*SHAPE)[:, :1]
+    ),
+    "another strong head of each sample, shared reads": lambda: DiagonalRecurrence(
+        torch.tensor([[-4.0, -0.02], [-0.02, -4.0]])[..., None, None], _randn(*SHAPE), _randn(2, 1, LENGTH, STATE)
     ),
     "resets": lambda: DiagonalRecurrence(_resets(), _randn(*SHAPE), _randn(*SHAPE)),
     "decays of zero": lambda: DiagonalRecurrence(_zero_decays(), _randn(*SHAPE), _randn(*SHAPE)),
