@@ -15,7 +15,7 @@ pytest.importorskip("ray")
 pytest.importorskip("scipy")
 
 from examples.paper import experiment
-from examples.paper.__main__ import EXPERIMENTS, load, main
+from examples.paper.__main__ import EXPERIMENTS, UNPUBLISHED, load, main
 from examples.paper.experiment import SEEDS, SEEN, Experiment, Finding, Run, interval, planned
 
 PAGE = Path(__file__).parents[1] / "docs" / "paper"
@@ -29,7 +29,7 @@ def short(name: str) -> list[Run]:
     return [{**run, **found.run(run), "seconds": 1.0} for run in planned(found, (0, 1), short=True)]
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *UNPUBLISHED])
 def test_an_experiment_runs_and_its_results_can_be_kept(name: str) -> None:
     rows = short(name)
     found = load(name).findings(json.loads(json.dumps(rows)))
@@ -44,7 +44,7 @@ def test_an_experiment_runs_and_its_results_can_be_kept(name: str) -> None:
 
 def test_no_seed_of_the_page_was_seen_before() -> None:
     assert not set(SEEN) & set(SEEDS)
-    for name in EXPERIMENTS:
+    for name in (*EXPERIMENTS, *UNPUBLISHED):
         assert len(load(name).seeds) >= 3
         assert set(load(name).seeds) <= set(SEEDS)
 

@@ -48,6 +48,7 @@ class Training:
     pulled: Sequence[str] = ()
     """Names of the layers that it pulls."""
     step: int = 0
+    batch: int = BATCH
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=0.1)
@@ -63,7 +64,7 @@ class Training:
 
     def _once(self) -> None:
         self.model.train()
-        tokens, targets = self.task.batch(range(BATCH * self.step, BATCH * (self.step + 1)))
+        tokens, targets = self.task.batch(range(self.batch * self.step, self.batch * (self.step + 1)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1.0, (self.step + 1) / 50)
         if self.pull:
