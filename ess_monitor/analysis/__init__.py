@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from ess_monitor.analysis.correlation import correlate
     from ess_monitor.analysis.hybrids import hybrid_advice
     from ess_monitor.analysis.lengths import length_profile
-    from ess_monitor.analysis.modulation_results import LayerModulation, ModulationAt, StateModulation, Substitution
+    from ess_monitor.analysis.modulation_results import (
+        AtShots,
+        LayerModulation,
+        LayerShots,
+        ModulationAt,
+        ShotsProfile,
+        StateModulation,
+        Substitution,
+    )
     from ess_monitor.analysis.reduction import reduce
     from ess_monitor.analysis.results import (
         AtLength,
@@ -35,12 +43,14 @@ if TYPE_CHECKING:
         StudentLoss,
     )
     from ess_monitor.analysis.separators import state_modulation
+    from ess_monitor.analysis.shots import shots_profile
     from ess_monitor.analysis.smallest_states import minimal_state
     from ess_monitor.analysis.student_states import compressibility
     from ess_monitor.analysis.study_results import Correlation, Study, StudyCell, StudyRun
 
 __all__ = [
     "AtLength",
+    "AtShots",
     "Compressibility",
     "Correlation",
     "HybridAdvice",
@@ -50,10 +60,12 @@ __all__ = [
     "LayerMinimalState",
     "LayerModulation",
     "LayerReduction",
+    "LayerShots",
     "LengthProfile",
     "MinimalStates",
     "ModulationAt",
     "Reduction",
+    "ShotsProfile",
     "StateError",
     "StateFor",
     "StateModulation",
@@ -68,6 +80,7 @@ __all__ = [
     "length_profile",
     "minimal_state",
     "reduce",
+    "shots_profile",
     "state_modulation",
 ]
 
@@ -80,7 +93,9 @@ _MODULES = {
     "correlate": "correlation",
     **dict.fromkeys(("Correlation", "Study", "StudyCell", "StudyRun"), "study_results"),
     "state_modulation": "separators",
+    "shots_profile": "shots",
     **dict.fromkeys(("LayerModulation", "ModulationAt", "StateModulation", "Substitution"), "modulation_results"),
+    **dict.fromkeys(("AtShots", "LayerShots", "ShotsProfile"), "modulation_results"),
 }
 """Names, and the modules that they are in. All others are records, in `results`."""
 

@@ -1,4 +1,4 @@
-"""Defines the results of an analysis of state modulation. Loads no torch."""
+"""Defines the results of analyses of state modulation and of shots in a prompt. Loads no torch."""
 
 from __future__ import annotations
 
@@ -82,3 +82,53 @@ class StateModulation(AnalysisResult):
                 empty = dict.fromkeys(name for name in ModulationAt.model_fields if name not in ("around", "along"))
                 rows += [{"model": self.model, "substitute": label, **facts, **each} for each in found or [empty]]
         return rows
+
+
+class AtShots(Record):
+    """ESS of one layer at the question, behind so many shots."""
+
+    shots: int
+    """Solved examples before the question."""
+    tokens: int
+    """Of the whole prompt."""
+    effective_size: float
+    """Tolerance-ESS, a mean over positions of the question and over heads."""
+    entropy_size: float
+    """Entropy-ESS, likewise."""
+    offsets: tuple[int, ...]
+    """Tokens of the question that the past holds, at each position."""
+    along: tuple[float, ...]
+    """Tolerance-ESS at each of `offsets`, a mean over heads."""
+
+
+class LayerShots(LayerResult):
+    """One layer behind several numbers of shots."""
+
+    at: tuple[AtShots, ...] = ()
+    """By the number of shots, ascending."""
+
+
+class ShotsProfile(AnalysisResult):
+    """ESS of a model's layers at a question, over the number of shots before it."""
+
+    model: str
+    """Class of the model."""
+    question: int
+    """Tokens of the question."""
+    tolerance: float
+    """tau of the tolerance-ESS."""
+    tolerance_scale: str
+    """Against what tau is measured, as in `Reading`."""
+    layers: tuple[LayerShots, ...]
+    """In model order. A layer that could not be analyzed has another status than ok, and a message."""
+    skipped: tuple[LayerInfo, ...] = ()
+    """The other sequence mixers, each with the reason."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each layer and number of shots."""
+        shown = ("shots", "tokens", "effective_size", "entropy_size")
+        return [
+            {"model": self.model, **layer.model_dump(exclude={"at"}), **at}
+            for layer in self.layers
+            for at in ([each.model_dump(include=set(shown)) for each in layer.at] or [dict.fromkeys(shown)])
+        ]

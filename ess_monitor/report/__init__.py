@@ -18,7 +18,7 @@ from ess_monitor.report.analyses.layers import (
     render_minimal_state,
     render_reduction,
 )
-from ess_monitor.report.analyses.modulation import render_state_modulation
+from ess_monitor.report.analyses.modulation import render_shots_profile, render_state_modulation
 from ess_monitor.report.analyses.results import figures_of
 from ess_monitor.report.analyses.study import render_study
 from ess_monitor.report.compare import render_comparison
@@ -45,6 +45,7 @@ __all__ = [
     "render_minimal_state",
     "render_reduction",
     "render_report",
+    "render_shots_profile",
     "render_state_modulation",
     "render_study",
 ]

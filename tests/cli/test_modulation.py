@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ess_monitor import MonitorConfig
-from ess_monitor.analysis import state_modulation
+from ess_monitor.analysis import shots_profile, state_modulation
 from ess_monitor.cli.analysis.text import load_tokenizer
 from ess_monitor.errors import ConfigError
 from tests.cli.test_main import Run
@@ -114,3 +114,49 @@ def test_a_tokenizer_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="tokenizer: 'no/such' is neither 'bytes'"):
         load_tokenizer("no/such")
+
+
+def test_shots_are_put_before_the_text_one_after_another(run: Run, text: Path) -> None:
+    (text / "first.txt").write_text("a b . c\n")
+    (text / "second.txt").write_text("b b . a\n")
+    (text / "question.txt").write_text("c a b b a c a")
+    given = ("cli_models:Net", "--text", "question.txt", "--tokenizer", "tokenizer.json")
+    shots = ("--shots", "first.txt", "--shots", "second.txt")
+    answer = run("modulation", *given, *shots, "--tolerance", "0.1", "--json")
+    assert answer.status == 0, answer.err
+
+    import cli_models
+
+    words = ["a b . c", "b b . a", "c a b b a c a"]
+    prompts = [" ".join([*words[:k], words[2]]) for k in range(3)]
+    ids = [torch.tensor([WORDS.index(word) for word in prompt.split()]) for prompt in prompts]
+    torch.manual_seed(0)
+    config = MonitorConfig(tolerance=0.1, capture={"heads": 8})
+    expected = shots_profile(cli_models.Net(), ids, question=7, config=config)
+    assert answer.json == {"schema_version": 1, **expected.model_dump(mode="json")}
+    assert [at["tokens"] for at in answer.json["layers"][0]["at"]] == [7, 11, 15]
+
+    answer = run("modulation", *given, *shots, "--html", "shots.html")
+    assert re.search(r"layer +shots +tokens +ESS +entropy-ESS", answer.out)
+    assert re.search(r"mixer +2 +15 +\d", answer.out)
+    assert "ESS along the question" in (text / "shots.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--task", "documents"), "shots: needs --text FILE"),
+        (("--text", "text.txt", "--tokenizer", "bytes", "--separators", "0"), "shots: does not go with --separators"),
+        (
+            ("--text", "text.txt", "--tokenizer", "bytes", "--tolerance", "1", "--tolerance", "2"),
+            "tolerance: 2 are given",
+        ),
+        (("--text", "one.txt", "--tokenizer", "tokenizer.json"), "text: one.txt has 1 tokens of its own"),
+        (("--text", "text.txt", "--tokenizer", "bytes"), "tokenizer: token"),
+    ],
+)
+def test_mistakes_with_shots_are_named(run: Run, text: Path, options: tuple[str, ...], message: str) -> None:
+    (text / "one.txt").write_text("a")
+    answer = run("modulation", "cli_models:Net", "--shots", "text.txt", *options)
+    assert answer.status == 2
+    assert message in answer.err

@@ -195,6 +195,16 @@ ANALYSIS["state_modulation"] = Case(
     named={"tokens": "tokens|separators"},
 )
 
+ANALYSIS["shots_profile"] = Case(
+    lambda model, prompts, **given: analysis.shots_profile(model, prompts, **given),
+    lambda: {
+        "model": torch.nn.Sequential(torch.nn.Embedding(8, 8), model()),
+        "prompts": [torch.arange(12).remainder(8), torch.arange(24).remainder(8)],
+        "question": 6,
+        "progress": iter,
+    },
+)
+
 CAPTURE: dict[str, Case] = {
     "CaptureConfig": PACKAGE["CaptureConfig"],
     "ModulationConfig": Case(capture.ModulationConfig, lambda: {"separators": [0]}),

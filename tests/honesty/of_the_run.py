@@ -15,6 +15,7 @@ from ess_monitor.analysis import (
     LengthProfile,
     MinimalStates,
     Reduction,
+    ShotsProfile,
     StateModulation,
     Study,
 )
@@ -158,6 +159,12 @@ REPORT: dict[str, Case] = {
         report.render_minimal_state, lambda: {"result": MinimalStates(model="Net", layers=())}
     ),
     "render_reduction": Case(report.render_reduction, lambda: {"result": Reduction(model="Net", state=4, layers=())}),
+    "render_shots_profile": Case(
+        report.render_shots_profile,
+        lambda: {
+            "result": ShotsProfile(model="Net", question=8, tolerance=1e-3, tolerance_scale="absolute", layers=())
+        },
+    ),
     "render_study": Case(report.render_study, lambda: {"study": Study(metric="accuracy", demand="", runs=())}),
     "render_report": Case(report.render_report, lambda: {"history": HISTORY}),
 }

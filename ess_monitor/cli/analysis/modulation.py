@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from ess_monitor.cli.analysis.output import Heads, add_without_result, progress, put_out
+from ess_monitor.cli.analysis.shots import prompts_of, put_out_shots
 from ess_monitor.cli.analysis.text import TextTokenizer, ids_of, ids_with, load_tokenizer, read_text, rows_of
 from ess_monitor.cli.options import (
     AsJson,
@@ -35,7 +36,7 @@ from ess_monitor.records import layer_title
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ess_monitor.analysis import LayerModulation, StateModulation
+    from ess_monitor.analysis import LayerModulation, ShotsProfile, StateModulation
 
 
 class TaskName(str, Enum):
@@ -58,6 +59,10 @@ Scopes = Annotated[str | None, typer.Option(metavar="TEXT", help="Every token th
 Substitute = Annotated[
     list[str] | None, typer.Option(metavar="ID", help="Put this token in their place, and compare; repeatable.")
 ]
+Shots = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="A solved example to put before the text; repeatable. ESS by their number."),
+]
 Tolerances = Annotated[list[float] | None, typer.Option("--tolerance", help="tau; repeatable. Default .01 .1 .3 1.")]
 
 
@@ -74,6 +79,7 @@ def modulation(
     separators: Separators = None,
     scopes: Scopes = None,
     substitute: Substitute = None,
+    shots: Shots = None,
     batch: Batch = 8,
     heads: Heads = 8,
     length: Length = 256,
@@ -86,12 +92,12 @@ def modulation(
     """Show by how much the ESS of every layer falls at separators, beyond other tokens (section 4.4).
 
     On a text (--text FILE --tokenizer NAME) or on a task (--task documents). With --substitute the same text is
-    measured again with another token in the place of every separator. It means little without the weights of a trained
-    model.
+    measured again with another token in the place of every separator. With --shots the ESS at the text is measured
+    behind none, one, two, ... of these examples instead. It means little without the weights of a trained model.
     """
     import torch
 
-    from ess_monitor.analysis import state_modulation
+    from ess_monitor.analysis import shots_profile, state_modulation
     from ess_monitor.cli.measuring import config_of, run_on
     from ess_monitor.cli.model_loading import load_model
     from ess_monitor.cli.weights import load_into
@@ -104,27 +110,62 @@ def modulation(
     if separators is not None and scopes is not None:
         raise ConfigError("scopes: separators are given already; leave out --separators or --scopes")
     known = None if tokenizer is None else load_tokenizer(tokenizer)
-    with redirect_stdout(sys.stderr):
-        rows, default = _of_text(text, known, batch, length) if text is not None else _of_task(task_kwargs, batch, seed)
-        ids = _separators(separators, scopes, rows, known, default)
-        put = {key: name for each in substitute or () for key, name in ids_of("substitute", each, known).items()}
+
+    def model_for(largest: Tensor, named: dict[int, str]) -> nn.Module:
         model = load_model(target, kwargs, seed=seed)
         if checkpoint is not None:
             load_into(model, checkpoint, prefix=prefix)
+        _require_vocabulary(model, largest, named)
+        return model
+
+    if shots:
+        if text is None or known is None:
+            raise ConfigError("shots: needs --text FILE, which comes after them, and --tokenizer")
+        if separators is not None or scopes is not None or substitute:
+            raise ConfigError("shots: does not go with --separators, --scopes and --substitute; leave these out")
+        if len(tolerance or ()) > 1:
+            raise ConfigError(
+                f"tolerance: {len(tolerance or ())} are given, with --shots it is one; leave out the others"
+            )
+        with redirect_stdout(sys.stderr):
+            prompts, question = prompts_of(shots, text, known)
+            ids = [torch.tensor(each) for each in prompts]
+            model = model_for(ids[-1], {})
+            device = next((each.device for each in model.parameters()), ids[-1].device)
+            config = config_of(
+                1,
+                len(ids[-1]),
+                layer,
+                heads=heads,
+                tolerance=(tolerance or [1e-3])[0],
+                tolerance_scale=tolerance_scale.value,
+            )
+
+            def profiled(model: nn.Module, longest: Tensor) -> ShotsProfile:
+                given = [each.to(longest.device) for each in ids]
+                return shots_profile(model, given, question=question, config=config, progress=progress)
+
+            over_shots = run_on(model, ids[-1].to(device), profiled)
+        put_out_shots(over_shots, as_json=as_json, html=html)
+        return
+    with redirect_stdout(sys.stderr):
+        rows, default = _of_text(text, known, batch, length) if text is not None else _of_task(task_kwargs, batch, seed)
+        ids_named = _separators(separators, scopes, rows, known, default)
+        put = {key: name for each in substitute or () for key, name in ids_of("substitute", each, known).items()}
         inputs = torch.tensor(rows)
-        _require_vocabulary(model, inputs, {**ids, **put})
+        model = model_for(inputs, {**ids_named, **put})
         device = next((each.device for each in model.parameters()), inputs.device)
         result = run_on(
             model,
             inputs.to(device),
             state_modulation,
-            separators=list(ids),
+            separators=list(ids_named),
             substitutes=put,
             tolerances=tolerance or (0.01, 0.1, 0.3, 1.0),
             config=config_of(len(rows), len(rows[0]), layer, heads=heads, tolerance_scale=tolerance_scale.value),
             progress=progress,
         )
-    named = ", ".join(dict.fromkeys(ids.values()))
+    named = ", ".join(dict.fromkeys(ids_named.values()))
     title = f"{result.model}, {len(rows)} x {len(rows[0])} tokens: state modulation at {named}"
     page = render_state_modulation(result) if html is not None else None
     put_out(result.model_dump(mode="json"), _table(title, result), page, as_json=as_json, html=html)

@@ -1,11 +1,17 @@
-"""The page of an analysis of state modulation."""
+"""The pages of analyses of state modulation, and of shots in a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ess_monitor import validation
-from ess_monitor.analysis.modulation_results import OFFSETS, LayerModulation, ModulationAt, StateModulation
+from ess_monitor.analysis.modulation_results import (
+    OFFSETS,
+    LayerModulation,
+    ModulationAt,
+    ShotsProfile,
+    StateModulation,
+)
 from ess_monitor.records import layer_title
 from ess_monitor.report.analyses.layers import without_result
 from ess_monitor.report.components import Table, cell, present
@@ -94,3 +100,63 @@ def _around(layer: LayerModulation) -> Figure | None:
             lines.append(Series(_title(each), kind, [(offset, size / pairs[0][1]) for offset, size in pairs]))
     title = f"{layer_title(layer.layer)}: mean ESS around separators, as a share of that {-OFFSETS[0]} positions before"
     return line_figure(title, {"": lines}, x_label="position")
+
+
+def render_shots_profile(result: ShotsProfile) -> str:
+    """Return the page of `shots_profile` as HTML: the ESS at the question, by the number of shots before it.
+
+    Args:
+        result: what `shots_profile` returned.
+
+    Returns:
+        One whole document; it needs no other file.
+
+    Examples:
+        >>> page = render_shots_profile(
+        ...     ShotsProfile(model="Net", question=8, tolerance=1e-3, tolerance_scale="absolute", layers=())
+        ... )
+        >>> "Net: ESS over the number of shots" in page, "<script" in page
+        (True, False)
+    """
+    validation.instance("result", result, ShotsProfile, hint="shots_profile(model, prompts, ...) returns one")
+    layers = [layer for layer in result.layers if layer.status == "ok"]
+    return render(
+        "analysis.html",
+        title=f"{result.model}: ESS over the number of shots",
+        lead="ESS of every layer at the tokens of one question, behind 0, 1, 2, ... solved examples. What follows is "
+        "the same in each, so that what differs is what the examples leave in the state.",
+        table=Table(
+            f"Means over the {result.question} tokens of the question, tau {result.tolerance:g}",
+            ("layer", "shots", "tokens", "ESS", "entropy-ESS"),
+            tuple(
+                (
+                    layer_title(layer.layer),
+                    str(at.shots),
+                    str(at.tokens),
+                    cell(at.effective_size),
+                    cell(at.entropy_size),
+                )
+                for layer in layers
+                for at in layer.at
+            ),
+        ),
+        notes=[f"{layer_title(layer.layer)}: {layer.message}" for layer in layers if layer.message],
+        figures_title="ESS along the question",
+        figures=shots_profile_figures(result),
+        details=[],
+        skipped=without_result(result.layers, result.skipped),
+    )
+
+
+def shots_profile_figures(result: ShotsProfile) -> tuple[Figure, ...]:
+    """Draw the ESS along the question, layer by layer: a line for each of the first numbers of shots, and the last."""
+    figures = []
+    for layer in (layer for layer in result.layers if layer.status == "ok"):
+        shown = layer.at if len(layer.at) <= 4 else (*layer.at[:3], layer.at[-1])
+        lines = [
+            Series(f"{at.shots} shots", kind, [(float(i), size) for i, size in zip(at.offsets, at.along, strict=True)])
+            for kind, at in zip("abcd", shown, strict=False)
+        ]
+        title = f"{layer_title(layer.layer)}: ESS along the question"
+        figures.append(line_figure(title, {"": lines}, x_label="tokens of the question before"))
+    return present(*figures)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from ess_monitor import validation
-from ess_monitor.analysis.modulation_results import StateModulation
+from ess_monitor.analysis.modulation_results import ShotsProfile, StateModulation
 from ess_monitor.analysis.results import Compressibility, HybridAdvice, LengthProfile, MinimalStates, Reduction
 from ess_monitor.analysis.study_results import Study
 from ess_monitor.errors import ConfigError
@@ -19,7 +19,7 @@ from ess_monitor.report.analyses.layers import (
     minimal_state_figures,
     reduction_figures,
 )
-from ess_monitor.report.analyses.modulation import state_modulation_figures
+from ess_monitor.report.analyses.modulation import shots_profile_figures, state_modulation_figures
 from ess_monitor.report.analyses.study import study_figures
 from ess_monitor.report.components import present
 from ess_monitor.report.figures import Figure
@@ -56,6 +56,7 @@ _FIGURES: dict[type, Callable[[Any], tuple[Figure, ...]]] = {
     HybridAdvice: hybrid_advice_figures,
     LengthProfile: length_profile_figures,
     StateModulation: state_modulation_figures,
+    ShotsProfile: shots_profile_figures,
     Study: study_figures,
 }
 
