@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ess_monitor.analysis.shots import shots_profile
     from ess_monitor.analysis.smallest_states import minimal_state
     from ess_monitor.analysis.student_states import compressibility
+    from ess_monitor.analysis.students import StudentTraining
     from ess_monitor.analysis.study_results import Correlation, Study, StudyCell, StudyRun
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "StateFor",
     "StateModulation",
     "StudentLoss",
+    "StudentTraining",
     "Study",
     "StudyCell",
     "StudyRun",
@@ -94,6 +96,7 @@ _MODULES = {
     **dict.fromkeys(("Correlation", "Study", "StudyCell", "StudyRun"), "study_results"),
     "state_modulation": "separators",
     "shots_profile": "shots",
+    "StudentTraining": "students",
     **dict.fromkeys(("LayerModulation", "ModulationAt", "StateModulation", "Substitution"), "modulation_results"),
     **dict.fromkeys(("AtShots", "LayerShots", "ShotsProfile"), "modulation_results"),
 }

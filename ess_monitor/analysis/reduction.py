@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from ess_monitor import validation
 from ess_monitor.analysis.layer_operators import NotAnalyzed, Progress, layers_of, smaller_states
 from ess_monitor.analysis.results import LayerReduction, Reduction
-from ess_monitor.analysis.smaller_model import SmallerState, settings_of, smaller_model
+from ess_monitor.analysis.smaller_model import (
+    SmallerState,
+    projection_of,
+    recurrences_of,
+    settings_of,
+    smaller_model,
+    state_weights,
+)
 from ess_monitor.capture import CaptureConfig, Captured, LayerFilter, find_layers
 from ess_monitor.capture.handles import StateWeights
-from ess_monitor.capture.layers import Layer, check_model, evaluating
+from ess_monitor.capture.layers import check_model, evaluating
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, ConfigError, format_error
 from ess_monitor.ess import DiagonalRecurrence
-from ess_monitor.ess.realization.projection import (
-    StateProjection,
-    balanced_directions,
-    best_dimensions,
-    first_dimensions,
-)
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 """Returns loss and metrics of a model, by name. It is called in eval mode and without gradients."""
@@ -35,15 +36,6 @@ DEFAULTS = MonitorConfig(capture=CaptureConfig(samples=16, heads=None, max_lengt
 """16 sequences of 256 tokens decide which dimensions are kept."""
 _PREDICTED_SAMPLES, _PREDICTED_HEADS = 2, 16
 """Of which the loss of the operator is given beside what `compressibility` says of the same."""
-
-_WHY = {
-    "SoftmaxAttention": "attention keeps every token and has no state dimensions to leave out; see `hybrid-advice` for "
-    "where a recurrence may do",
-    "Delta": "the delta rule subtracts what its keys find in the state: without a dimension they would find something "
-    "else, at every later token",
-    "Convolution": "a filter has no state of its own",
-}
-"""Begin of an operator's name -> why its state cannot be made smaller in the weights."""
 
 _METHODS = {
     "directions": "balanced truncation, folded into q and k",
@@ -112,7 +104,7 @@ def reduce(
     if not smaller:
         reasons = "; ".join(f"{layer.layer}: {layer.message}" for layer in layers)
         raise CaptureError(f"model: no state of {type(model).__name__} can be made smaller: {reasons}")
-    with_state = [layer.name for layer in find_layers(model) if isinstance(_weights(layer), StateWeights)]
+    with_state = [layer.name for layer in find_layers(model) if isinstance(state_weights(layer), StateWeights)]
     copy = smaller_model(model, list(smaller.values()), are_all=set(with_state) == set(smaller))
     before = {} if evaluate is None else _evaluated(model, evaluate)
     try:
@@ -133,23 +125,13 @@ def reduce(
 
 
 def _check_below(state: int, model: nn.Module, layers: LayerFilter | None) -> None:
-    sizes = [found.size for layer in find_layers(model, layers) if isinstance(found := _weights(layer), StateWeights)]
+    weights = [state_weights(layer) for layer in find_layers(model, layers)]
+    sizes = [each.size for each in weights if isinstance(each, StateWeights)]
     if sizes and state >= max(sizes):
         raise ConfigError(
             f"state={state} must be below the states of {type(model).__name__}, which have up to {max(sizes)} "
             "dimensions per head"
         )
-
-
-def _weights(layer: Layer) -> StateWeights | str:
-    """Return the weights that a layer's state size sets, or why it cannot be made smaller."""
-    found = layer.spec.weights(layer.module)
-    if found is not None:
-        return found
-    for begin, reason in _WHY.items():
-        if begin in layer.spec.operator:
-            return reason
-    return f"it is not known which weights of {type(layer.module).__name__} are those of its state dimensions"
 
 
 def _evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
@@ -167,18 +149,13 @@ def _evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
 def _analyzed(
     captured: Captured, config: MonitorConfig, *, model: nn.Module, state: int, smaller: dict[str, SmallerState]
 ) -> LayerReduction:
-    weights = _weights(captured.layer)
+    weights = state_weights(captured.layer)
     if isinstance(weights, str):
         raise NotAnalyzed("skipped", weights)
     if weights.size <= state:
         raise NotAnalyzed("skipped", f"its state has {weights.size} dimensions, and stays as it is")
     operator = captured.operator.map(Tensor.cpu)
-    parts = [part for part in operator.longest_segments() if isinstance(part, DiagonalRecurrence)]
-    if not parts or parts[0].state_size != weights.size:
-        raise NotAnalyzed("failed", "its operator is no recurrence with the state that its weights have")
-    if not all(bool(part.finite().all()) for part in parts):
-        raise NotAnalyzed("nonfinite", "an input of its operator is NaN or infinite")
-    projection = _projection(parts, weights, state)
+    projection = projection_of(recurrences_of(operator, weights), weights, state)
     few = operator.select(samples=range(min(_PREDICTED_SAMPLES, operator.batch)))
     heads = min(_PREDICTED_HEADS, few.heads)
     predicted = smaller_states(replace(captured, operator=few.select(heads=range(heads))), lambda _: (state,))
@@ -200,11 +177,3 @@ def _analyzed(
 
 def _scales(weights: StateWeights) -> bool:
     return weights.reads_linearly and weights.keeps != "directions"
-
-
-def _projection(parts: Sequence[DiagonalRecurrence], weights: StateWeights, state: int) -> StateProjection:
-    if weights.keeps == "directions":
-        return balanced_directions(parts, weights.groups, state)
-    if weights.keeps == "first":
-        return first_dimensions(parts, weights.groups, state)
-    return best_dimensions(parts, weights.groups, state, scales=weights.reads_linearly)

@@ -121,7 +121,24 @@ class StudentLoss(Record):
     floor: float
     """No student gets below: max_i sum_{m>r} sigma_m(H_i)^2 / ||T_t||_F^2."""
     truncation: float
-    """Loss of the truncated realization, from which a student can start."""
+    """Loss of the truncated realization, whose matrices are of this input."""
+    operator_loss: float | None = None
+    """Loss of a student after its training on the operator. None where none was trained."""
+    activation_loss: float | None = None
+    """||y_s - y_t||^2 / ||y_t||^2 of the layer's outputs, after its training on these."""
+
+    @property
+    def summary(self) -> str:
+        """The losses in percent, for tables.
+
+        >>> StudentLoss(state_size=4, floor=0.01, truncation=0.05, operator_loss=0.1, activation_loss=0.025).summary
+        '1 % (5 %) → 10 %, 2.5 %'
+        """
+        floor, truncation, *trained = (
+            None if value is None else f"{100 * value:.2g} %"
+            for value in (self.floor, self.truncation, self.operator_loss, self.activation_loss)
+        )
+        return f"{floor} ({truncation})" + (f" → {trained[0]}, {trained[1]}" if None not in trained else "")
 
 
 class LayerCompressibility(LayerStates):
@@ -138,6 +155,10 @@ class Compressibility(AnalysisResult):
     """Class of the teacher."""
     student_states: tuple[int, ...]
     """State sizes that were asked for, ascending."""
+    operator_steps: int | None = None
+    """Steps in which students were trained on the operator. None: none was trained."""
+    activation_steps: int | None = None
+    """The same on the layer's outputs."""
     layers: tuple[LayerCompressibility, ...]
     """In model order. A layer that could not be analyzed has another status than ok, and a message."""
     skipped: tuple[LayerInfo, ...] = ()

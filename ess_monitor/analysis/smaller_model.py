@@ -1,4 +1,4 @@
-"""Builds a copy of a model whose layers have smaller states: the same classes, with weights cut out of those it has."""
+"""Builds copies of layers and models with smaller states: the same classes, with weights cut out of those they have."""
 
 from __future__ import annotations
 
@@ -11,9 +11,60 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from ess_monitor.analysis.layer_operators import NotAnalyzed
 from ess_monitor.capture.handles import StateRows, StateWeights
+from ess_monitor.capture.layers import Layer
 from ess_monitor.errors import CaptureError, format_error
-from ess_monitor.ess.realization.projection import StateProjection
+from ess_monitor.ess import DiagonalRecurrence, Operator
+from ess_monitor.ess.realization.projection import (
+    StateProjection,
+    balanced_directions,
+    best_dimensions,
+    first_dimensions,
+)
+
+_WHY = {
+    "SoftmaxAttention": "attention keeps every token and has no state dimensions to leave out; see `hybrid-advice` for "
+    "where a recurrence may do",
+    "Delta": "the delta rule subtracts what its keys find in the state: without a dimension they would find something "
+    "else, at every later token",
+    "Convolution": "a filter has no state of its own",
+}
+"""Begin of an operator's name -> why its state cannot be made smaller in the weights."""
+
+
+def state_weights(layer: Layer) -> StateWeights | str:
+    """Return the weights that a layer's state size sets, or why it cannot be made smaller."""
+    found = layer.spec.weights(layer.module)
+    if found is not None:
+        return found
+    for begin, reason in _WHY.items():
+        if begin in layer.spec.operator:
+            return reason
+    return f"it is not known which weights of {type(layer.module).__name__} are those of its state dimensions"
+
+
+def recurrences_of(operator: Operator, weights: StateWeights) -> list[DiagonalRecurrence]:
+    """Return the operator as recurrences with the state that the weights have.
+
+    Raises:
+        NotAnalyzed: it is none, or not finite.
+    """
+    parts = [part for part in operator.longest_segments() if isinstance(part, DiagonalRecurrence)]
+    if not parts or parts[0].state_size != weights.size:
+        raise NotAnalyzed("failed", "its operator is no recurrence with the state that its weights have")
+    if not all(bool(part.finite().all()) for part in parts):
+        raise NotAnalyzed("nonfinite", "an input of its operator is NaN or infinite")
+    return parts
+
+
+def projection_of(parts: Sequence[DiagonalRecurrence], weights: StateWeights, state: int) -> StateProjection:
+    """Return what stays of a layer's state, as far as its weights allow a choice."""
+    if weights.keeps == "directions":
+        return balanced_directions(parts, weights.groups, state)
+    if weights.keeps == "first":
+        return first_dimensions(parts, weights.groups, state)
+    return best_dimensions(parts, weights.groups, state, scales=weights.reads_linearly)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +79,18 @@ class SmallerState:
 
 
 @torch.no_grad()
+def smaller_layer(layer: SmallerState, name: str) -> nn.Module:
+    """Return a copy of one layer, called `name`, with a smaller state.
+
+    Raises:
+        CaptureError: as `smaller_model`.
+    """
+    smaller = _copied(layer.module)
+    _make_smaller(smaller, layer, name)
+    return smaller
+
+
+@torch.no_grad()
 def smaller_model(model: nn.Module, layers: Sequence[SmallerState], *, are_all: bool) -> nn.Module:
     """Return a copy of the model in which these layers have smaller states.
 
@@ -37,10 +100,7 @@ def smaller_model(model: nn.Module, layers: Sequence[SmallerState], *, are_all: 
         CaptureError: the model cannot be copied, or a weight is not a plain tensor of floating numbers.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    try:
-        smaller = deepcopy(model)
-    except Exception as error:
-        raise CaptureError(f"model: {type(model).__name__} cannot be copied ({format_error(error)})") from error
+    smaller = _copied(model)
     for layer in layers:
         module = smaller.get_submodule(names[id(layer.module)])
         _make_smaller(module, layer, names[id(layer.module)])
@@ -61,6 +121,13 @@ def settings_of(model: nn.Module, weights: StateWeights, state: int) -> dict[str
     configs = [getattr(module, "config", None) for module in model.modules()]
     known = [name for name, value in present.items() if any(getattr(each, name, None) == value for each in configs)]
     return {name: wanted[name] for name in known or wanted}
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(model)
+    except Exception as error:
+        raise CaptureError(f"model: {type(model).__name__} cannot be copied ({format_error(error)})") from error
 
 
 def _make_smaller(module: nn.Module, layer: SmallerState, name: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ess_monitor import CaptureConfig, LayerFilter, MonitorConfig
-from ess_monitor.analysis import compressibility, hybrid_advice, length_profile, minimal_state
+from ess_monitor.analysis import StudentTraining, compressibility, hybrid_advice, length_profile, minimal_state
 from ess_monitor.cli.tables import plain_table, print_table
 from tests.cli.test_main import Run
 from tests.report.helpers import unwanted_scripts
@@ -62,6 +62,29 @@ def test_distill_check_gives_what_it_gives_in_python_and_shows_a_table(run: Run,
     assert re.search(r"mixer +DiagonalRecurrence +4 +[\d.e-]+ % \([\d.e-]+ %\)", shown.out)
     assert re.search(r"lstm +skipped: ", shown.out)
     assert "what a smaller state must lose" in (tmp_path / "page.html").read_text()
+
+
+def test_distill_check_trains_students_where_it_is_asked_to(run: Run) -> None:
+    steps = ("--operator-steps", "3", "--activation-steps", "4")
+    only = ("distill-check", *NET, "--student-states", "2")
+    answer = run(*only, "--trial", *steps, "--json")
+
+    import cli_models
+
+    torch.manual_seed(0)
+    tokens = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
+    config = MonitorConfig(capture=CaptureConfig(samples=2, heads=16))
+    trial = StudentTraining(operator_steps=3, activation_steps=4)
+    expected = compressibility(cli_models.Net(), tokens, student_states=[2], config=config, trial=trial)
+    assert answer.json == {"schema_version": 1, **expected.model_dump(mode="json")}
+    shown = run(*only, "--trial", *steps)
+    assert re.search(r"mixer +DiagonalRecurrence +4 +\S+ % \(\S+ %\) → \S+ %, \S+ %", shown.out)
+    assert "after 3 steps on the operator" in shown.out
+    assert "attention: no student was trained" in shown.out
+    assert "→" not in run(*only).out
+    refused = run(*only, *steps)
+    assert (refused.status, refused.out) == (2, "")
+    assert "operator_steps: students are trained with --trial only" in refused.err
 
 
 def test_hybrid_advice_gives_what_it_gives_in_python_and_shows_a_table(run: Run, tmp_path: Path) -> None:

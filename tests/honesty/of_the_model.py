@@ -146,10 +146,23 @@ def _one(model: Any) -> dict[str, float]:
     return {"loss": 1.0}
 
 
+def _taken(layer: str, size: int, student: Any) -> None:
+    assert layer
+    assert size
+
+
 ANALYSIS: dict[str, Case] = {
+    "StudentTraining": Case(analysis.StudentTraining),
     "compressibility": Case(
         lambda model, inputs, **given: analysis.compressibility(model, inputs, **given),
-        lambda: {"model": model(), "inputs": floats(2, 6, 8), "student_states": [1, 2], "progress": iter},
+        lambda: {
+            "model": model(),
+            "inputs": floats(2, 6, 8),
+            "student_states": [1, 2],
+            "trial": analysis.StudentTraining(operator_steps=0, activation_steps=0),
+            "on_student": _taken,
+            "progress": iter,
+        },
         exempt={"inputs": OF_THE_MODEL},
     ),
     "correlate": Case(

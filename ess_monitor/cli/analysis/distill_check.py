@@ -1,4 +1,4 @@
-"""`ess-monitor distill-check`: what students with smaller states must lose."""
+"""`ess-monitor distill-check`: what students with smaller states must lose, and what trained ones lose."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ from ess_monitor.cli.options import (
     whole_numbers,
 )
 from ess_monitor.cli.tables import capacity_text, plain_table
+from ess_monitor.errors import ConfigError
 from ess_monitor.records import layer_title
 
 if TYPE_CHECKING:
-    from ess_monitor.analysis import Compressibility
+    from ess_monitor.analysis import Compressibility, StudentTraining
 
 States = Annotated[str, typer.Option(metavar="R,R,...", help="State dimensions per head of each student.")]
+WithTrial = Annotated[bool, typer.Option("--trial", help="Train students, which takes seconds for each of them.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=0, help="Steps of a student with --trial; default: 50 on the operator, 100 on outputs."),
+]
 
 
 def distill_check(
@@ -50,12 +56,17 @@ def distill_check(
     vocab_size: VocabSize = None,
     seed: Seed = 0,
     student_states: States = "4,8,16",
+    trial: WithTrial = False,
+    operator_steps: Steps = None,
+    activation_steps: Steps = None,
     as_json: AsJson = False,
     html: Html = None,
 ) -> None:
     """Show the operator loss that no student with a smaller state can avoid, layer by layer.
 
-    The loss is that of section 4.3, the squared difference of T as a share of the teacher's. Nothing is trained.
+    The loss is that of section 4.3, the squared difference of T as a share of the teacher's. Nothing is trained,
+    unless --trial asks for it: then students, the same layers with smaller states, are trained on the input by the two
+    steps of appendix C.6.
     """
     from ess_monitor.analysis import compressibility
     from ess_monitor.cli.measuring import config_of, loaded, run_on
@@ -63,12 +74,24 @@ def distill_check(
 
     config = config_of(batch, length, layer, heads=heads)
     states = whole_numbers("student_states", student_states, 0)
+    training = _training(trial, operator_steps, activation_steps)
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
-        result = run_on(model, inputs, compressibility, student_states=states, config=config, progress=progress)
+        settings = {"student_states": states, "trial": training, "config": config, "progress": progress}
+        result = run_on(model, inputs, compressibility, **settings)
     title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}: operator loss of a student, at least"
     page = render_compressibility(result) if html is not None else None
     put_out(result.model_dump(mode="json"), _table(title, result), page, as_json=as_json, html=html)
+
+
+def _training(trial: bool, operator_steps: int | None, activation_steps: int | None) -> StudentTraining | None:
+    from ess_monitor.analysis import StudentTraining
+
+    steps = {"operator_steps": operator_steps, "activation_steps": activation_steps}
+    given = {name: value for name, value in steps.items() if value is not None}
+    if given and not trial:
+        raise ConfigError(f"{next(iter(given))}: students are trained with --trial only; add it")
+    return StudentTraining(**given) if trial else None
 
 
 def _table(title: str, result: Compressibility) -> Table:
@@ -77,10 +100,15 @@ def _table(title: str, result: Compressibility) -> Table:
     for layer in result.layers:
         if layer.status == "ok":
             capacity = capacity_text(f"{layer.state_capacity:g}", grows=layer.capacity_grows)
-            losses = [f"{100 * each.floor:.2g} % ({100 * each.truncation:.2g} %)" for each in layer.students]
+            losses = [each.summary for each in layer.students]
             table.add_row(layer_title(layer.layer), layer.operator, capacity, *losses)
     first = (
-        "As a share of the teacher's operator, squared. In brackets: the truncation, which a student can start from."
+        "As a share of the teacher's operator, squared. In brackets: the truncation, whose matrices fit this one input."
     )
+    if result.operator_steps is not None:
+        first += (
+            f"\nBehind the arrow: a student after {result.operator_steps} steps on the operator, and what the layer's "
+            f"outputs lose after {result.activation_steps} steps on them"
+        )
     add_without_result(table, result.layers, result.skipped, first)
     return table

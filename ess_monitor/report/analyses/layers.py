@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from ess_monitor import validation
@@ -117,12 +118,24 @@ def _errors_figure(layer: LayerMinimalState) -> Figure | None:
 
 
 def _loss_figure(
-    layer: LayerResult, quantity: str, sizes: Sequence[tuple[int, float, float]], floor_label: str, least: float
+    layer: LayerResult,
+    quantity: str,
+    sizes: Sequence[tuple[int, float, float]],
+    floor_label: str,
+    least: float,
+    others: Mapping[str, Sequence[tuple[int, float | None]]] = MappingProxyType({}),
 ) -> Figure | None:
-    """Draw the floor and what a truncation reaches over the size of the state, as far as they are above `least`."""
+    """Draw the floor and what a truncation reaches over the size of the state, as far as they are above `least`.
+
+    `others` are more lines, by their labels.
+    """
     floor = [(float(size), value) for size, value, _ in sizes if value > least]
     reached = [(float(size), value) for size, _, value in sizes if value > least]
-    lines = {quantity: [Series("truncated realization", "a", reached), Series(floor_label, "limit", floor)]}
+    series = [Series("truncated realization", "a", reached)]
+    for kind, (label, pairs) in zip("bcd", others.items(), strict=False):
+        shown = [(float(size), value) for size, value in pairs if value is not None and value > least]
+        series += [Series(label, kind, shown)] if shown else []
+    lines = {quantity: [*series, Series(floor_label, "limit", floor)]}
     ends, title = (0.0, float(max(1, *(size for size, _, _ in sizes)))), layer_title(layer.layer)
     return line_figure(title, lines, x_label="state size", x_range=ends, log_y=True) if reached else None
 
@@ -150,7 +163,12 @@ def render_compressibility(result: Compressibility) -> str:
     validation.instance("result", result, Compressibility, hint="compressibility(model, ...) returns one")
     layers = _measured(result.layers)
     columns = ("layer", "operator", "TSS", *(f"state {state}" for state in result.student_states))
-    notes = ["In brackets: the loss of the truncated realization, which a student can start from."]
+    notes = ["In brackets: the loss of the truncated realization, whose matrices fit this one input."]
+    if result.operator_steps is not None:
+        notes.append(
+            f"Behind the arrow: a student after {result.operator_steps} steps on the operator, and what the layer's "
+            f"outputs lose after {result.activation_steps} steps on them. Both are of the input that it was trained on."
+        )
     notes += _messages(layers)
     return render(
         "analysis.html",
@@ -172,13 +190,17 @@ def compressibility_figures(result: Compressibility) -> tuple[Figure, ...]:
 
 
 def _losses(layer: LayerCompressibility) -> tuple[str, ...]:
-    losses = [f"{100 * each.floor:.2g} % ({100 * each.truncation:.2g} %)" for each in layer.students]
+    losses = [each.summary for each in layer.students]
     return (layer_title(layer.layer), layer.operator, _capacity(layer.state_capacity, layer.capacity_grows), *losses)
 
 
 def _losses_figure(layer: LayerCompressibility) -> Figure | None:
     losses = [(each.state_size, each.floor, each.truncation) for each in layer.students]
-    return _loss_figure(layer, "operator loss", losses, "floor of any student", _LEAST_ERROR**2)
+    trained = {
+        "trained student": [(each.state_size, each.operator_loss) for each in layer.students],
+        "outputs of a trained student": [(each.state_size, each.activation_loss) for each in layer.students],
+    }
+    return _loss_figure(layer, "loss", losses, "floor of any student", _LEAST_ERROR**2, trained)
 
 
 def render_reduction(result: Reduction) -> str:
