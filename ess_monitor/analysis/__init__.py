@@ -47,13 +47,14 @@ if TYPE_CHECKING:
     from ess_monitor.analysis.smallest_states import minimal_state
     from ess_monitor.analysis.student_states import compressibility
     from ess_monitor.analysis.students import StudentTraining
-    from ess_monitor.analysis.study_results import Correlation, Study, StudyCell, StudyRun
+    from ess_monitor.analysis.study_results import Correlation, CorrelationDifference, Study, StudyCell, StudyRun
 
 __all__ = [
     "AtLength",
     "AtShots",
     "Compressibility",
     "Correlation",
+    "CorrelationDifference",
     "HybridAdvice",
     "LayerAdvice",
     "LayerCompressibility",
@@ -93,7 +94,7 @@ _MODULES = {
     "length_profile": "lengths",
     "reduce": "reduction",
     "correlate": "correlation",
-    **dict.fromkeys(("Correlation", "Study", "StudyCell", "StudyRun"), "study_results"),
+    **dict.fromkeys(("Correlation", "CorrelationDifference", "Study", "StudyCell", "StudyRun"), "study_results"),
     "state_modulation": "separators",
     "shots_profile": "shots",
     "StudentTraining": "students",

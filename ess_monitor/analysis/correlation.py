@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from statistics import StatisticsError, correlation, fmean
+from typing import NamedTuple
 
 from ess_monitor import validation
-from ess_monitor.analysis.study_results import Correlation, Quantity, Study, StudyCell, StudyRun
+from ess_monitor.analysis.study_results import Correlation, CorrelationDifference, Quantity, Study, StudyCell, StudyRun
 from ess_monitor.errors import ConfigError
 
 FEWEST = 3
@@ -20,6 +22,11 @@ _QUANTITIES: dict[Quantity, Callable[[StudyRun], float | None]] = {
     "ESS": lambda run: run.effective_size,
     "TSS": lambda run: run.state_capacity,
 }
+
+_PAIRS: tuple[tuple[Quantity, Quantity], ...] = (
+    ("ESS / demand", "TSS / demand"), ("entropy-ESS / demand", "TSS / demand"), ("ESS", "TSS")
+)  # fmt: skip
+"""Quantities whose correlations are compared."""
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -42,19 +49,22 @@ def correlate(
     metric: str = "metric",
     demand: str = "",
     resamples: int = 1000,
+    by_configuration: bool = False,
     seed: int = 0,
     notes: Sequence[str] = (),
 ) -> Study:
     """Return how ESS, TSS and both over the demand of the task go along with the final metric, over runs.
 
     Finding 1 of the paper compares r of ESS / kv with r of TSS / kv; Finding 2 looks at the correlation within each run
-    by TSS and kv. Intervals are percentiles of r over resamples of the runs.
+    by TSS and kv. Intervals are percentiles over resamples of the runs.
 
     Args:
         runs: what `ess_monitor.report.load_study` reads from event logs.
         metric: its name, for tables.
         demand: its name, for tables.
         resamples: of the bootstrap; 0 gives no intervals.
+        by_configuration: resample configurations, not runs: runs of the same task, kind of layer, TSS and demand, such
+            as seeds, stay together. They are no independent evidence of how sizes go along with the metric.
         seed: of the bootstrap.
         notes: passed on.
 
@@ -73,46 +83,100 @@ def correlate(
     for name, text in (("metric", metric), ("demand", demand)):
         validation.instance(name, text, str, hint="a name")
     resamples = validation.whole("resamples", resamples, 0, 1_000_000)
+    by_configuration = validation.flag("by_configuration", by_configuration)
     seed = validation.whole("seed", seed, 0)
     notes = validation.several("notes", notes, str)
     kinds = sorted({(run.task, run.featurizer) for run in runs})
-    groups = [("", "", runs)] + [(*kind, [run for run in runs if (run.task, run.featurizer) == kind]) for kind in kinds]
-    correlations = [
-        _correlation(task, featurizer, quantity, group, resamples, seed)
-        for task, featurizer, group in (groups if len(kinds) > 1 else groups[:1])
-        for quantity in _QUANTITIES
-    ]
+    groups: list[tuple[str, str, Sequence[StudyRun]]] = [("", "", runs)]
+    if len(kinds) > 1:
+        groups += [(*kind, [run for run in runs if (run.task, run.featurizer) == kind]) for kind in kinds]
+    bootstrap = _Bootstrap(resamples, by_configuration, seed)
+    correlations = [_correlation(*group, quantity, bootstrap) for group in groups for quantity in _QUANTITIES]
+    differences = [_difference(*group, *pair, bootstrap) for group in groups for pair in _PAIRS]
     return Study(
         metric=metric,
         demand=demand,
         runs=runs,
         correlations=tuple(each for each in correlations if each.runs),
+        differences=tuple(each for each in differences if each.runs),
+        by_configuration=by_configuration,
         cells=tuple(_cells(runs)),
         notes=notes,
     )
 
 
 def _correlation(
-    task: str, featurizer: str, quantity: Quantity, runs: Iterable[StudyRun], resamples: int, seed: int
+    task: str, featurizer: str, runs: Iterable[StudyRun], quantity: Quantity, bootstrap: _Bootstrap
 ) -> Correlation:
-    pairs = [
-        (size, run.metric)
-        for run in runs
-        if (size := _QUANTITIES[quantity](run)) is not None and run.metric is not None
-    ]
-    x, y = [value for value, _ in pairs], [value for _, value in pairs]
-    r = pearson(x, y)
-    low, high = (None, None) if r is None else _interval(pairs, resamples, seed)
-    return Correlation(task=task, featurizer=featurizer, quantity=quantity, runs=len(pairs), r=r, low=low, high=high)
+    points = _points(runs, quantity)
+    r, low, high = bootstrap.interval(points, lambda drawn: _r(drawn, 0))
+    return Correlation(task=task, featurizer=featurizer, quantity=quantity, runs=len(points), r=r, low=low, high=high)
 
 
-def _interval(pairs: Sequence[tuple[float, float]], resamples: int, seed: int) -> tuple[float | None, float | None]:
-    """Return the 2.5 and the 97.5 percentile of r over resamples; those in which one of the two is constant are left
-    out."""
-    generator = random.Random(seed)
-    drawn = (generator.choices(pairs, k=len(pairs)) for _ in range(resamples))
-    found = sorted(r for each in drawn if (r := pearson(*zip(*each, strict=True))) is not None)
-    return (_percentile(found, 0.025), _percentile(found, 0.975)) if found else (None, None)
+def _difference(
+    task: str, featurizer: str, runs: Iterable[StudyRun], quantity: Quantity, other: Quantity, bootstrap: _Bootstrap
+) -> CorrelationDifference:
+    points = _points(runs, quantity, other)
+
+    def difference(drawn: Sequence[_Point]) -> float | None:
+        first, second = _r(drawn, 0), _r(drawn, 1)
+        return None if first is None or second is None else first - second
+
+    found, low, high = bootstrap.interval(points, difference)
+    return CorrelationDifference(
+        task=task, featurizer=featurizer, quantity=quantity, other=other, runs=len(points),
+        difference=found, low=low, high=high,
+    )  # fmt: skip
+
+
+def _points(runs: Iterable[StudyRun], *quantities: Quantity) -> list[_Point]:
+    """Return the quantities and the metric of every run that has them all."""
+    points = []
+    for run in runs:
+        sizes = [size for each in quantities if (size := _QUANTITIES[each](run)) is not None]
+        if len(sizes) == len(quantities) and run.metric is not None:
+            points.append(_Point(_configuration(run), (*sizes, run.metric)))
+    return points
+
+
+def _configuration(run: StudyRun) -> tuple[str, str, float | None, float | None]:
+    return run.task, run.featurizer, run.state_capacity, run.demand
+
+
+def _r(points: Sequence[_Point], place: int) -> float | None:
+    return pearson([each.values[place] for each in points], [each.values[-1] for each in points])
+
+
+class _Point(NamedTuple):
+    configuration: tuple[str, str, float | None, float | None]
+    values: tuple[float, ...]
+    """Quantities, and last the metric."""
+
+
+class _Bootstrap(NamedTuple):
+    resamples: int
+    by_configuration: bool
+    seed: int
+
+    def interval(
+        self, points: Sequence[_Point], statistic: Callable[[Sequence[_Point]], float | None]
+    ) -> tuple[float | None, float | None, float | None]:
+        """Return a statistic of the points, and its 2.5 and 97.5 percentile over resamples.
+
+        Resamples in which it is undefined are left out. Fewer than three configurations say nothing of others.
+        """
+        value = statistic(points)
+        if value is None:
+            return None, None, None
+        groups: dict[object, list[_Point]] = {}
+        for place, point in enumerate(points):
+            groups.setdefault(point.configuration if self.by_configuration else place, []).append(point)
+        units, generator = list(groups.values()), random.Random(self.seed)
+        if len(units) < FEWEST:
+            return value, None, None
+        drawn = (list(chain(*generator.choices(units, k=len(units)))) for _ in range(self.resamples))
+        found = sorted(each for resample in drawn if (each := statistic(resample)) is not None)
+        return (value, _percentile(found, 0.025), _percentile(found, 0.975)) if found else (value, None, None)
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:

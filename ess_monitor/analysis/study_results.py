@@ -56,6 +56,29 @@ class Correlation(Record):
     """Upper end of the same."""
 
 
+class CorrelationDifference(Record):
+    """By how much better one quantity goes along with the final metric than another, over the runs that have both.
+
+    Finding 1 of the paper says that it is above 0 for ESS / kv against TSS / kv.
+    """
+
+    task: str
+    """Empty: of all tasks together."""
+    featurizer: str
+    """Empty: of all kinds of layers together."""
+    quantity: Quantity
+    other: Quantity
+    runs: int
+    """Number of runs that have both quantities and the metric."""
+    difference: float | None
+    """r of the quantity minus r of the other, -2 to 2. None where one of the two is undefined."""
+    low: float | None = None
+    """Lower end of the bootstrap interval that holds the difference in 95 % of the resamples: both correlations are
+    taken of the same resampled runs."""
+    high: float | None = None
+    """Upper end of the same."""
+
+
 class StudyCell(Record):
     """The runs of one task, kind of layer, TSS and demand: means over them, each of those runs that have it."""
 
@@ -81,6 +104,10 @@ class Study(AnalysisResult):
     runs: tuple[StudyRun, ...]
     correlations: tuple[Correlation, ...] = ()
     """Of all runs, and of each task and kind of layer where there are several."""
+    differences: tuple[CorrelationDifference, ...] = ()
+    """Of the same groups: ESS and entropy-ESS against TSS."""
+    by_configuration: bool = False
+    """Intervals are of resampled configurations, not of resampled runs."""
     cells: tuple[StudyCell, ...] = ()
     """By task, kind of layer, TSS and demand."""
     notes: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ def load_study(
     metric: str | None = None,
     demand: str | None = None,
     resamples: int = 1000,
+    by_configuration: bool = False,
     seed: int = 0,
     progress: Logs | None = None,
 ) -> Study:
@@ -42,6 +43,7 @@ def load_study(
         demand: the hyperparameter that says what the task asks a memory for; by default the first of kv_pairs,
             num_kv_pairs, kv and tokens_to_copy that a run has.
         resamples: of the bootstrap, as in `correlate`.
+        by_configuration: resample configurations, not runs, as in `correlate`.
         seed: of the bootstrap.
         progress: passes the logs on, such as `rich.progress.track`.
 
@@ -86,7 +88,10 @@ def load_study(
             "No run says what its task asks a memory for: set hyperparameters={'kv_pairs': ...} for its monitor, or "
             "name another one with demand."
         )
-    return correlate(runs, metric=metric, demand=demand, resamples=resamples, seed=seed, notes=notes)
+    return correlate(
+        runs, metric=metric, demand=demand, resamples=resamples, by_configuration=by_configuration, seed=seed,
+        notes=notes,
+    )  # fmt: skip
 
 
 def _metric(given: str | None, histories: Sequence[RunHistory]) -> str:

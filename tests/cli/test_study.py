@@ -16,8 +16,8 @@ __all__ = ["folder"]
 
 
 def test_study_gives_what_it_gives_in_python(run: Run, folder: Path) -> None:
-    answer = run("study", str(folder), "--json", "--resamples", "50", "--seed", "4")
-    expected = load_study(folder, resamples=50, seed=4)
+    answer = run("study", str(folder), "--json", "--resamples", "50", "--by-configuration", "--seed", "4")
+    expected = load_study(folder, resamples=50, by_configuration=True, seed=4)
     assert answer.json == {"schema_version": 1, **expected.model_dump(mode="json")}
 
 
@@ -27,6 +27,7 @@ def test_study_shows_correlations_and_the_grid_and_writes_a_page(run: Run, folde
     assert re.search(r"task +layers +quantity +runs +r with accuracy +95 %", answer.out)
     assert re.search(r"all +all +ESS / demand +16 +[+-]0\.\d\d +[+-]0\.\d\d to [+-]0\.\d\d", answer.out)
     assert re.search(r"mqar +gla +TSS / demand +8 ", answer.out)
+    assert re.search(r"all +all +ESS / demand minus TSS / demand +16 +[+-]\d\.\d\d +[+-]\d\.\d\d to", answer.out)
     assert re.search(r"mqar gla, TSS 4, kv_pairs 4 \(2 runs\): metric 0\.\d+, ESS [\d.]+, used 0\.\d+", answer.out)
     assert "Study of 16 runs: accuracy" in (folder / "page.html").read_text()
 

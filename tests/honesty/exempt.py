@@ -51,6 +51,7 @@ EXEMPT: dict[str, str] = {
             "ess_monitor.analysis.StateFor",
             "ess_monitor.analysis.StudentLoss",
             "ess_monitor.analysis.Correlation",
+            "ess_monitor.analysis.CorrelationDifference",
             "ess_monitor.analysis.Study",
             "ess_monitor.analysis.StudyCell",
             "ess_monitor.analysis.StudyRun",

@@ -108,9 +108,63 @@ def test_cells_are_means_over_the_runs_of_a_place(folder: Path) -> None:
 
 def test_the_bootstrap_is_that_of_its_seed(folder: Path) -> None:
     runs = load_study(folder, resamples=0).runs
-    first, same, other = (correlate(runs, seed=seed).correlations[0] for seed in (1, 1, 2))
+    first, same, other = (correlate(runs, resamples=100, seed=seed).correlations[0] for seed in (1, 1, 2))
     assert first == same
     assert (first.low, first.high) != (other.low, other.high)
+
+
+def test_a_difference_of_correlations_has_the_interval_of_both_over_the_same_resamples(folder: Path) -> None:
+    runs = expected_runs()
+    tss = [run["tss"] / run["kv_pairs"] for run in runs]
+    ess, entropy = ([run["ess"] / share / run["kv_pairs"] for run in runs] for share in (1, 2))
+    metric = [run["metric"] for run in runs]
+    for by_configuration in (False, True):
+        study = load_study(folder, resamples=500, by_configuration=by_configuration)
+        assert study.by_configuration is by_configuration
+        found = {(each.featurizer, each.quantity, each.other): each for each in study.differences}
+        assert len(found) == len(study.differences) == 9
+        for quantity, x in (("ESS / demand", ess), ("entropy-ESS / demand", entropy)):
+            each = found["", quantity, "TSS / demand"]
+            table = numpy.array([x, tss, metric])
+            assert each.runs == 16
+            assert each.difference == pytest.approx(difference_of_r(table))
+            place = [(run["featurizer"], run["tss"], run["kv_pairs"]) for run in runs]
+            units = [[k for k in range(16) if place[k] == one] for one in sorted(set(place))]
+            units = units if by_configuration else [[k] for k in range(16)]
+            drawn = numpy.random.default_rng(1).integers(len(units), size=(2000, len(units)))
+            resampled = [difference_of_r(table[:, [k for unit in one for k in units[unit]]]) for one in drawn]
+            assert (each.low, each.high) == pytest.approx(numpy.nanpercentile(resampled, [2.5, 97.5]), abs=0.12)
+
+
+def difference_of_r(table: Any) -> float:
+    """r of the first row with the last, minus r of the second with the last."""
+    with numpy.errstate(invalid="ignore"):
+        return float(numpy.corrcoef(table)[0, -1] - numpy.corrcoef(table)[1, -1])
+
+
+def test_copies_of_a_configuration_make_no_interval_narrower() -> None:
+    generator = numpy.random.default_rng(5)
+    one = [
+        StudyRun(name=str(k), metric=float(y), effective_size=float(x), state_capacity=2.0**k, demand=4)
+        for k, (x, y) in enumerate(generator.uniform(0, 1, (8, 2)))
+    ]
+    few, many = (correlate(one * copies, by_configuration=True).differences for copies in (1, 5))
+    for each, again in zip(few, many, strict=True):
+        assert (each.low, each.high) == pytest.approx((again.low, again.high), abs=1e-12)
+    low, high = few[0].low, few[0].high
+    narrow = correlate(one * 5).differences[0]
+    assert None not in (low, high, narrow.low, narrow.high)
+    assert narrow.high - narrow.low < 0.7 * (high - low)
+    same = [run.model_copy(update={"state_capacity": 8.0, "metric": k / 40}) for k, run in enumerate(one * 5)]
+    alone = correlate(same, by_configuration=True).correlations[0]
+    assert alone.r is not None
+    assert (alone.low, alone.high) == (None, None), "one configuration says nothing of others"
+
+
+def test_a_difference_with_an_undefined_correlation_is_undefined() -> None:
+    runs = [StudyRun(name=str(k), metric=k / 10, effective_size=2.0 * k, state_capacity=8, demand=4) for k in range(6)]
+    found = {each.quantity: (each.difference, each.low, each.high, each.runs) for each in correlate(runs).differences}
+    assert found == {"ESS / demand": (None, None, None, 6), "ESS": (None, None, None, 6)}
 
 
 def test_points_on_a_line_have_an_interval_of_one_and_constants_have_no_correlation() -> None:
@@ -169,6 +223,15 @@ def test_rows_and_page_show_every_run_and_escape_its_name(folder: Path) -> None:
     assert Study.model_validate(study.model_dump(mode="json")) == study
     page = render_study(study)
     assert "<b>run" not in page
-    for text in ("Study of 17 runs: accuracy", "ESS / demand", "kv_pairs 8", "TSS 16", "&lt;script&gt;", "run-15"):
+    assert "bootstrap over configurations" in render_study(load_study(folder, by_configuration=True, resamples=9))
+    for text in (
+        "Study of 17 runs: accuracy",
+        "bootstrap over runs",
+        "ESS / demand minus TSS / demand",
+        "kv_pairs 8",
+        "TSS 16",
+        "&lt;script&gt;",
+        "run-15",
+    ):
         assert text in page
     assert not math.isnan(sum(each.r or 0.0 for each in study.correlations))

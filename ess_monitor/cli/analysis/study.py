@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ess_monitor.analysis.study_results import Correlation, Study
+from ess_monitor.analysis.study_results import Correlation, CorrelationDifference, Study
 from ess_monitor.cli.analysis.output import progress, put_out
 from ess_monitor.cli.options import AsJson, Html
 from ess_monitor.cli.tables import plain_table
@@ -24,6 +24,13 @@ Demand = Annotated[
     ),
 ]
 Resamples = Annotated[int, typer.Option(min=0, help="Of the bootstrap of the intervals; 0: none.")]
+ByConfiguration = Annotated[
+    bool,
+    typer.Option(
+        "--by-configuration",
+        help="Resample configurations (task, layers, TSS and demand), not runs: their seeds stay together.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of the bootstrap.")]
 
 
@@ -32,6 +39,7 @@ def study(
     metric: Metric = None,
     demand: Demand = None,
     resamples: Resamples = 1000,
+    by_configuration: ByConfiguration = False,
     seed: Seed = 0,
     as_json: AsJson = False,
     html: Html = None,
@@ -41,7 +49,10 @@ def study(
     What tells runs apart (task, featurizer, kv_pairs) is read from their hyperparameters, a setting of the monitor.
     """
     logs = partial(progress, label="logs")
-    result = load_study(folder, metric=metric, demand=demand, resamples=resamples, seed=seed, progress=logs)
+    result = load_study(
+        folder, metric=metric, demand=demand, resamples=resamples, by_configuration=by_configuration, seed=seed,
+        progress=logs,
+    )  # fmt: skip
     page = render_study(result) if html is not None else None
     put_out(result.model_dump(mode="json"), _table(f"{len(result.runs)} runs in {folder}", result), page,
             as_json=as_json, html=html)  # fmt: skip
@@ -50,8 +61,10 @@ def study(
 def _table(title: str, result: Study) -> Table:
     table = plain_table(title, "task", "layers", "quantity", numbers=("runs", f"r with {result.metric}", "95 %"))
     for each in result.correlations:
-        r = "-" if each.r is None else f"{each.r:+.2f}"
-        table.add_row(each.task or "all", each.featurizer or "all", each.quantity, str(each.runs), r, _interval(each))
+        table.add_row(*_group(each), each.quantity, str(each.runs), _signed(each.r), _interval(each))
+    for pair in result.differences:
+        compared = f"{pair.quantity} minus {pair.other}"
+        table.add_row(*_group(pair), compared, str(pair.runs), _signed(pair.difference), _interval(pair))
     lines = [*result.notes]
     if result.demand:
         lines.append(f"demand: the hyperparameter {result.demand}")
@@ -60,7 +73,15 @@ def _table(title: str, result: Study) -> Table:
     return table
 
 
-def _interval(each: Correlation) -> str:
+def _group(each: Correlation | CorrelationDifference) -> tuple[str, str]:
+    return each.task or "all", each.featurizer or "all"
+
+
+def _signed(number: float | None) -> str:
+    return "-" if number is None else f"{number:+.2f}"
+
+
+def _interval(each: Correlation | CorrelationDifference) -> str:
     return "-" if each.low is None or each.high is None else f"{each.low:+.2f} to {each.high:+.2f}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ess_monitor import validation
-from ess_monitor.analysis.study_results import Correlation, Study, StudyCell, StudyRun
+from ess_monitor.analysis.study_results import Correlation, CorrelationDifference, Study, StudyCell, StudyRun
 from ess_monitor.records import COLOR_SCALE
 from ess_monitor.report.components import Table, cell, present
 from ess_monitor.report.figures import STYLES, Figure
@@ -43,8 +43,13 @@ def render_study(study: Study) -> str:
         "analysis.html",
         title=f"Study of {len(study.runs)} runs: {study.metric}",
         lead=f"How sizes of the state go along with the final {study.metric}, over runs. Intervals are those of the "
-        "bootstrap. A correlation says nothing of a cause.",
-        table=Table(f"Correlation with {study.metric}", columns, tuple(map(_correlation, study.correlations))),
+        f"bootstrap over {'configurations' if study.by_configuration else 'runs'}. A correlation says nothing of a "
+        "cause.",
+        table=Table(
+            f"Correlation with {study.metric}, and differences of correlations",
+            columns,
+            (*map(_correlation, study.correlations), *map(_difference, study.differences)),
+        ),
         notes=[*study.notes, *([f"demand: {study.demand}"] if study.demand else [])],
         figures_title=f"{study.metric} over ESS, and means by TSS and {demand}",
         figures=study_figures(study),
@@ -61,6 +66,11 @@ def study_figures(study: Study) -> tuple[Figure, ...]:
 def _correlation(each: Correlation) -> tuple[str, ...]:
     numbers = (str(each.runs), cell(each.r), cell(each.low), cell(each.high))
     return (each.task or "all", each.featurizer or "all", each.quantity, *numbers)
+
+
+def _difference(each: CorrelationDifference) -> tuple[str, ...]:
+    numbers = (str(each.runs), cell(each.difference), cell(each.low), cell(each.high))
+    return (each.task or "all", each.featurizer or "all", f"{each.quantity} minus {each.other}", *numbers)
 
 
 def _grids(study: Study, demand: str) -> list[Table]:
