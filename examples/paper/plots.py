@@ -72,6 +72,66 @@ def scatter(
     return Figure(title, summary, data, _layout(x_label, y_label, log_x=log_x))
 
 
+def bars(title: str, groups: Mapping[str, Mapping[str, tuple[float, float, float]]], *, y_label: str) -> Figure:
+    """Return bars beside each other, with the ends of their intervals: those of a group have one color."""
+    data = [
+        {
+            "type": "bar",
+            "name": label,
+            "x": list(found),
+            "y": [value for value, _, _ in found.values()],
+            "error_y": {
+                "type": "data",
+                "symmetric": False,
+                "array": [high - value for value, _, high in found.values()],
+                "arrayminus": [value - low for value, low, _ in found.values()],
+                "thickness": 1,
+            },
+            "marker": {"color": STYLES[_KINDS[place % len(_KINDS)]]["color"]},
+        }
+        for place, (label, found) in enumerate(groups.items())
+    ]
+    summary = "; ".join(
+        f"{label}: " + ", ".join(f"{value:.2f} ({name})" for name, (value, _, _) in found.items())
+        for label, found in groups.items()
+    )
+    return Figure(title, summary, data, {**_layout("", y_label), "barmode": "group", "xaxis": {"type": "category"}})
+
+
+def heat_map(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    limits: tuple[float, float],
+) -> Figure:
+    """Return a cell for each value, from blue at the lower limit to red at the upper one; unknown values are empty."""
+    data = {
+        "type": "heatmap",
+        "x": list(columns),
+        "y": list(rows),
+        "z": [list(row) for row in values],
+        "zmin": limits[0],
+        "zmax": limits[1],
+        "colorscale": "RdBu",
+        "reversescale": True,
+        "texttemplate": "%{z:.2f}",
+        "hoverongaps": False,
+        "colorbar": {"thickness": 10, "outlinewidth": 0},
+    }
+    layout = {
+        "height": 160 + 36 * len(rows),
+        "xaxis": {"type": "category"},
+        "yaxis": {"type": "category", "autorange": "reversed"},
+    }
+    summary = "; ".join(
+        f"{name}: " + ", ".join("unknown" if value is None else f"{value:.2f}" for value in row)
+        for name, row in zip(rows, values, strict=True)
+    )
+    return Figure(title, summary, [data], layout)
+
+
 def _layout(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> dict[str, object]:
     return {
         "height": 340,
