@@ -16,7 +16,7 @@ pytest.importorskip("scipy")
 
 from examples.paper import experiment
 from examples.paper.__main__ import EXPERIMENTS, UNPUBLISHED, load, main
-from examples.paper.experiment import SEEDS, SEEN, Experiment, Finding, Run, interval, planned
+from examples.paper.experiment import SEEDS, SEEN, Experiment, Finding, Run, by_seed, interval, paired, planned, shown
 
 PAGE = Path(__file__).parents[1] / "docs" / "paper"
 COMMITTED = json.loads((PAGE / "results.json").read_text())
@@ -94,6 +94,50 @@ def test_a_run_that_fails_is_named_and_no_page_is_written(
     assert main(["memory_decay", "--folder", str(tmp_path), "--page", str(tmp_path / "page")]) == 1
     assert "ValueError: no such net" in capfd.readouterr().err
     assert not (tmp_path / "page").exists()
+
+
+def test_what_is_averaged_within_a_seed_is_no_evidence_of_its_own() -> None:
+    first = [{"seed": seed, "value": value} for seed, value in ((0, 1.0), (0, 2.0), (1, 5.0), (2, 9.0))]
+    second = [{"seed": seed, "value": value} for seed, value in ((0, 0.5), (0, 0.5), (1, 1.0), (2, None))]
+    pairs = paired(first, second, lambda row: row["value"])
+    assert pairs == [(0, 0.5), (0, 1.5), (1, 4.0)]
+    assert by_seed(pairs) == [1.0, 4.0]
+    assert shown(by_seed([])) == "undefined"
+
+
+def test_the_verdicts_of_the_sweep_follow_its_rules() -> None:
+    module = import_module("examples.paper.task_model_sweep")
+    settings = module.runs((0, 1, 2), short=False)
+
+    def made(row: Run, collapsing: tuple[str, ...], used: float) -> Run:
+        """A run whose ESS is a share of TSS: solved, unless its mixer collapses or its state is full."""
+        lost = row["model"] in collapsing and row["kv_pairs"] == 8 and row["state_size"] > 2
+        share = 0.1 if lost else min(1.0, used * 4 / row["state_size"])
+        accuracy = 0.1 if lost else 0.4 if row["state_size"] == 2 else 0.99 - 0.001 * row["seed"]
+        grown = [[step * share * row["state_size"] / 10] * 2 for step in range(11)]
+        rising = [step / 10 * accuracy for step in range(11)]
+        return {**row, "step": list(range(11)), "accuracy": rising, "ess": grown, "entropy": grown}
+
+    def verdicts(*collapsing: str, used: float = 1.0) -> tuple[str, str]:
+        rows = [made(row, collapsing, used) for row in settings]
+        return module._saturation(rows).verdict, module._finding_3(rows).verdict
+
+    assert verdicts() == ("reproduced", "not reproduced")
+    assert verdicts("gla:beta=1", "wla:beta=1")[1] == "partly"
+    assert verdicts("gla:beta=1")[1] == "not reproduced", "WLA does not collapse"
+    assert verdicts("gla:beta=16", "wla:beta=16")[1] == "reproduced"
+    assert verdicts("gla:beta=16", "wla:beta=16", "la:rope_base=10")[1] == "not reproduced"
+    assert verdicts(used=0.1)[0] == "partly", "accuracy is worse at the smallest TSS, but no state is full"
+    rows = [made(row, ("wla:beta=1",), 1.0) for row in settings]
+    assert module._finding_2(rows).verdict == "not reproduced", "all correlations within runs are 1"
+    for row in rows:
+        if (row["kv_pairs"], row["state_size"]) == (4, 16) and row["seed"] < 2:
+            row["accuracy"] = row["accuracy"][::-1]
+    assert module._finding_2(rows).verdict == "partly", "differences of 2, 2 and 0"
+    for row in rows:
+        if (row["kv_pairs"], row["state_size"]) == (4, 16) and row["seed"] == 2:
+            row["accuracy"] = row["accuracy"][::-1]
+    assert module._finding_2(rows).verdict == "reproduced"
 
 
 def test_the_interval_is_that_of_student() -> None:

@@ -19,7 +19,7 @@ from examples.paper.experiment import Experiment, Outcome, Run, cluster, perform
 
 EXPERIMENTS = ("memory_decay",)
 """Modules of experiments, in the order of the page."""
-UNPUBLISHED = ("hybrids", "initialization", "modulation", "open_questions", "regularizer")
+UNPUBLISHED = ("hybrids", "initialization", "modulation", "open_questions", "regularizer", "task_model_sweep")
 """Modules of experiments that are not on the page yet."""
 
 

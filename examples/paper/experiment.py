@@ -154,5 +154,33 @@ def shown(values: Iterable[float], digits: int = 2) -> str:
     >>> shown([1.0, 2.0, 3.0])
     '2.00 ± 2.48'
     """
+    values = list(values)
+    if not values:
+        return "undefined"
     mean, low, _ = interval(values)
     return f"{mean:.{digits}f}" if low == float("-inf") else f"{mean:.{digits}f} ± {mean - low:.{digits}f}"
+
+
+def paired(
+    first: Iterable[Run], second: Iterable[Run], value: Callable[[Run], float | None]
+) -> list[tuple[int, float]]:
+    """Return seed and difference of each pair of runs that both have the value; both are in the order of seeds."""
+    both = [(one["seed"], value(one), value(other)) for one, other in zip(first, second, strict=True)]
+    return [(seed, one - other) for seed, one, other in both if one is not None and other is not None]
+
+
+def by_seed(pairs: Iterable[tuple[int, float]]) -> list[float]:
+    """Return the mean of every seed: what is averaged within a seed is no evidence of its own.
+
+    >>> by_seed([(0, 1.0), (1, 5.0), (0, 3.0)])
+    [2.0, 5.0]
+    """
+    of_seed: dict[int, list[float]] = {}
+    for seed, value in pairs:
+        of_seed.setdefault(seed, []).append(value)
+    return [statistics.fmean(values) for values in of_seed.values()]
+
+
+def number(value: float | None) -> str:
+    """Return a cell of a table; unknown values are a dash."""
+    return "-" if value is None else f"{value:.2f}"

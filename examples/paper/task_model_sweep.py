@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from ess_monitor.analysis import Correlation, CorrelationDifference, Study, StudyRun, correlate
+from ess_monitor.analysis import CorrelationDifference, Study, StudyRun, correlate
 from ess_monitor.analysis.correlation import pearson
-from examples.paper.experiment import Experiment, Finding, Run, Table, interval, shown
+from examples.paper.experiment import Experiment, Finding, Run, Table, by_seed, interval, number, paired, shown
 from examples.paper.nets import TEST_SEED, Training, evaluate, readings
 from examples.paper.plots import bars, curves, heat_map, scatter
 from examples.sweep import data, grid, network
@@ -37,7 +37,7 @@ def runs(seeds: Sequence[int], short: bool) -> list[Run]:
     """Return a run for each mixer, TSS, number of pairs and seed: the grid of `examples/sweep.py`."""
     models = list(MIXERS)
     settings = grid(
-        ["mqar"], models[::4] if short else models, seeds[:1] if short else seeds, 2 if short else STEPS,
+        ["mqar"], models[::4] if short else models, seeds[:1] if short else seeds, 1 if short else STEPS,
         state_sizes=STATE_SIZES[::2] if short else STATE_SIZES, kv_pairs=KV_PAIRS,
         learning_rate=5e-3, warmup_steps=50, clip_norm=1.0,
     )  # fmt: skip
@@ -57,8 +57,8 @@ def run(settings: Run) -> Run:
         found["step"].append(training.step)
         found["accuracy"].append(accuracy)
         found["loss"].append(loss)
-        found["ess"].append([each.effective_size or 0.0 for each in layers])
-        found["entropy"].append([each.entropy_size or 0.0 for each in layers])
+        found["ess"].append([float(each.effective_size) for each in layers])
+        found["entropy"].append([float(each.entropy_size) for each in layers])
 
     training.run(steps, max(1, steps // LOOKS), look)
     return found
@@ -94,12 +94,10 @@ def _finding_1(rows: list[Run]) -> Finding:
     forms = ("ESS / demand", "entropy-ESS / demand")
     over_all = {each.quantity: each for each in study.differences if not each.featurizer}
     above = [(over_all[form].low or 0.0) > 0 for form in forms]
-    inside = [
-        sum((each.difference or 0.0) > 0 for each in study.differences if each.featurizer and each.quantity == form)
-        for form in forms
-    ]
-    mixers = len(_of_grid(rows, _mixer))
-    everywhere = all(2 * count > mixers for count in inside)
+    within = [each for each in study.differences if each.featurizer]
+    inside = [sum((each.difference or 0.0) > 0 for each in within if each.quantity == form) for form in forms]
+    mixers = _of_grid(rows, _mixer)
+    everywhere = all(2 * count > len(mixers) for count in inside)
     return Finding(
         name="Finding 1",
         claim="Over all tasks and models, ESS / kv correlates with accuracy significantly better than TSS / kv.",
@@ -111,22 +109,16 @@ def _finding_1(rows: list[Run]) -> Finding:
         "0 for one of the two forms at least.",
         verdict="reproduced" if all(above) and everywhere else "partly" if any(above) else "not reproduced",
         result="r with accuracy over all runs: "
-        + ", ".join(f"{_plain(each.quantity)} {_number(each.r)}" for each in study.correlations if not each.featurizer)
+        + ", ".join(f"{_plain(each.quantity)} {number(each.r)}" for each in study.correlations if not each.featurizer)
         + ". Difference to TSS / kv: "
         + ", ".join(f"{_plain(form)} {_with_interval(over_all[form])}" for form in forms)
-        + f". Within single mixers it is above 0 in {inside[0]} and {inside[1]} of {mixers}.",
+        + f". Within single mixers it is above 0 in {inside[0]} and {inside[1]} of {len(mixers)}.",
         tables=(_correlations(study),),
         figures=(
             scatter(
                 "Final accuracy over ESS / kv",
-                {
-                    mixer: [
-                        (statistics.fmean(row["ess"][-1]) / row["kv_pairs"], row["accuracy"][-1])
-                        for row in rows
-                        if _mixer(row) == mixer
-                    ]
-                    for mixer in _of_grid(rows, _mixer)
-                },
+                {mixer: [(statistics.fmean(row["ess"][-1]) / row["kv_pairs"], _accuracy(row)) for row in rows
+                         if _mixer(row) == mixer] for mixer in mixers},
                 x_label="tolerance-ESS / kv", y_label="accuracy",
             ),
             bars(
@@ -134,8 +126,7 @@ def _finding_1(rows: list[Run]) -> Finding:
                 {
                     _plain(quantity): {
                         each.featurizer or "all": (each.r, each.low, each.high)
-                        for each in study.correlations
-                        if each.quantity == quantity and each.r is not None
+                        for each in study.correlations if each.quantity == quantity and each.low is not None
                     }
                     for quantity in (*forms, "TSS / demand")
                 },
@@ -154,7 +145,7 @@ def _finding_1(rows: list[Run]) -> Finding:
 def _correlations(study: Study) -> Table:
     quantities = ("ESS / demand", "entropy-ESS / demand", "TSS / demand", "ESS", "TSS")
     groups = list(dict.fromkeys(each.featurizer for each in study.correlations))
-    of: dict[tuple[str, str], Correlation] = {(each.featurizer, each.quantity): each for each in study.correlations}
+    of = {(each.featurizer, each.quantity): each for each in study.correlations}
     differences = {(each.featurizer, each.quantity): each for each in study.differences}
     return Table(
         "Pearson's r with the final accuracy, and by how much it is larger than that of TSS / kv (95 % interval)",
@@ -162,7 +153,7 @@ def _correlations(study: Study) -> Table:
         tuple(
             (
                 f"{group or 'all'} ({of[group, 'ESS'].runs})",
-                *(_number(of[group, quantity].r) for quantity in quantities),
+                *(number(of[group, quantity].r) for quantity in quantities),
                 *(_with_interval(differences[group, quantity]) for quantity in quantities[:2]),
             )
             for group in groups
@@ -176,7 +167,7 @@ def _finding_2(rows: list[Run]) -> Finding:
     mixers, places = _of_grid(rows, _mixer), _places(rows)
     pairs = {
         form: {
-            mixer: _paired(
+            mixer: paired(
                 _at(rows, mixer, (many, small)),
                 _at(rows, mixer, (few, large)),
                 lambda row, form=form: _within(row, form),
@@ -185,8 +176,8 @@ def _finding_2(rows: list[Run]) -> Finding:
         }
         for form, _ in _FORMS
     }
-    found = {form: _by_seed(itertools.chain(*pairs[form].values())) for form, _ in _FORMS}
-    rising = sum(statistics.fmean(_by_seed(each)) > 0 for each in pairs["entropy"].values() if each)
+    found = {form: by_seed(itertools.chain(*pairs[form].values())) for form, _ in _FORMS}
+    rising = sum(statistics.fmean(by_seed(each)) > 0 for each in pairs["entropy"].values() if each)
     above = bool(found["entropy"]) and interval(found["entropy"])[1] > 0
     return Finding(
         name="Finding 2",
@@ -200,12 +191,12 @@ def _finding_2(rows: list[Run]) -> Finding:
         "the interval includes 0, and the mean over seeds is above 0 in at least four of five mixers.",
         verdict="reproduced" if above else "partly" if 5 * rising >= 4 * len(mixers) else "not reproduced",
         result="Paired difference of the correlations: "
-        + ", ".join(f"{name} {_shown(found[form])}" for form, name in _FORMS)
+        + ", ".join(f"{name} {shown(found[form])}" for form, name in _FORMS)
         + f". That of entropy-ESS is above 0 in {rising} of {len(mixers)} mixers.",
         tables=tuple(
             _grid_table(
                 rows, f"Correlation of {name} and accuracy within runs, mean over seeds",
-                lambda group, form=form: _number(_mean_within(group, form)),
+                lambda group, form=form: number(_mean_within(group, form)),
             )
             for form, name in _FORMS
         ),
@@ -234,10 +225,10 @@ def _saturation(rows: list[Run]) -> Finding:
         for size in (small, large)
     }
     mixers = [mixer for mixer in OF_THE_PAPER if _at(rows, mixer, (many, small))]
-    gains = _by_seed(
+    gains = by_seed(
         pair
         for mixer in mixers
-        for pair in _paired(_at(rows, mixer, (many, large)), _at(rows, mixer, (many, small)), _accuracy)
+        for pair in paired(_at(rows, mixer, (many, large)), _at(rows, mixer, (many, small)), _accuracy)
     )
     saturated = statistics.fmean(full[small]) >= 0.75 and not any(full[large])
     worse = interval(gains)[1] > 0
@@ -252,7 +243,7 @@ def _saturation(rows: list[Run]) -> Finding:
         f"paired difference (mean of {', '.join(OF_THE_PAPER)}; Student's t over seeds). Partly: one of the two.",
         verdict="reproduced" if saturated and worse else "partly" if saturated or worse else "not reproduced",
         result=f"Full states: {sum(full[small])} of {len(full[small])} runs at TSS {small}, {sum(full[large])} of "
-        f"{len(full[large])} at TSS {large}. Accuracy gained by the larger state: {_shown(gains)}.",
+        f"{len(full[large])} at TSS {large}. Accuracy gained by the larger state: {shown(gains)}.",
         tables=(
             _grid_table(rows, "Accuracy at the end, mean over seeds", lambda found: _mean(found, _accuracy)),
             _grid_table(rows, "Utilization of the second mixer, mean over seeds", lambda found: _mean(found, _used)),
@@ -286,9 +277,7 @@ def _finding_3(rows: list[Run]) -> Finding:
     stays = not any(collapsed["LA"])
     papers = all(half.get(variants[0], False) for variants in GATED.values())
     some = all(any(half.get(variant, False) for variant in variants) for variants in GATED.values())
-    better = {
-        mixer: _by_seed(_paired(of_mixer["LA"], of_mixer[mixer], _accuracy)) for mixer in of_mixer if mixer != "LA"
-    }
+    better = {mixer: by_seed(paired(of_mixer["LA"], of_mixer[mixer], _accuracy)) for mixer in of_mixer if mixer != "LA"}
     wins = all(interval(better[variants[0]])[1] > 0 for variants in GATED.values() if variants[0] in better)
     return Finding(
         name="Finding 3",
@@ -299,13 +288,13 @@ def _finding_3(rows: list[Run]) -> Finding:
         f"second mixer uses less than {UNUSED:.0%} of its state, accuracy is at most 1 / kv + {MARGIN} (the plateau), "
         f"and another mixer with the same TSS, kv and seed reached {LEARNED:.0%}.",
         rule="Reproduced: at least half of the runs of GLA and of WLA collapse with the paper's beta of 16 and none of "
-        "LA's, and LA is more accurate than both by the 95 % interval of the paired difference over seeds. Partly: none of LA's "
-        "collapse, and at least half of those of GLA and of WLA do with beta 16 or with beta 1.",
+        "LA's, and LA is more accurate than both by the 95 % interval of the paired difference over seeds. Partly: "
+        "none of LA's collapse, and at least half of those of GLA and of WLA do with beta 16 or with beta 1.",
         verdict="reproduced" if stays and papers and wins else "partly" if stays and some else "not reproduced",
         result="Collapsed runs: "
         + ", ".join(f"{mixer} {sum(found)} of {len(found)}" for mixer, found in collapsed.items())
         + ". Accuracy of LA minus theirs: "
-        + ", ".join(f"{mixer} {_shown(found)}" for mixer, found in better.items()) + ".",
+        + ", ".join(f"{mixer} {shown(found)}" for mixer, found in better.items()) + ".",
         tables=(
             _grid_table(
                 rows, "Collapsed runs",
@@ -390,20 +379,6 @@ def _within(row: Run, form: Form) -> float | None:
     return pearson([statistics.fmean(each) for each in row[form][1:]], row["accuracy"][1:])
 
 
-def _paired(first: list[Run], second: list[Run], value: Callable[[Run], float | None]) -> list[tuple[int, float]]:
-    """Return seed and difference of each pair of runs that both have the value."""
-    both = [(one["seed"], value(one), value(other)) for one, other in zip(first, second, strict=True)]
-    return [(seed, one - other) for seed, one, other in both if one is not None and other is not None]
-
-
-def _by_seed(pairs: Iterable[tuple[int, float]]) -> list[float]:
-    """Return the mean of every seed."""
-    of_seed: dict[int, list[float]] = {}
-    for seed, value in pairs:
-        of_seed.setdefault(seed, []).append(value)
-    return [statistics.fmean(values) for values in of_seed.values()]
-
-
 def _mean_within(group: list[Run], form: Form) -> float | None:
     known = [r for row in group if (r := _within(row, form)) is not None]
     return statistics.fmean(known) if known else None
@@ -417,17 +392,9 @@ def _plain(quantity: str) -> str:
     return quantity.replace("demand", "kv")
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _shown(values: list[float]) -> str:
-    return shown(values) if values else "undefined"
-
-
 def _with_interval(each: CorrelationDifference) -> str:
-    ends = "" if each.low is None else f" ({_number(each.low)} to {_number(each.high)})"
-    return _number(each.difference) + ends
+    ends = "" if each.low is None else f" ({number(each.low)} to {number(each.high)})"
+    return number(each.difference) + ends
 
 
 EXPERIMENT = Experiment("task_model_sweep", runs, run, findings)
