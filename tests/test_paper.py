@@ -74,6 +74,7 @@ def test_runs_are_kept_and_a_page_is_written(tmp_path: Path, monkeypatch: pytest
     assert main(command) == 0
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     assert len(written) == 6
+    assert {json.loads(path.read_text())["seed"] for path in written} == set(SEEN), "short runs leave the page's alone"
     assert "<svg" in (tmp_path / "page" / "figure-5a-1.svg").read_text()
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in written} == written, "a run that was done was run again"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from examples.paper.experiment import Experiment, Outcome, Run, cluster, perform, planned
+from examples.paper.experiment import SEEN, Experiment, Outcome, Run, cluster, perform, planned
 
 EXPERIMENTS = ("memory_decay",)
 """Modules of experiments, in the order of the page."""
@@ -33,8 +33,7 @@ def performed(experiments: list[Experiment], folder: Path, address: str | None, 
     """Do all runs that have no result in `folder`, under a progress bar."""
     outcomes = []
     plans = {
-        experiment.name: planned(experiment, experiment.seeds[:2] if short else experiment.seeds, short)
-        for experiment in experiments
+        experiment.name: planned(experiment, SEEN if short else experiment.seeds, short) for experiment in experiments
     }
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
