@@ -7,14 +7,16 @@ from statistics import fmean
 
 from ess_monitor.analysis import hybrid_advice
 from examples.paper.experiment import SEEDS, Experiment, Finding, Run, Table, Verdict, interval, shown
-from examples.paper.nets import TEST_SEED, Training, evaluate, net, readings, recall_task
+from examples.paper.nets import BATCH, TEST_SEED, Training, evaluate, net, readings, recall_task
 from examples.paper.plots import curves, scatter
 
 MIXERS = 4
-LENGTH, KV_PAIRS, BATCH, STEPS, PILOT = 64, 8, 16, 800, 300
+LENGTH, KV_PAIRS, STEPS, PILOT = 64, 8, 800, 300
 BETA, ROPE_BASE = 16.0, 10.0
 TAU = 0.1
 """As in figure 30."""
+MARGIN, MARGIN_ESS = 0.05, 0.5
+"""Smallest mean differences of accuracy, and of ESS, that count: nets that have all learned nothing differ by less."""
 FIXED = 2
 """Place of attention among four mixers in Jamba, whose period of eight has it at place 4."""
 
@@ -29,7 +31,7 @@ def topology(*attention: int) -> str:
 
 
 ONE = tuple(topology(place) for place in range(MIXERS))
-TWO = tuple(topology(*places) for places in ((0, 1), (1, 2), (2, 3), (1, 3)))
+TWO = tuple(topology(*places) for places in ((1, 2), (1, 3)))
 GLA = topology()
 TOPOLOGIES = (GLA, *ONE, *TWO)
 
@@ -49,7 +51,7 @@ def run(settings: Run) -> Run:
     mixers = tuple({"G": "gla", "S": "sa"}[letter] for letter in name)
     model = net(seed, featurizer=mixers, depth=MIXERS, mixer_options=options)
     test = recall_task(seed + TEST_SEED, length=length, kv_pairs=KV_PAIRS)
-    training = Training(model, recall_task(seed, length=length, kv_pairs=KV_PAIRS), batch=BATCH)
+    training = Training(model, recall_task(seed, length=length, kv_pairs=KV_PAIRS))
     inputs = test.batch(range(8))[0]
     found: Run = {"curve": []}
 
@@ -90,6 +92,12 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return sum(a * b for a, b in zip(dx, dy, strict=True)) / norm if norm else 0.0
 
 
+def exceeds(differences: Sequence[float], margin: float) -> bool:
+    """Return whether differences within seeds are large enough on average, and their interval is above 0."""
+    mean, low, _ = interval(differences)
+    return mean >= margin and low > 0
+
+
 def findings(rows: list[Run]) -> list[Finding]:
     """Compare places of attention, what goes along with accuracy, and what the advice would have chosen."""
     seeds = by_seed(rows)
@@ -101,7 +109,7 @@ def _setting(seeds: list[Outcomes]) -> str:
     return (
         f"{MIXERS} mixers, width 32, two heads, TSS 16, beta {BETA:g}, RoPE base {ROPE_BASE:g}; MQAR with {KV_PAIRS} "
         f"pairs in {first['length']} tokens, batch {BATCH}, {first['steps']} steps at rate 5e-3: GLA alone, one layer "
-        "of attention in each place, and two in four pairs of places (S: attention, G: GLA; layer 0 comes first). "
+        "of attention in each place, and two in two pairs of places (S: attention, G: GLA; layer 0 comes first). "
         f"Tolerance-ESS ({TAU:g}) per channel on 8 test sequences after training."
     )
 
@@ -115,7 +123,7 @@ def _places(seeds: list[Outcomes]) -> Finding:
         return [fmean(value(each[name]) for name in ONE[1:]) - value(each[ONE[0]]) for each in seeds]
 
     better, fuller = later(lambda row: row["accuracy"]), later(lambda row: max(sizes(row, "S")))
-    holds = [interval(better)[1] > 0, interval(fuller)[1] > 0]
+    holds = [exceeds(better, MARGIN), exceeds(fuller, MARGIN_ESS)]
     reversed_ = interval(better)[2] < 0
     gain = [fmean(_accuracy(each, name) for name in ONE) - _accuracy(each, GLA) for each in seeds]
     return Finding(
@@ -125,8 +133,8 @@ def _places(seeds: list[Outcomes]) -> Finding:
         source="D.4.2, C.7, figure 30a",
         setting=_setting(seeds),
         rule="Reproduced: with attention in layer 1, 2 or 3 (mean of the three) accuracy is above that with attention "
-        "in layer 0, and so is the ESS of the attention layer, each with a 95 % interval of the differences within "
-        "seeds above 0. Partly: one of the two.",
+        f"in layer 0, by {MARGIN} on average at least, and so is the ESS of the attention layer, by {MARGIN_ESS}; each "
+        "with a 95 % interval of the differences within seeds above 0. Partly: one of the two.",
         verdict="reproduced" if all(holds) else "partly" if any(holds) else "not reproduced",
         result=f"Later attention less first: accuracy {shown(better)}, ESS of attention {shown(fuller)}"
         + (" (the opposite of the paper)" if reversed_ else "")
@@ -193,8 +201,8 @@ def _proxies(seeds: list[Outcomes]) -> Finding:
         claim="Over hybrids, the largest ESS among attention layers goes along with accuracy, more than their mean "
         "does. That of GLA layers does not.",
         source="D.4.2, figures 30c and 30d",
-        setting="The eight nets of figure 30a with one or two layers of attention; Pearson's r with accuracy over the "
-        "eight, in each seed.",
+        setting="The six nets of figure 30a with one or two layers of attention; Pearson's r with accuracy over the "
+        "six, in each seed.",
         rule="Partly: r of the largest ESS among attention layers has a 95 % interval over seeds above 0. Reproduced: "
         "besides, it is above r of their mean (interval of the differences within seeds), and the interval of r of "
         "the largest ESS among GLA layers holds 0.",
@@ -241,7 +249,7 @@ def _advice(seeds: list[Outcomes]) -> Finding:
         label: [a - b for a, b in zip(advice, accuracy[label], strict=True)]
         for label in (f"fixed, layer {FIXED}", "mean over places")
     }
-    above = {label: interval(values)[1] > 0 for label, values in gains.items()}
+    above = {label: exceeds(values, MARGIN) for label, values in gains.items()}
     best = [max(_accuracy(each, name) for name in ONE) - found for each, found in zip(seeds, advice, strict=True)]
     return Finding(
         name="Open question 2",
@@ -254,8 +262,9 @@ def _advice(seeds: list[Outcomes]) -> Finding:
         f"trained from the start ({seeds[0][GLA]['steps']} steps, as in figure 30a); all places were trained, so that "
         "the choice is compared with each of them.",
         rule="Reproduced: with one layer of attention, the advice's place is better than the fixed one, and than the "
-        "mean over all places (as a random one is on average), each with a 95 % interval of the differences within "
-        "seeds above 0. Partly: than the mean over places alone. Otherwise the question stays open.",
+        "mean over all places (as a random one is on average), each by "
+        f"{MARGIN} of accuracy on average at least and with a 95 % interval of the differences within seeds above 0. "
+        "Partly: than the mean over places alone. Otherwise the question stays open.",
         verdict="reproduced" if all(above.values()) else "partly" if above["mean over places"] else "open",
         result="Accuracy at the advice's place less that of "
         + ", ".join(f"{label}: {shown(values)}" for label, values in gains.items())
