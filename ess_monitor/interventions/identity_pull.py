@@ -139,20 +139,30 @@ def _penalty_gradients(
     sums = [
         torch.zeros_like(t, dtype=_precise(t).dtype) if need else None for t, need in zip(tensors, needed, strict=True)
     ]
+    wanted = tuple(k for k, need in enumerate(needed) if need)
     positions = 0
     for start in range(0, length, chunk):
         pieces = [_tokens(tensor, dim, start, chunk) for tensor, dim in zip(tensors, dims, strict=True)]
-        leaves = [piece.detach().requires_grad_(need) for piece, need in zip(pieces, needed, strict=True)]
-        with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-            norm = _norm(inputs.transition(tuple(leaves)))
-            wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-            found = iter(torch.autograd.grad(norm.sum(), wanted, allow_unused=True))
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            # Not autograd.grad: not every version of the compiler traces that inside a backward pass.
+            gradients, norm = torch.func.grad(_summed_norm(inputs), wanted, has_aux=True)(*pieces)
+        found = iter(gradients)
         positions += norm.numel()
         for total, dim, need in zip(sums, dims, needed, strict=True):
             gradient = next(found) if need else None
             if total is not None and gradient is not None:
                 _tokens(total, dim, start, chunk).add_(gradient)
     return [None if total is None else total / positions for total in sums]
+
+
+def _summed_norm(inputs: DecayInputs) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return a function of the tensors that determine A, which returns the sum of ||A_t - I||_F, and each of them."""
+
+    def summed(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        norm = _norm(inputs.transition(tensors))
+        return norm.sum(), norm
+
+    return summed
 
 
 def _tokens(tensor: torch.Tensor, dim: int | None, start: int, count: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ess_monitor.capture.hooks.function_patch import Listener, StandIn, add_listener, function_stand_in
@@ -55,10 +56,10 @@ class Call:
     layer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the layer's own call (attention masks, packing), where that is another call."""
     forward_number: int = 0
-    """Number of the layer's forward call that made an op's call; 0 for a sub-module."""
+    """Number of the layer's forward call that made an op's call, -1 in compiled code; 0 for a sub-module."""
     start_number: int = 0
     end_number: int = 0
-    """When an op was called and when it returned, in one count over all ops. An op may call another one."""
+    """When an op was called and when it returned, counted in its forward call. An op may call another one."""
 
 
 Before = Callable[[Call], "Arguments | None"]
@@ -190,6 +191,8 @@ class _Forward(NamedTuple):
     """Of the hooks that noted the call."""
     kwargs: dict[str, Any]
     number: int
+    events: list[str]
+    """Names of the ops that have begun and ended in it."""
 
 
 class _Running(threading.local):
@@ -212,7 +215,9 @@ def _track_forward(layer: nn.Module, handle: HookHandle) -> None:
     """Add the hooks that note when the layer's forward begins and ends."""
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _RUNNING.forwards.append(_Forward(layer, handle, kwargs, next(_COUNT)))
+        # Code that is compiled with a count would be compiled again whenever the count has changed.
+        number = -1 if torch.compiler.is_compiling() else next(_COUNT)
+        _RUNNING.forwards.append(_Forward(layer, handle, kwargs, number, []))
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for k in range(len(_RUNNING.forwards) - 1, -1, -1):
@@ -240,14 +245,17 @@ def _op_listener(layer: nn.Module, name: str, before: Before | None, after: Afte
             named = named_arguments(signature, args, kwargs)
         except (TypeError, ValueError):  # a builtin without a signature cannot be read
             return proceed(args, kwargs)
-        _, _, layer_kwargs, number = _RUNNING.forwards[-1]
-        call = Call(layer, layer, name, (), named, None, layer_kwargs, forward_number=number, start_number=next(_COUNT))
+        _, _, layer_kwargs, number, events = _RUNNING.forwards[-1]
+        events.append(name)
+        start = len(events)
+        call = Call(layer, layer, name, (), named, None, layer_kwargs, forward_number=number, start_number=start)
         changed = None if before is None else before(call)
         if changed is not None:
             args, kwargs = with_named_arguments(signature, args, kwargs, changed[1])
         output = proceed(args, kwargs)
+        events.append(name)
         if after is not None:
-            after(dataclasses.replace(call, output=output, end_number=next(_COUNT)))
+            after(dataclasses.replace(call, output=output, end_number=len(events)))
         return output
 
     return listen

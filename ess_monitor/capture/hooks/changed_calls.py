@@ -56,7 +56,8 @@ def change_arguments(
 
     def after(call: Call) -> None:
         nonlocal running
-        if running is not None and call.start_number == running.start_number:
+        began = (call.forward_number, call.start_number)
+        if running is not None and began == (running.forward_number, running.start_number):
             running = None
 
     return site.watch(layer, before=before, after=after)

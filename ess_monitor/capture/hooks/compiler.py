@@ -102,9 +102,8 @@ def _release_holder(holder: object) -> None:
             _STANCE_BEFORE.pop().__exit__(None, None, None)
 
 
-_HOOK_SETTINGS = {"skip_nnmodule_hook_guards": False, "trace_autograd_ops": True}
-"""Settings with which the compiler notices hooks on some of many layers, and traces a gradient that is taken inside an
-autograd function (otherwise that is a graph break, and an error under fullgraph=True)."""
+_HOOK_SETTINGS = {"skip_nnmodule_hook_guards": False}
+"""Settings with which the compiler notices hooks on some of many layers."""
 
 _SEEN_BY_COMPILER: list[object] = []
 _SETTINGS_BEFORE: dict[str, Any] = {}
