@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,10 @@ from ess_monitor.ess.segments import kept_by
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_ROWS_AT_ONCE = 128
+"""Rows of T that are formed at once, at most, with the keys up to the last of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +177,8 @@ class SoftmaxAttention(Operator):
         far, near = (torch.zeros(operators, dtype=working_dtype(self.device), device=self.device) for _ in range(2))
         for slab in slabs(operators, (length - start) * length):
             rows = _Rows(self, slab)
-            for part in slabs(length - start, (slab.stop - slab.start) * length):
-                weights, total = rows.unnormalized(start + part.start, start + part.stop)
+            for part in _row_blocks(start, length, slab.stop - slab.start):
+                weights, total = rows.unnormalized(part.start, part.stop)
                 for squares, columns in ((far, slice(position)), (near, slice(position, None))):
                     norms = torch.linalg.vector_norm(weights[..., columns], dim=-1, keepdim=True)
                     squares[slab] += (norms / total).square_().sum((1, 2))
@@ -290,8 +294,11 @@ class _Rows:
 
     def blocks_at_once(self, start: int) -> Callable[[int], Tensor]:
         """Form T[start:]; return a function that returns T[i:, :i] for i >= start: (G, length - i, i)."""
-        weights, total = self.unnormalized(start, self.q.shape[1])
-        weights /= total
+        members, length = self.q.shape[:2]
+        weights = self.q.new_zeros((members, length - start, length))
+        for rows in _row_blocks(start, length, members):
+            each, total = self.unnormalized(rows.start, rows.stop)
+            torch.div(each, total, out=weights[:, rows.start - start : rows.stop - start, : rows.stop])
         return lambda i: weights[:, i - start :, :i].clone()
 
     def blocks_one_by_one(self, start: int) -> Callable[[int], Tensor]:
@@ -301,9 +308,9 @@ class _Rows:
 
     def causal_logits(self, start: int, stop: int) -> Tensor:
         """Return logits of rows start..stop and the keys up to each row's own: (G, stop - start, stop)."""
-        row = torch.arange(start, stop, device=self.q.device)[:, None]
-        column = torch.arange(stop, device=self.q.device)
-        return self.logits(slice(start, stop), stop).masked_fill_(column > row, -torch.inf)
+        logits, token = self.logits(slice(start, stop), stop), torch.arange(start, stop, device=self.q.device)
+        logits[..., start:].masked_fill_(token > token[:, None], -torch.inf)
+        return logits
 
     def log_normalizer(self, start: int) -> Tensor:
         """Return the log of the softmax denominators of the rows from `start` on: (G, length - start, 1)."""
@@ -321,7 +328,10 @@ class _Rows:
             largest = torch.maximum(largest, sinks)
         largest.masked_fill_(largest == -torch.inf, 0.0)
         weights = logits.sub_(largest).exp_()
-        total = torch.linalg.vector_norm(weights, self.norm, dim=-1, keepdim=True)
+        if self.norm == 1:
+            total = weights.sum(-1, keepdim=True)  # they are positive
+        else:
+            total = torch.linalg.vector_norm(weights, self.norm, dim=-1, keepdim=True)
         if sinks is not None:
             total += (sinks - largest).exp()
         return weights, total.masked_fill_(total == 0, 1.0)  # a row with nothing to attend to
@@ -336,6 +346,13 @@ class _Rows:
 
     def _sinks(self, start: int, stop: int) -> Tensor | None:
         return self.sinks if self.sinks is None or self.sinks.shape[1] == 1 else self.sinks[:, start:stop]
+
+
+def _row_blocks(start: int, length: int, members: int) -> Iterator[slice]:
+    """Cut the rows from `start` on into blocks, of which none has many keys that are later than its rows."""
+    size = max(1, min(_ROWS_AT_ONCE, SLAB_ELEMENTS // (members * length)))
+    for first in range(start, length, size):
+        yield slice(first, min(first + size, length))
 
 
 def _past(rows: _Rows, position: int, normalizer: Tensor) -> Tensor:
