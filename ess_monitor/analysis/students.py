@@ -26,7 +26,7 @@ from ess_monitor.capture.handles import StateWeights
 from ess_monitor.capture.hooks.call_site import Call, HookHandle, ModuleHook, tensors_in
 from ess_monitor.capture.layers import evaluating
 from ess_monitor.capture.rotation import rotate_rows
-from ess_monitor.capture.spec import LazyOperator
+from ess_monitor.capture.spec import CaptureSpec, LazyOperator
 from ess_monitor.errors import format_error
 from ess_monitor.ess import DiagonalRecurrence, Operator
 from ess_monitor.ess.realization.matrix import differentiable_matrix
@@ -134,7 +134,7 @@ def _trained(
         call = LayerCall(_floated(call.args), _floated(call.kwargs), call.output)
     call = replace(call, args=_copied(call.args), kwargs=_copied(call.kwargs))
     with torch.no_grad():
-        output, whole = _applied(teacher, call)
+        output, whole = _applied(teacher, _spec_of(teacher), call)
         T = differentiable_matrix(_part(whole, captured))
         said = next(tensors_in(call.output)).to(output)
         if not (_near(output, said) and _near(T, captured.operator.materialize().to(T))):
@@ -147,7 +147,7 @@ def _trained(
         if size < weights.size:
             smaller = SmallerState(teacher, weights, projection_of(parts, weights, size), size)
             student = smaller_layer(smaller, captured.layer.name).requires_grad_(True)
-            operator_loss = partial(_operator_loss, captured, student, call, T)
+            operator_loss = partial(_operator_loss, captured, student, _spec_of(student), call, T)
             output_loss = partial(_output_loss, student, call, output)
             losses[size] = (
                 _minimized(operator_loss, student, trial.operator_steps, trial.learning_rate),
@@ -158,8 +158,8 @@ def _trained(
     return losses
 
 
-def _operator_loss(captured: Captured, student: nn.Module, call: LayerCall, T: Tensor) -> Tensor:
-    _, whole = _applied(student, call)
+def _operator_loss(captured: Captured, student: nn.Module, spec: CaptureSpec, call: LayerCall, T: Tensor) -> Tensor:
+    _, whole = _applied(student, spec, call)
     return _relative(differentiable_matrix(_part(whole, captured)), T)
 
 
@@ -199,9 +199,13 @@ def _minimized(loss: Callable[[], Tensor], student: nn.Module, steps: int, learn
     return best
 
 
-def _applied(layer: nn.Module, call: LayerCall) -> tuple[Tensor, Operator | LazyOperator]:
+def _spec_of(layer: nn.Module) -> CaptureSpec:
+    """Return how this copy of a layer is read: ops may be looked up in the layer itself."""
+    return next(found.spec for found in find_layers(layer) if found.module is layer)
+
+
+def _applied(layer: nn.Module, spec: CaptureSpec, call: LayerCall) -> tuple[Tensor, Operator | LazyOperator]:
     """Run a layer, and return its output and its operator, with their graphs."""
-    spec = next(found.spec for found in find_layers(layer) if found.module is layer)
     found: list[Operator | LazyOperator] = []
 
     def read(seen: Call) -> None:

@@ -19,7 +19,15 @@ from examples.paper.experiment import SEEN, Experiment, Outcome, Run, cluster, p
 
 EXPERIMENTS = ("memory_decay",)
 """Modules of experiments, in the order of the page."""
-UNPUBLISHED = ("hybrids", "initialization", "modulation", "open_questions", "regularizer", "task_model_sweep")
+UNPUBLISHED = (
+    "distillation",
+    "hybrids",
+    "initialization",
+    "modulation",
+    "open_questions",
+    "regularizer",
+    "task_model_sweep",
+)
 """Modules of experiments that are not on the page yet."""
 
 

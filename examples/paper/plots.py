@@ -50,7 +50,13 @@ def curves(
 
 
 def scatter(
-    title: str, groups: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str, y_label: str, log_x: bool = False
+    title: str,
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> Figure:
     """Return a point for each pair."""
     data = [
@@ -69,7 +75,7 @@ def scatter(
         for place, (label, points) in enumerate(groups.items())
     ]
     summary = "; ".join(f"{label}: {len(points)} points" for label, points in groups.items())
-    return Figure(title, summary, data, _layout(x_label, y_label, log_x=log_x))
+    return Figure(title, summary, data, _layout(x_label, y_label, log_x=log_x, log_y=log_y))
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, tuple[float, float, float]]], *, y_label: str) -> Figure:
