@@ -43,8 +43,9 @@ class Page:
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = {"sessionId": self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
 
-    def open(self, url: str, width: int = 1200, height: int = 1800) -> None:
+    def open(self, url: str, width: int = 1200, height: int = 1800, theme: str = "light") -> None:
         """Go there. The page is not loaded yet when this returns."""
+        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         self._call("Page.navigate", url=url)

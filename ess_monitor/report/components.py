@@ -116,6 +116,19 @@ def metrics_figure(runs: Mapping[str, RunHistory], steps: Range, events: Iterabl
     return line_figure(title, panels, x_range=steps, from_zero=False, marks=marks(events))
 
 
+def depth_figure(title: str, lines: Iterable[tuple[str, str, Sequence[float | None]]]) -> Figure | None:
+    """Draw values over the depth of the model, a line for each label, kind of line, and value of every layer."""
+    series = [
+        Series(label, kind, [(float(place), value) for place, value in enumerate(values, start=1) if value is not None])
+        for label, kind, values in lines
+    ]
+    deepest = max((place for each in series for place, _ in each.pairs), default=0.0)
+    figure = line_figure(title, {"": series}, x_label="layer", x_range=(1.0, max(deepest, 2.0)))
+    if figure is not None:
+        figure.layout["xaxis"] |= {"tick0": 1, "dtick": max(1, int(deepest) // 10)}  # layers are whole numbers
+    return figure
+
+
 def metrics_table(history: RunHistory) -> Table:
     """Return the metrics of the training loop at evenly spaced measurements."""
     names = history.curve_names[:METRICS_SHOWN]

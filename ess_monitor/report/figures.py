@@ -28,6 +28,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "limit": {"color": "#868c96", "dash": "longdash", "width": 1},
 }
 """Line of each kind of series: color and dashes tell them apart."""
+_MARGINS_OF_A_PAGE = 64
+"""Pixels above and below a figure on a page, see page.js."""
+_TITLE, _LEGEND = 40, 76
+"""Pixels above a figure in a notebook, the latter for up to four rows."""
+_TICKS = 9
+"""Up to so many values of a logarithmic axis are marked one by one, instead of 2, 5 and 10."""
 _BAND = "rgba(61, 133, 217, 0.2)"
 
 Pairs = Sequence[tuple[float, float]]
@@ -84,7 +90,12 @@ class Figure:
             raise ConfigError(
                 'figure: needs plotly: pip install "ess-monitor[plotly]"; the pages of `ess-monitor report` do not'
             ) from error
-        return plotly.Figure({"data": self.data, "layout": {**self.layout, "title": {"text": plain(self.title)}}})
+        title = {"text": plain(self.title), "x": 0, "xref": "paper", "y": 0.98, "yanchor": "top", "font": {"size": 14}}
+        legend = any(trace["type"] == "scatter" and trace.get("showlegend", True) for trace in self.data)
+        top, bottom = _TITLE + _LEGEND * legend, 50
+        margin = {"l": 60, "r": 20, "t": top, "b": bottom}
+        frame = {"title": title, "height": self.layout["height"] - _MARGINS_OF_A_PAGE + top + bottom, "margin": margin}
+        return plotly.Figure({"data": self.data, "layout": {**self.layout, **frame}})
 
 
 def line_figure(
@@ -120,8 +131,11 @@ def line_figure(
     count, data = len(drawn), [] if band is None or not band[0] else _band(band, points)
     x_axis: dict[str, Any] = {"title": {"text": x_label}, "anchor": f"y{_index(count)}"}
     x_axis |= {"type": "log" if log_x else "linear"}
+    if log_x and len(steps := {x for series in drawn.values() for each in series for x, _ in each.pairs}) <= _TICKS:
+        x_axis |= {"tickvals": sorted(steps), "ticktext": [number(x) for x in sorted(steps)]}
     if x_range is not None:
-        x_axis["range"] = [math.log10(end) for end in x_range] if log_x else list(x_range)
+        logs = [math.log10(end) for end in x_range] if log_x else []
+        x_axis["range"] = [logs[0] - 1e-3, logs[1] + 1e-3] if log_x else list(x_range)  # with room for the outer marks
     layout: dict[str, Any] = {
         "height": 110 + 150 * count if count > 1 else 290,
         "hovermode": "x unified",
@@ -129,6 +143,7 @@ def line_figure(
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "xaxis": x_axis,
     }
+    listed: set[str] = set()
     for place, (name, series) in enumerate(drawn.items(), start=1):
         axis = f"yaxis{_index(place)}"
         layout[axis] = {
@@ -139,7 +154,11 @@ def line_figure(
             "hoverformat": ".4g",
         } | ({"exponentformat": "power"} if log_y else {})
         is_named = [each.label for each in series] == [name]
-        data += [{**_line(each, place, points), "showlegend": not is_named} for each in series]
+        for each in series:
+            data.append({**_line(each, place, points), "showlegend": not is_named and each.label not in listed})
+            if count > 1:
+                data[-1]["legendgroup"] = plain(each.label)  # one entry switches the lines of all panels
+            listed.add(each.label)
         if marks:
             layout[f"yaxis{count + place}"] = {
                 "overlaying": f"y{_index(place)}", "range": [0, 1], "visible": False, "fixedrange": True

@@ -59,12 +59,35 @@ def test_panels_lie_below_each_other_over_one_axis() -> None:
     assert "bottom, other: 5 at step 0" in figure.summary
 
 
+def test_lines_of_all_panels_share_the_entries_of_the_legend() -> None:
+    pairs = [(0, 1.0), (1, 2.0)]
+    panels = {name: [Series("A", "a", pairs), Series("B", "b", pairs)] for name in ("loss", "accuracy")}
+    drawn = _drawn(line_figure("t", panels)).data
+    assert [(line["legendgroup"], line["showlegend"]) for line in drawn] == [
+        ("A", True), ("B", True), ("A", False), ("B", False)
+    ]  # fmt: skip
+
+
 def test_a_band_lies_between_its_bounds() -> None:
     band = ([(0, 1.0), (10, 1.0)], [(0, 3.0), (10, 4.0)])
     lower, upper, line = _drawn(line_figure("t", {"": [Series("s", "a", [(0, 2.0), (10, 2.0)])]}, band=band)).data
     assert (lower["y"], upper["y"], line["y"]) == ([1, 1], [3, 4], [2, 2])
     assert upper["fill"] == "tonexty"
     assert [trace.get("showlegend", True) for trace in (lower, upper)] == [False, True]
+
+
+def test_a_logarithmic_axis_marks_the_few_values_there_are() -> None:
+    def axis(values: range) -> Any:
+        pairs = [(2.0**k, 1.0) for k in values]
+        ends = (pairs[0][0], pairs[-1][0])
+        return _drawn(line_figure("t", {"": [Series("s", "a", pairs)]}, x_range=ends, log_x=True)).layout["xaxis"]
+
+    few = axis(range(4, 9))
+    assert few["tickvals"] == [16, 32, 64, 128, 256]
+    assert few["ticktext"] == ["16", "32", "64", "128", "256"]
+    assert few["range"][0] < 4 * math.log10(2)
+    assert few["range"][1] > 8 * math.log10(2), "the outer marks are on it"
+    assert "tickvals" not in axis(range(4, 24))
 
 
 def test_one_value_is_a_dot_and_no_value_is_no_figure() -> None:
@@ -198,4 +221,6 @@ def test_plotly_knows_every_word_of_a_figure() -> None:
         made = figure.to_plotly()  # Plotly refuses what it does not know
         assert isinstance(made, graph_objects.Figure)
         assert [trace.type for trace in made.data] == [trace["type"] for trace in figure.data]
-        assert made.layout.height == figure.layout["height"]
+        margin = made.layout.margin
+        assert made.layout.height - margin.t - margin.b == figure.layout["height"] - 26 - 38, "as large as on a page"
+        assert margin.t >= 40, "a title has room"

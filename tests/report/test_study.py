@@ -223,6 +223,7 @@ def test_rows_and_page_show_every_run_and_escape_its_name(folder: Path) -> None:
     assert Study.model_validate(study.model_dump(mode="json")) == study
     page = render_study(study)
     assert "<b>run" not in page
+    assert "Show layers" not in page, "its rows are no layers"
     assert "bootstrap over configurations" in render_study(load_study(folder, by_configuration=True, resamples=9))
     for text in (
         "Study of 17 runs: accuracy",

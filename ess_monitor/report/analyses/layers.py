@@ -21,7 +21,7 @@ from ess_monitor.analysis.results import (
     Reduction,
 )
 from ess_monitor.records import LayerInfo, layer_title
-from ess_monitor.report.components import Table, cell, present
+from ess_monitor.report.components import Table, cell, depth_figure, present
 from ess_monitor.report.figures import Figure, Series, line_figure, share_values
 from ess_monitor.report.page import render
 
@@ -252,16 +252,6 @@ def reduction_figures(result: Reduction) -> tuple[Figure, ...]:
         ("floor", "limit", [layer.floor for layer in layers]),
     ]
     return present(depth_figure("Share of the operator", lines))
-
-
-def depth_figure(title: str, lines: Iterable[tuple[str, str, Sequence[float | None]]]) -> Figure | None:
-    """Draw values over the depth of the model, a line for each label, kind of line, and value of every layer."""
-    series = [
-        Series(label, kind, [(float(place), value) for place, value in enumerate(values, start=1) if value is not None])
-        for label, kind, values in lines
-    ]
-    deepest = max((place for each in series for place, _ in each.pairs), default=0.0)
-    return line_figure(title, {"": series}, x_label="layer", x_range=(1.0, max(deepest, 2.0)))
 
 
 def render_hybrid_advice(result: HybridAdvice) -> str:

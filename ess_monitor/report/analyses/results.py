@@ -13,7 +13,6 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.records import Reading, layer_title
 from ess_monitor.report.analyses.layers import (
     compressibility_figures,
-    depth_figure,
     hybrid_advice_figures,
     length_profile_figures,
     minimal_state_figures,
@@ -21,7 +20,7 @@ from ess_monitor.report.analyses.layers import (
 )
 from ess_monitor.report.analyses.modulation import shots_profile_figures, state_modulation_figures
 from ess_monitor.report.analyses.study import study_figures
-from ess_monitor.report.components import present
+from ess_monitor.report.components import depth_figure, present
 from ess_monitor.report.figures import Figure
 from ess_monitor.report.sections.layers import positions_over
 
