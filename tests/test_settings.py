@@ -182,3 +182,8 @@ def test_all_settings_are_of_the_one_class() -> None:
 def test_the_filter_of_describe_is_checked_too() -> None:
     with pytest.raises(ConfigError, match="layers"):
         describe(ess_monitor.featurizers.GLA(16, 2), layers=LayerFilter(include=("nothing",)))
+
+
+def test_one_exporter_that_is_no_list_is_told_how_to_write_one() -> None:
+    with pytest.raises(ConfigError, match=r"^exporters: must be a list: put it into brackets, \[\.\.\.\]"):
+        MonitorConfig(exporters="prometheus")  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ _DETAIL = re.compile(r", unable to parse .*| after validation")
 _MESSAGES = {
     "missing": "must be given",
     "model_type": "must be a mapping of settings",
-    "tuple_type": "must be a list",
+    "tuple_type": "must be a list: put it into brackets, [...]",
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
 }
