@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ess_monitor.report.figures import STYLES, Figure
 
@@ -46,7 +47,10 @@ def curves(
         f"{label}: " + ", ".join(f"{mean:.3g} at {x:.4g}" for x, mean, _, _ in points)
         for label, points in lines.items()
     )
-    return Figure(title, summary, data, _layout(x_label, y_label, log_x=log_x, log_y=log_y))
+    layout = _layout(x_label, y_label, log_x=log_x, log_y=log_y)
+    if log_x:
+        layout["xaxis"]["tickvals"] = sorted({x for points in lines.values() for x, *_ in points})
+    return Figure(title, summary, data, layout)
 
 
 def scatter(
@@ -138,7 +142,7 @@ def heat_map(
     return Figure(title, summary, [data], layout)
 
 
-def _layout(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> dict[str, object]:
+def _layout(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> dict[str, Any]:
     return {
         "height": 340,
         "hovermode": "closest",
