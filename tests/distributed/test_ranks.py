@@ -84,6 +84,7 @@ class Rank:
         monitor = self.monitor
         return {
             "sizes": [(r.effective_size, r.utilization_min_ratio, r.worst_rank, r.ranks) for r in monitor.readings],
+            "modulation": [r.modulation_ratio for r in monitor.readings],
             "conditions": monitor.conditions,
             "actions": [(a.step, a.layer, a.action, a.outcome) for a in monitor.actions],
             "steps": [m.step for m in self.log.measurements],
@@ -263,7 +264,8 @@ def trained(rank: int, world: int, folder: str, name: str, resume: str, steps: i
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=Path(folder, f"{name}.meet").as_uri(), rank=rank, world_size=world)
-    run = Rank(config(distributed={"limit_seconds": 2.0}), rank)  # nothing but the monitor, as in a torchrun loop
+    modulation = {"separators": [0, 1], "tolerances": [0.01, 0.1]}
+    run = Rank(config(distributed={"limit_seconds": 2.0}, modulation=modulation), rank)  # nothing but the monitor, as in a torchrun loop
     if resume:
         state = torch.load(Path(folder, resume), weights_only=True)
         run.monitor.load_state_dict(state["monitor"])
@@ -311,6 +313,7 @@ def test_a_run_of_two_ranks_goes_on_with_another_number_of_them(
         assert result["facts"] == after[0]["facts"]
         assert all(torch.equal(value, result["model"][name]) for name, value in after[0]["model"].items())
     assert before["steps"] == [0, 4, 8]
+    assert [[tau for tau, _ in ratios] for ratios in after[0]["facts"]["modulation"]] == [[0.01, 0.1]] * 2
     assert after[0]["facts"]["steps"] == [12, 16, 20]
     assert after[0]["facts"]["outcomes"] == {"ok": 6, "skipped": 0, "failed": 0}
     assert after[0]["facts"]["conditions"] == before["conditions"]
