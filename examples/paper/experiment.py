@@ -125,13 +125,13 @@ def perform(runs: list[Run], experiment: Experiment, folder: Path) -> Iterator[R
 
 
 def timed(settings: Run, run: Callable[[Run], Run]) -> Run:
-    """Do one run on one thread; return its settings, its results and the seconds that it took."""
+    """Do one run on one thread; return its settings, its results and the processor seconds that it took."""
     import torch
 
     torch.set_num_threads(1)
-    started = time.monotonic()
+    started = time.process_time()
     found = run(settings)
-    return {**settings, **found, "seconds": time.monotonic() - started}
+    return {**settings, **found, "seconds": time.process_time() - started}
 
 
 def interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
