@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from examples.paper import experiment
 from examples.paper.__main__ import EXPERIMENTS, UNPUBLISHED, load, main
 from examples.paper.experiment import SEEDS, SEEN, Experiment, Finding, Run, by_seed, interval, paired, planned, shown
 
-PAGE = Path(__file__).parents[1] / "docs" / "paper"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "paper"
 COMMITTED = json.loads((PAGE / "results.json").read_text())
 VERDICTS = {"reproduced", "partly", "not reproduced", "open"}
 
@@ -65,6 +67,15 @@ def test_the_committed_runs_are_those_of_the_settings() -> None:
         found = load(each["experiment"])
         for settings, row in zip(found.runs(found.seeds, False), each["runs"], strict=True):
             assert settings == {name: row[name] for name in settings}
+
+
+def test_every_file_and_test_that_covers_a_part_of_the_paper_is_there() -> None:
+    text = (PAGE / "coverage.md").read_text()
+    named = re.findall(r"`((?:examples|tests|ess_monitor)/[\w./]*)(?:::(\w+))?`", text)
+    assert len(named) > 40
+    for path, test in named:
+        assert (ROOT / path).exists(), path
+        assert not test or f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
 
 
 @pytest.mark.timeout(600)

@@ -265,7 +265,8 @@ def trained(rank: int, world: int, folder: str, name: str, resume: str, steps: i
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=Path(folder, f"{name}.meet").as_uri(), rank=rank, world_size=world)
     modulation = {"separators": [0, 1], "tolerances": [0.01, 0.1]}
-    run = Rank(config(distributed={"limit_seconds": 2.0}, modulation=modulation), rank)  # nothing but the monitor, as in a torchrun loop
+    settings = config(distributed={"limit_seconds": 2.0}, modulation=modulation)
+    run = Rank(settings, rank)  # nothing but the monitor, as in a torchrun loop
     if resume:
         state = torch.load(Path(folder, resume), weights_only=True)
         run.monitor.load_state_dict(state["monitor"])
