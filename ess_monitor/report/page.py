@@ -127,8 +127,8 @@ def share_repeated(figures: Sequence[Any]) -> dict[str, list[Any]]:
         `figures`, in which `{"shared": n}` stands for what repeats, and `shared`: these values, which may refer to
         others.
 
-    >>> share_repeated([{"x": [0, 1000, 2000, 3000]}, {"x": [0, 1000, 2000, 3000]}])
-    {'figures': [{'x': {'shared': 0}}, {'x': {'shared': 0}}], 'shared': [[0, 1000, 2000, 3000]]}
+    >>> share_repeated([{"x": [0, 1000, 2000, 3000, 4000, 5000]}, {"x": [0, 1000, 2000, 3000, 4000, 5000]}])
+    {'figures': [{'x': {'shared': 0}}, {'x': {'shared': 0}}], 'shared': [[0, 1000, 2000, 3000, 4000, 5000]]}
     """
     counts: Counter[str] = Counter()
     texts: dict[int, str] = {}
@@ -138,8 +138,11 @@ def share_repeated(figures: Sequence[Any]) -> dict[str, list[Any]]:
             text = texts[id(value)] = json.dumps(value, separators=(",", ":"))
             counts[text] += len(text) > _LEAST_SHARED
             if counts[text] < 2:  # what is in a repeated value is stored with it
-                for each in value.values() if isinstance(value, dict) else value:
-                    count(each)
+                count_inside(value)
+
+    def count_inside(value: Any) -> None:
+        for each in value.values() if isinstance(value, dict) else value:
+            count(each)
 
     shared: list[Any] = []
     places: dict[str, int] = {}
@@ -162,7 +165,7 @@ def share_repeated(figures: Sequence[Any]) -> dict[str, list[Any]]:
         return [replace(each) for each in value]
 
     for figure in figures:
-        count(figure)
+        count_inside(figure)
     return {"figures": [inside(figure) for figure in figures], "shared": shared}
 
 

@@ -27,7 +27,7 @@ CHECKPOINTS = (0, 200, 600, 1500)
 STUDENTS = (1, 2, 4, 8)
 """State dimensions per head."""
 JUDGED = 4
-"""Students up to this state decide: with more they keep all that these teachers use, and what they lose is noise."""
+"""Students up to this state decide: larger ones lose so little that differences between teachers are noise."""
 SAMPLES, TESTED = 16, 512
 """Sequences on which students are trained, and as many on which losses and ESS are measured; of the accuracy."""
 TRAINING = StudentTraining(operator_steps=50, activation_steps=100)
