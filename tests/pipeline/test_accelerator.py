@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,3 +89,33 @@ def test_nothing_that_waits_for_the_worker_is_held_on_the_device(monkeypatch: py
     monkeypatch.setattr(Sample, "begin", noted)
     readings(lambda: backbone("gla"), StreamBackend(SimulatedStreams()))
     assert captured == [set()] * 3
+
+
+class OnADevice(torch.Tensor):
+    """A number of another device than the model's."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 1)
+
+
+def test_metrics_of_two_devices_travel_apart_and_arrive_together() -> None:
+    streams, asked, model = SimulatedStreams(), [], backbone("gla")
+
+    def backend_of(device: torch.device) -> HostBackend:
+        asked.append(device.type)
+        return StreamBackend(streams) if device.type == "cuda" else HostBackend()
+
+    found: list[dict[str, float]] = []
+    kept = SimpleNamespace(
+        name="kept", inline=True, start=lambda run, snapshot: None, close=lambda status: None,
+        export=lambda measurement: found.append(dict(measurement.metrics)),
+    )  # fmt: skip
+    with Monitor(model, MonitorConfig(every_n_steps=1), exporters=[kept], backends=backend_of) as monitor:
+        model(torch.randint(0, 16, (3, 12))).square().mean().backward()
+        monitor.step({"loss": torch.tensor(0.25).as_subclass(OnADevice), "accuracy": torch.tensor(0.5)})
+        streams.main.run()
+        streams.side.run()
+        monitor.flush()
+    assert found == [{"loss": 0.25, "accuracy": 0.5}]
+    assert set(asked) == {"cpu", "cuda"}
