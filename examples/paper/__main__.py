@@ -17,18 +17,17 @@ from rich.table import Table
 
 from examples.paper.experiment import SEEN, Experiment, Outcome, Run, cluster, perform, planned
 
-EXPERIMENTS = ("memory_decay",)
-"""Modules of experiments, in the order of the page."""
-UNPUBLISHED = (
-    "distillation",
-    "hybrids",
+EXPERIMENTS = (
+    "task_model_sweep",
     "initialization",
+    "memory_decay",
+    "regularizer",
     "modulation",
     "open_questions",
-    "regularizer",
-    "task_model_sweep",
 )
-"""Modules of experiments that are not on the page yet."""
+"""Modules of experiments, in the order of the page."""
+UNPUBLISHED = ("distillation", "hybrids")
+"""Modules of experiments that run when they are named, and are not on the page yet."""
 
 
 def load(name: str) -> Experiment:
