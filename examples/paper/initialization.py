@@ -226,9 +226,8 @@ def normalization(rows: list[Run]) -> Finding:
             ),
         ),
         remarks=(
-            "Alpha is that of both layers, as in the paper. Where it is far above the length, A is near the "
-            "identity in "
-            "both, and no layer can tell which token is the previous one: these nets have no other positions. Raising "
+            "Alpha is that of both layers, as in the paper. Where it is far above the length, A is near the identity "
+            "in both, and positions are hard to tell: these nets have no others. Raising "
             "alpha in the second layer of a net that is being trained is another matter, which finding 6 resembles.",
         ),
     )  # fmt: skip
