@@ -230,6 +230,21 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["task"], row["model"], row["state_size"], row.get("kv_pairs", 0), row["seed"]
 
 
+def resumed(
+    train: Callable[..., dict[str, Any]], runs: list[dict[str, Any]], folder: Path, *arguments: Any
+) -> tuple[list[dict[str, Any]], Iterator[dict[str, Any]]]:
+    """Return the results that `folder` has, and an iterator that does the other runs and keeps their results there."""
+    kept = {run["run_id"]: finished(folder / f"{run['run_id']}.json", run) for run in runs}
+    missing = [run for run in runs if kept[run["run_id"]] is None]
+
+    def others() -> Iterator[dict[str, Any]]:
+        for result in results(train, missing, *arguments):
+            keep(folder / f"{result['run_id']}.json", result)
+            yield result
+
+    return [result for result in kept.values() if result is not None], others()
+
+
 def show(console: Console, rows: list[dict[str, Any]], missing: int) -> None:
     """Print one table of all runs."""
     table = Table(title=f"{len(rows)} runs" + (f", {missing} to do" if missing else ""), title_justify="left")
@@ -327,18 +342,15 @@ def main() -> int:
     if arguments.file_sd is not None:
         arguments.file_sd.mkdir(parents=True, exist_ok=True)
         file_sd = str(arguments.file_sd.resolve())
-    kept = {run["run_id"]: finished(arguments.folder / f"{run['run_id']}.json", run) for run in runs}
-    rows = [result for result in kept.values() if result is not None]
-    missing = [run for run in runs if kept[run["run_id"]] is None]
+    rows, others = resumed(train, runs, arguments.folder, file_sd, str(arguments.folder.resolve()))
     console = Console()
     print(f"{len(runs)} runs, {len(rows)} of them done before; results in {arguments.folder}", flush=True)
     interrupted = False
-    if missing:
+    if len(rows) < len(runs):
         local = {} if arguments.address else {"include_dashboard": False}
         ray.init(address=arguments.address, log_to_driver=False, logging_level="ERROR", **local)
         try:
-            for result in results(train, missing, file_sd, str(arguments.folder.resolve())):
-                keep(arguments.folder / f"{result['run_id']}.json", result)
+            for result in others:
                 rows.append(result)
                 summary = result.get("error") or f"accuracy {result['accuracy']:.3f}"
                 print(f"{len(rows)} of {len(runs)}: {result['run_id']}: {summary}", flush=True)

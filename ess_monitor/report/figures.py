@@ -28,6 +28,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "limit": {"color": "#868c96", "dash": "longdash", "width": 1},
 }
 """Line of each kind of series: color and dashes tell them apart."""
+SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up")
+"""Marks of groups of points, beside their colors."""
 _MARGINS_OF_A_PAGE = 64
 """Pixels above and below a figure on a page, see page.js."""
 _TITLE, _LEGEND = 40, 76

@@ -6,8 +6,6 @@ import copy
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ess_monitor import MonitorConfig, capture_operators
@@ -15,7 +13,7 @@ from ess_monitor.analysis import StudentTraining, compressibility
 from ess_monitor.analysis.students import recorded_calls
 from ess_monitor.capture import CaptureConfig, find_layers
 from ess_monitor.ess import Operator, entropy_ess, tolerance_ess
-from examples.paper.experiment import SEEDS, Experiment, Finding, Run, Table, Verdict, interval, shown
+from examples.paper.experiment import SEEDS, Experiment, Finding, Run, Table, Verdict, interval, rank_correlation, shown
 from examples.paper.nets import TEST_SEED, Training, evaluate, net, recall_task
 from examples.paper.plots import curves, scatter
 
@@ -322,18 +320,6 @@ def _correlations(teachers: Teachers, predictor: str, place: int) -> list[float]
         values = [each["floor"][place] if predictor == "floor" else each[predictor] for each in layers]
         found.append(rank_correlation(values, [each["activation_loss"][place] for each in layers]))
     return found
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's correlation; 0 where one of the two is the same everywhere.
-
-    >>> round(rank_correlation([1.0, 2.0, 2.0, 3.0], [10.0, 20.0, 30.0, 40.0]), 3), rank_correlation([1.0], [2.0])
-    (0.949, 0.0)
-    """
-    x, y = (torch.tensor(rankdata(values)) for values in (first, second))
-    x, y = x - x.mean(), y - y.mean()
-    norms = float(x.norm() * y.norm())
-    return float(x @ y) / norms if norms else 0.0
 
 
 def _by_seed(

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from scipy.stats import rankdata
 from scipy.stats import t as student_t
 
 import examples
+from ess_monitor.analysis.correlation import pearson
+from ess_monitor.report.components import Table
 from ess_monitor.report.figures import Figure
-from examples.sweep import finished, keep, results
+from examples.sweep import resumed
 
 Run = dict[str, Any]
 """Settings of a run; what it returned is added to them."""
@@ -28,15 +31,6 @@ SEEDS = (100, 101, 102, 103, 104)
 """Seeds of the page. An experiment takes the first of them, at least three."""
 SEEN = (0, 1)
 """Seeds with which settings and rules were fixed. None of them is on the page."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page: cells are text."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -116,12 +110,9 @@ def cluster(address: str | None) -> Iterator[None]:
 
 def perform(runs: list[Run], experiment: Experiment, folder: Path) -> Iterator[Run]:
     """Yield the result of every run: first those that were kept in `folder`, then the others as they end."""
-    kept = {run["run_id"]: finished(folder / f"{run['run_id']}.json", run) for run in runs}
-    yield from (result for result in kept.values() if result is not None)
-    missing = [run for run in runs if kept[run["run_id"]] is None]
-    for result in results(timed, missing, experiment.run):
-        keep(folder / f"{result['run_id']}.json", result)
-        yield result
+    kept, others = resumed(timed, runs, folder, experiment.run)
+    yield from kept
+    yield from others
 
 
 def timed(settings: Run, run: Callable[[Run], Run]) -> Run:
@@ -179,6 +170,15 @@ def by_seed(pairs: Iterable[tuple[int, float]]) -> list[float]:
     for seed, value in pairs:
         of_seed.setdefault(seed, []).append(value)
     return [statistics.fmean(values) for values in of_seed.values()]
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return Spearman's correlation; 0 of fewer than three points, and where one of the two is constant.
+
+    >>> round(rank_correlation([1.0, 2.0, 2.0, 3.0], [10.0, 20.0, 30.0, 40.0]), 3), rank_correlation([1.0], [2.0])
+    (0.949, 0.0)
+    """
+    return pearson(rankdata(x).tolist(), rankdata(y).tolist()) or 0.0
 
 
 def number(value: float | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from ess_monitor.analysis import hybrid_advice
+from ess_monitor.analysis.correlation import pearson
 from examples.paper.experiment import SEEDS, Experiment, Finding, Run, Table, Verdict, interval, shown
 from examples.paper.nets import BATCH, TEST_SEED, Training, evaluate, net, readings, recall_task
 from examples.paper.plots import curves, scatter
@@ -83,13 +84,6 @@ def by_seed(rows: list[Run]) -> list[Outcomes]:
 def sizes(row: Run, letter: str) -> list[float]:
     """Return the ESS of all layers of one kind."""
     return [size for size, kind in zip(row["ess"], row["topology"], strict=True) if kind == letter]
-
-
-def correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return Pearson's r, 0 where one of the two is constant."""
-    dx, dy = [each - fmean(x) for each in x], [each - fmean(y) for each in y]
-    norm = (sum(each * each for each in dx) * sum(each * each for each in dy)) ** 0.5
-    return sum(a * b for a, b in zip(dx, dy, strict=True)) / norm if norm else 0.0
 
 
 def exceeds(differences: Sequence[float], margin: float) -> bool:
@@ -185,7 +179,7 @@ def _proxies(seeds: list[Outcomes]) -> Finding:
     accuracies = [[_accuracy(each, name) for name in names] for each in seeds]
     r = {
         label: [
-            correlation([value(each[name]) for name in names], found)
+            pearson([value(each[name]) for name in names], found) or 0.0
             for each, found in zip(seeds, accuracies, strict=True)
         ]
         for label, value in _PROXIES.items()

@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ess_monitor import Monitor, MonitorConfig
@@ -19,7 +18,7 @@ from ess_monitor.analysis.modulation_results import OFFSETS
 from ess_monitor.capture import CaptureConfig
 from ess_monitor.report import load_history
 from ess_monitor.tasks import SEPARATOR, Documents, DocumentsConfig, loss, recall_perplexity
-from examples.paper.experiment import SEEDS, Experiment, Finding, Run, Table, Verdict, interval, shown
+from examples.paper.experiment import SEEDS, Experiment, Finding, Run, Table, Verdict, interval, rank_correlation, shown
 from examples.paper.nets import TEST_SEED, Training, net
 from examples.paper.plots import curves, scatter
 
@@ -275,13 +274,6 @@ def _live(rows: list[Run]) -> dict[str, list[tuple[float, float, float, float]]]
         steps = sorted(set.intersection(*(set(each) for each in found)))
         lines[arm] = [(step, *interval(each[step] for each in found)) for step in steps]
     return lines
-
-
-def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Spearman's correlation, 0 where one of the two is constant."""
-    ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (one, other)]
-    norm = float((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()) ** 0.5
-    return float((ranks[0] * ranks[1]).sum()) / norm if norm else 0.0
 
 
 def _recall(rows: list[Run]) -> Finding:

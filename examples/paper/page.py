@@ -81,7 +81,7 @@ def _section(folder: Path, outcome: Outcome, finding: Finding, drawn: set[str]) 
         drawn.add(name)
         parts.append(f"![{figure.title}. {figure.summary}]({name})")
     for table in finding.tables:
-        parts.append(f"{table.title}\n\n{_markdown(table)}")
+        parts.append(f"{table.caption}\n\n{_markdown(table)}")
     parts += finding.remarks
     return "\n\n".join(parts)
 

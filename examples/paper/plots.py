@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ess_monitor.report.figures import STYLES, Figure
+from ess_monitor.report.figures import STYLES, SYMBOLS, Figure
 
 _KINDS = tuple(name for name in STYLES if name != "limit")
-_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up")
 
 Point = tuple[float, float, float, float]
 """x, mean, and both ends of its interval."""
@@ -31,15 +30,9 @@ def curves(
             "name": label,
             "x": [x for x, *_ in points],
             "y": [mean for _, mean, _, _ in points],
-            "error_y": {
-                "type": "data",
-                "symmetric": False,
-                "array": [high - mean for _, mean, _, high in points],
-                "arrayminus": [mean - low for _, mean, low, _ in points],
-                "thickness": 1,
-            },
-            "line": STYLES[_KINDS[place % len(_KINDS)]],
-            "marker": {"symbol": _SYMBOLS[place % len(_SYMBOLS)], "size": 7},
+            "error_y": _error_bars([ends for _, *ends in points]),
+            "line": _style(place),
+            "marker": _marker(place),
         }
         for place, (label, points) in enumerate(lines.items())
     ]
@@ -70,11 +63,7 @@ def scatter(
             "name": label,
             "x": [x for x, _ in points],
             "y": [y for _, y in points],
-            "marker": {
-                "color": STYLES[_KINDS[place % len(_KINDS)]]["color"],
-                "symbol": _SYMBOLS[place % len(_SYMBOLS)],
-                "size": 7,
-            },
+            "marker": {"color": _style(place)["color"], **_marker(place)},
         }
         for place, (label, points) in enumerate(groups.items())
     ]
@@ -90,14 +79,8 @@ def bars(title: str, groups: Mapping[str, Mapping[str, tuple[float, float, float
             "name": label,
             "x": list(found),
             "y": [value for value, _, _ in found.values()],
-            "error_y": {
-                "type": "data",
-                "symmetric": False,
-                "array": [high - value for value, _, high in found.values()],
-                "arrayminus": [value - low for value, low, _ in found.values()],
-                "thickness": 1,
-            },
-            "marker": {"color": STYLES[_KINDS[place % len(_KINDS)]]["color"]},
+            "error_y": _error_bars(found.values()),
+            "marker": {"color": _style(place)["color"]},
         }
         for place, (label, found) in enumerate(groups.items())
     ]
@@ -140,6 +123,26 @@ def heat_map(
         for name, row in zip(rows, values, strict=True)
     )
     return Figure(title, summary, [data], layout)
+
+
+def _style(place: int) -> dict[str, Any]:
+    return STYLES[_KINDS[place % len(_KINDS)]]
+
+
+def _marker(place: int) -> dict[str, Any]:
+    return {"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 7}
+
+
+def _error_bars(ends: Iterable[Sequence[float]]) -> dict[str, Any]:
+    """Return the bars of values with both ends of their intervals."""
+    ends = list(ends)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [high - value for value, _, high in ends],
+        "arrayminus": [value - low for value, low, _ in ends],
+        "thickness": 1,
+    }
 
 
 def _layout(x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False) -> dict[str, Any]:

@@ -8,12 +8,10 @@ from ess_monitor import validation
 from ess_monitor.analysis.study_results import Correlation, CorrelationDifference, Study, StudyCell, StudyRun
 from ess_monitor.records import COLOR_SCALE
 from ess_monitor.report.components import Table, cell, present
-from ess_monitor.report.figures import STYLES, Figure
+from ess_monitor.report.figures import STYLES, SYMBOLS, Figure
 from ess_monitor.report.labels import plain
 from ess_monitor.report.page import render
 
-_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up")
-"""Marks of the kinds of layers, beside their colors."""
 _GRIDS: tuple[tuple[str, Callable[[StudyCell], float | None]], ...] = (
     ("Final metric", lambda each: each.metric),
     ("ESS", lambda each: each.effective_size),
@@ -114,7 +112,7 @@ def _scatter(study: Study) -> Figure | None:
             "y": [y for _, y, _ in found],
             "text": [plain(name) for _, _, name in found],
             "hovertemplate": "%{text}<br>%{x:.3g}: %{y:.3g}<extra></extra>",
-            "marker": {"color": colors[place % len(colors)], "symbol": _SYMBOLS[place % len(_SYMBOLS)], "size": 8},
+            "marker": {"color": colors[place % len(colors)], "symbol": SYMBOLS[place % len(SYMBOLS)], "size": 8},
         }
         for place, (kind, found) in enumerate(points.items())
     ]
