@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
         "validation",
     },
     "alerts": {"errors", "records", "runtime", "validation"},
-    "analysis": {"capture", "config", "errors", "ess", "inspection", "records", "validation"},
+    "analysis": {"capture", "config", "errors", "ess", "exporters", "inspection", "records", "validation"},
     "report": {"analysis", "diagnosis", "errors", "exporters", "records", "validation"},
 }
 """Package -> the packages it may import, itself apart. What is not listed stands above them all."""

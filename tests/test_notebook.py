@@ -29,5 +29,5 @@ def test_the_notebook_runs_and_shows_each_result_once(monkeypatch: pytest.Monkey
     cells = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [[each for each in of if each.get("name") != "stderr"] for of in cells]
     shown = [[_kind(each) for each in of] for of in outputs]
-    assert shown == [[], [HTML], [HTML], ["text"], [HTML], [FIGURE], [FIGURE], [FIGURE], [FIGURE]]
+    assert shown == [[], [HTML], [HTML], ["text"], [HTML], [FIGURE], [FIGURE], [FIGURE], [FIGURE], [HTML]]
     assert "Backbone, finished" in outputs[3][0].text

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ess_monitor.exporters.terminal.shown import Shown
 from ess_monitor.records import LayerInfo, Record, Status
 from ess_monitor.records.dataframe import data_frame
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Mixer = Literal["attention", "recurrence", "filter", "other"]
 """Kind of a layer that mixes tokens."""
 
 
-class AnalysisResult(Record):
-    """Base of all results."""
+class AnalysisResult(Shown, Record):
+    """Base of all results. `print` shows them as the table of their command, as a notebook does."""
+
+    def __rich__(self) -> Table:
+        from ess_monitor.analysis.tables import table_of
+
+        return table_of(self)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the result as flat rows, all with the same keys."""

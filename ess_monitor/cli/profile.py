@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from typer.core import TyperGroup
 
-from ess_monitor.cli.analysis.lengths import put_out_lengths
-from ess_monitor.cli.analysis.output import progress
+from ess_monitor.cli.analysis.output import progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -98,6 +97,7 @@ def profile_target(
     from ess_monitor.analysis import length_profile
     from ess_monitor.cli.measuring import config_of, loaded, run_on, tau
     from ess_monitor.inspection import profile
+    from ess_monitor.report import render_length_profile
 
     if target == "featurizers":
         raise ConfigError("target: the options come after the word: ess-monitor profile featurizers [OPTIONS]")
@@ -115,7 +115,7 @@ def profile_target(
             over = run_on(model, inputs, length_profile, lengths=tokens, config=config, progress=progress)
     title = f"{type(model).__name__}, {kind.value} input {tuple(inputs.shape)}, tau {tau(config)}"
     if lengths is not None:
-        put_out_lengths(over, title, as_json=as_json, html=html)
+        put_out(over, render_length_profile(over) if html is not None else None, title, as_json=as_json, html=html)
     elif as_json:
         skipped = [layer.model_dump(mode="json") for layer in result.skipped]
         readings = [reading.model_dump(mode="json") for reading in result.readings]

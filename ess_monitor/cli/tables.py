@@ -11,10 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ess_monitor.exporters.terminal.inspected import add_skipped as add_skipped
-from ess_monitor.exporters.terminal.inspected import add_unmeasured as add_unmeasured
-from ess_monitor.exporters.terminal.inspected import capacity_text as capacity_text
-from ess_monitor.exporters.terminal.inspected import plain_table as plain_table
+from ess_monitor.exporters.terminal.inspected import plain_table
 from ess_monitor.records import SCHEMA_VERSION
 
 

@@ -10,7 +10,8 @@ import torch
 
 from ess_monitor import CaptureConfig, LayerFilter, MonitorConfig
 from ess_monitor.analysis import StudentTraining, compressibility, hybrid_advice, length_profile, minimal_state
-from ess_monitor.cli.tables import plain_table, print_table
+from ess_monitor.cli.tables import print_table
+from ess_monitor.exporters.terminal.inspected import plain_table
 from tests.cli.test_main import Run
 from tests.report.helpers import unwanted_scripts
 

@@ -7,9 +7,8 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ess_monitor.cli.analysis.output import Heads, add_without_result, progress, put_out
+from ess_monitor.cli.analysis.output import Heads, progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -27,12 +26,10 @@ from ess_monitor.cli.options import (
     Width,
     whole_numbers,
 )
-from ess_monitor.cli.tables import capacity_text, plain_table
 from ess_monitor.errors import ConfigError
-from ess_monitor.records import layer_title
 
 if TYPE_CHECKING:
-    from ess_monitor.analysis import Compressibility, StudentTraining
+    from ess_monitor.analysis import StudentTraining
 
 States = Annotated[str, typer.Option(metavar="R,R,...", help="State dimensions per head of each student.")]
 WithTrial = Annotated[bool, typer.Option("--trial", help="Train students, which takes seconds for each of them.")]
@@ -81,7 +78,7 @@ def distill_check(
         result = run_on(model, inputs, compressibility, **settings)
     title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}: operator loss of a student, at least"
     page = render_compressibility(result) if html is not None else None
-    put_out(result.model_dump(mode="json"), _table(title, result), page, as_json=as_json, html=html)
+    put_out(result, page, title, as_json=as_json, html=html)
 
 
 def _training(trial: bool, operator_steps: int | None, activation_steps: int | None) -> StudentTraining | None:
@@ -92,23 +89,3 @@ def _training(trial: bool, operator_steps: int | None, activation_steps: int | N
     if given and not trial:
         raise ConfigError(f"{next(iter(given))}: students are trained with --trial only; add it")
     return StudentTraining(**given) if trial else None
-
-
-def _table(title: str, result: Compressibility) -> Table:
-    columns = ("TSS", *(f"state {state}" for state in result.student_states))
-    table = plain_table(title, "layer", "operator", numbers=columns)
-    for layer in result.layers:
-        if layer.status == "ok":
-            capacity = capacity_text(f"{layer.state_capacity:g}", grows=layer.capacity_grows)
-            losses = [each.summary for each in layer.students]
-            table.add_row(layer_title(layer.layer), layer.operator, capacity, *losses)
-    first = (
-        "As a share of the teacher's operator, squared. In brackets: the truncation, whose matrices fit this one input."
-    )
-    if result.operator_steps is not None:
-        first += (
-            f"\nBehind the arrow: a student after {result.operator_steps} steps on the operator, and what the layer's "
-            f"outputs lose after {result.activation_steps} steps on them"
-        )
-    add_without_result(table, result.layers, result.skipped, first)
-    return table

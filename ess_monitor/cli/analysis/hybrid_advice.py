@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from ess_monitor.cli.analysis.output import put_out
 from ess_monitor.cli.options import (
@@ -28,11 +27,6 @@ from ess_monitor.cli.options import (
     VocabSize,
     Width,
 )
-from ess_monitor.cli.tables import add_skipped, add_unmeasured, capacity_text, plain_table
-from ess_monitor.records import layer_title
-
-if TYPE_CHECKING:
-    from ess_monitor.analysis import HybridAdvice
 
 Tolerance = Annotated[float, typer.Option(help="tau: singular values above it count. 0.1 as in the paper's figure 30.")]
 
@@ -69,22 +63,4 @@ def hybrid_advice(
         result = run_on(model, inputs, analyze, config=config)
     page = render_hybrid_advice(result) if html is not None else None
     title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}: advice"
-    put_out(result.model_dump(mode="json"), _table(title, result), page, as_json=as_json, html=html)
-
-
-def _table(title: str, result: HybridAdvice) -> Table:
-    table = plain_table(title, "layer", "mixer", numbers=("rank", "ESS", "TSS", "used", "retention", "far share"))
-    table.add_column("advice, and what it rests on", overflow="fold")
-    for layer in result.layers:
-        if layer.status == "ok":
-            numbers = (layer.used_ratio, layer.retention_ratio, layer.far_share_ratio)
-            shown = ("-" if value is None else f"{value:.2f}" for value in numbers)
-            capacity = capacity_text(f"{layer.state_capacity:g}", grows=layer.capacity_grows)
-            sizes = (f"{layer.effective_size:.1f}", capacity)
-            words = "\n".join([layer.advice, *(f"- {line}" for line in layer.evidence)])
-            table.add_row(layer_title(layer.layer), layer.mixer, str(layer.rank), *sizes, *shown, words)
-        else:
-            add_unmeasured(table, layer.layer, layer.status, layer.message)
-    add_skipped(table, result.skipped)
-    table.caption, table.caption_justify = "\n".join(result.notes), "left"
-    return table
+    put_out(result, page, title, as_json=as_json, html=html)

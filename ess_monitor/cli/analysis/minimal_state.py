@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from ess_monitor.cli.analysis.output import Heads, add_without_result, progress, put_out
+from ess_monitor.cli.analysis.output import Heads, progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -26,11 +25,6 @@ from ess_monitor.cli.options import (
     VocabSize,
     Width,
 )
-from ess_monitor.cli.tables import capacity_text, plain_table
-from ess_monitor.records import layer_title
-
-if TYPE_CHECKING:
-    from ess_monitor.analysis import LayerMinimalState, MinimalStates
 
 Errors = Annotated[
     list[float] | None, typer.Option("--error", help="Relative error of the outputs; repeatable. Default 0.1 0.01.")
@@ -70,22 +64,4 @@ def minimal_state(
         result = run_on(model, inputs, analyze, relative_errors=errors, config=config, progress=progress)
     title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}: smallest states"
     page = render_minimal_state(result) if html is not None else None
-    content = result.model_dump(mode="json")
-    put_out(content, _table(title, result, errors), page, as_json=as_json, html=html)
-
-
-def _table(title: str, result: MinimalStates, errors: tuple[float, ...]) -> Table:
-    columns = ("TSS", "rank", "mean rank", "causal rank", *(f"for {100 * error:g} % error" for error in errors))
-    table = plain_table(title, "layer", "operator", numbers=columns)
-    for layer in result.layers:
-        if layer.status == "ok":
-            table.add_row(layer_title(layer.layer), layer.operator, *_numbers(layer))
-    first = "State dimensions per head or channel. In brackets: no recurrence with fewer does, whatever it is."
-    add_without_result(table, result.layers, result.skipped, first)
-    return table
-
-
-def _numbers(layer: LayerMinimalState) -> list[str]:
-    capacity = capacity_text(f"{layer.state_capacity:g}", grows=layer.capacity_grows)
-    states = [f"{'-' if each.size is None else each.size} ({each.at_least})" for each in layer.states]
-    return [capacity, str(layer.rank), f"{layer.mean_rank:.1f}", str(layer.causal_rank), *states]
+    put_out(result, page, title, as_json=as_json, html=html)

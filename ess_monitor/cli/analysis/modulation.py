@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ess_monitor.cli.analysis.output import Heads, add_without_result, progress, put_out
-from ess_monitor.cli.analysis.shots import prompts_of, put_out_shots
+from ess_monitor.cli.analysis.output import Heads, progress, put_out
+from ess_monitor.cli.analysis.shots import prompts_of
 from ess_monitor.cli.analysis.text import TextTokenizer, ids_of, ids_with, load_tokenizer, read_text, rows_of
 from ess_monitor.cli.options import (
     AsJson,
@@ -29,14 +28,12 @@ from ess_monitor.cli.options import (
     Target,
     ToleranceScale,
 )
-from ess_monitor.cli.tables import plain_table
 from ess_monitor.errors import ConfigError
-from ess_monitor.records import layer_title
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ess_monitor.analysis import LayerModulation, ShotsProfile, StateModulation
+    from ess_monitor.analysis import ShotsProfile
 
 
 class TaskName(str, Enum):
@@ -101,7 +98,7 @@ def modulation(
     from ess_monitor.cli.measuring import config_of, run_on
     from ess_monitor.cli.model_loading import load_model
     from ess_monitor.cli.weights import load_into
-    from ess_monitor.report import render_state_modulation
+    from ess_monitor.report import render_shots_profile, render_state_modulation
 
     if (text is None) == (task is None):
         raise ConfigError("text: give either --text FILE with --tokenizer, or --task documents")
@@ -146,7 +143,8 @@ def modulation(
                 return shots_profile(model, given, question=question, config=config, progress=progress)
 
             over_shots = run_on(model, ids[-1].to(device), profiled)
-        put_out_shots(over_shots, as_json=as_json, html=html)
+        page = render_shots_profile(over_shots) if html is not None else None
+        put_out(over_shots, page, as_json=as_json, html=html)
         return
     with redirect_stdout(sys.stderr):
         rows, default = _of_text(text, known, batch, length) if text is not None else _of_task(task_kwargs, batch, seed)
@@ -168,7 +166,7 @@ def modulation(
     named = ", ".join(dict.fromkeys(ids_named.values()))
     title = f"{result.model}, {len(rows)} x {len(rows[0])} tokens: state modulation at {named}"
     page = render_state_modulation(result) if html is not None else None
-    put_out(result.model_dump(mode="json"), _table(title, result), page, as_json=as_json, html=html)
+    put_out(result, page, title, as_json=as_json, html=html)
 
 
 def _of_text(path: Path, tokenizer: TextTokenizer | None, batch: int, length: int) -> tuple[list[list[int]], str]:
@@ -221,28 +219,3 @@ def _require_vocabulary(model: nn.Module, inputs: Tensor, named: dict[int, str])
     outside = [token for token in named if token >= size]
     if outside:
         raise ConfigError(f"separators, substitute: {outside[0]} is not among the model's {size} tokens")
-
-
-def _table(title: str, result: StateModulation) -> Table:
-    taus = [each.tolerance for each in next((each.modulation for each in result.layers if each.modulation), ())]
-    columns = [f"tau {tau:g}" if tau is not None else "entropy" for tau in taus]
-    table = plain_table(title, "layer", "in their place", numbers=("separators", *columns))
-    for label, layers in (("", result.layers), *((each.label, each.layers) for each in result.substitutions)):
-        for layer in layers:
-            if layer.status == "ok":
-                table.add_row(layer_title(layer.layer), label, str(layer.separators), *_ratios(layer))
-    first = (
-        "1 - ESS behind a separator / mean ESS at the four positions before, less the same at other tokens: 0 where "
-        "separators are tokens like others. With bootstrap errors."
-    )
-    add_without_result(table, result.layers, result.skipped, first)
-    return table
-
-
-def _ratios(layer: LayerModulation) -> list[str]:
-    def shown(ratio: float | None, error: float | None) -> str:
-        if ratio is None:
-            return "-"
-        return f"{ratio:.2f}" if error is None else f"{ratio:.2f} ± {error:.2f}"
-
-    return [shown(each.ratio, each.standard_error) for each in layer.modulation]

@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ess_monitor.cli.analysis.output import add_without_result, progress, put_out
+from ess_monitor.cli.analysis.output import progress, put_out
 from ess_monitor.cli.options import AsJson, Checkpoint, Html, Kwargs, Layers, Prefix, Seed, Target
-from ess_monitor.cli.tables import plain_table
 from ess_monitor.errors import ConfigError
-from ess_monitor.records import layer_title
 from ess_monitor.runtime.files import replace_file
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from ess_monitor.analysis import Reduction
 
 State = Annotated[int, typer.Option(min=1, metavar="R", help="State dimensions per head to keep.")]
 Calibrate = Annotated[
@@ -100,7 +95,7 @@ def reduce(
     _write(smaller, out)
     page = render_reduction(result) if html is not None else None
     title = f"{result.model}: states of {result.state}, calibrated on {calibrate}"
-    put_out(result.model_dump(mode="json"), _table(title, result), page, as_json=as_json, html=html)
+    put_out(result, page, title, as_json=as_json, html=html)
 
 
 def _check_new(out: Path) -> None:
@@ -130,25 +125,3 @@ def _write(model: nn.Module, out: Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"out: {out} cannot be written ({reason}); give a file this user may write") from error
     print(out, file=sys.stderr)
-
-
-def _table(title: str, result: Reduction) -> Table:
-    table = plain_table(title, "layer", "operator", numbers=("state", "lost", "distill-check"))
-    table.add_column("kept", overflow="fold")
-    settings: dict[str, int | float] = {}
-    for layer in result.layers:
-        if layer.status == "ok":
-            lost = f"{100 * (layer.operator_loss or 0.0):.2g} %"
-            predicted = f"{100 * (layer.floor or 0.0):.2g} % ({100 * (layer.truncation or 0.0):.2g} %)"
-            size = f"{layer.state_before} → {layer.state_after}"
-            table.add_row(layer_title(layer.layer), layer.operator, size, lost, predicted, layer.method)
-            settings |= layer.settings
-    changes = [f"{name} {value:.4g} → {result.after[name]:.4g}" for name, value in result.before.items()]
-    lines = [
-        "; ".join(changes) or "no targets or labels in the data: give them for loss and accuracy before and after",
-        "lost: of the operator, squared, on the calibration data. distill-check: what any recurrence with this state "
-        "loses at least, and in brackets its truncation",
-        "build the model for it with " + " or ".join(f"{name}={value:g}" for name, value in settings.items()),
-    ]
-    add_without_result(table, result.layers, result.skipped, "\n".join(lines))
-    return table
