@@ -30,6 +30,8 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    layer: str = ""
+    """Full name of the layer that it is of, by which a page filters. Empty where it is of several."""
 
 
 @dataclass(frozen=True)

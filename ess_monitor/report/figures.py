@@ -79,6 +79,8 @@ class Figure:
     """Labels of the rows in another order, by the name of the order."""
     can_be_logarithmic: bool = False
     """Whether a page offers a logarithmic axis of values."""
+    layer: str = ""
+    """Full name of the layer that it is of, by which a page filters. Empty where it is of several."""
 
     def to_plotly(self) -> Any:
         """Return a `plotly.graph_objects.Figure`.
@@ -112,6 +114,7 @@ def line_figure(
     band: tuple[Pairs, Pairs] | None = None,
     marks: Sequence[Mark] = (),
     points: int = POINTS_OF_A_LINE,
+    layer: str = "",
 ) -> Figure | None:
     """Return lines over a common axis, in panels below each other, or None where no series has a value.
 
@@ -126,6 +129,7 @@ def line_figure(
         band: lower and upper bound, drawn behind the lines of the first panel.
         marks: events at steps.
         points: largest number of points of a line.
+        layer: full name of the one layer that is drawn, if it is one.
     """
     drawn = {name: kept for name, series in panels.items() if (kept := [each for each in series if each.pairs])}
     if not drawn:
@@ -169,7 +173,7 @@ def line_figure(
     several = [f"{name}, " if name and name != each.label else "" for name in drawn for each in drawn[name]]
     lines = [each for series in drawn.values() for each in series]
     summary = "; ".join(prefix + _summary(each, x_label) for prefix, each in zip(several, lines, strict=True))
-    return Figure(title, summary, data, layout, can_be_logarithmic=not log_y and not from_zero)
+    return Figure(title, summary, data, layout, can_be_logarithmic=not log_y and not from_zero, layer=layer)
 
 
 def share_values(figures: Iterable[Figure | None]) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ess_monitor.report import load_history, render_comparison, render_report
+from ess_monitor.analysis import AtLength, LayerLengths, LayerMinimalState, LengthProfile, MinimalStates, StateError
+from ess_monitor.report import (
+    load_history,
+    render_comparison,
+    render_length_profile,
+    render_minimal_state,
+    render_report,
+)
 from tests.report.helpers import Page, figures_of, finding, measurement, reading, rescued_run, run_info, write_log
 
 
@@ -67,3 +74,28 @@ def test_layers_without_a_finding_are_folded_away_when_there_are_many(tmp_path: 
     before, _, folded = html.partition("47 layers without a finding")
     assert before.count('<h3>blocks.47 <span class="pill') == 2, "in words, and as a card"
     assert folded.count("<h3>") == 47
+
+
+def test_the_filter_of_an_analysis_finds_figures_and_tables_of_a_layer() -> None:
+    names = tuple(f"blocks.{index}" for index in range(30))
+    errors = tuple(StateError(size=size, floor=0.5**size, error=0.6**size) for size in range(4))
+    layers = tuple(LayerMinimalState(layer=name, status="ok", rank=3, errors=errors) for name in names)
+    parsed = Page(html := render_minimal_state(MinimalStates(model="Net", layers=layers)))
+    assert parsed.unclosed == []
+    assert [each.get("data-layer") for each in parsed.of("section")] == list(names)
+    assert [each["data-layer"] for each in parsed.of("details") if "data-layer" in each] == list(names)
+    shown, _, folded = html.partition("6 more figures</summary>")
+    assert (shown.count("<figure>"), folded.count("<figure>")) == (24, 6)
+    assert folded.index("The figures as tables</summary>") < folded.index("blocks.0: relative error")
+
+
+def test_figures_of_one_layer_are_filtered_whatever_their_title_says() -> None:
+    sizes = {"effective_size": 2.0, "entropy_size": 1.0, "state_capacity": 4.0, "undecayed_size": 3.0}
+    at = tuple(AtLength(length=n, operators=1, decay_product_norm=0.5, **sizes) for n in (8, 16))
+    layers = tuple(LayerLengths(layer=name, status="ok", lengths=at) for name in ("a", "b"))
+    page = Page(
+        render_length_profile(
+            LengthProfile(model="Net", lengths=(8, 16), tolerance=1e-3, tolerance_scale="absolute", layers=layers)
+        )
+    )
+    assert [each.get("data-layer") for each in page.of("section")] == ["a", "a", "b", "b"]

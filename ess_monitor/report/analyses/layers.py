@@ -137,13 +137,15 @@ def _loss_figure(
         series += [Series(label, kind, shown)] if shown else []
     lines = {quantity: [*series, Series(floor_label, "limit", floor)]}
     ends, title = (0.0, float(max(1, *(size for size, _, _ in sizes)))), layer_title(layer.layer)
-    return line_figure(title, lines, x_label="state size", x_range=ends, log_y=True) if reached else None
+    drawn = line_figure(title, lines, x_label="state size", x_range=ends, log_y=True, layer=title)
+    return drawn if reached else None
 
 
 def _errors_table(layer: LayerMinimalState) -> Table:
     rows = tuple((str(each.size), cell(each.floor), cell(each.error)) for each in layer.errors)
     columns = ("state size", "floor of any recurrence", "truncated realization")
-    return Table(f"{layer_title(layer.layer)}: relative error of the outputs", columns, rows)
+    title = layer_title(layer.layer)
+    return Table(f"{title}: relative error of the outputs", columns, rows, layer=title)
 
 
 def render_compressibility(result: Compressibility) -> str:
@@ -371,8 +373,9 @@ def _over_length(layer: LayerLengths, name: str) -> list[tuple[float, float]]:
 def _over_lengths(layer: LayerLengths, what: str, lines: list[Series], *, log_y: bool = False) -> Figure | None:
     first, last = float(layer.lengths[0].length), float(layer.lengths[-1].length)
     ends = (first, last) if last > first else (first / 2, 2 * first)
-    title = f"{layer_title(layer.layer)}: {what}"
-    return line_figure(title, {"": lines}, x_label="tokens", x_range=ends, log_x=True, log_y=log_y)
+    name = layer_title(layer.layer)
+    title = f"{name}: {what}"
+    return line_figure(title, {"": lines}, x_label="tokens", x_range=ends, log_x=True, log_y=log_y, layer=name)
 
 
 def _sizes_over_length(layer: LayerLengths) -> Figure | None:

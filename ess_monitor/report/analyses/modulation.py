@@ -87,8 +87,8 @@ def _along(layer: LayerModulation, places: Sequence[int]) -> Figure | None:
         Series(_title(each), kind, [(float(i), size) for i, size in enumerate(each.along, start=1)])
         for kind, each in zip("abcd", shown, strict=False)
     ]
-    title, drawn = f"{layer_title(layer.layer)}: ESS along the text", [*lines, Series("separators", "limit", marks)]
-    return line_figure(title, {"": drawn}, x_label="position")
+    name, drawn = layer_title(layer.layer), [*lines, Series("separators", "limit", marks)]
+    return line_figure(f"{name}: ESS along the text", {"": drawn}, x_label="position", layer=name)
 
 
 def _around(layer: LayerModulation) -> Figure | None:
@@ -98,8 +98,9 @@ def _around(layer: LayerModulation) -> Figure | None:
         pairs = [(float(offset), size) for offset, size in zip(OFFSETS, each.around, strict=True) if size is not None]
         if pairs and pairs[0][1] > 0:
             lines.append(Series(_title(each), kind, [(offset, size / pairs[0][1]) for offset, size in pairs]))
-    title = f"{layer_title(layer.layer)}: mean ESS around separators, as a share of that {-OFFSETS[0]} positions before"
-    return line_figure(title, {"": lines}, x_label="position")
+    name = layer_title(layer.layer)
+    title = f"{name}: mean ESS around separators, as a share of that {-OFFSETS[0]} positions before"
+    return line_figure(title, {"": lines}, x_label="position", layer=name)
 
 
 def render_shots_profile(result: ShotsProfile) -> str:
@@ -157,6 +158,7 @@ def shots_profile_figures(result: ShotsProfile) -> tuple[Figure, ...]:
             Series(f"{at.shots} shots", kind, [(float(i), size) for i, size in zip(at.offsets, at.along, strict=True)])
             for kind, at in zip("abcd", shown, strict=False)
         ]
-        title = f"{layer_title(layer.layer)}: ESS along the question"
-        figures.append(line_figure(title, {"": lines}, x_label="tokens of the question before"))
+        name = layer_title(layer.layer)
+        title, x_label = f"{name}: ESS along the question", "tokens of the question before"
+        figures.append(line_figure(title, {"": lines}, x_label=x_label, layer=name))
     return present(*figures)
