@@ -43,10 +43,13 @@ class Page:
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = {"sessionId": self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
 
-    def open(self, url: str, width: int = 1200, height: int = 1800, theme: str = "light") -> None:
-        """Go there. The page is not loaded yet when this returns."""
+    def open(
+        self, url: str, width: int = 1200, height: int = 1800, theme: str = "light", *, touched: bool = False
+    ) -> None:
+        """Go there, on a telephone where it is `touched`. The page is not loaded yet when this returns."""
+        self._call("Emulation.setTouchEmulationEnabled", enabled=touched)
         self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": touched}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         self._call("Page.navigate", url=url)
 

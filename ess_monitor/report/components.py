@@ -125,7 +125,7 @@ def depth_figure(title: str, lines: Iterable[tuple[str, str, Sequence[float | No
         for label, kind, values in lines
     ]
     deepest = max((place for each in series for place, _ in each.pairs), default=0.0)
-    figure = line_figure(title, {"": series}, x_label="layer", x_range=(1.0, max(deepest, 2.0)))
+    figure = line_figure(title, {"": series}, x_label="layer", x_range=(0.5, deepest + 0.5))
     if figure is not None:
         figure.layout["xaxis"] |= {"tick0": 1, "dtick": max(1, int(deepest) // 10)}  # layers are whole numbers
     return figure

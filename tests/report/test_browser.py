@@ -12,8 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ess_monitor.report import load_history, render_comparison, render_report
+from ess_monitor.analysis import LayerMinimalState, MinimalStates, StateError
+from ess_monitor.report import load_history, render_comparison, render_minimal_state, render_report
 from tests.browser import THEMES, Browser, fresh_picture
+from tests.devtools import page_in
 from tests.report.helpers import HOSTILE, rescued_run, run_info, write_log
 
 WIDTHS = (400, 1200)
@@ -61,6 +63,13 @@ addEventListener("load", () => {
 });
 </script>"""
 """Uses the controls of a report one after the other."""
+
+BUTTONS = """(() => {
+  const buttons = document.querySelector(".modebar"), legend = document.querySelector(".legend");
+  return buttons && legend && JSON.stringify([...[buttons, legend].map(each => each.getBoundingClientRect()),
+    getComputedStyle(buttons.querySelector("path")).fill]);
+})()"""
+"""Where the buttons and the legend of the first figure are, once it is drawn, and the color of the buttons."""
 
 FRAME = """<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <iframe style="border: 0; width: {width}px; height: 1800px" srcdoc="{page}"></iframe>"""
@@ -114,6 +123,23 @@ def test_the_page_fits_the_screen_and_follows_its_theme(chromium: Browser, page:
     assert max(channels) < 60 if theme == "dark" else min(channels) > 200
     assert probe["requests"] == 0
     assert probe["reached"] == probe["focusable"] > 10
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_buttons_of_figures_can_be_seen_and_cover_no_legend_on_a_telephone(
+    chromium: Browser, tmp_path: Path, theme: str
+) -> None:
+    errors = tuple(StateError(size=size, floor=0.5**size, error=0.6**size) for size in range(4))
+    layer = LayerMinimalState(layer="a", status="ok", rank=3, errors=errors)
+    (tmp_path / "page.html").write_text(render_minimal_state(MinimalStates(model="Net", layers=(layer,))))
+    with page_in(chromium) as page:
+        page.open((tmp_path / "page.html").as_uri(), width=390, theme=theme, touched=True)
+        buttons, legend, color = json.loads(page.ask_until_true(BUTTONS))
+    assert buttons["bottom"] > buttons["top"]
+    assert buttons["bottom"] <= legend["top"] or legend["bottom"] <= buttons["top"]
+    assert legend["bottom"] > legend["top"]
+    red, green, blue = map(int, re.findall(r"\d+", color)[:3])
+    assert (red + green + blue < 384) == (theme == "light")
 
 
 @pytest.mark.parametrize("page", ["report"], indirect=True)

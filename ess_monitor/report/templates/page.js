@@ -26,7 +26,7 @@ function theme() {
   const legend = { font: { color: color("ink"), size: 10 } };
   return { layout: {
     font: { color: color("soft"), family: "system-ui, sans-serif", size: 11 },
-    paper_bgcolor: "rgba(0, 0, 0, 0)", plot_bgcolor: "rgba(0, 0, 0, 0)", modebar: { bgcolor: "rgba(0, 0, 0, 0)" },
+    paper_bgcolor: "rgba(0, 0, 0, 0)", plot_bgcolor: "rgba(0, 0, 0, 0)", modebar: { bgcolor: "rgba(0, 0, 0, 0)", color: color("soft"), activecolor: color("ink") },
     hoverlabel: { bgcolor: color("card"), bordercolor: color("rule"), font: { color: color("ink") }, namelength: -1 },
     margin: { l: 44, r: 10, t: 26, b: 38 }, dragmode: touched ? false : "zoom", legend, xaxis: axis, yaxis: axis,
   } };
@@ -61,7 +61,9 @@ function draw(plot) {
   const isNew = !plot.dataset.drawn;
   plot.dataset.drawn = "yes";
   if (isNew) plot.replaceChildren();
-  Plotly.react(plot, data, { ...layout, ...typed, template: theme() }, config);
+  // Where nothing hovers the buttons above the axes are always there: the legend makes room for them.
+  const below = touched && layout.legend ? { legend: { ...layout.legend, yref: "container", y: 0, yanchor: "bottom" } } : {};
+  Plotly.react(plot, data, { ...layout, ...typed, ...below, template: theme() }, config);
   if (isNew) plot.on("plotly_click", ({ points }) => {
     const event = points.map((point) => point.customdata).find((target) => typeof target === "string");
     if (event) location.hash = event;
