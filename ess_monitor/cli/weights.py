@@ -48,17 +48,24 @@ def load_weights(path: str | Path, *, prefix: str = "") -> dict[str, torch.Tenso
 def load_into(model: nn.Module, path: str | Path, *, prefix: str = "") -> None:
     """Load the weights of a file into `model`; they must be those of all its parameters and of nothing else.
 
+    Of tensors that the model has under several names, as tied embeddings are, the file may hold one: transformers
+    writes no more.
+
     Raises:
         CheckpointError: as for `load_weights`, or the weights do not fit. The model may then hold a part of them.
     """
+    weights = load_weights(path, prefix=prefix)
     try:
-        missing, unexpected = model.load_state_dict(load_weights(path, prefix=prefix), strict=False)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # wrong shapes; torch lists them below its first line
         problem = " ".join(str(error).split("\n\t")[1:2]) or str(error)
         raise CheckpointError(
             f"checkpoint: {path} does not fit {type(model).__name__}: {problem.strip()} Build the model with the sizes "
             "it was trained with"
         ) from error
+    own = model.state_dict(keep_vars=True)
+    loaded = {id(own[name]) for name in weights if name in own}
+    missing = [name for name in missing if name not in own or id(own[name]) not in loaded]
     if missing or unexpected:
         facts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("also has", unexpected)) if names]
         raise CheckpointError(

@@ -138,3 +138,16 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, model: nn.Module, 
     save_file(WEIGHTS, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=f"(?s){named}"):
         load_into(model, tmp_path / "w.safetensors")
+
+
+def test_of_weights_that_are_tied_the_file_may_hold_one(tmp_path: Path) -> None:
+    wanted = torch.arange(15.0).reshape(5, 3)
+    for name in ("0.weight", "1.weight"):
+        save_file({name: wanted}, tmp_path / f"{name}.safetensors")
+        model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+        with pytest.raises(CheckpointError, match="lacks"):
+            load_into(model, tmp_path / f"{name}.safetensors")
+        model[1].weight = model[0].weight
+        load_into(model, tmp_path / f"{name}.safetensors")
+        assert torch.equal(model[0].weight, wanted)
+        assert model[1].weight is model[0].weight
