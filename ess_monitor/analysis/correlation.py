@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from statistics import StatisticsError, correlation, fmean
+from statistics import correlation, fmean
 from typing import NamedTuple
 
 from ess_monitor import validation
@@ -14,6 +15,8 @@ from ess_monitor.errors import ConfigError
 
 FEWEST = 3
 """Points of a correlation at least: through two there is always a line."""
+_ROUNDING = 1e-12
+"""Values that differ by less, as a share of the largest, are equal: the mean of equal numbers may be off by as much."""
 
 _QUANTITIES: dict[Quantity, Callable[[StudyRun], float | None]] = {
     "ESS / demand": lambda run: _ratio(run.effective_size, run.demand),
@@ -37,10 +40,15 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     """
     if len(x) < FEWEST:
         return None
-    try:
-        return correlation(x, y)
-    except StatisticsError:
-        return None
+    first, second = _scaled(x), _scaled(y)
+    return None if first is None or second is None else correlation(first, second)
+
+
+def _scaled(values: Sequence[float]) -> list[float] | None:
+    """Return values with a common exponent below 1, whose squares do not overflow or vanish; None of equal ones."""
+    _, exponent = math.frexp(max(map(abs, values)))
+    scaled = [math.ldexp(value, -exponent) for value in values]
+    return scaled if max(scaled) - min(scaled) > _ROUNDING else None
 
 
 def correlate(

@@ -10,6 +10,7 @@ import numpy
 import pytest
 
 from ess_monitor.analysis import Study, StudyRun, correlate
+from ess_monitor.analysis.correlation import pearson
 from ess_monitor.errors import ConfigError
 from ess_monitor.records import Measurement
 from ess_monitor.report import load_study, render_study
@@ -177,6 +178,20 @@ def test_points_on_a_line_have_an_interval_of_one_and_constants_have_no_correlat
     assert (few.r, few.runs) == (None, 2)
     shifted = [run.model_copy(update={"demand": 0.0}) for run in runs]
     assert {each.quantity for each in correlate(shifted).correlations} == {"ESS", "TSS"}
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, 0.123])
+def test_equal_values_have_no_correlation_whatever_their_mean_is_rounded_to(value: float) -> None:
+    for count in range(3, 60):
+        assert pearson([value] * count, [value] * count) is None
+        assert pearson([value] * count, range(count)) is None
+
+
+def test_a_correlation_does_not_depend_on_the_unit_of_its_values() -> None:
+    x, y = [1.0, 2.0, 5.0, 3.0], [0.2, 0.1, 0.9, 0.4]
+    expected = numpy.corrcoef(x, y)[0, 1]
+    for unit in (1e-300, 1e-200, 1.0, 1e200, 1e307):
+        assert pearson([unit * each for each in x], y) == pytest.approx(expected)
 
 
 def test_logs_without_hyperparameters_still_say_what_ess_and_tss_do(tmp_path: Path) -> None:
