@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor import validation
-from ess_monitor.analysis.layer_operators import NotAnalyzed, Progress, layers_of, smaller_states
+from ess_monitor.analysis.layer_operators import NotAnalyzed, layers_of, smaller_states
 from ess_monitor.analysis.results import LayerReduction, Reduction
 from ess_monitor.analysis.smaller_model import (
     SmallerState,
     projection_of,
     recurrences_of,
+    require_own_weights,
     settings_of,
     smaller_model,
     state_weights,
@@ -28,6 +29,7 @@ from ess_monitor.capture.layers import check_model, evaluating
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import CaptureError, ConfigError, format_error
 from ess_monitor.ess import DiagonalRecurrence
+from ess_monitor.inspection import Progress
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 """Returns loss and metrics of a model, by name. It is called in eval mode and without gradients."""
@@ -134,15 +136,18 @@ def _check_below(state: int, model: nn.Module, layers: LayerFilter | None) -> No
         )
 
 
-def _evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
+def _evaluated(model: nn.Module, evaluate: Evaluate) -> dict[str, float | None]:
     with evaluating(model):
         found = evaluate(model)
     if not isinstance(found, Mapping):
         raise ConfigError(
             f"evaluate returned {validation.type_of(found)}; it must return numbers by name, as a mapping"
         )
-    numbers = {str(name): float(value) for name, value in found.items()}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+    try:
+        numbers = {str(name): float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several values
+        raise ConfigError(f"evaluate must return numbers by name, as a mapping: {error}") from error
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 @torch.no_grad()
@@ -154,6 +159,7 @@ def _analyzed(
         raise NotAnalyzed("skipped", weights)
     if weights.size <= state:
         raise NotAnalyzed("skipped", f"its state has {weights.size} dimensions, and stays as it is")
+    require_own_weights(model, captured.layer.module, weights)
     operator = captured.operator.map(Tensor.cpu)
     projection = projection_of(recurrences_of(operator, weights), weights, state)
     few = operator.select(samples=range(min(_PREDICTED_SAMPLES, operator.batch)))

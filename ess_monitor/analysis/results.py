@@ -209,9 +209,9 @@ class Reduction(AnalysisResult):
     """State dimensions that were asked for."""
     layers: tuple[LayerReduction, ...]
     """In model order. A layer that stays as it was has another status than ok, and a message."""
-    before: dict[str, float] = {}
-    """Loss and metrics of the model."""
-    after: dict[str, float] = {}
+    before: dict[str, float | None] = {}
+    """Loss and metrics of the model. None where one is not finite."""
+    after: dict[str, float | None] = {}
     """The same of the smaller one."""
     skipped: tuple[LayerInfo, ...] = ()
     """The other sequence mixers, each with the reason."""

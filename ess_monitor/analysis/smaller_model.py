@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +57,30 @@ def recurrences_of(operator: Operator, weights: StateWeights) -> list[DiagonalRe
     if not all(bool(part.finite().all()) for part in parts):
         raise NotAnalyzed("nonfinite", "an input of its operator is NaN or infinite")
     return parts
+
+
+def require_own_weights(model: nn.Module, module: nn.Module, weights: StateWeights) -> None:
+    """Check that none of a layer's weights that become smaller has another place in the model.
+
+    Each place would keep other dimensions of it, and the class, which ties them again, loads one of the two into both.
+
+    Raises:
+        NotAnalyzed: one has.
+    """
+    places = Counter(
+        id(tensor) for each in model.modules() for tensor in (*each._parameters.values(), *each._buffers.values())
+    )
+    paths = {rows.tensor for rows in weights.rows}
+    uses = Counter(id(_tensor_at(module, path)) for path in paths)
+    for path in sorted(paths):
+        tensor = _tensor_at(module, path)
+        if max(places[id(tensor)], uses[id(tensor)]) > 1:
+            raise NotAnalyzed("skipped", f"its {path} is tied to another weight, and would have to fit both")
+
+
+def _tensor_at(module: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
 
 
 def projection_of(parts: Sequence[DiagonalRecurrence], weights: StateWeights, state: int) -> StateProjection:
@@ -187,8 +212,12 @@ def _update_config(module: nn.Module, before: Mapping[str, int | float], after: 
     config: Any = getattr(module, "config", None)
     names = [name for name, value in before.items() if getattr(config, name, None) == value]
     changed = {name: after[name] for name in names}
+    if not changed:
+        return
     if isinstance(config, BaseModel):
         setattr(module, "config", config.model_copy(update=changed))  # noqa: B010
+    elif getattr(getattr(config, "__dataclass_params__", None), "frozen", False):
+        setattr(module, "config", replace(config, **changed))  # noqa: B010
     elif not isinstance(config, dict):
         for name, value in changed.items():
             setattr(config, name, value)

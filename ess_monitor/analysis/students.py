@@ -18,6 +18,7 @@ from ess_monitor.analysis.smaller_model import (
     SmallerState,
     projection_of,
     recurrences_of,
+    require_own_weights,
     smaller_layer,
     state_weights,
 )
@@ -107,6 +108,7 @@ def train_students(
     weights = state_weights(captured.layer)
     if isinstance(weights, str):
         raise NotAnalyzed("skipped", weights)
+    require_own_weights(captured.layer.module, captured.layer.module, weights)
     segments = captured.operator.segments
     is_whole = segments is None or bool(((segments == segments[..., :1]) & (segments >= 0)).all())
     if call is None or not is_whole:

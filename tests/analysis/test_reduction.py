@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor import LayerFilter, MonitorConfig, capture_operators
-from ess_monitor.analysis import Reduction, compressibility, reduce
+from ess_monitor.analysis import Reduction, StudentTraining, compressibility, reduce
 from ess_monitor.errors import CaptureError, ConfigError, EssMonitorError, NoLayersError
 from ess_monitor.ess import DiagonalRecurrence
 from ess_monitor.featurizers import Backbone, BackboneConfig, build_mixer
+from ess_monitor.report import render_reduction
 from tests.analysis.models import WIDTH, inputs, mixed, of_transformers, tokens
 
 STATE, LENGTH = 8, 12
@@ -293,6 +297,58 @@ class Sharded(nn.Parameter):
 
 def _needs_eight(module: nn.Module, arguments: object) -> None:
     assert module.state_capacity == STATE, "a size that the code knows"
+
+
+def test_weights_that_are_tied_stay_as_they_are() -> None:
+    def tied(*states: int) -> nn.Sequential:
+        model = nn.Sequential(*(mixer("gla", state, seed) for seed, state in enumerate(states)))
+        model[1].features.k.weight = model[0].features.k.weight  # type: ignore[union-attr]
+        return model
+
+    smaller, result = reduce(tied(8, 8, 8), inputs(), state=4)
+    assert [layer.status for layer in result.layers] == ["skipped", "skipped", "ok"]
+    assert "features.k.weight is tied to another weight" in result.layers[1].message
+    loaded = tied(8, 8, 4)
+    loaded.load_state_dict(smaller.state_dict())
+    torch.testing.assert_close(loaded(inputs()), smaller(inputs()))
+    one = mixer("gla")
+    one.features.q = one.features.k  # type: ignore[union-attr]
+    with pytest.raises(CaptureError, match=r"features.k.bias is tied to another weight"):
+        reduce(one, inputs(), state=4)
+    trial = StudentTraining(operator_steps=0, activation_steps=0)
+    [layer] = compressibility(one, inputs(), student_states=[4], trial=trial).layers
+    assert "no student was trained: its features.k.bias is tied" in layer.message
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A configuration that takes no assignment."""
+
+    state_size: int = STATE
+    layers: int = 1
+
+
+def test_a_frozen_configuration_is_replaced() -> None:
+    model = mixer("gla")
+    model.config = Frozen()  # type: ignore[assignment]
+    smaller, result = reduce(model, inputs(), state=4)
+    assert (smaller.config, model.config) == (Frozen(state_size=4), Frozen())
+    assert result.layers[0].settings == {"state_size": 4}
+
+
+def test_numbers_that_are_not_finite_are_unknown_and_not_left_out() -> None:
+    model = mixer("gla")
+
+    def evaluate(given: nn.Module) -> dict[str, float]:
+        return {"loss": 1.0 if given is model else math.inf, "accuracy": math.nan}
+
+    _, result = reduce(model, inputs(), state=4, evaluate=evaluate)
+    assert (result.before, result.after) == ({"loss": 1.0, "accuracy": None}, {"loss": None, "accuracy": None})
+    assert "loss 1 → -; accuracy - → -" in str(result)
+    assert "accuracy" in render_reduction(result)
+    assert Reduction.model_validate_json(json.dumps(result.model_dump(mode="json"), allow_nan=False)) == result
+    with pytest.raises(ConfigError, match="evaluate must return numbers by name"):
+        reduce(model, inputs(), state=4, evaluate=lambda model: {"loss": "low"})  # type: ignore[dict-item]
 
 
 def test_a_state_that_is_empty_or_reads_nothing_loses_nothing() -> None:

@@ -69,7 +69,10 @@ def reduction_table(result: Reduction, title: str | None = None) -> Table:
             size = f"{cell(layer.state_before)} → {cell(layer.state_after)}"
             add_layer(table, layer, layer.operator, size, lost, f"{floor} ({truncation})", layer.method)
             settings |= layer.settings
-    changes = [f"{name} {value:.4g} → {result.after[name]:.4g}" for name, value in result.before.items()]
+    names = dict.fromkeys((*result.before, *result.after))
+    changes = [
+        f"{name} {cell(result.before.get(name), '.4g')} → {cell(result.after.get(name), '.4g')}" for name in names
+    ]
     lines = [
         "; ".join(changes) or "no targets or labels in the data: give them for loss and accuracy before and after",
         "lost: of the operator, squared, on the calibration data. distill-check: what any recurrence with this state "

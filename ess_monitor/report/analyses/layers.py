@@ -222,7 +222,8 @@ def render_reduction(result: Reduction) -> str:
     validation.instance("result", result, Reduction, hint="reduce(model, ..., state=R) returns one beside the model")
     layers = _measured(result.layers)
     columns = ("layer", "operator", "state", "lost", "floor", "truncation", "how")
-    numbers = tuple((name, cell(result.before.get(name)), cell(value)) for name, value in result.after.items())
+    names = dict.fromkeys((*result.before, *result.after))
+    numbers = tuple((name, cell(result.before.get(name)), cell(result.after.get(name))) for name in names)
     return render(
         "analysis.html",
         title=f"{result.model}: states of {result.state}",
