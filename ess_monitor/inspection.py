@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 DEFAULTS = MonitorConfig(positions=8, capture=CaptureConfig(samples=8, heads=None))
 """Finer than during training: 8 samples as in the paper's section 3, every head, 8 positions."""
+
+Progress = Callable[[Sequence[Captured | CaptureFailure]], Iterable[Captured | CaptureFailure]]
+"""Passes the layers on, one after another, and may show how far it is (`rich.progress.track`)."""
 
 _ONE_HEAD = CaptureConfig(samples=1, heads=1)
 _IN_A_RUN = MonitorConfig()
@@ -175,7 +178,13 @@ class Profile(Shown):
         return reading_table(title, self.readings, self.skipped)
 
 
-def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None, **named_inputs: Any) -> Profile:
+def profile(
+    model: nn.Module,
+    *inputs: Any,
+    config: MonitorConfig | None = None,
+    progress: Progress | None = None,
+    **named_inputs: Any,
+) -> Profile:
     """Measure every sequence mixer on one batch, in eval mode and without gradients. The model is not changed.
 
     Args:
@@ -185,6 +194,7 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         config: `tolerance`, `tolerance_scale`, `positions`, `layers` and `capture` are used; the default measures 8
             samples, all heads and 8 positions; of sequences above 1024 tokens what `capture.max_length` says. With
             `strict` a layer that could not be measured is an error.
+        progress: passes the layers on, such as `rich.progress.track`.
 
     Raises:
         NoLayersError: no layer of the model can be measured.
@@ -198,9 +208,12 @@ def profile(model: nn.Module, *inputs: Any, config: MonitorConfig | None = None,
         [8.0]
     """
     config = validation.optional("config", config, MonitorConfig) or DEFAULTS
+    if progress is not None:
+        validation.function("progress", progress, hint="such as rich.progress.track")
     reduce = partial(reduce_long, positions=config.positions, scale=config.tolerance_scale)
     items, skipped = captured_layers(model, inputs, named_inputs, config, reduce)
-    return Profile(type(model).__name__, tuple(_measured(item, config) for item in items), skipped)
+    measured = (_measured(item, config) for item in (items if progress is None else progress(items)))
+    return Profile(type(model).__name__, tuple(measured), skipped)
 
 
 def captured_layers(

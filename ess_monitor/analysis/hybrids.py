@@ -11,7 +11,7 @@ from ess_monitor import validation
 from ess_monitor.analysis.results import HybridAdvice, LayerAdvice, Mixer
 from ess_monitor.capture import CaptureConfig, layer_infos
 from ess_monitor.config import MonitorConfig
-from ess_monitor.inspection import profile
+from ess_monitor.inspection import Progress, profile
 from ess_monitor.records import Reading, layer_title
 
 DEFAULTS = MonitorConfig(
@@ -37,7 +37,11 @@ _MIXERS: dict[str, Mixer] = {
 
 
 def hybrid_advice(
-    model: nn.Module, *inputs: Any, config: MonitorConfig | None = None, **named_inputs: Any
+    model: nn.Module,
+    *inputs: Any,
+    config: MonitorConfig | None = None,
+    progress: Progress | None = None,
+    **named_inputs: Any,
 ) -> HybridAdvice:
     """Return ESS, retention and far share of every mixer, ranked by what it uses, with advice and what it rests on.
 
@@ -50,6 +54,7 @@ def hybrid_advice(
         *inputs: arguments of its forward; advice is worth as much as these are typical.
         **named_inputs: the same by name.
         config: as in `profile`. Default: tau 0.1 of each token's output, 4 samples, all heads and 8 positions.
+        progress: passes the layers on, such as `rich.progress.track`.
 
     Raises:
         NoLayersError: no layer of the model can be measured.
@@ -64,7 +69,7 @@ def hybrid_advice(
         ['recurrence', 'attention']
     """
     config = validation.optional("config", config, MonitorConfig) or DEFAULTS
-    result = profile(model, *inputs, config=config, **named_inputs)
+    result = profile(model, *inputs, config=config, progress=progress, **named_inputs)
     found = layer_infos(model, config.layers, unknown=config.capture.unknown)
     infos = {info.name: info.operator for info in found}
     readings = result.readings

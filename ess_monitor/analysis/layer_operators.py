@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,13 +24,10 @@ from ess_monitor.ess import (
 )
 from ess_monitor.ess.realization.energy import squared_truncation_errors
 from ess_monitor.ess.realization.realize import state_of_recurrence
-from ess_monitor.inspection import captured_layers
+from ess_monitor.inspection import Progress, captured_layers
 from ess_monitor.records import LayerInfo, Status
 
 ResultT = TypeVar("ResultT", bound=LayerResult)
-
-Progress = Callable[[Sequence[Captured | CaptureFailure]], Iterable[Captured | CaptureFailure]]
-"""Passes the layers on, one after another, and may show how far it is (`rich.progress.track`)."""
 
 DEFAULTS = MonitorConfig(capture=CaptureConfig(samples=2, heads=16, max_length=256))
 """Two samples, 16 heads or channels of each layer, and 256 tokens."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor import validation
-from ess_monitor.analysis.layer_operators import NotAnalyzed, Progress, layers_of
+from ess_monitor.analysis.layer_operators import NotAnalyzed, layers_of
 from ess_monitor.analysis.results import AtLength, LayerLengths, LengthProfile
 from ess_monitor.capture import CaptureConfig, Captured
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import ConfigError
 from ess_monitor.ess import JacobianOperator, Operator, measure, operator_positions
 from ess_monitor.ess.positions import LONGEST
+from ess_monitor.inspection import Progress
 
 DEFAULTS = MonitorConfig(capture=CaptureConfig(samples=2, heads=16))
 """Two samples, and 16 heads or channels of each layer."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor import validation
-from ess_monitor.analysis.layer_operators import NotAnalyzed, Progress, layers_of
+from ess_monitor.analysis.layer_operators import NotAnalyzed, layers_of
 from ess_monitor.analysis.modulation_results import (
     OFFSETS,
     LayerModulation,
@@ -23,6 +23,7 @@ from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import ConfigError
 from ess_monitor.ess import JacobianOperator, Operator, measure, operator_positions
 from ess_monitor.ess.modulation import BEFORE, comparable_tokens, longest_sequences
+from ess_monitor.inspection import Progress
 
 DEFAULTS = MonitorConfig(capture=CaptureConfig(heads=8, max_length=256))
 """8 heads or channels of each layer, and 256 tokens."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ess_monitor import validation
-from ess_monitor.analysis.layer_operators import NotAnalyzed, Progress, layers_of
+from ess_monitor.analysis.layer_operators import NotAnalyzed, layers_of
 from ess_monitor.analysis.modulation_results import AtShots, LayerShots, ShotsProfile
 from ess_monitor.capture import CaptureConfig, Captured
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import ConfigError
 from ess_monitor.ess import JacobianOperator, measure
 from ess_monitor.ess.modulation import evenly_chosen
+from ess_monitor.inspection import Progress
 
 DEFAULTS = MonitorConfig(capture=CaptureConfig(heads=8))
 """8 heads or channels of each layer."""

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.analysis.layer_operators import Progress, layers_of, smaller_states
+from ess_monitor.analysis.layer_operators import layers_of, smaller_states
 from ess_monitor.analysis.results import LayerMinimalState, MinimalStates, StateError, StateFor
 from ess_monitor.capture import Captured
 from ess_monitor.config import MonitorConfig
+from ess_monitor.inspection import Progress
 
 
 def minimal_state(

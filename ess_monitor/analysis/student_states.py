@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ess_monitor import validation
-from ess_monitor.analysis.layer_operators import NotAnalyzed, Progress, layers_of, smaller_states
+from ess_monitor.analysis.layer_operators import NotAnalyzed, layers_of, smaller_states
 from ess_monitor.analysis.results import Compressibility, LayerCompressibility, StudentLoss
 from ess_monitor.analysis.students import LayerCall, OnStudent, StudentTraining, recorded_calls, train_students
 from ess_monitor.capture import Captured, find_layers
@@ -17,6 +17,7 @@ from ess_monitor.capture.layers import check_model
 from ess_monitor.config import MonitorConfig
 from ess_monitor.errors import ConfigError
 from ess_monitor.ess.positions import LONGEST
+from ess_monitor.inspection import Progress
 
 
 def compressibility(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,8 +81,12 @@ def load_batches(option: str, source: str, count: int, size: int) -> list[Batch]
     return batches
 
 
-def evaluation(batches: list[Batch]) -> Callable[[nn.Module], Mapping[str, float]] | None:
+def evaluation(
+    batches: list[Batch], progress: Callable[[Sequence[Batch]], Iterable[Batch]] = iter
+) -> Callable[[nn.Module], Mapping[str, float]] | None:
     """Return the function that gives loss and accuracy of a model; None where the batches say no answers.
+
+    It passes the batches through `progress`.
 
     With targets it is the cross-entropy in nats of the logits, at each position; with labels what the model returns as
     its loss, and the accuracy of the next token.
@@ -91,17 +96,19 @@ def evaluation(batches: list[Batch]) -> Callable[[nn.Module], Mapping[str, float
 
     def evaluate(model: nn.Module) -> Mapping[str, float]:
         sums, total = {"loss": 0.0, "accuracy": 0.0}, 0
-        for batch in batches:
+        for batch in progress(batches):
             output = model(*batch.args, **batch.kwargs)
             logits = getattr(output, "logits", output)
             targets, value = batch.targets, None
             if targets is None:
                 logits, targets, value = logits[:, :-1], batch.kwargs["labels"][:, 1:], output.loss
             asked = int((targets != IGNORED).sum())
+            if not asked:  # the mean over no position is NaN
+                continue
             sums["loss"] += asked * float(loss(logits, targets) if value is None else value)
             sums["accuracy"] += asked * float(accuracy(logits, targets))
             total += asked
-        return {name: value / max(total, 1) for name, value in sums.items()}
+        return {name: value / total if total else math.nan for name, value in sums.items()}
 
     return evaluate
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from typer.core import TyperGroup
 
-from ess_monitor.cli.analysis.output import progress, put_out
+from ess_monitor.cli.analysis.output import check_outputs, progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -103,6 +103,7 @@ def profile_target(
         raise ConfigError("target: the options come after the word: ess-monitor profile featurizers [OPTIONS]")
     if html is not None and lengths is None:
         raise ConfigError("html: a page is written with --lengths only; add --lengths 64,256,1024, or leave out --html")
+    check_outputs(html, as_json, checkpoint)
     tokens = () if lengths is None else whole_numbers("lengths", lengths, 2)
     length = max(tokens, default=length)
     measured_by = _measured_by(tolerance, tolerance_scale, positions)
@@ -110,7 +111,7 @@ def profile_target(
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
         if lengths is None:
-            result = run_on(model, inputs, profile, config=config)
+            result = run_on(model, inputs, profile, config=config, progress=progress)
         else:
             over = run_on(model, inputs, length_profile, lengths=tokens, config=config, progress=progress)
     title = f"{type(model).__name__}, {kind.value} input {tuple(inputs.shape)}, tau {tau(config)}"

@@ -12,7 +12,7 @@ from ess_monitor.errors import ConfigError
 from ess_monitor.exporters import read_event_log
 from ess_monitor.exporters.event_log.rotating_file import rotated_path
 from ess_monitor.report import load_history, render_comparison, render_report
-from ess_monitor.runtime.files import is_same_file, replace_file
+from ess_monitor.runtime.files import is_same_file, replace_file, require_writable
 
 Output = Annotated[
     str | None,
@@ -67,16 +67,31 @@ def write_page(page: str, output: str, *logs: Path, option: str = "--output", an
         sys.stdout.buffer.write(page.encode())
         return
     path = Path(output)
-    if any(is_same_file(path, part) for log in logs for part in (log, rotated_path(log))) or _is_event_log(path):
-        raise ConfigError(f"{option}: {path} is an event log, which a page does not replace; give another file")
+    check_page(path, *logs, option=option)
     try:
         replace_file(path, page.encode())
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{option}: {path} cannot be written ({reason}); give a file in a folder this user may write to"
-        ) from error
+        raise _not_written(option, path, error) from error
     print(path, file=announced)
+
+
+def check_page(path: Path, *logs: Path, option: str = "--output") -> None:
+    """Check that a page can be written to a file, before there is one.
+
+    Raises:
+        ConfigError: the file is an event log, or cannot be written.
+    """
+    if any(is_same_file(path, part) for log in logs for part in (log, rotated_path(log))) or _is_event_log(path):
+        raise ConfigError(f"{option}: {path} is an event log, which a page does not replace; give another file")
+    try:
+        require_writable(path)
+    except (OSError, ValueError) as error:
+        raise _not_written(option, path, error) from error
+
+
+def _not_written(option: str, path: Path, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
+    return ConfigError(f"{option}: {path} cannot be written ({reason}); give a file in a folder this user may write to")
 
 
 def _is_event_log(path: Path) -> bool:

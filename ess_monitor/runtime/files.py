@@ -47,6 +47,21 @@ def require_regular(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
+def require_writable(path: Path) -> None:
+    """Check that a file can be put at a path, with the folders that are missing. Nothing is written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    require_regular(path)
+    folder = target_of(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    code = errno.ENOTDIR if not folder.is_dir() else 0 if os.access(folder, os.W_OK | os.X_OK) else errno.EACCES
+    if code:
+        raise OSError(code, os.strerror(code), str(folder))
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file as a whole, so that its readers see the old content or the new one, never a part.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 
 from ess_monitor import profile
 from ess_monitor.analysis import HybridAdvice, LayerAdvice, hybrid_advice
 from ess_monitor.analysis.hybrids import DEFAULTS, _advised
+from ess_monitor.capture import Captured, CaptureFailure
 from ess_monitor.errors import EssMonitorError
 from ess_monitor.featurizers import build_mixer
 from ess_monitor.records import Reading
@@ -118,3 +121,17 @@ def test_rows_and_page_show_every_layer() -> None:
 def test_a_config_of_another_kind_is_refused() -> None:
     with pytest.raises(EssMonitorError, match="config"):
         hybrid_advice(mixed(), inputs(), config={"tolerance": 1})  # type: ignore[arg-type]
+
+
+def test_layers_are_passed_through_the_progress() -> None:
+    seen: list[str] = []
+
+    def progress(items: Sequence[Captured | CaptureFailure]) -> Iterator[Captured | CaptureFailure]:
+        for item in items:
+            seen.append(item.layer.name)
+            yield item
+
+    hybrid_advice(mixed(), inputs(), progress=progress)
+    assert seen == ["gla", "attention"]
+    with pytest.raises(EssMonitorError, match="progress"):
+        hybrid_advice(mixed(), inputs(), progress=3)  # type: ignore[arg-type]

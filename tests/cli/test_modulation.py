@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 
 from ess_monitor import MonitorConfig
 from ess_monitor.analysis import shots_profile, state_modulation
+from ess_monitor.cli.analysis.modulation import _require_vocabulary
 from ess_monitor.cli.analysis.text import load_tokenizer
 from ess_monitor.errors import ConfigError
 from tests.cli.test_main import Run
@@ -160,3 +162,10 @@ def test_mistakes_with_shots_are_named(run: Run, text: Path, options: tuple[str,
     answer = run("modulation", "cli_models:Net", "--shots", "text.txt", *options)
     assert answer.status == 2
     assert message in answer.err
+
+
+def test_the_vocabulary_is_not_that_of_an_embedding_of_positions() -> None:
+    model = nn.ModuleDict({"positions": nn.Embedding(16, 4), "tokens": nn.Embedding(128, 4)})
+    _require_vocabulary(model, torch.tensor([[97, 46]]), {46: "."})
+    with pytest.raises(ConfigError, match="token 128 is not among the 128"):
+        _require_vocabulary(model, torch.tensor([[97, 128]]), {46: "."})

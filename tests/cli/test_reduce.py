@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,15 @@ def test_without_answers_in_the_data_there_is_no_loss(run: Run, here: Path) -> N
         (("--calibrate", "reduce_models:features"), "tokens is a torch.float32 tensor of shape (2, 12, 16)"),
         (("--evaluate", "reduce_models:nothing"), "evaluate: reduce_models:nothing is no file of tensors"),
         (("--layer", "nothing"), "nothing"),
+        (("--html", "taken.pt/page.html"), "--html: taken.pt/page.html cannot be written"),
+        (("--html", "small.pt"), "html: small.pt is read or written by this command already"),
+        (("--html", "-"), "html: '-' and --json both write to standard output"),
     ],
 )
 def test_a_mistake_gives_one_line_and_no_file(run: Run, here: Path, arguments: tuple[str, ...], says: str) -> None:
     (here / "taken.pt").write_text("kept")
     given = {"--state": "4", "--out": "small.pt", **dict([arguments])}
-    answer = run(*CALL, *(text for pair in given.items() for text in pair))
+    answer = run(*CALL, *(text for pair in given.items() for text in pair), "--json")
     assert answer.status == 2
     [line] = answer.err.splitlines()
     assert line.startswith("error: ")
@@ -169,3 +173,15 @@ def test_labels_are_the_next_tokens_and_means_are_over_what_is_asked() -> None:
     assert evaluation([Batch((logits,), {})]) is None
     with pytest.raises(ConfigError, match="x: none is no file"):
         load_batches("x", "none", 1, 1)
+
+
+def test_batches_in_which_nothing_is_asked_do_not_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 5, 7, generator=generator), torch.randint(7, (2, 5), generator=generator)
+    asked, unasked = Batch((logits,), {}, targets), Batch((logits,), {}, torch.full_like(targets, -100))
+    evaluate, nothing = evaluation([unasked, asked]), evaluation([unasked])
+    assert evaluate is not None
+    assert nothing is not None
+    expected = {"loss": float(loss(logits, targets)), "accuracy": float(accuracy(logits, targets))}
+    assert evaluate(nn.Identity()) == pytest.approx(expected)
+    assert all(math.isnan(value) for value in nothing(nn.Identity()).values())

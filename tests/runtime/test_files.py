@@ -22,7 +22,7 @@ from ess_monitor.exporters import (
     read_event_log,
 )
 from ess_monitor.report import find_event_log, load_history
-from ess_monitor.runtime.files import replace_file
+from ess_monitor.runtime.files import replace_file, require_writable
 from tests.exporters.helpers import run_info, snapshot
 from tests.report.helpers import rescued_run, write_log
 
@@ -202,3 +202,18 @@ def test_a_folder_is_searched_past_what_is_no_file(log: Path) -> None:
     assert find_event_log(log.parent) == log
     with pytest.raises(ConfigError, match="is not a file"):
         find_event_log(log.with_name("pipe.jsonl"))
+
+
+def test_what_can_be_written_is_known_before_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file", tmp_path / "new", tmp_path / "missing" / "folders" / "new"):
+        require_writable(path)
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "new", "Not a directory")):
+        with pytest.raises(OSError, match=message):
+            require_writable(path)
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    with pytest.raises(PermissionError):
+        require_writable(tmp_path / "missing" / "new")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ess_monitor.cli.analysis.output import Heads, progress, put_out
+from ess_monitor.cli.analysis.output import Heads, check_outputs, progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -69,6 +69,7 @@ def distill_check(
     from ess_monitor.cli.measuring import config_of, loaded, run_on
     from ess_monitor.report import render_compressibility
 
+    check_outputs(html, as_json, checkpoint)
     config = config_of(batch, length, layer, heads=heads)
     states = whole_numbers("student_states", student_states, 0)
     training = _training(trial, operator_steps, activation_steps)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ess_monitor.cli.analysis.output import put_out
+from ess_monitor.cli.analysis.output import check_outputs, progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -56,11 +56,12 @@ def hybrid_advice(
     from ess_monitor.cli.measuring import config_of, loaded, run_on
     from ess_monitor.report import render_hybrid_advice
 
+    check_outputs(html, as_json, checkpoint)
     scale = tolerance_scale.value
     config = config_of(batch, length, layer, tolerance=tolerance, tolerance_scale=scale, positions=8)
     with redirect_stdout(sys.stderr):
         model, inputs = loaded(target, kwargs, checkpoint, prefix, kind, batch, length, width, vocab_size, seed)
-        result = run_on(model, inputs, analyze, config=config)
+        result = run_on(model, inputs, analyze, config=config, progress=progress)
     page = render_hybrid_advice(result) if html is not None else None
     title = f"{result.model}, {kind.value} input {tuple(inputs.shape)}: advice"
     put_out(result, page, title, as_json=as_json, html=html)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ess_monitor.cli.analysis.output import Heads, progress, put_out
+from ess_monitor.cli.analysis.output import Heads, check_outputs, progress, put_out
 from ess_monitor.cli.options import (
     AsJson,
     Batch,
@@ -57,6 +57,7 @@ def minimal_state(
     from ess_monitor.cli.measuring import config_of, loaded, run_on
     from ess_monitor.report import render_minimal_state
 
+    check_outputs(html, as_json, checkpoint)
     config = config_of(batch, length, layer, heads=heads)
     errors = tuple(error) if error else (0.1, 0.01)
     with redirect_stdout(sys.stderr):

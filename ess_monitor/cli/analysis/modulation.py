@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ess_monitor.cli.analysis.output import Heads, progress, put_out
+from ess_monitor.cli.analysis.output import Heads, check_outputs, progress, put_out
 from ess_monitor.cli.analysis.shots import prompts_of
 from ess_monitor.cli.analysis.text import TextTokenizer, ids_of, ids_with, load_tokenizer, read_text, rows_of
 from ess_monitor.cli.options import (
@@ -100,6 +100,7 @@ def modulation(
     from ess_monitor.cli.weights import load_into
     from ess_monitor.report import render_shots_profile, render_state_modulation
 
+    check_outputs(html, as_json, checkpoint, text, *(shots or ()))
     if (text is None) == (task is None):
         raise ConfigError("text: give either --text FILE with --tokenizer, or --task documents")
     if text is not None and tokenizer is None:
@@ -205,15 +206,15 @@ def _separators(
 
 
 def _require_vocabulary(model: nn.Module, inputs: Tensor, named: dict[int, str]) -> None:
-    """Raise `ConfigError` where an id has no row in the first embedding of the model."""
+    """Raise `ConfigError` where an id has no row in any embedding of the model: that of positions may come first."""
     from torch import nn
 
-    size = next((each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)), None)
+    size = max((each.num_embeddings for each in model.modules() if isinstance(each, nn.Embedding)), default=None)
     if size is None:
         return
     if int(inputs.max()) >= size:
         raise ConfigError(
-            f"tokenizer: token {int(inputs.max())} is not among the {size} of the model's first embedding; give the "
+            f"tokenizer: token {int(inputs.max())} is not among the {size} of the model's largest embedding; give the "
             "tokenizer, or the task, that it was trained with"
         )
     outside = [token for token in named if token >= size]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ess_monitor.cli.analysis.output import progress, put_out
+from ess_monitor.cli.analysis.output import check_outputs, progress, put_out
 from ess_monitor.cli.options import AsJson, Checkpoint, Html, Kwargs, Layers, Prefix, Seed, Target
 from ess_monitor.errors import ConfigError
 from ess_monitor.runtime.files import replace_file
@@ -58,6 +59,7 @@ def reduce(
     the loss is too high: see `distill-check` for what any layer with this state must lose.
     """
     _check_new(out)
+    check_outputs(html, as_json, out, checkpoint, calibrate, evaluate)
 
     from ess_monitor.analysis import reduce as analyze
     from ess_monitor.cli.data import device_of, evaluation, explain, load_batches
@@ -83,7 +85,7 @@ def reduce(
                 model,
                 *first.args,
                 state=state,
-                evaluate=evaluation(tested),
+                evaluate=evaluation(tested, partial(progress, label="batches")),
                 config=config,
                 progress=progress,
                 **{name: value for name, value in first.kwargs.items() if name != "labels"},

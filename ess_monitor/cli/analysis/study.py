@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ess_monitor.cli.analysis.output import progress, put_out
+from ess_monitor.cli.analysis.output import check_outputs, progress, put_out
 from ess_monitor.cli.options import AsJson, Html
 from ess_monitor.report import load_study, render_study
 
@@ -45,6 +45,7 @@ def study(
 
     What tells runs apart (task, featurizer, kv_pairs) is read from their hyperparameters, a setting of the monitor.
     """
+    check_outputs(html, as_json)
     logs = partial(progress, label="logs")
     result = load_study(
         folder, metric=metric, demand=demand, resamples=resamples, by_configuration=by_configuration, seed=seed,
