@@ -118,7 +118,9 @@ def test_all_layers_of_a_backbone_are_made_smaller_and_measured() -> None:
     assert model.config.state_size == 8
     with torch.no_grad():
         expected = [float(each(x).square().mean()) for each in (model, fresh)]
-    assert [result.before, result.after] == [{"mean": pytest.approx(each, rel=1e-5)} for each in expected]
+    assert [result.before, result.after] == [
+        {"mean": pytest.approx(each, rel=1e-5), "nothing": None} for each in expected
+    ]
     assert [layer.layer for layer in result.layers] == ["blocks.0.mixer", "blocks.1.mixer"]
     assert result.layers[0].settings["state_size"] == 4
 
