@@ -77,7 +77,7 @@ def shoot(html: str, name: str, height: int, folder: Path, theme: str = "light")
 
 def report(theme: str, demo: Path, folder: Path) -> None:
     """Take a picture of the report of the run that was treated."""
-    shoot(render_report(load_history(demo / "auto")), f"report-{theme}", 1480, folder, theme)
+    shoot(render_report(load_history(demo / "auto")), f"report-{theme}", 1500, folder, theme)
 
 
 def compare(demo: Path, folder: Path) -> None:
