@@ -1,7 +1,8 @@
 """Trains a grid of tasks, sequence mixers and seeds on Ray, and shows which of them leave their memory unused.
 
     python examples/sweep.py [--tasks mqar,compression] [--models gla,wla:beta=1] [--state-sizes 4,16] [--kv-pairs 4,8]
-                             [--seeds 2] [--steps 300] [--learning-rate 0.002] [--warmup-steps 0] [--clip-norm NORM]
+                             [--tokens-to-copy 4,8] [--vocab-sizes 8,32] [--seeds 2] [--steps 300]
+                             [--learning-rate 0.002] [--warmup-steps 0] [--clip-norm NORM]
                              [--address auto|ray://HOST:10001] [--folder runs/sweep] [--file-sd DIR] [--json FILE]
 
 A model is a featurizer, and options of it: `gla`, `gla:beta=1`, `gla:beta=1:gate_rank=8`. `examples/paper` runs
@@ -30,7 +31,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "selective_copying": {"length": 32, "tokens_to_copy": 4, "vocab_size": 16},
     "compression": {"length": 16, "vocab_size": 16},
 }
+DEMANDS = {"mqar": "kv_pairs", "selective_copying": "tokens_to_copy", "compression": "vocab_size"}
+"""What makes a task harder: what ESS and TSS are divided by (appendix C.3)."""
 MODELS = ("gla", "gla_s6", "la", "s6", "sa", "wla")
 BATCH, TEST_SAMPLES = 32, 512
 TEST_SEED = 10_000
@@ -63,15 +66,15 @@ def grid(
     steps: int,
     *,
     state_sizes: Iterable[int] = (16,),
-    kv_pairs: Iterable[int] = (4,),
+    demands: Mapping[str, Iterable[int]] | None = None,
     **optimizer: Any,
 ) -> list[dict[str, Any]]:
-    """Return the settings of every run, with a run id that is unique to them; `kv_pairs` are those of mqar."""
+    """Return the settings of every run, with a run id that is unique to them; `demands` are those of each task."""
     settings = []
     shapes = [
-        (task, {**TASKS[task], **difficulty})
+        (task, {**TASKS[task], DEMANDS[task]: demand})
         for task in tasks
-        for difficulty in ([{"kv_pairs": pairs} for pairs in kv_pairs] if task == "mqar" else [{}])
+        for demand in (demands or {}).get(task, (TASKS[task][DEMANDS[task]],))
     ]
     for (task, shape), model, size, seed in itertools.product(shapes, models, state_sizes, seeds):
         one = {"task": task, "model": model, "state_size": size, "seed": seed, "steps": steps}
@@ -111,7 +114,11 @@ def network(run: dict[str, Any]) -> Any:
     torch.manual_seed(run["seed"])
     return Backbone(
         BackboneConfig(
-            vocab_size=run["vocab_size"], featurizer=featurizer, state_size=run["state_size"], mixer_options=options
+            vocab_size=run["vocab_size"],
+            featurizer=featurizer,
+            state_size=run["state_size"],
+            mixer_options=options,
+            decoder="last_token" if run["task"] == "compression" else "every_token",
         )
     )
 
@@ -227,7 +234,7 @@ def results(
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["task"], row["model"], row["state_size"], row.get("kv_pairs", 0), row["seed"]
+    return row["task"], row["model"], row["state_size"], row[DEMANDS[row["task"]]], row["seed"]
 
 
 def resumed(
@@ -248,11 +255,12 @@ def resumed(
 def show(console: Console, rows: list[dict[str, Any]], missing: int) -> None:
     """Print one table of all runs."""
     table = Table(title=f"{len(rows)} runs" + (f", {missing} to do" if missing else ""), title_justify="left")
-    numbers = ("TSS", "kv", "seed", "accuracy", "loss")
+    numbers = ("TSS", "demand", "seed", "accuracy", "loss")
     for column in ("task", "model", *numbers, "utilization by layer", "condition by layer"):
         table.add_column(column, justify="right" if column in numbers else "left")
     for row in sorted(rows, key=_place):
-        cells = [row["task"], row["model"], str(row["state_size"]), str(row.get("kv_pairs", "")), str(row["seed"])]
+        demand = row[DEMANDS[row["task"]]]
+        cells = [row["task"], row["model"], str(row["state_size"]), str(demand), str(row["seed"])]
         if "error" in row:
             table.add_row(*cells, "failed", "", row["error"], "", style="red")
             continue
@@ -314,6 +322,8 @@ def main() -> int:
     parser.add_argument("--models", type=models, default=["gla", "wla"], help="with options: gla:beta=1")
     parser.add_argument("--state-sizes", type=sizes, default=[16], help="TSS per channel")
     parser.add_argument("--kv-pairs", type=sizes, default=[4], help="of mqar, with 32 tokens: 8 at most")
+    parser.add_argument("--tokens-to-copy", type=sizes, default=[4], help="of selective_copying: 15 at most")
+    parser.add_argument("--vocab-sizes", type=sizes, default=[16], help="of compression")
     parser.add_argument("--seeds", type=positive, default=2, help="seeds 0, 1, ... for every task and model")
     parser.add_argument("--steps", type=positive, default=300)
     parser.add_argument("--learning-rate", type=above_zero, default=OPTIMIZER["learning_rate"], help="of AdamW")
@@ -327,9 +337,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows of the table to FILE")
     arguments = parser.parse_args()
 
+    demands = {
+        "mqar": arguments.kv_pairs, "selective_copying": arguments.tokens_to_copy, "compression": arguments.vocab_sizes
+    }  # fmt: skip
     runs = grid(
-        arguments.tasks, arguments.models, range(arguments.seeds), arguments.steps,
-        state_sizes=arguments.state_sizes, kv_pairs=arguments.kv_pairs, learning_rate=arguments.learning_rate,
+        arguments.tasks, arguments.models, range(arguments.seeds), arguments.steps, demands=demands,
+        state_sizes=arguments.state_sizes, learning_rate=arguments.learning_rate,
         warmup_steps=arguments.warmup_steps, clip_norm=arguments.clip_norm,
     )  # fmt: skip
     try:

@@ -80,21 +80,24 @@ def test_a_result_counts_only_if_it_is_whole_and_of_these_settings(sweep: Module
 
 def test_every_run_of_a_grid_has_an_id_of_its_own(sweep: ModuleType) -> None:
     models = ["la", "gla", "gla:beta=1", "gla:beta=16"]
+    demands = {"mqar": [4, 8], "selective_copying": [2, 6]}
     grids = [
-        sweep.grid(list(sweep.TASKS), models, range(2), steps, state_sizes=[4, 8], kv_pairs=[4, 8], warmup_steps=warmup)
+        sweep.grid(list(sweep.TASKS), models, range(2), steps, state_sizes=[4, 8], demands=demands, warmup_steps=warmup)
         for steps, warmup in ((10, 0), (20, 0), (10, 50))
     ]
     runs = [run for each in grids for run in each]
-    assert len({run["run_id"] for run in runs}) == len(runs) == 3 * (2 + 1 + 1) * len(models) * 2 * 2
+    assert len({run["run_id"] for run in runs}) == len(runs) == 3 * (2 + 2 + 1) * len(models) * 2 * 2
     assert {run["kv_pairs"] for run in runs if run["task"] == "mqar"} == {4, 8}
     assert not any("kv_pairs" in run for run in runs if run["task"] != "mqar")
+    assert {run["tokens_to_copy"] for run in runs if run["task"] == "selective_copying"} == {2, 6}
+    assert {run["vocab_size"] for run in runs if run["task"] == "compression"} == {16}
     assert not any(set(run["run_id"]) & set(":=/ ") for run in runs), "ids are names of files"
 
 
 def test_the_name_of_a_model_says_its_featurizer_and_options(sweep: ModuleType) -> None:
     assert sweep.mixer("la") == ("la", {})
     assert sweep.mixer("gla:beta=16:gate_rank=8") == ("gla", {"beta": 16.0, "gate_rank": 8})
-    run = sweep.grid(["mqar"], ["wla:beta=2"], [7], 1, state_sizes=[8], kv_pairs=[2])[0]
+    run = sweep.grid(["mqar"], ["wla:beta=2"], [7], 1, state_sizes=[8], demands={"mqar": [2]})[0]
     net = sweep.network(run)
     assert [(type(block.mixer).__name__, block.mixer.beta, block.mixer.state_capacity) for block in net.blocks] == [
         ("WLA", 2.0, 8)
@@ -105,11 +108,27 @@ def test_the_name_of_a_model_says_its_featurizer_and_options(sweep: ModuleType) 
         sweep.mixer("gla:beta")
 
 
+def test_compression_is_read_from_the_features_at_the_last_token_alone(sweep: ModuleType) -> None:
+    torch = pytest.importorskip("torch")
+    for task, last_alone in (("compression", True), ("mqar", False), ("selective_copying", False)):
+        run = sweep.grid([task], ["gla"], [0], 1)[0]
+        net = sweep.network(run)
+        net.decoder.register_forward_pre_hook(lambda _, inputs: (_without_last(inputs[0]),))
+        first, second = (sweep.data(run, 1, seed).batch(range(1))[0] for seed in (0, 1))
+        assert torch.equal(net(first), net(second)) == last_alone, task
+
+
+def _without_last(features: Any) -> Any:
+    changed = features.clone()
+    changed[:, -1] = 0
+    return changed
+
+
 @pytest.mark.timeout(300)
 def test_a_study_of_a_sweep_knows_its_grid(sweep: ModuleType, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     options = {"learning_rate": 5e-3, "warmup_steps": 5, "clip_norm": 1.0}
-    grid = sweep.grid(["mqar"], ["wla:beta=1"], [0], 4, state_sizes=[2, 4], kv_pairs=[4, 8], **options)
+    grid = sweep.grid(["mqar"], ["wla:beta=1"], [0], 4, state_sizes=[2, 4], demands={"mqar": [4, 8]}, **options)
     threads = torch.get_num_threads()
     try:
         results = {run["run_id"]: sweep.train(run, None, str(tmp_path)) for run in grid}

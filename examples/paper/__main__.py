@@ -22,12 +22,12 @@ EXPERIMENTS = (
     "initialization",
     "memory_decay",
     "regularizer",
+    "distillation",
+    "hybrids",
     "modulation",
     "open_questions",
 )
 """Modules of experiments, in the order of the page."""
-UNPUBLISHED = ("distillation", "hybrids")
-"""Modules of experiments that run when they are named, and are not on the page yet."""
 
 
 def load(name: str) -> Experiment:
@@ -81,7 +81,7 @@ def machine() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, print the table, write the page; return 1 if a run failed."""
     parser = argparse.ArgumentParser(prog="python -m examples.paper", description=__doc__)
-    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS, *UNPUBLISHED], help="by default all")
+    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], help="by default all")
     parser.add_argument("--folder", type=Path, default=Path("runs/paper"), help="folder of the results of runs")
     parser.add_argument("--address", help="address of a Ray cluster; without it Ray runs on this machine")
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="write the page, its figures and numbers there")

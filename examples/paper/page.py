@@ -66,6 +66,11 @@ def _head(
     )
 
 
+def _place(name: str) -> str:
+    """Return where an experiment is: a module, or a package of its own."""
+    return f"examples/paper/{name}" + ("/" if Path(__file__).with_name(name).is_dir() else ".py")
+
+
 def _section(folder: Path, outcome: Outcome, finding: Finding, drawn: set[str]) -> str:
     seeds = sorted({row["seed"] for row in outcome.rows if "seed" in row})
     parts = [
@@ -73,7 +78,7 @@ def _section(folder: Path, outcome: Outcome, finding: Finding, drawn: set[str]) 
         _markdown(Table("", ("The paper", "Here"), ((finding.claim, finding.result),))),
         f"**Verdict: {finding.verdict}.** {finding.rule}",
         f"*Setting.* {finding.setting} Seeds {', '.join(map(str, seeds))}; {outcome.minutes:.0f} core minutes "
-        f"(`examples/paper/{outcome.experiment.name}.py`). Paper: {finding.source}.",
+        f"(`{_place(outcome.experiment.name)}`). Paper: {finding.source}.",
     ]
     for place, figure in enumerate(finding.figures):
         name = f"{_anchor(finding.name)}-{place + 1}.svg"
