@@ -216,6 +216,18 @@ def keep(path: Path, result: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Start Ray on this machine, or connect to a cluster, for as long as the block lasts."""
+    local = {} if address else {"include_dashboard": False}
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(KeyboardInterrupt):
+            ray.shutdown()
+
+
 def results(
     train: Callable[..., dict[str, Any]], runs: list[dict[str, Any]], *arguments: Any
 ) -> Iterator[dict[str, Any]]:
@@ -360,18 +372,14 @@ def main() -> int:
     print(f"{len(runs)} runs, {len(rows)} of them done before; results in {arguments.folder}", flush=True)
     interrupted = False
     if len(rows) < len(runs):
-        local = {} if arguments.address else {"include_dashboard": False}
-        ray.init(address=arguments.address, log_to_driver=False, logging_level="ERROR", **local)
-        try:
-            for result in others:
-                rows.append(result)
-                summary = result.get("error") or f"accuracy {result['accuracy']:.3f}"
-                print(f"{len(rows)} of {len(runs)}: {result['run_id']}: {summary}", flush=True)
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            with contextlib.suppress(KeyboardInterrupt):
-                ray.shutdown()
+        with cluster(arguments.address):
+            try:
+                for result in others:
+                    rows.append(result)
+                    summary = result.get("error") or f"accuracy {result['accuracy']:.3f}"
+                    print(f"{len(rows)} of {len(runs)}: {result['run_id']}: {summary}", flush=True)
+            except KeyboardInterrupt:
+                interrupted = True
     show(console, rows, len(runs) - len(rows))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

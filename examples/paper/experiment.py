@@ -20,7 +20,7 @@ import examples
 from ess_monitor.analysis.correlation import pearson
 from ess_monitor.report.components import Table
 from ess_monitor.report.figures import Figure
-from examples.sweep import resumed
+from examples import sweep
 
 Run = dict[str, Any]
 """Settings of a run; what it returned is added to them."""
@@ -97,20 +97,18 @@ def _digest(run: Run) -> str:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Start Ray on this machine, or connect to a cluster, for as long as the block lasts."""
-    local = {} if address else {"include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
-    ray.cloudpickle.register_pickle_by_value(examples)  # a worker elsewhere need not have these files
-    try:
-        yield
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(examples)
-        ray.shutdown()
+    """Start Ray or connect to a cluster, whose workers need not have the files of the examples."""
+    with sweep.cluster(address):
+        ray.cloudpickle.register_pickle_by_value(examples)
+        try:
+            yield
+        finally:
+            ray.cloudpickle.unregister_pickle_by_value(examples)
 
 
 def perform(runs: list[Run], experiment: Experiment, folder: Path) -> Iterator[Run]:
     """Yield the result of every run: first those that were kept in `folder`, then the others as they end."""
-    kept, others = resumed(timed, runs, folder, experiment.run)
+    kept, others = sweep.resumed(timed, runs, folder, experiment.run)
     yield from kept
     yield from others
 
