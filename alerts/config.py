@@ -62,7 +62,7 @@ class AlertsConfig(Settings):
     target_down_for_seconds: PositiveInt = 300
     """How long a target may be unreachable: longer than a restart, and than service discovery needs to forget a run."""
     samples_per_scrape: PositiveInt = 5000
-    """Samples of one target above which something is wrong: 48 layers make some 660."""
+    """Samples of one target above which something is wrong: 48 layers make some 760."""
 
     @property
     def alive_seconds(self) -> int:
