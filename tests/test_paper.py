@@ -87,8 +87,13 @@ def test_runs_are_kept_and_a_page_is_written(tmp_path: Path, monkeypatch: pytest
     assert len(written) == 6
     assert {json.loads(path.read_text())["seed"] for path in written} == set(SEEN), "short runs leave the page's alone"
     assert "<svg" in (tmp_path / "page" / "figure-5a-1.svg").read_text()
+    assert "They took 0 minutes in one go" in (tmp_path / "page" / "index.md").read_text()
     assert main(command) == 0
+    assert "They took 0 minutes in one go" in (tmp_path / "page" / "index.md").read_text()
     assert {path: path.stat().st_mtime_ns for path in written} == written, "a run that was done was run again"
+    next(iter(written)).unlink()
+    assert main(command) == 0
+    assert "in one go" not in (tmp_path / "page" / "index.md").read_text(), "it did one run, not all"
 
 
 def test_a_run_that_fails_is_named_and_no_page_is_written(

@@ -87,9 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="write the page, its figures and numbers there")
     parser.add_argument("--short", action="store_true", help="a few steps each: proves nothing but that it runs")
     given = parser.parse_args(arguments)
-    started, fresh = time.monotonic(), not any(given.folder.rglob("*.json"))
     experiments = [load(name) for name in given.experiments or EXPERIMENTS]
+    started, before = time.monotonic(), _kept(given.folder)
     outcomes = performed(experiments, given.folder, given.address, given.short)
+    took = given.folder / "minutes.txt"
+    if not before:
+        took.write_text(f"{(time.monotonic() - started) / 60:.0f}\n", encoding="utf-8")
+    elif before != _kept(given.folder):  # some were done before, and some now
+        took.unlink(missing_ok=True)
     failed = [row for outcome in outcomes for row in outcome.rows if "error" in row]
     for row in failed:
         print(f"{row['run_id']}: {row['error']}", file=sys.stderr)
@@ -102,8 +107,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.page is not None:
         from examples.paper.page import write_page
 
-        write_page(given.page, outcomes, machine(), (time.monotonic() - started) / 60 if fresh else None)
+        minutes = took.read_text(encoding="utf-8").strip() if took.exists() else None
+        write_page(given.page, outcomes, machine(), minutes)
     return 0
+
+
+def _kept(folder: Path) -> set[Path]:
+    return set(folder.rglob("*.json"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ _INK = "#7d838c"
 """Color of text and axes, readable on a light and on a dark ground."""
 
 
-def write_page(folder: Path, outcomes: Sequence[Outcome], machine: str, total_minutes: float | None) -> None:
+def write_page(folder: Path, outcomes: Sequence[Outcome], machine: str, total_minutes: str | None) -> None:
     """Write `index.md`, its figures and `results.json` into a folder; the minutes are those of a run of everything."""
     folder.mkdir(parents=True, exist_ok=True)
     findings = [(outcome, finding) for outcome in outcomes for finding in outcome.findings]
@@ -43,10 +43,10 @@ def write_page(folder: Path, outcomes: Sequence[Outcome], machine: str, total_mi
 
 
 def _head(
-    outcomes: Sequence[Outcome], findings: Sequence[tuple[Outcome, Finding]], machine: str, total: float | None
+    outcomes: Sequence[Outcome], findings: Sequence[tuple[Outcome, Finding]], machine: str, total: str | None
 ) -> str:
     core_minutes = sum(outcome.minutes for outcome in outcomes)
-    took = f" `make paper` took {total:.0f} minutes." if total is not None else ""
+    took = f" They took {total} minutes in one go." if total is not None else ""
     table = Table(
         "",
         ("", "The paper says", "Here", "Verdict"),

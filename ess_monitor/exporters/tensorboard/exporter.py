@@ -15,7 +15,7 @@ from pydantic import Field
 from ess_monitor import validation
 from ess_monitor.errors import ConfigError, ExporterError, format_error
 from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, layer_tag, loss_name, scalars
-from ess_monitor.exporters.tensorboard.layout import Spikes, custom_scalars_layout, spike_tag
+from ess_monitor.exporters.tensorboard.layout import Spikes, add_layout, custom_scalars_layout, spike_tag
 from ess_monitor.exporters.tensorboard.markdown import action_table, escape, finding_markdown
 from ess_monitor.records import Action, Measurement, RunInfo, RunStatus, Snapshot, layer_title
 from ess_monitor.validation.settings import Settings
@@ -117,7 +117,7 @@ class TensorBoardExporter:
         self._writer = self._injected if self._injected is not None else self._open_writer(run)
         if self.config.layout:
             names, modulation = (layer.name for layer in run.layers), bool(run.modulation_separators)
-            self._writer.add_custom_scalars(custom_scalars_layout(names, modulation=modulation))
+            add_layout(self._writer, custom_scalars_layout(names, modulation=modulation))
         if self.config.heatmap_columns:
             from ess_monitor.exporters.tensorboard.heatmaps import LEAST_HEIGHT_PIXELS, LEGEND, Heatmap
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from ess_monitor.exporters.scalars import LOSS_RATIO_TAG, OVERHEAD_TAG, UTILIZATION_TAG, layer_tag, scalar_tag
 from ess_monitor.records import CONDITIONS, layer_title
 
 Layout = dict[str, dict[str, list[object]]]
 """category -> chart title -> [kind, tags], as `SummaryWriter.add_custom_scalars` takes it."""
+_LAYER = "ESS layer: "
+
+
+OPEN_LAYERS = 8
+"""Most layers whose charts are open at first. A browser takes minutes to draw those of a hundred."""
 
 
 def custom_scalars_layout(layers: Iterable[str], *, modulation: bool = False) -> Layout:
@@ -49,7 +55,7 @@ def custom_scalars_layout(layers: Iterable[str], *, modulation: bool = False) ->
         def tags(*quantities: str, layer: str = layer) -> list[str]:
             return [scalar_tag(quantity, layer) for quantity in quantities]
 
-        layout[f"ESS layer: {layer_title(layer)}"] = {
+        layout[f"{_LAYER}{layer_title(layer)}"] = {
             "Effective state-size over all positions, with certified bounds": [
                 "Margin",
                 tags("effective_size_between", "effective_size_lower", "effective_size_upper"),
@@ -63,6 +69,28 @@ def custom_scalars_layout(layers: Iterable[str], *, modulation: bool = False) ->
             ),
         }
     return layout
+
+
+def add_layout(writer: Any, layout: Layout) -> None:
+    """Add the layout to a `SummaryWriter`; the layers' charts are closed at first where there are many.
+
+    `SummaryWriter.add_custom_scalars` itself cannot close any: they stay open with a writer that has no `file_writer`.
+    """
+    layers = [title for title in layout if title.startswith(_LAYER)]
+    files = getattr(writer, "file_writer", None)
+    if len(layers) <= OPEN_LAYERS or files is None:
+        writer.add_custom_scalars(layout)
+        return
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout as Page  # type: ignore[import-untyped]
+    from torch.utils.tensorboard.summary import custom_scalars
+
+    summary = custom_scalars(layout)  # type: ignore[no-untyped-call]
+    (page,) = summary.value[0].tensor.string_val
+    page = Page.FromString(page)
+    for category in page.category:
+        category.closed = category.title in layers
+    summary.value[0].tensor.string_val[:] = [page.SerializeToString()]
+    files.add_summary(summary)
 
 
 def spike_tag(layer: str) -> str:

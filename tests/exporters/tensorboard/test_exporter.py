@@ -19,7 +19,7 @@ from ess_monitor.errors import ExporterError
 from ess_monitor.exporters import TensorBoardConfig, TensorBoardExporter, scalars
 from ess_monitor.exporters.tensorboard.exporter import OVERVIEW_TAG
 from ess_monitor.exporters.tensorboard.heatmaps import Heatmap, colorize, heads, positions, spectrum
-from ess_monitor.exporters.tensorboard.layout import Spikes
+from ess_monitor.exporters.tensorboard.layout import OPEN_LAYERS, Spikes
 from tests.exporters.helpers import ODD_LAYERS, action, finding, measurement, reading, run_info, snapshot
 from tests.exporters.tensorboard.helpers import read, write
 
@@ -40,6 +40,16 @@ def test_every_scalar_is_there_with_its_step_and_time(tmp_path: Path) -> None:
         assert [point.step for point in points] == [100, 200]
         assert [point.wall_time for point in points] == [1_000_100.0, 1_000_200.0]
         assert points[0].value == pytest.approx(value)
+
+
+@pytest.mark.parametrize("count", [OPEN_LAYERS, OPEN_LAYERS + 1])
+def test_charts_of_many_layers_are_closed_at_first(tmp_path: Path, count: int) -> None:
+    layers = tuple(f"blocks.{place}.mixer" for place in range(count))
+    write(TensorBoardExporter(TensorBoardConfig(log_dir=tmp_path)), measurement(10, layers), layers=layers)
+    closed = {category.title: category.closed for category in _layout(read(tmp_path / "demo")).category}
+    assert len(closed) == count + 2
+    assert not any(closed[title] for title in ("ESS overview", "ESS and loss"))
+    assert {closed[f"ESS layer: {name}"] for name in layers} == {count > OPEN_LAYERS}
 
 
 def test_the_layout_is_written_once_and_its_charts_find_what_is_written(tmp_path: Path) -> None:
