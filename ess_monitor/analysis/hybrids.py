@@ -133,7 +133,9 @@ def _words(reading: Reading, mixer: Mixer, share: float, largest: float, place: 
     size = max(1, math.ceil(largest))
     if mixer == "attention":
         if place == 0:
-            evidence.append("it is the first mixer: there attention collapsed in the paper's hybrids (D.4.2)")
+            evidence.append(
+                "it is the first mixer: there attention collapsed in the paper's hybrids and in ours (D.4.2)"
+            )
         if far is not None and far < NEAR:
             return "try a window of tokens, or a recurrence: it hardly looks back", tuple(evidence)
         if share < LITTLE:
@@ -141,6 +143,9 @@ def _words(reading: Reading, mixer: Mixer, share: float, largest: float, place: 
         return "keep attention here", tuple(evidence)
     if mixer != "recurrence":
         return "no advice for this kind of layer", tuple(evidence)
+    if share >= FULL and place == 0:
+        evidence.append("it is the first mixer: there attention collapsed in the paper's hybrids and in ours (D.4.2)")
+        return "a larger state may help; attention in the first place does harm", tuple(evidence)
     if share >= FULL:
         return "a larger state, or attention in this place, may help", tuple(evidence)
     if share < LITTLE and held is not None and held < HOLDS:
