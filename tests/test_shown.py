@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from ess_monitor.exporters import TerminalConfig, TerminalExporter
 from ess_monitor.exporters.terminal.shown import Shown
 from ess_monitor.featurizers import GLA, LA
 from ess_monitor.records import Measurement
+from tests.browser import Browser
+from tests.devtools import page_in
 
 NAME = "[bold]<i>"
 """A layer's name that is neither markup nor HTML."""
@@ -100,3 +103,27 @@ def test_in_a_notebook_nothing_is_displayed_beside_what_is_returned(monkeypatch:
     exporter = TerminalExporter(TerminalConfig(), write=texts.append)
     exporter.export(Measurement(step=7, timestamp_seconds=0.0, readings=(), conditions={}))
     assert "step 7" in texts[0]
+
+
+@pytest.mark.servers
+def test_columns_line_up_where_outputs_have_a_proportional_font(tmp_path: Path) -> None:
+    class Columns(Shown):
+        def __rich__(self) -> str:
+            return "iiii|\nMMMM|"
+
+    page = tmp_path / "output.html"
+    page.write_text(f"<style>div pre {{ font-family: serif }}</style><div>{Columns()._repr_html_()}</div>")
+    left = """(() => {
+      const text = document.querySelector("pre").firstChild;
+      const range = document.createRange();
+      return [text.data.indexOf("|"), text.data.lastIndexOf("|")].map(place => {
+        range.setStart(text, place);
+        range.setEnd(text, place + 1);
+        return range.getBoundingClientRect().left;
+      });
+    })()"""
+    with page_in(Browser(tmp_path / "browser")) as opened:
+        opened.open(page.as_uri())
+        opened.ask_until_true("document.readyState === 'complete' && !!document.querySelector('pre')")
+        first, second = opened.ask(left)
+    assert first == second > 0

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 _LEAST_COLUMNS = 100
 _NOTEBOOK_COLUMNS = 140
-_HTML = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.2">{code}</pre>'
+_FONTS = "var(--jp-code-font-family, Menlo), 'DejaVu Sans Mono', Consolas, monospace"
+"""JupyterLab shows text of outputs, `pre` too, in a proportional font, in which columns do not line up."""
+_HTML = f'<pre style="white-space: pre; overflow-x: auto; line-height: 1.2; font-family: {_FONTS}">{{code}}</pre>'
 
 
 class Shown:
