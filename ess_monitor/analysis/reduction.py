@@ -108,19 +108,15 @@ def reduce(
         raise CaptureError(f"model: no state of {type(model).__name__} can be made smaller: {reasons}")
     with_state = [layer.name for layer in find_layers(model) if isinstance(state_weights(layer), StateWeights)]
     copy = smaller_model(model, list(smaller.values()), are_all=set(with_state) == set(smaller))
-    before = {} if evaluate is None else _evaluated(model, evaluate)
     try:
-        after = {} if evaluate is None else _evaluated(copy, evaluate)
-        if evaluate is None:
-            with evaluating(copy):
-                copy(*inputs, **named_inputs)
-    except ConfigError:
-        raise
+        with evaluating(copy):
+            copy(*inputs, **named_inputs)
     except Exception as error:
         raise CaptureError(
             f"model: {type(model).__name__} does not run with smaller states ({format_error(error)}): its code depends "
             "on the state size in a way that is not known; exclude such layers with `layers`"
         ) from error
+    before, after = ({} if evaluate is None else _evaluated(each, evaluate) for each in (model, copy))
     return copy, Reduction(
         model=type(model).__name__, state=state, layers=layers, before=before, after=after, skipped=skipped
     )

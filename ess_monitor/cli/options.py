@@ -30,7 +30,7 @@ Batch = Annotated[int, typer.Option(min=1, help="Sequences.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Features per token of Gaussian input.")]
 VocabSize = Annotated[int | None, typer.Option(min=1, help="Of tokens; default: the first embedding's.")]
-Seed = Annotated[int, typer.Option(help="Of the initialization and of the input.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initialization and of the input.")]
 
 
 class InputKind(str, Enum):

@@ -353,6 +353,18 @@ def test_numbers_that_are_not_finite_are_unknown_and_not_left_out() -> None:
         reduce(model, inputs(), state=4, evaluate=lambda model: {"loss": "low"})  # type: ignore[dict-item]
 
 
+def test_what_an_evaluation_raises_is_not_said_of_the_model() -> None:
+    model = mixer("gla")
+
+    def evaluate(given: nn.Module) -> dict[str, float]:
+        if given is not model:
+            raise OSError("no such file")
+        return {}
+
+    with pytest.raises(OSError, match="no such file"):
+        reduce(model, inputs(), state=4, evaluate=evaluate)
+
+
 def test_a_state_that_is_empty_or_reads_nothing_loses_nothing() -> None:
     model = mixer("gla")
     with torch.no_grad():

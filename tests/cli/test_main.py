@@ -217,6 +217,13 @@ def test_a_mistake_gives_one_line_that_names_it_and_status_2(run: Run, arguments
     assert says in line
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_that_torch_cannot_take_is_named(run: Run, seed: str) -> None:
+    answer = run("profile", "cli_models:mixer", "--width", "16", "--seed", seed)
+    assert answer.status == 2
+    assert "--seed" in answer.err
+
+
 def test_what_the_users_own_code_raises_is_not_hidden(run: Run, tmp_path: Path) -> None:
     (tmp_path / "cli_needs.py").write_text("import a_package_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
