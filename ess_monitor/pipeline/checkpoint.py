@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 
 from ess_monitor import validation
 from ess_monitor.capture.layers import bare_name
@@ -80,7 +80,7 @@ class _ReplaysState(_StatePart):
     left: _Count = 0
     begins_at: _Count = 0
     sums: dict[str, _ChangesState] = {}
-    settings: dict[str, Any] | None = None
+    settings: dict[str, JsonValue] | None = None
     """Settings of the evidence. None: saved before they were."""
 
 

@@ -44,6 +44,10 @@ def with_moments(moments: dict[str, Any]) -> dict[str, Any]:
     return {**treatment("rescale_alpha"), "copy": {"tensor": torch.zeros(2), "moments": moments}}
 
 
+def with_setting(**changed: Any) -> dict[str, Any]:
+    return {**STATE["replays"], "settings": {**STATE["replays"]["settings"], **changed}}
+
+
 def whole_state() -> dict[str, Any]:
     state = Monitor(model(), CONFIG).state_dict()
     reading = Reading(step=4, layer="model", status="ok", effective_size=1.0)
@@ -143,6 +147,7 @@ def test_any_value_is_refused_or_leaves_a_monitor_that_works(state: Any) -> None
 @given(state=st.one_of(DAMAGED, VALUES))
 @example(state={**STATE, "autopilot": {**STATE["autopilot"], "version": 2}})
 @example(state={**STATE, "diagnosis": {**STATE["diagnosis"], "version": 2}})
+@example(state={**STATE, "replays": with_setting(enabled=torch.zeros(3))})
 def test_a_callback_refuses_a_damaged_state_before_it_watches_anything(state: Any) -> None:
     callback, watched = CallbackBase(CONFIG, table=False), model()
     facts = LoopFacts(0, 0, 1, strategy="single", precision="32", grad_scale=lambda: 1.0)
