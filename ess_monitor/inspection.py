@@ -208,12 +208,9 @@ def profile(
         [8.0]
     """
     config = validation.optional("config", config, MonitorConfig) or DEFAULTS
-    if progress is not None:
-        validation.function("progress", progress, hint="such as rich.progress.track")
     reduce = partial(reduce_long, positions=config.positions, scale=config.tolerance_scale)
-    items, skipped = captured_layers(model, inputs, named_inputs, config, reduce)
-    measured = (_measured(item, config) for item in (items if progress is None else progress(items)))
-    return Profile(type(model).__name__, tuple(measured), skipped)
+    items, skipped = captured_layers(model, inputs, named_inputs, config, progress, reduce)
+    return Profile(type(model).__name__, tuple(_measured(item, config) for item in items), skipped)
 
 
 def captured_layers(
@@ -221,19 +218,23 @@ def captured_layers(
     inputs: tuple[Any, ...],
     named_inputs: dict[str, Any],
     config: MonitorConfig,
+    progress: Progress | None,
     reduce: Callable[[Operator], Operator] | None = None,
-) -> tuple[tuple[Captured | CaptureFailure, ...], tuple[LayerInfo, ...]]:
+) -> tuple[Iterable[Captured | CaptureFailure], tuple[LayerInfo, ...]]:
     """Return what one forward pass shows of every layer that can be measured, and the other mixers with the reason.
 
     Args:
         model, inputs, named_inputs: what is called.
         config: `layers`, `capture` and `strict` are used.
+        progress: passes the layers on.
         reduce: of recurrences that are too long to be held, as in `Sampler`.
 
     Raises:
         NoLayersError: no layer of the model can be measured.
         CaptureError: with `config.strict`, a layer could not be read.
     """
+    if progress is not None:
+        validation.function("progress", progress, hint="such as rich.progress.track")
     items = capture_pass(
         model,
         inputs,
@@ -247,7 +248,7 @@ def captured_layers(
     if config.strict:
         raise_failures(items)
     infos = layer_infos(model, config.layers, unknown=config.capture.unknown)
-    return items, tuple(info for info in infos if not info.supported)
+    return items if progress is None else progress(items), tuple(info for info in infos if not info.supported)
 
 
 def _measured(item: Captured | CaptureFailure, config: MonitorConfig) -> Reading:

@@ -131,11 +131,9 @@ def _words(reading: Reading, mixer: Mixer, share: float, largest: float, place: 
     if held is not None:
         evidence.append(f"retention {held:.2f}: what its ESS is of that without decay")
     size = max(1, math.ceil(largest))
+    if place == 0 and (mixer == "attention" or (mixer == "recurrence" and share >= FULL)):
+        evidence.append("it is the first mixer: there attention collapsed in the paper's hybrids and in ours (D.4.2)")
     if mixer == "attention":
-        if place == 0:
-            evidence.append(
-                "it is the first mixer: there attention collapsed in the paper's hybrids and in ours (D.4.2)"
-            )
         if far is not None and far < NEAR:
             return "try a window of tokens, or a recurrence: it hardly looks back", tuple(evidence)
         if share < LITTLE:
@@ -144,7 +142,6 @@ def _words(reading: Reading, mixer: Mixer, share: float, largest: float, place: 
     if mixer != "recurrence":
         return "no advice for this kind of layer", tuple(evidence)
     if share >= FULL and place == 0:
-        evidence.append("it is the first mixer: there attention collapsed in the paper's hybrids and in ours (D.4.2)")
         return "a larger state may help; attention in the first place does harm", tuple(evidence)
     if share >= FULL:
         return "a larger state, or attention in this place, may help", tuple(evidence)

@@ -122,14 +122,12 @@ def layers_of(
         The results, and the mixers that are skipped.
     """
     config = validation.optional("config", config, MonitorConfig) or DEFAULTS
-    if progress is not None:
-        validation.function("progress", progress, hint="such as rich.progress.track")
     if config.capture.max_length == "auto":  # of long sequences it takes rows, which are no operator of their own
         capture = config.capture.model_copy(update={"max_length": LONGEST_BY_DEFAULT})
         config = config.model_copy(update={"capture": capture})
-    items, skipped = captured_layers(model, inputs, named_inputs, config)
+    items, skipped = captured_layers(model, inputs, named_inputs, config, progress)
     results = []
-    for item in items if progress is None else progress(items):
+    for item in items:
         try:
             if isinstance(item, CaptureFailure):
                 raise NotAnalyzed(item.status, item.error)

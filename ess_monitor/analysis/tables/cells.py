@@ -15,15 +15,6 @@ if TYPE_CHECKING:
     from ess_monitor.analysis.results import LayerResult
 
 
-def cell(value: float | None, form: str = "g") -> str:
-    """Return a number as it is shown.
-
-    >>> cell(0.25, ".1f"), cell(None)
-    ('0.2', '-')
-    """
-    return "-" if value is None else format(value, form)
-
-
 def add_row(table: Table, *texts: str) -> None:
     """Add a row of texts that may hold brackets."""
     table.add_row(*map(plain_text, texts))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ess_monitor.analysis.tables.cells import add_caption, add_layer, add_without_result, cell
-from ess_monitor.exporters.terminal.inspected import add_skipped, add_unmeasured, capacity_text, plain_table
+from ess_monitor.analysis.tables.cells import add_caption, add_layer, add_without_result
+from ess_monitor.exporters.terminal.inspected import add_skipped, add_unmeasured, capacity_text, cell, plain_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ess_monitor.analysis.results import (
         Compressibility,
         HybridAdvice,
+        LayerAdvice,
         LayerStates,
         LengthProfile,
         MinimalStates,
@@ -93,8 +94,7 @@ def hybrid_advice_table(result: HybridAdvice, title: str | None = None) -> Table
     for layer in result.layers:
         if layer.status == "ok":
             ratios = (layer.used_ratio, layer.retention_ratio, layer.far_share_ratio)
-            capacity = capacity_text(cell(layer.state_capacity), grows=layer.capacity_grows)
-            sizes = (cell(layer.rank), cell(layer.effective_size, ".1f"), capacity)
+            sizes = (cell(layer.rank), cell(layer.effective_size, ".1f"), _capacity(layer))
             words = "\n".join([layer.advice, *(f"- {line}" for line in layer.evidence)])
             add_layer(table, layer, layer.mixer, *sizes, *(cell(value, ".2f") for value in ratios), words)
         else:
@@ -120,5 +120,5 @@ def length_profile_table(result: LengthProfile, title: str | None = None) -> Tab
     return table
 
 
-def _capacity(layer: LayerStates) -> str:
+def _capacity(layer: LayerStates | LayerAdvice) -> str:
     return capacity_text(cell(layer.state_capacity), grows=layer.capacity_grows)

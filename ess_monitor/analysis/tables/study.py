@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ess_monitor.analysis.tables.cells import add_caption, add_row, cell
-from ess_monitor.exporters.terminal.inspected import plain_table
+from ess_monitor.analysis.tables.cells import add_caption, add_row
+from ess_monitor.exporters.terminal.inspected import cell, plain_table
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,7 +13,6 @@ Layout = dict[str, dict[str, list[object]]]
 """category -> chart title -> [kind, tags], as `SummaryWriter.add_custom_scalars` takes it."""
 _LAYER = "ESS layer: "
 
-
 OPEN_LAYERS = 8
 """Most layers whose charts are open at first. A browser takes minutes to draw those of a hundred."""
 
@@ -76,9 +75,9 @@ def add_layout(writer: Any, layout: Layout) -> None:
 
     `SummaryWriter.add_custom_scalars` itself cannot close any: they stay open with a writer that has no `file_writer`.
     """
-    layers = [title for title in layout if title.startswith(_LAYER)]
+    layers = sum(title.startswith(_LAYER) for title in layout)
     files = getattr(writer, "file_writer", None)
-    if len(layers) <= OPEN_LAYERS or files is None:
+    if layers <= OPEN_LAYERS or files is None:
         writer.add_custom_scalars(layout)
         return
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout as Page  # type: ignore[import-untyped]
@@ -88,7 +87,7 @@ def add_layout(writer: Any, layout: Layout) -> None:
     (page,) = summary.value[0].tensor.string_val
     page = Page.FromString(page)
     for category in page.category:
-        category.closed = category.title in layers
+        category.closed = category.title.startswith(_LAYER)
     summary.value[0].tensor.string_val[:] = [page.SerializeToString()]
     files.add_summary(summary)
 

@@ -91,8 +91,17 @@ def plain_table(title: str, *texts: str, numbers: Iterable[str]) -> Table:
     return table
 
 
+def cell(value: float | None, form: str = "g") -> str:
+    """Return a number as it is shown.
+
+    >>> cell(0.25, ".1f"), cell(None)
+    ('0.2', '-')
+    """
+    return "-" if value is None else format(value, form)
+
+
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return cell(value, ".2f")
 
 
 def _with_bounds(reading: Reading) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from examples.paper.experiment import Experiment, Finding, Run
 from examples.paper.nets import TEST_SEED, Training, evaluate, readings
 from examples.paper.task_model_sweep.correlations import finding_1, finding_2, other_tasks
-from examples.paper.task_model_sweep.grid import DIFFICULTIES, LOOKS, MIXERS, STATE_SIZES, STEPS, TEST_SAMPLES
+from examples.paper.task_model_sweep.grid import DIFFICULTIES, LOOKS, MIXERS, STATE_SIZES, STEPS, TEST_SAMPLES, of_task
 from examples.paper.task_model_sweep.state_use import finding_3, saturation
 from examples.sweep import data, grid, network
 
@@ -48,7 +48,7 @@ def run(settings: Run) -> Run:
 
 def findings(rows: list[Run]) -> list[Finding]:
     """Say what the grid shows."""
-    recall = [row for row in rows if row["task"] == "mqar"]
+    recall = of_task(rows, "mqar")
     return [finding_1(recall), finding_2(recall), saturation(recall), finding_3(recall), *other_tasks(rows)]
 
 
