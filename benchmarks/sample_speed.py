@@ -5,7 +5,8 @@
 The layers are real ones at their initialization. One sample of a layer is 4 sequences of 1024 tokens and 4 heads, at
 the monitor's defaults. This process captures the operators and saves their tensors. Then one process for each revision
 loads them and measures each in turn, and the two alternate: the machine may do other work, so that only ratios of
-processor time mean something. `--before` is checked out into a folder of its own, which is removed at the end.
+processor time mean something. Where the memory of a process lies matters, too: there are several pairs of them.
+`--before` is checked out into a folder of its own, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.report import Result, main
 
 BEFORE = "a08c346~1"
 """The revision that the targets are relative to: the last one before any of the work on speed."""
-LENGTH, SAMPLES, HEADS, REPEATS = 1024, 4, 4, 7
+LENGTH, SAMPLES, HEADS, PROCESSES, REPEATS = 1024, 4, 4, 3, 5
 ROOT = Path(__file__).parents[1]
 
 CHILD = """
@@ -169,20 +170,28 @@ def compare(before: str) -> Result:
         subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(folder), before], check=True)
         try:
             save_operators(operators)
-            sides = [Revision(folder, operators), Revision(ROOT, operators)]
-            rows = [_compared(case, sides) for case in CASES]
-            for side in sides:
-                side.close()
+            rounds = [_measured([folder, ROOT], operators) for _ in range(PROCESSES)]
+            rows = [_compared(case, [pair for each in rounds for pair in each[case.name]]) for case in CASES]
         finally:
             subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(folder)], check=True)
     missed = [f"{row['layer']}: {row['times as fast']:.2f}, target {row['target']}" for row in rows]
     failures = [text for text, row in zip(missed, rows, strict=True) if row["times as fast"] < row["target"]]
-    notes = [f"before: {before}; medians of {REPEATS} samples that alternate, processor time on one thread"]
+    notes = [
+        f"before: {before}; medians of {PROCESSES} x {REPEATS} samples that alternate, processor time on one thread"
+    ]
     return Result(f"A sample of one layer: {SAMPLES} x {HEADS} operators of {LENGTH} tokens", rows, notes, failures)
 
 
-def _compared(case: Case, sides: list[Revision]) -> dict[str, Any]:
-    found = [[side.measure(case.name) for side in sides] for _ in range(REPEATS + 1)][1:]
+def _measured(folders: list[Path], operators: Path) -> dict[str, list[list[tuple[Any, ...]]]]:
+    """Return what a process of each revision found of every case, time after time."""
+    sides = [Revision(folder, operators) for folder in folders]
+    found = {c.name: [[side.measure(c.name) for side in sides] for _ in range(REPEATS + 1)][1:] for c in CASES}
+    for side in sides:
+        side.close()
+    return found
+
+
+def _compared(case: Case, found: list[list[tuple[Any, ...]]]) -> dict[str, Any]:
     ratios = [old[0] / new[0] for old, new in found]
     old, new = found[0]
     return {

@@ -115,7 +115,7 @@ class SampleShape:
             return passes * length * (2.6e-7 * n + 1.5e-9 * n**2) + at_positions
         if self.operator == "SoftmaxAttention":
             rows = length if self.window is None else min(length, self.window)
-            return 1.2e-8 * length * rows + self._seconds_of_blocks(length)
+            return 5e-9 * length * rows + self._seconds_of_blocks(length)
         if self.operator in ("Convolution", "GatedConvolution"):
             return 1e-9 * length * min(n, length) + self._seconds_of_blocks(n - 1)
         if self.operator == "DenseOperator":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ess_monitor.ess.gramian import Diagonal, recurrence_singular_values
-from ess_monitor.ess.linalg import SLAB_ELEMENTS, LinAlgError, singular_values_, slabs, working_dtype
+from ess_monitor.ess.linalg import SLAB_ELEMENTS, LinAlgError, slabs, working_dtype
 from ess_monitor.ess.metrics import tolerance_ess
 
 SINGLE_PRECISION = torch.finfo(torch.float32).eps
@@ -31,9 +31,6 @@ DECADES = (-2, -1, 0, 1, 2)
 
 FAR_BELOW = 10.0 ** DECADES[0]
 """Share of the tolerance below which nothing is counted."""
-
-SMALLEST_BLOCK = 32
-"""Rows and columns below which an SVD is as fast."""
 
 LARGEST_LOSS = -10.0
 """Least mean log decay of the N tokens before a position and the N after it, together, for Gramians to be tried."""
@@ -69,21 +66,23 @@ def known_values(squares: Tensor, error: Tensor, tolerance: float) -> tuple[Tens
         (..., n) and (...), bool.
     """
     squares = squares.flip(-1)
-    error = error[..., None] + _ROUNDING * squares.clamp(min=0.0)
+    positive = squares.clamp(min=0.0)
+    error = error[..., None] + _ROUNDING * positive
     lost = squares <= 3 * error
-    values = squares.masked_fill(lost, 0.0).sqrt()
-    off = torch.where(lost, (squares.clamp(min=0.0) + error).sqrt(), values - (squares - error).clamp(min=0.0).sqrt())
-    known = (squares[..., 0] > _SMALLEST) & squares.isfinite().all(-1)
-    for power in DECADES:
-        known &= ((values - tolerance * 10.0**power).abs() > off).all(-1)
-    small = values + off <= smallest_known(values[..., :1], tolerance)
-    as_a_gram = off * values <= _ROUNDING * values[..., :1] ** 2
-    known &= torch.where(lost, small, small | as_a_gram | (off <= _RELATIVE * values)).all(-1)
+    values = positive.masked_fill(lost, 0.0).sqrt()
+    off = (values - torch.where(lost, positive + error, positive - error).sqrt()).abs()
+    counted_at = tolerance * torch.logspace(DECADES[0], DECADES[-1], len(DECADES), dtype=values.dtype)
+    known = ((values[..., None, :] - counted_at[:, None]).abs() > off[..., None, :]).all(-2)
+    largest = values[..., :1]
+    small = values + off <= smallest_known(largest, tolerance)
+    right = off * values <= torch.maximum(_ROUNDING * largest.square(), _RELATIVE * values.square())
+    known &= small | (right & ~lost)
     total = values.sum(-1, keepdim=True)
     logs = -torch.log(torch.maximum(values, off) / total)
     entropy = (values / total * logs).sum(-1, keepdim=True)
-    known &= (off / total * (logs + entropy)).sum(-1) <= _ENTROPY
-    return values, known
+    is_entropy_known = (off / total * (logs + entropy)).sum(-1) <= _ENTROPY
+    # Each of these is False where a square is not finite.
+    return values, known.all(-1) & is_entropy_known & (squares[..., 0] > _SMALLEST)
 
 
 def smallest_known(largest: Tensor, tolerance: float) -> Tensor:
@@ -95,63 +94,13 @@ def smallest_known(largest: Tensor, tolerance: float) -> Tensor:
     return floor.clamp(max=FAR_BELOW * tolerance) if tolerance > 0 else floor
 
 
-class BlockSpectra:
-    """Computes singular values of blocks of the same operators, one position after another, small blocks first.
-
-    An operator of which those of a block are not known from its Gram matrix gets the SVD from then on: they will not be
-    for a larger block either.
-
-    Args:
-        operators: G, how many there are.
-        tolerance: tau of the tolerance-ESS. None: always the SVD.
-    """
-
-    def __init__(self, operators: int, tolerance: float | None) -> None:
-        self._tolerance = tolerance
-        self._by_gram = torch.ones(operators, dtype=torch.bool)
-
-    def values(self, group: slice, blocks: Tensor) -> Tensor:
-        """Return singular values of the blocks of some operators, (G, m, n) -> (G, k), without some that are 0.
-
-        Overwrites blocks that are not finite.
-        """
-        if self._tolerance is None:
-            return singular_values_(blocks)
-        blocks = _without_zeros(blocks)
-        by_gram = self._by_gram[group]
-        if min(blocks.shape[1:]) < SMALLEST_BLOCK or not bool(by_gram.any()):
-            return singular_values_(blocks)
-        values = blocks.new_empty((len(by_gram), min(blocks.shape[1:])))
-        values[by_gram], known = singular_values_by_gram(blocks[by_gram], self._tolerance)
-        if not bool(by_gram.all()):
-            values[~by_gram] = singular_values_(blocks[~by_gram])
-        by_gram[by_gram.clone()] = known  # a view
-        return values
-
-
-def _without_zeros(blocks: Tensor) -> Tensor:
-    """Return blocks without the rows and the columns that are 0 in all of them, as in a sliding window."""
-    if blocks.numel() and bool(blocks.amin() > 0):
-        return blocks
-    filled = (blocks != 0).any(0)
-    rows, columns = filled.any(1), filled.any(0)
-    blocks = blocks if bool(rows.all()) else blocks[:, rows]
-    return blocks if bool(columns.all()) else blocks[:, :, columns]
-
-
-def singular_values_by_gram(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Return singular values, and which are from the Gram matrix: (G, m, n) -> (G, min(m, n)) and (G,).
-
-    The others are from an SVD. Overwrites `matrix` where it is not finite; NaN for those.
-    """
-    wide = matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT
-    gram, finite = _finite(_lower_gram(wide))
-    squares = _eigenvalues(gram)
-    values, known = known_values(squares, _ROUNDING * squares[:, -1], tolerance)
-    known &= finite
-    if not bool(known.all()):
-        values[~known] = singular_values_(matrix[~known])
-    return values, known
+def values_of_gram(gram: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return `known_values` of matrices with these Gram matrices, (..., n, n) -> (..., n) and (...)."""
+    # No other entry is larger than the largest on the diagonal, and one that is NaN has made it NaN.
+    finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    squares = _eigenvalues(gram if bool(finite.all()) else torch.where(finite[..., None, None], gram, 0.0))
+    values, known = known_values(squares, _ROUNDING * squares[..., -1], tolerance)
+    return values, known & finite
 
 
 def values_of_product(controllability: Tensor, observability: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -326,18 +275,8 @@ def _finite(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _eigenvalues(gram: Tensor) -> Tensor:
     """Return eigenvalues, ascending, from the lower triangle; NaN where they do not converge."""
     try:
-        squares: Tensor = torch.linalg.eigvalsh(gram)
+        # LAPACK takes columns for rows: the transposed matrix need not be turned.
+        squares: Tensor = torch.linalg.eigvalsh(gram.mT, UPLO="U")
     except LinAlgError:  # one matrix fails the whole batch, and none of it is known
         return gram.new_full(gram.shape[:-1], torch.nan)
     return squares
-
-
-def _lower_gram(wide: Tensor, parts: int = 4) -> Tensor:
-    """Return M M^T of M (G, m, n); blocks above the diagonal are left 0."""
-    rows = wide.shape[1]
-    gram = wide.new_zeros((wide.shape[0], rows, rows))
-    size = -(-rows // parts)
-    for start in range(0, rows, size):
-        stop = min(start + size, rows)
-        gram[:, start:stop, :stop] = wide[:, start:stop] @ wide[:, :stop].mT
-    return gram

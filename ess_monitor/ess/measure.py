@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
+from ess_monitor.ess.far_share import FarShare, far_and_total, far_share, first_far_row
 from ess_monitor.ess.metrics import (
     ToleranceScale,
     check_tolerance,
@@ -45,6 +46,8 @@ class Measured:
     """(batch, heads) bool: False where an input is NaN or infinite, or where no factorization converges."""
     state_capacity: Tensor
     """(positions,): TSS per channel."""
+    far_share: FarShare | None = None
+    """What `far_share` returns where `far_share_at` says. None when not asked for."""
 
 
 @torch.no_grad()
@@ -55,6 +58,7 @@ def measure(
     tolerance: float = 1e-3,
     tolerance_scale: ToleranceScale = "absolute",
     retention: bool = True,
+    far_share_at: tuple[int, int] | None = None,
 ) -> Measured:
     """Measure one operator. Reads no device value on the host, and raises nothing that depends on values.
 
@@ -67,9 +71,10 @@ def measure(
             each token, and neither the size of B and C nor a norm behind the layer matters. All singular values and
             sizes are then those of this matrix, also with A := I.
         retention: Also measure the operator with A := I; doubles the cost of a recurrence.
+        far_share_at: Position and distance at which `far_share` is measured, too. Attention then forms its rows once.
 
     Raises:
-        OperatorError: `operator` is not an operator, or a position is out of range.
+        OperatorError: `operator` is not an operator, or a position or distance is out of range.
         ConfigError: `tolerance` is negative or not a number, `tolerance_scale` is unknown, or `retention` is not a
             flag.
 
@@ -85,7 +90,7 @@ def measure(
     validation.flag("retention", retention)
     check_tolerance_scale(tolerance_scale)
     finite = operator.finite()
-    values = _scaled(operator, tolerance_scale)._singular_values(positions, finite, tolerance).to(operator.result_dtype)
+    values, far = _values(operator, positions, finite, tolerance, tolerance_scale, far_share_at)
     undecayed, undecayed_ess = operator.without_decay() if retention else None, None
     if undecayed is not None:
         undecayed_ess = _scaled(undecayed, tolerance_scale)._tolerance_ess(positions, finite, tolerance)
@@ -99,7 +104,33 @@ def measure(
         decay_product_norm=_decay_product_norm(operator, finite),
         finite=finite & values.isfinite().flatten(2).all(-1),
         state_capacity=operator.state_capacity(positions),
+        far_share=far,
     )
+
+
+def _values(
+    operator: Operator,
+    positions: Sequence[int],
+    finite: Tensor,
+    tolerance: float,
+    scale: ToleranceScale,
+    far_share_at: tuple[int, int] | None,
+) -> tuple[Tensor, FarShare | None]:
+    if far_share_at is not None:
+        far_share_at = _checked_place(far_share_at)
+    if far_share_at is None or scale != "absolute" or operator.segments is not None or not positions:
+        values = _scaled(operator, scale)._singular_values(positions, finite, tolerance).to(operator.result_dtype)
+        return values, None if far_share_at is None else far_share(operator, *far_share_at)
+    start = first_far_row(operator, *far_share_at)
+    values, squares = operator._values_and_squares(positions, finite, tolerance, far_share_at[0], start)
+    return values, far_and_total(operator, squares)
+
+
+def _checked_place(given: tuple[int, int]) -> tuple[int, int]:
+    numbers = validation.wholes("far_share_at", given, -validation.LARGEST, error=OperatorError)
+    if len(numbers) != 2:
+        raise OperatorError(f"far_share_at={validation.shown(given)} must be a position and a distance, or None.")
+    return numbers[0], numbers[1]
 
 
 @torch.no_grad()

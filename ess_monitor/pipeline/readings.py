@@ -17,7 +17,6 @@ from ess_monitor.ess import (
     Operator,
     ToleranceScale,
     ess_bounds,
-    far_share,
     measure,
     midpoint_index,
     operator_positions,
@@ -184,9 +183,11 @@ def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results
     if isinstance(operator, JacobianOperator):
         operator = replace(operator, tolerance=tolerance)
     length, batch = operator.length, operator.batch
-    measured = measure(operator, positions, tolerance=tolerance, tolerance_scale=scale)
+    middle, distance = part.middle, (length - part.first) // _FAR
+    has_far_rows = 0 < distance < length - positions[middle] and not isinstance(operator, JacobianOperator)
+    far = (positions[middle], distance) if has_far_rows else None
+    measured = measure(operator, positions, tolerance=tolerance, tolerance_scale=scale, far_share_at=far)
     results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
-    middle = part.middle
     values = results.pop("singular_values")
     results["middle_values"] = values[:, :, middle]
     results["sizes"] = torch.stack([tolerance_ess(values, each).mean(-1) for each in _tolerances(tolerance)], dim=-1)
@@ -194,13 +195,11 @@ def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results
     results["state_capacity"] = measured.state_capacity.expand(batch, -1)
     results["positions"] = index_tensor(positions, operator.device).expand(batch, -1)
     results["lengths"] = index_tensor([length], operator.device).expand(batch)
-    distance = (length - part.first) // _FAR
     if isinstance(operator, JacobianOperator):
         results["at_most"] = torch.stack([operator.found[i].at_most(tolerance) for i in positions], dim=-1)
         results["products"] = torch.full((), operator.products[0].count, device=operator.device)
-    elif 0 < distance < length - positions[middle]:
-        share = far_share(operator, positions[middle], distance)
-        results["far_squared"], results["total_squared"] = share.far_squared.sum(), share.total_squared.sum()
+    if measured.far_share is not None:
+        results["far_squared"], results["total_squared"] = (squares.sum() for squares in measured.far_share)
     if not operator.capacity_grows:
         capacity = measured.state_capacity.max()
         bounds = ess_bounds(positions, measured.tolerance_ess, length, capacity=capacity)

@@ -205,7 +205,7 @@ def test_arguments_that_do_not_fit_are_named(
 @pytest.mark.parametrize("kind", ["plain", "window and cap", "sinks", "grouped keys"])
 def test_a_wide_submatrix_agrees_in_blocks_of_columns(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that is larger than what is formed at once."""
-    for module in (linalg, operators.attention):
+    for module in (linalg, operators.attention, operators.attention_rows):
         monkeypatch.setattr(module, "SLAB_ELEMENTS", 300)
     length, positions = 64, [45, 50, 61]
     q, k = torch.randn(1, 2, length, 4, dtype=torch.float64), torch.randn(1, 2, length, 4, dtype=torch.float64)

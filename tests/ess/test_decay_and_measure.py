@@ -108,8 +108,11 @@ def test_one_token_measures_nothing_and_raises_nothing() -> None:
 
 def test_measurements_that_require_gradients_have_none() -> None:
     operator = _operator(torch.zeros(1, 1, 1, 1)).map(lambda tensor: tensor.requires_grad_())
-    measured = measure(operator, [8])
-    assert not any(tensor.requires_grad for tensor in vars(measured).values())
+    measured = measure(operator, [8], far_share_at=(8, 2))
+    assert measured.far_share is not None
+    tensors = [value for value in (*vars(measured).values(), *measured.far_share) if isinstance(value, torch.Tensor)]
+    assert len(tensors) == len(vars(measured)) + 1
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_arguments_that_make_no_sense_are_refused() -> None:

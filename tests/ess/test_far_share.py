@@ -20,7 +20,9 @@ from ess_monitor.ess import (
     SoftmaxAttention,
     far_share,
     linalg,
+    measure,
 )
+from ess_monitor.ess.metrics import ToleranceScale
 from tests.ess import reference
 from tests.ess.kinds import HEADS, KINDS, LENGTH, SAMPLES
 
@@ -52,6 +54,25 @@ def test_every_kind_has_the_norms_of_its_matrix_at_every_place(operator: Operato
     for position in range(1, LENGTH):
         for distance in range(LENGTH - position):
             assert_share(operator, T, position, distance, 1e-9)
+
+
+@pytest.mark.parametrize("scale", ["absolute", "output"])
+def test_one_measurement_holds_the_same_shares_and_sizes(operator: Operator, scale: ToleranceScale) -> None:
+    positions, alone = [3, LENGTH // 2], measure(operator, [3, LENGTH // 2], tolerance_scale=scale)
+    assert alone.far_share is None
+    for place in ((LENGTH // 2, 2), (1, 0), (1, 3), (LENGTH - 1, 0)):  # also of rows before the first position
+        together = measure(operator, positions, tolerance_scale=scale, far_share_at=place)
+        assert together.far_share is not None
+        expected = far_share(operator, *place)
+        for one, other in zip(together.far_share, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+        torch.testing.assert_close(together.singular_values, alone.singular_values, rtol=0, atol=0)
+
+
+def test_a_measurement_names_a_place_without_rows(operator: Operator) -> None:
+    for place, name in (((0, 1), "position=0"), ((3, LENGTH), f"distance={LENGTH}")):
+        with pytest.raises(OperatorError, match=name):
+            measure(operator, [3], far_share_at=place)
 
 
 def _log_decays(strength: float, *shape: int) -> Tensor:

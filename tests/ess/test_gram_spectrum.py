@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -19,135 +18,22 @@ from ess_monitor.ess import (
     ReadFirstRecurrence,
     SoftmaxAttention,
     decay_product_norm,
-    gram_spectrum,
     gramian,
     measure,
     tolerance_ess,
 )
 from ess_monitor.ess.gram_spectrum import (
-    DECADES,
     SINGLE_PRECISION,
-    BlockSpectra,
     count_of_product,
-    singular_values_by_gram,
     values_of_product,
 )
+from ess_monitor.ess.operators import blocks
 from tests.ess import reference
+from tests.ess.spectra import SPECTRA, TAU, assert_agrees, with_spectrum
 
-TAU = 1e-3
-TOLERANCES = tuple(TAU * 10.0**power for power in DECADES)
 HEADS, LENGTH, STATE = 2, 96, 16
 POSITIONS = (24, 48, 71)
 SHAPE = (1, HEADS, LENGTH, STATE)
-
-
-def _agrees(values: Tensor, exact: Tensor, tau: float = TAU) -> None:
-    """Values (..., k) are those of an SVD (..., n) to what `known_values` says of them, k <= n."""
-    largest = exact[..., :1]
-    floor = (SINGLE_PRECISION * largest).clamp(max=1e-2 * tau)
-    of_itself = (4e-15 * (largest / exact).square()).clamp(min=1e-3)
-    error = torch.where(exact > floor, of_itself * exact, floor) + 1e-13 * largest
-    padded = torch.zeros_like(exact)
-    padded[..., : values.shape[-1]] = values[..., : exact.shape[-1]].double()
-    assert ((padded - exact).abs() <= error).all()
-    for power in DECADES:
-        each = tau * 10.0**power
-        near = ((exact - each).abs() <= 2e-7 * each + 1e-13 * largest).any(-1)
-        same = (padded.to(values.dtype) > each).sum(-1) == (exact > each).sum(-1)
-        assert (same | near).all(), each
-    for one, other in zip(padded.reshape(-1, padded.shape[-1]), exact.reshape(-1, exact.shape[-1]), strict=True):
-        assert math.isclose(reference.entropy_size(one), reference.entropy_size(other), rel_tol=1e-5)
-
-
-def _spectrum(values: Tensor, columns: int | None = None) -> Tensor:
-    """A random matrix with these singular values."""
-    size = len(values)
-    left = torch.linalg.qr(torch.randn(size, size).double()).Q
-    right = torch.linalg.qr(torch.randn(columns or size, size).double()).Q
-    return left @ torch.diag(values.double()) @ right.mT
-
-
-def _levels(*logs: float) -> Tensor:
-    """Values between powers of ten, which are not tolerances themselves."""
-    return 0.7 * torch.logspace(*logs, 48, dtype=torch.float64)
-
-
-SPECTRA: dict[str, Tensor] = {
-    "well conditioned": _levels(0, -4),
-    "ill conditioned": _levels(1, -9),
-    "far below rounding": _levels(0, -30),
-    "down to single precision": _levels(0, -6.2),
-    "large, down to the smallest tolerance": 20 * _levels(0, -6),
-    "rank deficient": _levels(0, -2) * (torch.arange(48) < 20),
-    "clustered at the tolerance": TAU * (1 + torch.linspace(-1, 1, 48, dtype=torch.float64) * 1e-6),
-    "clustered at a hundredth of the tolerance": 1e-2 * TAU * (1 + torch.linspace(-1, 1, 48).double() * 1e-3),
-    "huge, full rank": 1e9 * _levels(0, -3),
-    "huge, deficient": 1e12 * _levels(0, -2) * (torch.arange(48) < 40),
-    "tiny": 1e-12 * _levels(0, -3),
-    "nearly underflowing": 1e-160 * _levels(0, -3),
-    "zero": torch.zeros(48, dtype=torch.float64),
-    "one large": torch.cat([torch.tensor([1e6], dtype=torch.float64), TAU * _levels(1, -1)[1:]]),
-    "just above rounding": torch.cat([_levels(0, -1)[:24], 3e-8 * _levels(0, -1)[24:]]),
-}
-
-
-@pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("tau", [TAU, 0.0])
-def test_the_spectrum_of_a_matrix_is_that_of_its_svd(name: str, tau: float) -> None:
-    torch.manual_seed(0)
-    matrices = torch.stack([_spectrum(SPECTRA[name], 70), _spectrum(_levels(0, -2), 70)])
-    for given in (matrices, matrices.mT.contiguous()):
-        values, known = singular_values_by_gram(given.clone(), tau)
-        exact = torch.linalg.svdvals(given)
-        if tau:
-            _agrees(values, exact)
-        else:
-            torch.testing.assert_close(values, exact, rtol=1e-7, atol=1e-7 * float(exact[0, 0]))
-        assert bool(known[1])
-
-
-def test_gram_matrices_are_used_where_they_suffice_and_only_there() -> None:
-    torch.manual_seed(0)
-    known = {name: bool(singular_values_by_gram(_spectrum(each)[None], TAU)[1]) for name, each in SPECTRA.items()}
-    assert known["well conditioned"]
-    assert known["clustered at the tolerance"]
-    assert known["down to single precision"]
-    assert known["large, down to the smallest tolerance"]
-    assert not any(known[name] for name in ("far below rounding", "huge, deficient", "one large"))
-
-
-def test_a_value_at_the_tolerance_is_counted_by_the_svd() -> None:
-    torch.manual_seed(0)
-    for each in TOLERANCES:
-        matrix = torch.diag(torch.cat([_levels(0, -2), torch.tensor([each], dtype=torch.float64)]))[None]
-        values, known = singular_values_by_gram(matrix.clone(), TAU)
-        assert not bool(known)
-        assert int((values > each).sum()) == int((torch.linalg.svdvals(matrix) > each).sum())
-
-
-def test_a_matrix_that_is_not_finite_gives_nan_and_leaves_the_others() -> None:
-    torch.manual_seed(0)
-    for bad in (torch.nan, torch.inf, 1e200):
-        matrices = torch.stack([_spectrum(_levels(0, -2)) for _ in range(3)])
-        exact = torch.linalg.svdvals(matrices)
-        matrices[1, 3, 4] = bad
-        found = singular_values_by_gram(matrices.clone(), TAU)[0]
-        _agrees(found[::2], exact[::2])
-        if bad == 1e200:
-            torch.testing.assert_close(found[1], torch.linalg.svdvals(matrices[1]), rtol=1e-6, atol=1e186)
-        else:
-            assert found[1].isnan().all()
-
-
-def test_rows_and_columns_of_zeros_are_left_out_and_an_unknown_block_is_the_last_that_is_tried() -> None:
-    torch.manual_seed(0)
-    blocks = torch.zeros(2, 60, 80, dtype=torch.float64)
-    blocks[0, 3:51, 8:56], blocks[1, 3:51, 8:56] = _spectrum(_levels(0, -3)), _spectrum(_levels(0, -20))
-    spectra = BlockSpectra(2, TAU)
-    for _ in range(2):
-        _agrees(spectra.values(slice(0, 2), blocks.clone()), torch.linalg.svdvals(blocks)[..., :48])
-    assert spectra._by_gram.tolist() == [True, False]
-    assert BlockSpectra(1, TAU).values(slice(0, 1), torch.zeros(1, 4, 5)).shape == (1, 0)
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -158,14 +44,14 @@ def test_the_spectrum_of_a_product_is_known_from_the_gramians_of_its_factors_or_
         scale = torch.logspace(-scaling, scaling, 48, dtype=torch.float64)
         values = SPECTRA[name].sqrt()
         base = torch.linalg.qr(torch.randn(48, 48).double()).Q
-        observing = _spectrum(torch.ones(48), 60).mT @ torch.diag(values) @ base / scale
-        controlling = scale[:, None] * base.mT @ torch.diag(values) @ _spectrum(torch.ones(48), 60)
+        observing = with_spectrum(torch.ones(48), 60).mT @ torch.diag(values) @ base / scale
+        controlling = scale[:, None] * base.mT @ torch.diag(values) @ with_spectrum(torch.ones(48), 60)
         exact = torch.linalg.svdvals(observing @ controlling)[:48]
         gramians = (controlling @ controlling.mT)[None], (observing.mT @ observing)[None]
         found, known = values_of_product(*gramians, TAU)
         count, is_counted = count_of_product(*gramians, TAU)
         if bool(known):
-            _agrees(found[0], exact)
+            assert_agrees(found[0], exact)
         if bool(is_counted):
             assert int(count) == int((exact > TAU).sum())
         known_of[scaling] = bool(known)
@@ -304,7 +190,7 @@ def test_what_is_measured_is_that_of_the_svd_of_the_materialized_operator(name: 
         if values.shape[-1] < exact.shape[-1]:
             assert (exact[..., values.shape[-1] :] <= 1e-12 * exact[..., :1]).all()
             exact = exact[..., : values.shape[-1]]
-        _agrees(values, exact)
+        assert_agrees(values, exact)
     undecayed = operator.without_decay()
     if undecayed is None:
         return
@@ -337,8 +223,8 @@ def test_attention_as_at_its_initialization_is_measured_without_an_svd(monkeypat
     operator = SoftmaxAttention(0.5 * torch.randn(1, 1, 400, 16), 0.5 * torch.randn(1, 1, 400, 16))
     exact = reference.singular_values(reference.attention(operator.q, operator.k), 200)
     assert ((exact < 6e-6 * exact[..., :1]) & (exact > SINGLE_PRECISION * exact[..., :1])).any()
-    monkeypatch.setattr(gram_spectrum, "singular_values_", refuse)
-    _agrees(measure(operator, (200,)).singular_values[:, :, 0], exact)
+    monkeypatch.setattr(blocks, "singular_values_", refuse)
+    assert_agrees(measure(operator, (200,)).singular_values[:, :, 0], exact)
 
 
 def test_a_product_of_transitions_that_rounds_to_zero_is_zero_and_that_of_other_heads_is_computed() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.gram_spectrum import BlockSpectra
 from ess_monitor.ess.linalg import (
     SLAB_ELEMENTS,
     index_tensor,
     result_dtype,
     slabs,
-    triangular_factor,
     working_dtype,
 )
+from ess_monitor.ess.operators.attention_rows import AttentionRows, add_squares, past, row_blocks
 from ess_monitor.ess.operators.base import Operator
+from ess_monitor.ess.operators.blocks import BlockSpectra
 from ess_monitor.ess.operators.fields import (
     Tokens,
     all_finite,
@@ -38,10 +38,6 @@ from ess_monitor.ess.segments import kept_by
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-_ROWS_AT_ONCE = 128
-"""Rows of T that are formed at once, at most, with the keys up to the last of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,38 +147,68 @@ class SoftmaxAttention(Operator):
 
     @torch.no_grad()
     def _materialize(self) -> Tensor:
-        rows = _Rows(self, slice(0, self.batch * self.heads))
-        logits = rows.causal_logits(0, self.length)
-        weights = (logits - rows.log_total(logits, 0)).exp()
+        weights = AttentionRows(self, slice(0, self.batch * self.heads)).weights(0, self.length)
         return per_head(weights, self.batch, self.heads).to(result_dtype(self.q.dtype, self.k.dtype))
 
     def _raw_singular_values(self, positions: Sequence[int], tolerance: float | None = None) -> Tensor:
-        length, operators = self.length, self.batch * self.heads
-        rank = max(min(i, length - i) for i in positions)
-        out = torch.zeros((operators, len(positions), rank), dtype=working_dtype(self.device), device=self.device)
-        spectra = BlockSpectra(operators, tolerance)
+        if self._forms_rows_once(positions):
+            return self._values_and_squares_of_rows(positions, tolerance, 0, self.length)[0]
+        length, operators, first = self.length, self.batch * self.heads, min(positions)
+        out, spectra = self._no_values(positions), BlockSpectra(operators, tolerance)
         smallest_first = sorted(enumerate(positions), key=lambda place: min(place[1], length - place[1]))
-        start, largest = min(positions), max((length - i) * i for i in positions)
-        at_once = (length - start) * length <= SLAB_ELEMENTS
-        for slab in slabs(operators, (length - start) * length if at_once else largest):
-            rows = _Rows(self, slab)
-            block = rows.blocks_at_once(start) if at_once else rows.blocks_one_by_one(start)
+        for slab in slabs(operators, max((length - i) * i for i in positions)):
+            rows = AttentionRows(self, slab)
+            normalizer = rows.log_normalizer(first)
             for p, i in smallest_first:
-                values = spectra.values(slab, block(i))
+                values = spectra.values(slab, past(rows, i, normalizer[:, i - first :]))
                 out[slab, p, : values.shape[-1]] = values
         return per_head(out, self.batch, self.heads)
 
     def _row_squares(self, position: int, start: int) -> tuple[Tensor, Tensor]:
         length, operators = self.length, self.batch * self.heads
-        far, near = (torch.zeros(operators, dtype=working_dtype(self.device), device=self.device) for _ in range(2))
+        far, near = self.q.new_zeros((2, operators), dtype=working_dtype(self.device))
         for slab in slabs(operators, (length - start) * length):
-            rows = _Rows(self, slab)
-            for part in _row_blocks(start, length, slab.stop - slab.start):
-                weights, total = rows.unnormalized(part.start, part.stop)
-                for squares, columns in ((far, slice(position)), (near, slice(position, None))):
-                    norms = torch.linalg.vector_norm(weights[..., columns], dim=-1, keepdim=True)
-                    squares[slab] += (norms / total).square_().sum((1, 2))
+            rows = AttentionRows(self, slab)
+            for part in row_blocks(start, length, slab.stop - slab.start):
+                add_squares(rows.weights(part.start, part.stop), position, far[slab], near[slab])
         return per_head(far, self.batch, self.heads), per_head(near, self.batch, self.heads)
+
+    def _raw_values_and_squares(
+        self, positions: Sequence[int], tolerance: float | None, position: int, start: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if start < min(positions) or not self._forms_rows_once(positions):
+            return super()._raw_values_and_squares(positions, tolerance, position, start)
+        return self._values_and_squares_of_rows(positions, tolerance, position, start)
+
+    def _forms_rows_once(self, positions: Sequence[int]) -> bool:
+        return (self.length - min(positions)) * self.length <= SLAB_ELEMENTS
+
+    def _values_and_squares_of_rows(
+        self, positions: Sequence[int], tolerance: float | None, position: int, start: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        length, operators, first = self.length, self.batch * self.heads, min(positions)
+        out, spectra = self._no_values(positions), BlockSpectra(operators, tolerance)
+        far, near = out.new_zeros((2, operators))
+        each = list(slabs(operators, (length - first) * length))
+        # Rows that lie a power of two apart would share few lines of the caches.
+        held = out.new_zeros((each[0].stop, length - first, length + 8))[..., :length]
+        for slab in each:
+            rows, weights = AttentionRows(self, slab), held[: slab.stop - slab.start]
+            for part in row_blocks(first, length, len(weights)):
+                formed = rows.weights(part.start, part.stop)
+                weights[:, part.start - first : part.stop - first, : part.stop] = formed
+                add_squares(formed[:, max(0, start - part.start) :], position, far[slab], near[slab])
+            for i, values in spectra.values_at(slab, weights, first, positions):
+                for p in (p for p, other in enumerate(positions) if other == i):
+                    out[slab, p, : values.shape[-1]] = values
+        return per_head(out, self.batch, self.heads), (
+            per_head(far, self.batch, self.heads),
+            per_head(near, self.batch, self.heads),
+        )
+
+    def _no_values(self, positions: Sequence[int]) -> Tensor:
+        rank = max(min(i, self.length - i) for i in positions)
+        return self.q.new_zeros((self.batch * self.heads, len(positions), rank), dtype=working_dtype(self.device))
 
     def _unit_rows(self) -> SoftmaxAttention:
         return _UnitRowAttention(self.q, self.k, self.scale, self.mask, self.softcap)
@@ -226,7 +252,7 @@ class SoftmaxAttention(Operator):
         if self.sinks is not None:
             sinks = pairs(self.sinks.expand(-1, -1, self.length), self.batch, self.heads).to(sinks.dtype).clone()
         for slab in slabs(members, count(tokens) * end):
-            before = _Rows(self, slab).logits(tokens, end).masked_fill_(keys >= first, -torch.inf)
+            before = AttentionRows(self, slab).logits(tokens, end).masked_fill_(keys >= first, -torch.inf)
             sinks[slab, tokens] = torch.logaddexp(sinks[slab, tokens], before.logsumexp(-1))
         return per_head(sinks, self.batch, self.heads).to(self.result_dtype)
 
@@ -249,126 +275,6 @@ def _broadcasting(name: str, tensor: Tensor, full: tuple[int, ...]) -> Tensor:
     if len(sizes) != len(full) or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=True)):
         raise OperatorError(f"{name} has shape {tuple(tensor.shape)}, which does not broadcast to {full}.")
     return tensor[(None,) * (len(full) - tensor.dim())]
-
-
-class _Rows:
-    """Computes logits of G (sample, head) pairs, in the working dtype."""
-
-    def __init__(self, attention: SoftmaxAttention, slab: slice) -> None:
-        batch, heads = attention.batch, attention.heads
-        dtype = working_dtype(attention.device)
-        scale = attention.q.shape[-1] ** -0.5 if attention.scale is None else attention.scale
-        self.q = pairs(attention.q, batch, heads)[slab].to(dtype) * scale
-        key_heads = attention.k.shape[1]
-        k = pairs(attention.k, batch, key_heads)
-        if key_heads == heads:
-            self.k = k[slab].to(dtype)
-        else:  # the heads that read the same keys are neighbors
-            keys = [pair * key_heads // heads for pair in range(slab.start, slab.stop)]
-            self.k = k[index_tensor(keys, attention.device)].to(dtype)
-        self.mask = None
-        if attention.mask is not None:
-            # A view: only the block of rows in use is ever copied.
-            self.mask = attention.mask.expand(batch, heads, -1, -1)
-        self.softcap = attention.softcap
-        self.norm = attention.norm
-        self.sinks = None
-        if attention.sinks is not None:
-            self.sinks = pairs(attention.sinks, batch, heads)[slab].to(dtype)[..., None]
-        self.members = [divmod(pair, heads) for pair in range(slab.start, slab.stop)]
-
-    def logits(self, tokens: Tokens, columns: int, first: int = 0) -> Tensor:
-        """Return masked, not yet causal logits of some rows and the keys first..columns: (G, rows, columns - first)."""
-        logits = self.q[:, tokens] @ self.k[:, first:columns].mT
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        if self.mask is None:
-            return logits
-        rows = tokens if self.mask.shape[2] > 1 else slice(None)
-        keys = slice(first, columns) if self.mask.shape[3] > 1 else slice(None)
-        mask = torch.stack([self.mask[sample, head, rows, keys] for sample, head in self.members])
-        if mask.dtype == torch.bool:
-            return logits.masked_fill_(~mask, -torch.inf)
-        logits = logits + mask
-        return logits.masked_fill_(mask <= torch.finfo(mask.dtype).min, -torch.inf)
-
-    def blocks_at_once(self, start: int) -> Callable[[int], Tensor]:
-        """Form T[start:]; return a function that returns T[i:, :i] for i >= start: (G, length - i, i)."""
-        members, length = self.q.shape[:2]
-        weights = self.q.new_zeros((members, length - start, length))
-        for rows in _row_blocks(start, length, members):
-            each, total = self.unnormalized(rows.start, rows.stop)
-            torch.div(each, total, out=weights[:, rows.start - start : rows.stop - start, : rows.stop])
-        return lambda i: weights[:, i - start :, :i].clone()
-
-    def blocks_one_by_one(self, start: int) -> Callable[[int], Tensor]:
-        """Return the same function, which forms no more than a block."""
-        normalizer = self.log_normalizer(start)
-        return lambda i: _past(self, i, normalizer[:, i - start :])
-
-    def causal_logits(self, start: int, stop: int) -> Tensor:
-        """Return logits of rows start..stop and the keys up to each row's own: (G, stop - start, stop)."""
-        logits, token = self.logits(slice(start, stop), stop), torch.arange(start, stop, device=self.q.device)
-        logits[..., start:].masked_fill_(token > token[:, None], -torch.inf)
-        return logits
-
-    def log_normalizer(self, start: int) -> Tensor:
-        """Return the log of the softmax denominators of the rows from `start` on: (G, length - start, 1)."""
-        members, length = self.q.shape[:2]
-        blocks = slabs(length - start, members * length)
-        ranges = [(start + rows.start, start + rows.stop) for rows in blocks]
-        totals = [self.log_total(self.causal_logits(row, stop), row) for row, stop in ranges]
-        return torch.cat(totals, dim=1)
-
-    def unnormalized(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return what rows start..stop of T are proportional to, (G, stop - start, stop), and what divides each row."""
-        logits = self.causal_logits(start, stop)
-        largest, sinks = logits.amax(-1, keepdim=True), self._sinks(start, stop)
-        if sinks is not None:
-            largest = torch.maximum(largest, sinks)
-        largest.masked_fill_(largest == -torch.inf, 0.0)
-        weights = logits.sub_(largest).exp_()
-        if self.norm == 1:
-            total = weights.sum(-1, keepdim=True)  # they are positive
-        else:
-            total = torch.linalg.vector_norm(weights, self.norm, dim=-1, keepdim=True)
-        if sinks is not None:
-            total += (sinks - largest).exp()
-        return weights, total.masked_fill_(total == 0, 1.0)  # a row with nothing to attend to
-
-    def log_total(self, logits: Tensor, start: int) -> Tensor:
-        """Return the log of what divides the rows of exp(logits), of which the first is `start`: (G, rows, 1)."""
-        total = (self.norm * logits).logsumexp(-1, keepdim=True) / self.norm
-        sinks = self._sinks(start, start + logits.shape[1])
-        if sinks is not None:
-            total = torch.logaddexp(total, sinks)
-        return total.masked_fill(total == -torch.inf, 0.0)  # a row with nothing to attend to: exp(-inf - 0) = 0
-
-    def _sinks(self, start: int, stop: int) -> Tensor | None:
-        return self.sinks if self.sinks is None or self.sinks.shape[1] == 1 else self.sinks[:, start:stop]
-
-
-def _row_blocks(start: int, length: int, members: int) -> Iterator[slice]:
-    """Cut the rows from `start` on into blocks, of which none has many keys that are later than its rows."""
-    size = max(1, min(_ROWS_AT_ONCE, SLAB_ELEMENTS // (members * length)))
-    for first in range(start, length, size):
-        yield slice(first, min(first + size, length))
-
-
-def _past(rows: _Rows, position: int, normalizer: Tensor) -> Tensor:
-    """Return H_i of G operators, (G, length - i, i); where it is large and wide a matrix of the same singular values.
-
-    That is L of H_i = L Q, (G, length - i, length - i), from some columns after the others.
-    """
-    length = rows.q.shape[1]
-    tokens, height = slice(position, length), length - position
-    if position <= 2 * height or position * height <= SLAB_ELEMENTS:
-        return (rows.logits(tokens, position) - normalizer).exp_()
-    factor = rows.q.new_zeros((rows.q.shape[0], 0, height))
-    for columns in slabs(position, height):
-        part = (rows.logits(tokens, columns.stop, columns.start) - normalizer).exp_()
-        factor = triangular_factor(torch.cat([factor, part.mT], dim=1))
-    return factor.mT
 
 
 def _key_heads(heads: Sequence[int], group: int) -> Sequence[int]:

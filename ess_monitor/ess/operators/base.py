@@ -20,7 +20,7 @@ from ess_monitor import validation
 from ess_monitor.errors import OperatorError
 from ess_monitor.ess.linalg import index_tensor, result_dtype
 from ess_monitor.ess.metrics import tolerance_ess
-from ess_monitor.ess.operators.fields import Tokens, all_finite, check_same_device, narrowed
+from ess_monitor.ess.operators.fields import Tokens, all_finite, check_same_device, narrowed, selected
 from ess_monitor.ess.positions import check_positions
 from ess_monitor.ess.segments import UNKNOWN, longest_places, spans
 
@@ -199,8 +199,20 @@ class Operator(ABC):
         if self.segments is not None:
             return self._singular_values_of_segments(checked, tolerance)
         values = self._raw_singular_values(checked, tolerance if self.device.type == "cpu" else None)
+        return self._existing(values, checked, finite)
+
+    def _values_and_squares(
+        self, positions: Sequence[int], finite: Tensor, tolerance: float, position: int, start: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return `_singular_values` and `_row_squares`, without regard to segments."""
+        checked = check_positions(positions, self.length)
+        known_to = tolerance if self.device.type == "cpu" else None
+        values, squares = self._raw_values_and_squares(checked, known_to, position, start)
+        return self._existing(values, checked, finite), squares
+
+    def _existing(self, values: Tensor, positions: Sequence[int], finite: Tensor) -> Tensor:
         # Beyond the smaller side of H_i there is nothing: what a factorization leaves there is rounding.
-        side = [self.block_size * min(i, self.length - i) for i in checked]
+        side = [self.block_size * min(i, self.length - i) for i in positions]
         exists = torch.arange(values.shape[-1], device=self.device) < index_tensor(side, self.device)[:, None]
         broken = values.isnan().any(-1, keepdim=True) | ~finite[..., None, None]
         return torch.where(exists, values, 0.0).masked_fill(broken, torch.nan).to(self.result_dtype)
@@ -239,7 +251,7 @@ class Operator(ABC):
             hint = "the tokens that the operator has"
             length = validation.whole("length", length, 1, self.length, hint=hint, error=OperatorError)
         tokens = None if length is None else slice(0, length)
-        return self._narrow(_chosen("samples", samples, self.batch), _chosen("heads", heads, self.heads), tokens)
+        return self._narrow(selected("samples", samples, self.batch), selected("heads", heads, self.heads), tokens)
 
     @abstractmethod
     def _materialize(self) -> Tensor:
@@ -268,6 +280,12 @@ class Operator(ABC):
         Broadcastable to (batch, heads), in the working dtype. Entries of operators that are not finite may hold
         anything.
         """
+
+    def _raw_values_and_squares(
+        self, positions: Sequence[int], tolerance: float | None, position: int, start: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return `_raw_singular_values` and `_row_squares`, from rows that are formed once where both need them."""
+        return self._raw_singular_values(positions, tolerance), self._row_squares(position, start)
 
     def _product_norm(self) -> Tensor | None:
         """Return ||A_L ... A_1||_F in the working dtype, broadcastable to (batch, heads); None where there is no A."""
@@ -365,24 +383,6 @@ class Operator(ABC):
                 out[sample][:, inside, : values.shape[-1]] = values[row if values.shape[0] > 1 else 0]
         largest = max(int((out != 0).any(0).any(0).any(0).sum()), 1)
         return out[..., :largest]
-
-
-def _chosen(name: str, selection: slice | Sequence[int] | None, size: int) -> Sequence[int] | None:
-    if selection is None:
-        return None
-    chosen: Sequence[int]
-    if isinstance(selection, slice):
-        try:
-            chosen = range(size)[selection]
-        except (TypeError, ValueError):  # a start that is not a number, or a step of 0
-            raise OperatorError(f"{name}={validation.shown(selection)} must be a slice of whole numbers.") from None
-    else:
-        chosen = validation.wholes(name, selection, -validation.LARGEST, error=OperatorError)
-    if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size:
-        raise OperatorError(
-            f"{name}={validation.shown(selection)} must name different indices in 0..{size - 1}, at least one."
-        )
-    return chosen
 
 
 def check_operator(operator: Operator) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ess_monitor import validation
 from ess_monitor.errors import OperatorError
-from ess_monitor.ess.gram_spectrum import BlockSpectra
 from ess_monitor.ess.linalg import slabs, working_dtype
 from ess_monitor.ess.operators.base import Operator
+from ess_monitor.ess.operators.blocks import BlockSpectra
 from ess_monitor.ess.operators.fields import (
     Tokens,
     check_floating,

@@ -108,3 +108,22 @@ def check_state_size(state_size: int | None) -> None:
     """Raise `OperatorError` unless this is a number of dimensions, or None for one that is not known."""
     if state_size is not None:
         validation.whole("state_size", state_size, 1, hint="None where it is not known", error=OperatorError)
+
+
+def selected(name: str, selection: slice | Sequence[int] | None, size: int) -> Sequence[int] | None:
+    """Return the indices that are selected, None for all; raise `OperatorError` unless they are some, each once."""
+    if selection is None:
+        return None
+    chosen: Sequence[int]
+    if isinstance(selection, slice):
+        try:
+            chosen = range(size)[selection]
+        except (TypeError, ValueError):  # a start that is not a number, or a step of 0
+            raise OperatorError(f"{name}={validation.shown(selection)} must be a slice of whole numbers.") from None
+    else:
+        chosen = validation.wholes(name, selection, -validation.LARGEST, error=OperatorError)
+    if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= size:
+        raise OperatorError(
+            f"{name}={validation.shown(selection)} must name different indices in 0..{size - 1}, at least one."
+        )
+    return chosen
