@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ess_monitor import CaptureConfig, MonitorConfig, capture_operators, profile
+from ess_monitor.ess.gram_spectrum import mean_spectrum
 from ess_monitor.featurizers import build_mixer
-from ess_monitor.pipeline.readings import SPECTRUM_VALUES, mean_spectrum
+from ess_monitor.pipeline.readings import SPECTRUM_VALUES
 
 ALL = CaptureConfig(samples=3, heads=None)
 

@@ -45,7 +45,7 @@ def test_it_loads_and_is_saved_again_as_it_was(mode: str, featurizer: str) -> No
     state, loop = saved(mode, featurizer), Loop(config(mode), featurizer)
     loop.monitor.load_state_dict(state)
     again = loop.monitor.state_dict()
-    assert again.keys() - state.keys() == {"replays", "layer_turns"}
+    assert again.keys() - state.keys() == {"replays", "layer_turns", "undecayed"}
     assert part_of(plain(again), plain(state)) == plain(state)
     loop.monitor.close()
 

@@ -49,6 +49,8 @@ class Captured:
     """(samples, length) bool: tokens of `operator` at which state modulation is measured. None: nowhere."""
     no_separators: str = ""
     """Why it is not known which they are; empty where that is not asked for."""
+    with_retention: bool = True
+    """Whether it is measured with A := I, too."""
 
     @property
     def calls(self) -> int:

@@ -21,6 +21,8 @@ _PER_LAYER_SECONDS = 4e-3
 _SHORTEST = 16
 """Tokens below which a shape is not made shorter."""
 _FLOAT_BYTES = 4
+_WITHOUT_RETENTION = {"DeltaRecurrence": 0.9, "DiagonalRecurrence": 0.75, "ReadFirstRecurrence": 0.75}
+"""Share of the time of a recurrence that is not measured with A := I."""
 _JACOBIAN_RANK = 256
 """Most singular values that are looked for (`JacobianOperator.largest`)."""
 
@@ -50,6 +52,7 @@ class SampleShape:
         positions: Where H_i is measured, as in `operator_positions`.
         window: Tokens at the end of each sequence among which positions are placed. None: all.
         modulation: Further positions at which ESS is measured, around some tokens of each sequence.
+        with_retention: Whether the operator is measured with A := I, too.
 
     Examples:
         >>> shape = SampleShape("DiagonalRecurrence", state=64, samples=4, heads=4, length=1024, positions=3)
@@ -67,6 +70,7 @@ class SampleShape:
     positions: Positions
     window: int | None = None
     modulation: int = 0
+    with_retention: bool = True
 
     @property
     def kind(self) -> str:
@@ -75,8 +79,9 @@ class SampleShape:
 
     @property
     def seconds(self) -> float:
-        """Estimated seconds of one core for everything that is measured, the operator with A := I included."""
-        return _PER_LAYER_SECONDS + self.samples * self.heads * self._seconds_of_one()
+        """Estimated seconds of one core for everything that is measured."""
+        share = 1.0 if self.with_retention else _WITHOUT_RETENTION.get(self.operator, 1.0)
+        return _PER_LAYER_SECONDS + share * self.samples * self.heads * self._seconds_of_one()
 
     @property
     def bytes(self) -> int:

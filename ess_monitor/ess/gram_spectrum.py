@@ -94,6 +94,30 @@ def smallest_known(largest: Tensor, tolerance: float) -> Tensor:
     return floor.clamp(max=FAR_BELOW * tolerance) if tolerance > 0 else floor
 
 
+def mean_spectrum(values: Tensor, tolerance: float = 1e-3) -> Tensor:
+    """Return one spectrum for a layer: the geometric mean of each singular value over samples and heads.
+
+    It is drawn on a logarithmic axis, where this is the mean of what is drawn: one large head does not hide the others,
+    and the spectrum crosses the tolerance near the mean ESS. A value counts as no less than a floor, so that one dead
+    head does not make a zero of the whole: single precision's share of the layer's largest value, and at most a
+    hundredth of the tolerance. Where nothing is above the floor, the mean is 0.
+
+    Args:
+        values: (batch, heads, rank), at one position.
+        tolerance: tau of the tolerance-ESS.
+
+    Returns:
+        (rank,)
+
+    Examples:
+        >>> mean_spectrum(torch.tensor([[[8.0, 1.0, 0.0], [2.0, 0.25, 0.0]]]))
+        tensor([4.0000, 0.5000, 0.0000])
+    """
+    floor = smallest_known(values.amax(), tolerance)
+    mean = values.clamp(min=floor).log().mean((0, 1)).exp()
+    return torch.where((values > floor).any(0).any(0), mean, 0.0)
+
+
 def values_of_gram(gram: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Return `known_values` of matrices with these Gram matrices, (..., n, n) -> (..., n) and (...)."""
     # No other entry is larger than the largest on the diagonal, and one that is NaN has made it NaN.

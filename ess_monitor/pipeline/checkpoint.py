@@ -102,6 +102,11 @@ class _TurnsState(_StatePart):
     expected: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
 
 
+class _UndecayedState(_StatePart):
+    last: dict[str, tuple[_Count, Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = {}
+    ages: dict[str, _Count] = {}
+
+
 class _MonitorState(_StatePart):
     step: _Count
     judge_at: _Count | None
@@ -114,6 +119,8 @@ class _MonitorState(_StatePart):
     """Absent in states of 0.1."""
     layer_turns: _TurnsState = _TurnsState()
     """Absent in states of before there were turns."""
+    undecayed: _UndecayedState = _UndecayedState()
+    """Absent in states of before `retention_every_n_samples`."""
     turn: Annotated[int, Field(ge=0, le=2**62)]
     """Below the 64 bits of a generator's seed, to which it is added."""
 
@@ -262,4 +269,6 @@ def rename_layers(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
     ledger = {**state["ledger"], "nonfinite": renamed(state["ledger"]["nonfinite"])}
     replays = {**state["replays"], "sums": renamed(state["replays"]["sums"])}
     turns = {key: renamed(by_name) for key, by_name in state["layer_turns"].items()}
-    return {**state, "evidence": result, "ledger": ledger, "replays": replays, "layer_turns": turns}
+    undecayed = {key: renamed(by_name) for key, by_name in state["undecayed"].items()}
+    parts = {"ledger": ledger, "replays": replays, "layer_turns": turns, "undecayed": undecayed}
+    return {**state, "evidence": result, **parts}

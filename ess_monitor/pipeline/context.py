@@ -22,6 +22,7 @@ from ess_monitor.pipeline.counters import RunCounters
 from ess_monitor.pipeline.health import Health
 from ess_monitor.records import RUN_STATUSES, Changes, Part, Phase, RunStatus
 from ess_monitor.runtime import Cadence, Guard, Job, MetricReader
+from ess_monitor.runtime.retention import UndecayedSizes
 from ess_monitor.runtime.turns import LayerTurns
 
 Metrics = Mapping[str, Any]
@@ -46,6 +47,8 @@ class RunContext:
     """Reads the loop's metrics, and keeps the task metric from one sample to the next."""
     turns: LayerTurns
     """Says which layers there is time for in a sample."""
+    undecayed: UndecayedSizes
+    """The sizes of the layers without decay, for their retention."""
 
     @cached_property
     def layer_names(self) -> tuple[str, ...]:
@@ -83,7 +86,8 @@ class RunContext:
         counters = RunCounters((layer.name for layer in layers), wall_clock=wall_clock)
         metrics = MetricReader(config.diagnosis.metric)
         turns = LayerTurns((layer.name for layer in layers), config.runtime.sample_seconds, config.positions)
-        return cls(config, layers, cadence, counters, Health(strict=config.strict), clock, wall_clock, metrics, turns)
+        health, undecayed = Health(strict=config.strict), UndecayedSizes(config.retention_every_n_samples)
+        return cls(config, layers, cadence, counters, health, clock, wall_clock, metrics, turns, undecayed)
 
     def count_step(self, step: int, seconds: float) -> None:
         """Count an optimizer step that took so long; NaN for the first, whose start was not seen."""
@@ -108,15 +112,16 @@ class RunContext:
         self.counters.overhead(self.cadence.overhead_ratio, self.cadence.interval_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return cadence, counters and the turns of the layers, for a checkpoint."""
+        """Return cadence, counters, turns of the layers and their sizes without decay, for a checkpoint."""
         state = {"cadence": self.cadence.state_dict(), "ledger": self.counters.state_dict()}
-        return {**state, "layer_turns": self.turns.state_dict()}
+        return {**state, "layer_turns": self.turns.state_dict(), "undecayed": self.undecayed.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.cadence.load_state_dict(state["cadence"])
         self.counters.load_state_dict(state["ledger"])
         self.turns.load_state_dict(state["layer_turns"])
+        self.undecayed.load_state_dict(state["undecayed"])
 
 
 @dataclass(eq=False)

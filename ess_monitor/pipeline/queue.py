@@ -13,7 +13,7 @@ from ess_monitor.capture import Captured
 from ess_monitor.capture.causality.claims import refuted
 from ess_monitor.errors import format_error
 from ess_monitor.pipeline.context import Metrics, RunContext, Sample, tensors_of
-from ess_monitor.pipeline.readings import compute, lost_reading, reading
+from ess_monitor.pipeline.readings import compute, lost_reading, reading, undecayed_size
 from ess_monitor.records import MEASURED, SampleResult, Status
 from ess_monitor.runtime import ComputeBackend, Executor, Task, is_out_of_memory
 
@@ -50,7 +50,7 @@ class MeasurementQueue:
                 self._guards["capture"].count(f"layer {failure.layer.name}: {failure.error}", failure.cause)
         # Where the time is over before all are measured, those that have waited longest are done.
         captured = {item.layer.name: item for item in sample.captured}
-        sample.captured = tuple(captured[name] for name in self._turns.in_turn(captured))
+        sample.captured = tuple(self._for_retention(captured[name]) for name in self._turns.in_turn(captured))
         sample.tasks = [self._task(item) for item in sample.captured]
         sample.metrics, tensors = self._context.metrics.read(metrics)
         for device, values in tensors.items():
@@ -62,6 +62,8 @@ class MeasurementQueue:
                 why = "the worker is still busy with an earlier sample, which was given up"
             dropped = [lost_reading(sample.step, item.layer.name, "dropped", why) for item in sample.captured]
             self._context.counters.measured("skipped", dropped)
+            for item in sample.captured:
+                self._note_undecayed(item, sample.step, None)
             for given in (sample.metrics, *tensors.values()):
                 self._context.metrics.keep(given)
         else:
@@ -86,6 +88,19 @@ class MeasurementQueue:
     def close(self, timeout_seconds: float) -> None:
         """End the worker; wait for its thread so long, and 2 s at most."""
         self._executor.close(min(2.0, timeout_seconds))
+
+    def _for_retention(self, captured: Captured) -> Captured:
+        """Return what is measured of a layer whose operator with A := I may not be looked at in this sample."""
+        name = captured.layer.name
+        if self._context.undecayed.begin(name, always=self._turns.is_preferred(name)):
+            return captured
+        shape = None if captured.shape is None else replace(captured.shape, with_retention=False)
+        return replace(captured, with_retention=False, shape=shape)
+
+    def _note_undecayed(self, captured: Captured, step: int, results: dict[str, torch.Tensor] | None) -> None:
+        if captured.with_retention:
+            size = None if results is None else undecayed_size(results)
+            self._context.undecayed.end(captured.layer.name, step, size)
 
     def _task(self, captured: Captured) -> Task:
         backend = self._backend_of(captured.operator.device)
@@ -114,6 +129,7 @@ class MeasurementQueue:
         readings = [lost_reading(sample.step, item.layer.name, item.status, item.error) for item in lost]
         for captured, task in zip(sample.captured, sample.tasks, strict=False):
             name, error = captured.layer.name, task.error
+            self._note_undecayed(captured, sample.step, task.results)
             if task.results is None and not error:
                 status: Status = "timed_out" if task.begun else "deferred"
                 readings.append(lost_reading(sample.step, name, status, sample.error if task.begun else _TIME_IS_OVER))
@@ -125,7 +141,11 @@ class MeasurementQueue:
                 try:
                     config = self._config
                     scale, modulation = config.tolerance_scale, config.modulation
-                    readings.append(reading(sample.step, captured, config.tolerance, task.results, scale, modulation))
+                    last = None if captured.with_retention else self._context.undecayed.last(name)
+                    found = reading(
+                        sample.step, captured, config.tolerance, task.results, scale, modulation, undecayed=last
+                    )
+                    readings.append(found)
                     continue
                 except Exception as problem:
                     error = format_error(problem)

@@ -22,7 +22,7 @@ from ess_monitor.ess import (
     operator_positions,
     tolerance_ess,
 )
-from ess_monitor.ess.gram_spectrum import DECADES, smallest_known
+from ess_monitor.ess.gram_spectrum import DECADES, mean_spectrum
 from ess_monitor.ess.linalg import index_tensor
 from ess_monitor.ess.modulation import POSITIONS_OF_A_TOKEN, ModulationSums, modulation_ratios, modulation_sums
 from ess_monitor.ess.operators.recurrence import Recurrence
@@ -89,7 +89,7 @@ def compute(
             longest = max((part.length for part in parts), default=0)
             return {**claims, "lengths": index_tensor([longest], captured.operator.device)}
         shortest = min(placed, key=lambda part: part.operator.length)
-        measured = [_measured(part, tolerance, scale) for part in placed]
+        measured = [_measured(part, tolerance, scale, captured.with_retention) for part in placed]
         spectra = [one.pop("middle_values") for one in measured]
         results: Results = {}
         for name in measured[0]:
@@ -178,7 +178,7 @@ def _among(part: Operator, tokens: int, positions: Literal["midpoint"] | int) ->
     return _Placed(part, tuple(first + i for i in operator_positions(tokens, positions)), first)
 
 
-def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results:
+def _measured(part: _Placed, tolerance: float, scale: ToleranceScale, retention: bool) -> Results:
     operator, positions = part.operator, part.positions
     if isinstance(operator, JacobianOperator):
         operator = replace(operator, tolerance=tolerance)
@@ -186,7 +186,8 @@ def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results
     middle, distance = part.middle, (length - part.first) // _FAR
     has_far_rows = 0 < distance < length - positions[middle] and not isinstance(operator, JacobianOperator)
     far = (positions[middle], distance) if has_far_rows else None
-    measured = measure(operator, positions, tolerance=tolerance, tolerance_scale=scale, far_share_at=far)
+    options: dict[str, Any] = {"tolerance_scale": scale, "retention": retention, "far_share_at": far}
+    measured = measure(operator, positions, tolerance=tolerance, **options)
     results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
     values = results.pop("singular_values")
     results["middle_values"] = values[:, :, middle]
@@ -209,30 +210,6 @@ def _measured(part: _Placed, tolerance: float, scale: ToleranceScale) -> Results
         results["mean_lower"] = bounds.lower[..., between].mean(-1)
         results["mean_upper"] = bounds.upper[..., between].mean(-1)
     return results
-
-
-def mean_spectrum(values: torch.Tensor, tolerance: float = 1e-3) -> torch.Tensor:
-    """Return one spectrum for a layer: the geometric mean of each singular value over samples and heads.
-
-    It is drawn on a logarithmic axis, where this is the mean of what is drawn: one large head does not hide the others,
-    and the spectrum crosses the tolerance near the mean ESS. A value counts as no less than a floor, so that one dead
-    head does not make a zero of the whole: single precision's share of the layer's largest value, and at most a
-    hundredth of the tolerance. Where nothing is above the floor, the mean is 0.
-
-    Args:
-        values: (batch, heads, rank), at one position.
-        tolerance: tau of the tolerance-ESS.
-
-    Returns:
-        (rank,)
-
-    Examples:
-        >>> mean_spectrum(torch.tensor([[[8.0, 1.0, 0.0], [2.0, 0.25, 0.0]]]))
-        tensor([4.0000, 0.5000, 0.0000])
-    """
-    floor = smallest_known(values.amax(), tolerance)
-    mean = values.clamp(min=floor).log().mean((0, 1)).exp()
-    return torch.where((values > floor).any(0).any(0), mean, 0.0)
 
 
 def _end(spectrum: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
@@ -283,8 +260,14 @@ def reading(
     results: Results,
     scale: ToleranceScale = "absolute",
     modulation: ModulationConfig | None = None,
+    *,
+    undecayed: tuple[int, float] | None = None,
 ) -> Reading:
-    """Build a layer's reading: averages of its results, which are on the host by now."""
+    """Build a layer's reading: averages of its results, which are on the host by now.
+
+    Args:
+        undecayed: step and size of the last sample with A := I, where this one is without.
+    """
     name, lengths, row = captured.layer.name, results["lengths"].tolist(), captured.operator.length
     length = min(lengths)
     if "positions" not in results:
@@ -321,7 +304,7 @@ def reading(
     effective, mean_capacity = float(sizes.mean()), float(capacity.mean())
     first = 0 if captured.window is None else max(0, length - captured.window)
     middle = min(range(len(positions)), key=lambda p: abs(positions[p] - (first + length) / 2))
-    undecayed = results.get("undecayed_ess")
+    retention_step, undecayed_now = (None, undecayed_size(results)) if undecayed is None else undecayed
     measured = Reading(
         status="ok",
         state_capacity=mean_capacity,
@@ -338,7 +321,8 @@ def reading(
         effective_size_lower=_mean(results.get("mean_lower")),
         effective_size_upper=_mean(results.get("mean_upper")),
         utilization_ratio=effective / mean_capacity if mean_capacity > 0 else 0.0,
-        retention_ratio=None if undecayed is None else _ratio(effective, _mean(undecayed)),
+        retention_ratio=_ratio(effective, undecayed_now),
+        retention_step=retention_step,
         mean_decay=_mean(results.get("mean_decay")),
         decay_product_norm=_mean(results.get("decay_product_norm")),
         spectrum_end_ratio=_finite(results.get("spectrum_end")),
@@ -368,6 +352,11 @@ def _of_jacobian(measured: Reading, sizes: torch.Tensor, results: Results) -> Re
     changes["effective_size_at"] = tuple(pair for pair in measured.effective_size_at if pair[0] >= measured.tolerance)
     changes |= {"is_lower_bound": not certain, "products": int(results["products"])}
     return measured.model_copy(update=changes)
+
+
+def undecayed_size(results: Results) -> float | None:
+    """Return the mean tolerance-ESS with A := I; None where it was not measured, or there is no A."""
+    return _mean(results.get("undecayed_ess"))
 
 
 def _mean(values: torch.Tensor | None) -> float | None:

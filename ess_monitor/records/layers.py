@@ -109,6 +109,8 @@ class Reading(Record):
     """effective_size / state_capacity, 0..1."""
     retention_ratio: float | None = None
     """Tolerance-ESS against that of the same operator with A := I. Below 1 the decay costs memory. None: no decay."""
+    retention_step: int | None = None
+    """Step of the sample that measured the operator with A := I. None: this one (`retention_every_n_samples`)."""
     mean_decay: float | None = None
     """Mean of A's diagonal, 0..1 for a stable recurrence. None where there is no A."""
     decay_product_norm: float | None = None

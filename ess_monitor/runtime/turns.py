@@ -101,6 +101,10 @@ class LayerTurns:
         """Measure these layers before all others, from the next sample on: something is to be decided on them."""
         self._preferred = frozenset(names)
 
+    def is_preferred(self, name: str) -> bool:
+        """Return whether something is to be decided on a layer."""
+        return name in self._preferred
+
     def choose(self, names: Sequence[str]) -> list[str]:
         """Return the layers of the next sample, as far as their shapes are known, whose turn it is first.
 

@@ -40,7 +40,9 @@ def test_a_sequence_without_an_eighth_has_no_share(length: int, known: bool) -> 
 
 
 def test_a_position_near_the_end_leaves_no_row() -> None:
-    sample = SimpleNamespace(operator=KINDS["recurrence"]().select(length=9), claims=(), window=None)
+    sample = SimpleNamespace(
+        operator=KINDS["recurrence"]().select(length=9), claims=(), window=None, with_retention=True
+    )
     assert "far_squared" in compute(sample, (7,), 1e-3)  # type: ignore[arg-type]
     assert "far_squared" not in compute(sample, (8,), 1e-3)  # type: ignore[arg-type]
 
@@ -56,7 +58,7 @@ def test_a_layer_that_puts_out_nothing_has_no_share() -> None:
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_computing_a_reading_waits_for_no_device(make: Callable[[], Operator]) -> None:
     operator = make().map(lambda tensor: tensor.to("meta"))  # any look at a value raises
-    sample = SimpleNamespace(operator=operator, claims=(), window=None)
+    sample = SimpleNamespace(operator=operator, claims=(), window=None, with_retention=True)
     results = compute(sample, (3, 6, 9), 1e-3)  # type: ignore[arg-type]
     assert results["far_squared"].shape == results["total_squared"].shape == ()
     assert results["tolerance_ess"].shape == (SAMPLES, HEADS, 3)

@@ -262,7 +262,12 @@ class Filter(nn.Module):
 
 def test_an_operator_that_is_the_same_for_all_tokens_has_no_modulation() -> None:
     captured = SimpleNamespace(
-        operator=KINDS["recurrence"](), claims=(), window=None, separators=None, no_separators="it is the same"
+        operator=KINDS["recurrence"](),
+        claims=(),
+        window=None,
+        separators=None,
+        no_separators="same",
+        with_retention=True,
     )
     results = compute(captured, (3,), 1e-3, "absolute", ModulationConfig(separators=[0]))  # type: ignore[arg-type]
     assert "modulation_sizes" not in results
