@@ -34,7 +34,7 @@ LENGTH, SAMPLES, HEADS, PROCESSES, REPEATS = 1024, 4, 4, 3, 5
 ROOT = Path(__file__).parents[1]
 
 CHILD = """
-import sys, time, torch
+import dataclasses, sys, time, torch
 from types import SimpleNamespace
 import ess_monitor.ess as ess
 from ess_monitor.capture import Captured
@@ -46,13 +46,16 @@ for name, (kind, fields) in torch.load(sys.argv[1]).items():
     layer = SimpleNamespace(name=name, module=None)
     cases[name] = Captured(layer, operator, heads=(), channels=operator.heads, length=operator.length)
 print("ready", flush=True)
-for name in map(str.strip, sys.stdin):
+def timed(case):
     started = time.process_time()
-    results = compute(cases[name], 3, 1e-3)
-    seconds = time.process_time() - started
+    return compute(case, 3, 1e-3), time.process_time() - started
+for name in map(str.strip, sys.stdin):
+    results, seconds = timed(cases[name])
     found = reading(0, cases[name], 1e-3, results)
     numbers = found.effective_size, found.effective_size_at, found.entropy_size, found.retention_ratio
-    print(repr((seconds, *numbers)), flush=True)
+    known = hasattr(cases[name], "with_retention")
+    without = timed(dataclasses.replace(cases[name], with_retention=False))[1] if known else None
+    print(repr((seconds, *numbers, without)), flush=True)
 """
 
 
@@ -143,7 +146,7 @@ class Revision:
         self._read()
 
     def measure(self, name: str) -> tuple[Any, ...]:
-        """Return the seconds of processor time of one sample, and its numbers."""
+        """Return the seconds of processor time of one sample, its numbers, and the seconds without A := I if it can."""
         assert self._process.stdin is not None
         print(name, file=self._process.stdin, flush=True)
         numbers: tuple[Any, ...] = eval(self._read())  # of our own child
@@ -201,6 +204,7 @@ def _compared(case: Case, found: list[list[tuple[Any, ...]]]) -> dict[str, Any]:
         "times as fast": statistics.median(ratios),
         "lowest": min(ratios),
         "target": case.target,
+        "without A := I": statistics.median(new[5] / new[0] for _, new in found),
         "ESS before": old[1],
         "ESS after": new[1],
         "same at 5 tolerances": old[2] == new[2],

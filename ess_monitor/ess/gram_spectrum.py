@@ -67,22 +67,21 @@ def known_values(squares: Tensor, error: Tensor, tolerance: float) -> tuple[Tens
     """
     squares = squares.flip(-1)
     positive = squares.clamp(min=0.0)
-    error = error[..., None] + _ROUNDING * positive
+    error = torch.add(error[..., None], positive, alpha=_ROUNDING)
     lost = squares <= 3 * error
-    values = positive.masked_fill(lost, 0.0).sqrt()
-    off = (values - torch.where(lost, positive + error, positive - error).sqrt()).abs()
-    counted_at = tolerance * torch.logspace(DECADES[0], DECADES[-1], len(DECADES), dtype=values.dtype)
-    known = ((values[..., None, :] - counted_at[:, None]).abs() > off[..., None, :]).all(-2)
-    largest = values[..., :1]
-    small = values + off <= smallest_known(largest, tolerance)
-    right = off * values <= torch.maximum(_ROUNDING * largest.square(), _RELATIVE * values.square())
-    known &= small | (right & ~lost)
+    values = positive.masked_fill(lost, 0.0).sqrt_()
+    off = (values - torch.where(lost, positive + error, positive - error).sqrt_()).abs_()
+    counted_at = values.new_tensor([[tolerance * 10.0**power] for power in DECADES])
+    known = ((values[..., None, :] - counted_at).abs_() > off[..., None, :]).all(-2)
+    small = values + off <= smallest_known(values[..., :1], tolerance)
+    right = off * values <= torch.maximum(_ROUNDING * squares[..., :1], _RELATIVE * squares)
+    known &= small | (right > lost)
     total = values.sum(-1, keepdim=True)
-    logs = -torch.log(torch.maximum(values, off) / total)
-    entropy = (values / total * logs).sum(-1, keepdim=True)
-    is_entropy_known = (off / total * (logs + entropy)).sum(-1) <= _ENTROPY
+    logs = (torch.maximum(values, off) / total).log_()
+    entropy = (values * logs).sum(-1) / total[..., 0]  # less than 0
+    error_of_entropy = ((off * logs).sum(-1) + entropy * off.sum(-1)) / -total[..., 0]
     # Each of these is False where a square is not finite.
-    return values, known.all(-1) & is_entropy_known & (squares[..., 0] > _SMALLEST)
+    return values, known.all(-1) & (error_of_entropy <= _ENTROPY) & (squares[..., 0] > _SMALLEST)
 
 
 def smallest_known(largest: Tensor, tolerance: float) -> Tensor:

@@ -191,13 +191,14 @@ class SoftmaxAttention(Operator):
         far, near = out.new_zeros((2, operators))
         each = list(slabs(operators, (length - first) * length))
         # Rows that lie a power of two apart would share few lines of the caches.
-        held = out.new_zeros((each[0].stop, length - first, length + 8))[..., :length]
+        held = out.new_empty((each[0].stop, length - first, length + 8))[..., :length]
         for slab in each:
             rows, weights = AttentionRows(self, slab), held[: slab.stop - slab.start]
             for part in row_blocks(first, length, len(weights)):
                 formed = rows.weights(part.start, part.stop)
                 weights[:, part.start - first : part.stop - first, : part.stop] = formed
-                add_squares(formed[:, max(0, start - part.start) :], position, far[slab], near[slab])
+                if start < part.stop:
+                    add_squares(formed[:, max(0, start - part.start) :], position, far[slab], near[slab])
             for i, values in spectra.values_at(slab, weights, first, positions):
                 for p in (p for p, other in enumerate(positions) if other == i):
                     out[slab, p, : values.shape[-1]] = values

@@ -41,7 +41,9 @@ class BlockSpectra:
         if not self._tries_grams(group, min(block.shape[1:])):
             return self._exact(block)
         wide = block if block.shape[1] <= block.shape[2] else block.mT
-        return self._values(group, [block], [_lower_gram(wide)])[0]
+        gram = block.new_empty((1, len(wide), wide.shape[1], wide.shape[1]))
+        _lower_gram(wide, gram[0])
+        return self._values(group, [block], gram)[0]
 
     def values_at(
         self, group: slice, rows: Tensor, first: int, positions: Sequence[int]
@@ -55,24 +57,23 @@ class BlockSpectra:
             return min(i, rows.shape[2] - i)
 
         for places in _held_at_once(positions, rows.shape[2], len(rows)):
-            grams = _shared_grams(rows, first, [i for i in places if self._tries_grams(group, side(i))])
-            for _, alike in groupby(places, side):
-                same = list(alike)
+            alike = [list(same) for _, same in groupby(places, side)]
+            grams = _shared_grams(rows, first, [same for same in alike if self._tries_grams(group, side(same[0]))])
+            for same in alike:
                 blocks = [rows[:, i - first :, :i] for i in same]
-                if same[0] in grams:
-                    yield from zip(same, self._values(group, blocks, [grams.pop(i) for i in same]), strict=True)
-                else:
-                    yield from zip(same, map(self._exact, blocks), strict=True)
+                gram = grams.pop(side(same[0]), None)
+                found = map(self._exact, blocks) if gram is None else self._values(group, blocks, gram)
+                yield from zip(same, found, strict=True)
 
     def _tries_grams(self, group: slice, side: int) -> bool:
         return self._tolerance is not None and side >= SMALLEST_BLOCK and bool(self._by_gram[group].any())
 
-    def _values(self, group: slice, blocks: Sequence[Tensor], grams: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return `values` of K blocks whose Gram matrices are (G, n, n)."""
+    def _values(self, group: slice, blocks: Sequence[Tensor], gram: Tensor) -> Sequence[Tensor]:
+        """Return `values` of K blocks whose Gram matrices are (K, G, n, n)."""
         assert self._tolerance is not None
-        gram = grams[0][None] if len(grams) == 1 else torch.stack(list(grams))
-        filled = (gram.diagonal(dim1=2, dim2=3) != 0).any(0).any(0)
+        filled = gram.diagonal(dim1=2, dim2=3) != 0
         if not bool(filled.all()):
+            filled = filled.any(0).any(0)
             gram = gram[:, :, filled][..., filled]
         by_gram, rank = self._by_gram[group], gram.shape[-1]  # the one is a view
         if rank < SMALLEST_BLOCK or not bool(by_gram.any()):
@@ -105,18 +106,30 @@ def _held_at_once(positions: Sequence[int], length: int, operators: int) -> Iter
     yield places
 
 
-def _shared_grams(rows: Tensor, first: int, positions: Sequence[int]) -> dict[int, Tensor]:
-    """Return at every position the Gram matrix of the smaller side of T[i:, :i], the lower triangle."""
-    length, grams = rows.shape[2], dict[int, Tensor]()
-    of_columns = sorted((i for i in positions if 2 * i <= length), reverse=True)
+def _shared_grams(rows: Tensor, first: int, positions: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    """Return the Gram matrices of the smaller sides of T[i:, :i], the lower triangles.
+
+    Args:
+        rows, first: as in `values_at`.
+        positions: those together whose smaller sides n are equal.
+
+    Returns:
+        By n, those of the K positions together, (K, G, n, n).
+    """
+    length, at, by_side = rows.shape[2], dict[int, Tensor](), dict[int, Tensor]()
+    for same in positions:
+        n = min(same[0], length - same[0])
+        by_side[n] = rows.new_empty((len(same), len(rows), n, n))
+        at.update(zip(same, by_side[n], strict=True))
+    of_columns = sorted((i for i in at if 2 * i <= length), reverse=True)
     for end, i in zip([length, *of_columns], of_columns, strict=False):
-        of_larger = grams[end][:, :i, :i] if end in grams else None
-        grams[i] = _lower_gram(rows[:, i - first : end - first, :i].mT, of_larger)
-    of_rows = sorted(i for i in positions if 2 * i > length)
+        of_larger = at[end][:, :i, :i] if end in at else None
+        _lower_gram(rows[:, i - first : end - first, :i].mT, at[i], of_larger)
+    of_rows = sorted(i for i in at if 2 * i > length)
     for start, i in zip([0, *of_rows], of_rows, strict=False):
-        of_larger = grams[start][:, i - length :, i - length :] if start in grams else None
-        grams[i] = _lower_gram(rows[:, i - first :, start:i], of_larger)
-    return grams
+        of_larger = at[start][:, i - length :, i - length :] if start in at else None
+        _lower_gram(rows[:, i - first :, start:i], at[i], of_larger)
+    return by_side
 
 
 def _without_zeros(blocks: Tensor) -> Tensor:
@@ -135,26 +148,28 @@ def _filled(blocks: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return None if bool(rows.all()) else rows, None if bool(columns.all()) else columns
 
 
-def _lower_gram(wide: Tensor, more: Tensor | None = None) -> Tensor:
-    """Return M M^T of M (G, m, n), and `more` where given: the lower triangle; above it there may be anything."""
+def _lower_gram(wide: Tensor, gram: Tensor, more: Tensor | None = None) -> None:
+    """Write M M^T of M (G, m, n), and `more` where given, into the lower triangle of `gram`; above is anything."""
     rows, columns = None, None
     # The nearest and the farthest pair of tokens: where both count, there are few zeros to look for.
     if not bool((wide[:, 0, -1] * wide[:, -1, 0]).all()):
         rows, columns = _filled(wide)
     wide = wide if columns is None else wide[:, :, columns]
+    if more is not None:
+        gram.copy_(more)
     if rows is None:
-        gram = wide.new_empty((len(wide), wide.shape[1], wide.shape[1])) if more is None else more.clone()
-        return _products(wide, gram, beta=0 if more is None else 1)
-    gram = wide.new_zeros((len(wide), len(rows), len(rows))) if more is None else more.clone()
+        _products(wide, gram, beta=0 if more is None else 1)
+        return
+    if more is None:
+        gram.zero_()
     place = rows.nonzero()[:, 0]
     among = gram.new_empty((len(gram), len(place), len(place)))
-    gram[:, place[:, None], place] += _products(wide[:, rows], among, beta=0)
-    return gram
+    _products(wide[:, rows], among, beta=0)
+    gram[:, place[:, None], place] += among
 
 
-def _products(wide: Tensor, gram: Tensor, beta: int) -> Tensor:
-    """Multiply the lower triangle of `gram` with beta, add M M^T, and return it."""
+def _products(wide: Tensor, gram: Tensor, beta: int) -> None:
+    """Multiply the lower triangle of `gram` with beta and add M M^T."""
     for start in range(0, wide.shape[1], _ROWS_OF_A_PRODUCT):
         stop = min(start + _ROWS_OF_A_PRODUCT, wide.shape[1])
         gram[:, start:stop, :stop].baddbmm_(wide[:, start:stop], wide[:, :stop].mT, beta=beta)
-    return gram
