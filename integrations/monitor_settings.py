@@ -29,6 +29,7 @@ class MonitorSettings(TypedDict, total=False):
         overhead_budget_ratio: Share of the training time that the monitor may take; None never stretches the interval.
         tolerance: Singular values above it count (tau of the tolerance-ESS).
         tolerance_scale: Against what the tolerance is measured: 1, or what the layer puts out at each token.
+        retention_every_n_samples: In every how many samples of a layer its retention is measured.
         positions: Where in the sequence H_i is measured: "midpoint", "all", or a number of positions.
         modulation: Separator tokens at which state modulation is measured: {"separators": [0]}.
         layers: Which layers: a pattern or several on their dotted names, or include and exclude.
@@ -48,6 +49,7 @@ class MonitorSettings(TypedDict, total=False):
     overhead_budget_ratio: float | None
     tolerance: float
     tolerance_scale: Literal["absolute", "output"]
+    retention_every_n_samples: int
     positions: Literal["midpoint", "all"] | int
     modulation: ModulationConfig | dict[str, Any] | None
     layers: LayerFilter | str | Sequence[str] | dict[str, Any]
