@@ -110,8 +110,13 @@ def assert_agrees(
     positions: Sequence[int] | None = None,
     tau: float = 1e-3,
     error: float | None = None,
+    magnitudes: Tensor | None = None,
 ) -> None:
-    """The operator's singular values and both sizes at `positions` (all of them by default) are those of `T`."""
+    """The operator's singular values and both sizes at `positions` (all of them by default) are those of `T`.
+
+    `magnitudes` has the sums of absolute terms of which the entries of T are sums: where these cancel, rounding is a
+    share of the terms, and the entropy of what is left says nothing.
+    """
     d = operator.block_size
     length = T.shape[-1] // d
     positions = range(1, length) if positions is None else positions
@@ -127,15 +132,16 @@ def assert_agrees(
         padded = torch.zeros_like(values[:, :, p], dtype=torch.float64)
         kept = min(expected.shape[-1], padded.shape[-1])
         padded[..., :kept] = expected[..., :kept]
-        largest = expected[..., :1]
+        largest = (expected if magnitudes is None else singular_values(magnitudes, i, d))[..., :1]
         assert (expected[..., kept:] <= allowed * largest).all(), "a rank that was cut off is zero"
         worst = ((values[:, :, p].double() - padded).abs() - allowed * largest - tiny).max()
         assert worst <= 0, f"position {i}: {worst} above the allowed error"
         for s in range(T.shape[0]):
             for h in range(T.shape[1]):
                 sigma = expected[s, h]
-                if ((sigma - tau).abs() > allowed * sigma[0]).all():
+                scale = largest[s, h, 0]
+                if ((sigma - tau).abs() > allowed * scale).all():
                     assert counts[s, h, p] == (sigma > tau).sum(), f"position {i}"
-                if sigma[0] == 0 or sigma[0] > tiny:
+                if sigma[0] == 0 or sigma[0] > max(tiny, 0.0 if magnitudes is None else 1e-4 * scale):
                     size = entropy_size(sigma)
                     assert math.isclose(entropies[s, h, p].item(), size, rel_tol=1e-5), f"position {i}"

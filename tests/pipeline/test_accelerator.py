@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from ess_monitor import CaptureConfig, Monitor, MonitorConfig
 from ess_monitor.featurizers import Backbone, BackboneConfig
 from ess_monitor.pipeline.context import Sample
-from ess_monitor.runtime import HostBackend, StreamBackend, backend_for
+from ess_monitor.runtime import HostBackend, StreamBackend, Task, backend_for
 from tests.runtime.simulated import SimulatedStreams
 
 
@@ -91,6 +91,23 @@ def test_nothing_that_waits_for_the_worker_is_held_on_the_device(monkeypatch: py
     assert captured == [set()] * 3
 
 
+def test_the_copy_waits_for_the_forward_pass_and_not_for_the_rest_of_the_step() -> None:
+    """Its event is recorded right at the copies, in the forward pass."""
+    streams, model = SimulatedStreams(), backbone("gla")
+    config = MonitorConfig(every_n_steps=1, overhead_budget_ratio=None)
+    with Monitor(model, config, exporters=[], backends=lambda device: StreamBackend(streams)) as monitor:
+        for _ in range(2):  # the first sample also looks at how the model mixes tokens
+            streams.side.waits.clear()
+            loss, forward = model(torch.randint(0, 16, (3, 12))).square().mean(), len(streams.main.work)
+            streams.main.work.append(lambda: None)  # the backward pass
+            loss.backward()
+            monitor.step()
+            places = [event.place for _, event in streams.side.waits]
+            streams.main.run()
+            assert {reading.status for reading in monitor.flush()} == {"ok"}
+    assert places == [forward, forward], "one for each layer"
+
+
 class OnADevice(torch.Tensor):
     """A number of another device than the model's."""
 
@@ -99,12 +116,22 @@ class OnADevice(torch.Tensor):
         return torch.device("cuda", 1)
 
 
-def test_metrics_of_two_devices_travel_apart_and_arrive_together() -> None:
-    streams, asked, model = SimulatedStreams(), [], backbone("gla")
+@pytest.mark.parametrize("order", [("loss", "accuracy"), ("accuracy", "loss")])
+def test_metrics_of_two_devices_travel_apart_and_arrive_together(order: tuple[str, str]) -> None:
+    streams, model = SimulatedStreams(), backbone("gla")
+    given = {"loss": torch.tensor(0.25).as_subclass(OnADevice), "accuracy": torch.tensor(0.5)}
+
+    class Refusing(HostBackend):
+        def begin(self, tasks: Sequence[Task]) -> None:
+            assert not any(isinstance(tensor, OnADevice) for task in tasks for tensor in task.inputs)
+
+    class Noting(StreamBackend):
+        def begin(self, tasks: Sequence[Task]) -> None:
+            assert all(isinstance(tensor, OnADevice) for task in tasks for tensor in task.inputs)
+            super().begin(tasks)
 
     def backend_of(device: torch.device) -> HostBackend:
-        asked.append(device.type)
-        return StreamBackend(streams) if device.type == "cuda" else HostBackend()
+        return Noting(streams) if device.type == "cuda" else Refusing()
 
     found: list[dict[str, float]] = []
     kept = SimpleNamespace(
@@ -113,9 +140,9 @@ def test_metrics_of_two_devices_travel_apart_and_arrive_together() -> None:
     )  # fmt: skip
     with Monitor(model, MonitorConfig(every_n_steps=1), exporters=[kept], backends=backend_of) as monitor:
         model(torch.randint(0, 16, (3, 12))).square().mean().backward()
-        monitor.step({"loss": torch.tensor(0.25).as_subclass(OnADevice), "accuracy": torch.tensor(0.5)})
+        monitor.step({name: given[name] for name in order})
         streams.main.run()
         streams.side.run()
         monitor.flush()
     assert found == [{"loss": 0.25, "accuracy": 0.5}]
-    assert set(asked) == {"cpu", "cuda"}
+    assert len(streams.kept) == 1
