@@ -52,19 +52,21 @@ def far_share(operator: Operator, position: int, distance: int) -> FarShare:
         (tensor([[9.]], dtype=torch.float64), tensor([[0.6000]], dtype=torch.float64))
     """
     check_operator(operator)
-    start = first_far_row(operator, position, distance)
+    position, start = far_rows(operator, position, distance)
     squares = (
         operator._row_squares(position, start) if operator.segments is None else _squares(operator, position, start)
     )
     return far_and_total(operator, squares)
 
 
-def first_far_row(operator: Operator, position: int, distance: int) -> int:
-    """Return position + distance; raise `OperatorError` unless `far_share` is defined there."""
+def far_rows(operator: Operator, position: int, distance: int) -> tuple[int, int]:
+    """Return the position and the first row from afar; raise `OperatorError` unless `far_share` is defined there."""
     last = operator.length - 1
     position = validation.whole("position", position, 1, last, hint="see operator_positions()", error=OperatorError)
     hint = "a row must be left after position + distance"
-    return position + validation.whole("distance", distance, 0, last - position, hint=hint, error=OperatorError)
+    return position, position + validation.whole(
+        "distance", distance, 0, last - position, hint=hint, error=OperatorError
+    )
 
 
 def far_and_total(operator: Operator, squares: tuple[Tensor, Tensor]) -> FarShare:

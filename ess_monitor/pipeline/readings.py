@@ -186,8 +186,9 @@ def _measured(part: _Placed, tolerance: float, scale: ToleranceScale, retention:
     middle, distance = part.middle, (length - part.first) // _FAR
     has_far_rows = 0 < distance < length - positions[middle] and not isinstance(operator, JacobianOperator)
     far = (positions[middle], distance) if has_far_rows else None
-    options: dict[str, Any] = {"tolerance_scale": scale, "retention": retention, "far_share_at": far}
-    measured = measure(operator, positions, tolerance=tolerance, **options)
+    measured = measure(
+        operator, positions, tolerance=tolerance, tolerance_scale=scale, retention=retention, far_share_at=far
+    )
     results = {f.name: v for f in fields(measured) if isinstance(v := getattr(measured, f.name), torch.Tensor)}
     values = results.pop("singular_values")
     results["middle_values"] = values[:, :, middle]

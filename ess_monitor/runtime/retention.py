@@ -28,7 +28,7 @@ class UndecayedSizes:
         self._every = every_n_samples
         self._last: dict[str, tuple[int, float]] = {}
         self._ages: dict[str, int] = {}
-        """Samples of each layer since the one that measured it; absent where the next one has to."""
+        """Samples of each layer since the one that measured it; absent where the next one has to measure it."""
 
     def begin(self, name: str, *, always: bool = False) -> bool:
         """Count a sample of a layer, and return whether it measures the size without decay.
@@ -37,9 +37,9 @@ class UndecayedSizes:
             name: of the layer.
             always: whether it does in any case.
         """
-        age = self._ages.get(name)
-        measures = always or age is None or age + 1 >= self._every
-        self._ages[name] = 0 if age is None or measures else age + 1
+        age = 1 + self._ages.get(name, self._every)
+        measures = always or age >= self._every
+        self._ages[name] = 0 if measures else age
         return measures
 
     def end(self, name: str, step: int, size: float | None) -> None:

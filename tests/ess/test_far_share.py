@@ -69,6 +69,16 @@ def test_one_measurement_holds_the_same_shares_and_sizes(operator: Operator, sca
         torch.testing.assert_close(together.singular_values, alone.singular_values, rtol=0, atol=0)
 
 
+def test_positions_are_checked_and_may_be_none_where_shares_are_asked_for(operator: Operator) -> None:
+    with pytest.raises(OperatorError, match="positions"):
+        measure(operator, torch.tensor([3, 6]), far_share_at=(6, 1))  # type: ignore[arg-type]
+    empty = measure(operator, (), far_share_at=(6, 1))
+    assert empty.tolerance_ess.shape == (operator.batch, operator.heads, 0)
+    assert empty.far_share is not None
+    for one, other in zip(empty.far_share, far_share(operator, 6, 1), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
 def test_a_measurement_names_a_place_without_rows(operator: Operator) -> None:
     for place, name in (((0, 1), "position=0"), ((3, LENGTH), f"distance={LENGTH}")):
         with pytest.raises(OperatorError, match=name):

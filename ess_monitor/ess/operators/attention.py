@@ -200,8 +200,9 @@ class SoftmaxAttention(Operator):
                 if start < part.stop:
                     add_squares(formed[:, max(0, start - part.start) :], position, far[slab], near[slab])
             for i, values in spectra.values_at(slab, weights, first, positions):
-                for p in (p for p, other in enumerate(positions) if other == i):
-                    out[slab, p, : values.shape[-1]] = values
+                for p, position_of in enumerate(positions):
+                    if position_of == i:
+                        out[slab, p, : values.shape[-1]] = values
         return per_head(out, self.batch, self.heads), (
             per_head(far, self.batch, self.heads),
             per_head(near, self.batch, self.heads),

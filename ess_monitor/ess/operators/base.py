@@ -206,6 +206,8 @@ class Operator(ABC):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return `_singular_values` and `_row_squares`, without regard to segments."""
         checked = check_positions(positions, self.length)
+        if not checked:
+            return self._singular_values(checked, finite), self._row_squares(position, start)
         known_to = tolerance if self.device.type == "cpu" else None
         values, squares = self._raw_values_and_squares(checked, known_to, position, start)
         return self._existing(values, checked, finite), squares

@@ -5,8 +5,7 @@ On a CPU they come from Gram matrices of the smaller side where these tell enoug
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,16 +51,10 @@ class BlockSpectra:
 
         The Gram matrix of a block holds that of the next smaller one but for some rows or columns.
         """
-
-        def side(i: int) -> int:
-            return min(i, rows.shape[2] - i)
-
-        for places in _held_at_once(positions, rows.shape[2], len(rows)):
-            alike = [list(same) for _, same in groupby(places, side)]
-            grams = _shared_grams(rows, first, [same for same in alike if self._tries_grams(group, side(same[0]))])
-            for same in alike:
-                blocks = [rows[:, i - first :, :i] for i in same]
-                gram = grams.pop(side(same[0]), None)
+        for alike in _held_at_once(positions, rows.shape[2], len(rows)):
+            grams = _shared_grams(rows, first, {n: at for n, at in alike.items() if self._tries_grams(group, n)})
+            for n, same in alike.items():
+                blocks, gram = [rows[:, i - first :, :i] for i in same], grams.pop(n, None)
                 found = map(self._exact, blocks) if gram is None else self._values(group, blocks, gram)
                 yield from zip(same, found, strict=True)
 
@@ -94,31 +87,31 @@ class BlockSpectra:
         return singular_values_((block if self._tolerance is None else _without_zeros(block)).clone())
 
 
-def _held_at_once(positions: Sequence[int], length: int, operators: int) -> Iterator[list[int]]:
-    """Cut the positions, smallest blocks first, where the Gram matrices of those before take much memory."""
-    places, elements = list[int](), 0
+def _held_at_once(positions: Sequence[int], length: int, operators: int) -> Iterator[dict[int, list[int]]]:
+    """Yield the positions by the smaller side of their blocks, smallest first, as many as may be held together."""
+    held, elements = dict[int, list[int]](), 0
     for i in sorted(set(positions), key=lambda i: min(i, length - i)):
-        elements += operators * min(i, length - i) ** 2
-        if places and elements > SLAB_ELEMENTS:
-            yield places
-            places, elements = [], operators * min(i, length - i) ** 2
-        places.append(i)
-    yield places
+        n = min(i, length - i)
+        if held and elements + operators * n**2 > SLAB_ELEMENTS:
+            yield held
+            held, elements = {}, 0
+        held.setdefault(n, []).append(i)
+        elements += operators * n**2
+    yield held
 
 
-def _shared_grams(rows: Tensor, first: int, positions: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+def _shared_grams(rows: Tensor, first: int, positions: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
     """Return the Gram matrices of the smaller sides of T[i:, :i], the lower triangles.
 
     Args:
         rows, first: as in `values_at`.
-        positions: those together whose smaller sides n are equal.
+        positions: by their smaller side n.
 
     Returns:
         By n, those of the K positions together, (K, G, n, n).
     """
     length, at, by_side = rows.shape[2], dict[int, Tensor](), dict[int, Tensor]()
-    for same in positions:
-        n = min(same[0], length - same[0])
+    for n, same in positions.items():
         by_side[n] = rows.new_empty((len(same), len(rows), n, n))
         at.update(zip(same, by_side[n], strict=True))
     of_columns = sorted((i for i in at if 2 * i <= length), reverse=True)
